@@ -1,0 +1,119 @@
+"""Brings the pinned llama.cpp tree into the build: download, verify, unpack, patch.
+
+    prepare_upstream.py OUT [--source DIR] [--downloads DIR]
+
+OUT becomes the patched llama.cpp. Files that have not changed keep their time stamps, so that a changed patch rebuilds
+what it touches and nothing else. --source names an unpacked llama-cpp-python sdist to use in place of a download; it is
+read, never written to, and it gets the same patches. Anything unexpected ends the build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import patch_ng
+from upstream_pin import PIN_FILE, read_pin
+
+PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
+
+# what the build reads of vendor/llama.cpp
+NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
+
+
+def download(version: str, sha256: str, folder: Path) -> Path:
+    """The sdist, through pip (which has the user's index, proxy and cache settings)."""
+    sdist = folder / f"llama_cpp_python-{version}.tar.gz"
+    if not sdist.exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
+        subprocess.run([*command, f"--dest={folder}", f"llama-cpp-python=={version}"], check=True)
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != sha256:
+        sdist.unlink()
+        raise SystemExit(f"{sdist.name}: SHA-256 is {found}, upstream.txt says {sha256}")
+    return sdist
+
+
+def unpack(sdist: Path, folder: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        if sys.version_info >= (3, 12):
+            archive.extractall(folder, filter="data")
+        else:
+            archive.extractall(folder)
+    return next(folder.iterdir())
+
+
+def check_source(source: Path, version: str) -> None:
+    init = source / "llama_cpp" / "__init__.py"
+    if not init.exists() or f'"{version}"' not in init.read_text():
+        raise SystemExit(f"{source}: not an unpacked sdist of llama-cpp-python {version}")
+
+
+def apply_patches(tree: Path) -> None:
+    for path in PATCHES:
+        patches = patch_ng.fromfile(str(path))
+        if not patches or not patches.apply(strip=1, root=str(tree)):
+            raise SystemExit(f"{path.name} does not apply to this llama.cpp (is it patched already?)")
+        added = [line[1:] for line in path.read_text().splitlines() if line.startswith("+") and not line.startswith("+++")]
+        text = "".join((tree / item.target.decode().removeprefix("b/")).read_text() for item in patches.items)
+        missing = [line for line in added if line not in text]
+        if missing:
+            raise SystemExit(f"{path.name} left no trace of: {missing[0].strip()}")
+
+
+def synchronise(new: Path, out: Path) -> None:
+    """Make `out` equal to `new`, touching only what differs."""
+    wanted = {path.relative_to(new) for path in new.rglob("*") if path.is_file()}
+    for path in list(out.rglob("*")):
+        if path.is_file() and path.relative_to(out) not in wanted:
+            path.unlink()
+    for name in wanted:
+        target = out / name
+        if not target.exists() or not filecmp.cmp(new / name, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(new / name, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--source", type=Path)
+    parser.add_argument("--downloads", type=Path, default=Path(tempfile.gettempdir()))
+    args = parser.parse_args()
+
+    logging.getLogger("patch_ng").setLevel(logging.ERROR)
+    version, sha256 = read_pin()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.source:
+            source = args.source
+            check_source(source, version)
+        else:
+            args.downloads.mkdir(parents=True, exist_ok=True)
+            source = unpack(download(version, sha256, args.downloads), Path(scratch) / "sdist")
+
+        tree = Path(scratch) / "llama.cpp"
+        for name in NEEDED:
+            item = source / "vendor" / "llama.cpp" / name
+            if item.is_dir():
+                shutil.copytree(item, tree / name)
+            else:
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(item, tree / name)
+
+        apply_patches(tree)
+        synchronise(tree, args.out)
+
+    print(f"llama.cpp of llama-cpp-python {version} with {len(PATCHES)} patches: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+// StreamingLLM (arXiv 2309.17453): the sinks and the most recent cells, a fixed budget. The simplest baseline; it looks
+// at no attention.
+
+#include "policy.h"
+
+#include <algorithm>
+#include <cmath>
+
+bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
+    const uint32_t n = attn.n_cells;
+
+    const uint32_t n_head   = refreekv_order_head(params, n, 1, pinned).size();
+    const uint32_t n_budget = params.budget <= 1.0f ? std::ceil(params.budget*n) : params.budget;
+
+    res.order = refreekv_order_head(params, n, n, pinned);
+
+    res.n_keep = refreekv_cuts(params, n, std::max(n_head, n_budget)).front();
+
+    return true;
+}

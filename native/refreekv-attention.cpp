@@ -1,0 +1,243 @@
+#include "refreekv-attention.h"
+
+#include "ggml-alloc.h"
+
+#include <algorithm>
+
+// host
+
+refreekv_attention_host::refreekv_attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells) : attn(attn) {
+    this->n_head  = n_head;
+    this->n_rows  = n_rows;
+    this->n_cells = n_cells;
+}
+
+bool refreekv_attention_host::scores(std::vector<float> & out) {
+    out.assign(n_cells, 0.0f);
+
+    for (uint32_t h = 0; h < n_head; ++h) {
+        std::vector<double> sum(n_cells, 0.0);
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            const float * row = attn + ((size_t) h*n_rows + r)*n_cells;
+            for (uint32_t j = 0; j < n_cells; ++j) {
+                sum[j] += row[j];
+            }
+        }
+        for (uint32_t j = 0; j < n_cells; ++j) {
+            out[j] = std::max(out[j], (float) (sum[j]/n_rows));
+        }
+    }
+
+    return true;
+}
+
+bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+    out.resize((size_t) n_head*n_rows*n_blocks);
+
+    for (size_t l = 0; l < (size_t) n_head*n_rows; ++l) {
+        std::vector<double> sum(n_blocks, 0.0);
+        for (uint32_t j = 0; j < n_cells; ++j) {
+            if (block[j] >= 0) {
+                const double a = attn[l*n_cells + j];
+                sum[block[j]] += squared ? a*a : a;
+            }
+        }
+        std::copy(sum.begin(), sum.end(), out.begin() + l*n_blocks);
+    }
+
+    return true;
+}
+
+// graph
+
+// upper bound for the attention rows of one slice; the graph needs about three times as much
+static const size_t REFREEKV_SLICE_BYTES = 32u*1024*1024;
+
+refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in_)) {
+    n_cells = in.slots.size();
+    n_rows  = in.rows.size();
+    n_head  = in.n_head;
+
+    galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(in.backend)));
+
+    const int64_t n_gqa      = in.n_head/in.n_head_kv;
+    const size_t  size_kv    = sizeof(float)*in.n_kv*n_rows*n_gqa;
+
+    n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, in.n_head_kv);
+
+    if (in.max_bias > 0.0f) {
+        n_head_kv_slice = in.n_head_kv; // the ALiBi slope depends on the head's index
+    }
+}
+
+template <typename F>
+bool refreekv_attention_graph::for_each_slice(F && f) {
+    for (int64_t h = 0; h < in.n_head_kv; h += n_head_kv_slice) {
+        if (!f(h, std::min(n_head_kv_slice, in.n_head_kv - h))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// [n_kv, n_rows, n_head of the slice]
+ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, std::vector<std::pair<ggml_tensor *, const void *>> & uploads) const {
+    const int64_t n_gqa = in.n_head/in.n_head_kv;
+
+    const auto upload = [&](ggml_tensor * t, const void * data) {
+        ggml_set_input(t);
+        uploads.emplace_back(t, data);
+        return t;
+    };
+
+    ggml_tensor * rows = upload(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows), in.rows.data());
+    ggml_tensor * mask = upload(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_rows), in.mask.data());
+
+    ggml_tensor * q = ggml_get_rows(ctx, in.ring, rows);
+
+    q = ggml_view_3d(ctx, q, in.n_embd_head, n_gqa*n_kv_heads, n_rows,
+            q->nb[0]*in.n_embd_head, q->nb[1], q->nb[0]*in.n_embd_head*n_gqa*h_kv);
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+
+    const size_t head_bytes = ggml_row_size(in.k->type, in.n_embd_head);
+
+    ggml_tensor * k = ggml_view_3d(ctx, in.k, in.n_embd_head, n_kv_heads, in.n_kv, head_bytes, in.k->nb[1], head_bytes*h_kv);
+    k = ggml_permute(ctx, k, 0, 2, 1, 3);
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    if (in.soft_cap > 0.0f) {
+        kq = ggml_scale(ctx, kq, in.pre_scale);
+        kq = ggml_tanh (ctx, kq);
+        kq = ggml_scale(ctx, kq, in.soft_cap);
+    }
+
+    kq = ggml_soft_max_ext(ctx, kq, mask, in.post_scale, in.max_bias);
+
+    if (!in.sinks.empty()) {
+        ggml_soft_max_add_sinks(kq, upload(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_gqa*n_kv_heads), in.sinks.data() + n_gqa*h_kv));
+    }
+
+    return kq;
+}
+
+bool refreekv_attention_graph::compute(ggml_context * ctx, ggml_tensor * out, const std::vector<std::pair<ggml_tensor *, const void *>> & uploads, std::vector<float> & res) {
+    ggml_set_output(out);
+
+    ggml_cgraph * gf = ggml_new_graph(ctx);
+    ggml_build_forward_expand(gf, out);
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        if (!ggml_backend_supports_op(in.backend, ggml_graph_node(gf, i))) {
+            return false;
+        }
+    }
+
+    if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
+        return false;
+    }
+
+    for (const auto & [t, data] : uploads) {
+        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+    }
+
+    if (ggml_backend_graph_compute(in.backend, gf) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+
+    res.resize(ggml_nelements(out));
+    ggml_backend_tensor_get(out, res.data(), 0, ggml_nbytes(out));
+
+    return true;
+}
+
+static ggml_context_ptr refreekv_graph_context() {
+    ggml_init_params params = { ggml_tensor_overhead()*128 + ggml_graph_overhead(), nullptr, true };
+
+    return ggml_context_ptr { ggml_init(params) };
+}
+
+// sum over dimension 1 by halving: plain adds, which every backend has and runs at memory speed
+static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
+    const auto rows = [&](ggml_tensor * t, int64_t i, int64_t n) {
+        return ggml_view_3d(ctx, t, t->ne[0], n, t->ne[2], t->nb[1], t->nb[2], i*t->nb[1]);
+    };
+
+    ggml_tensor * odd = nullptr;
+
+    while (t->ne[1] > 1) {
+        const int64_t half = t->ne[1]/2;
+
+        if (t->ne[1] % 2) {
+            ggml_tensor * last = rows(t, t->ne[1] - 1, 1);
+            odd = odd ? ggml_add(ctx, last, odd) : last;
+        }
+        t = ggml_add(ctx, rows(t, 0, half), rows(t, half, half));
+    }
+
+    return odd ? ggml_add(ctx, t, odd) : t;
+}
+
+bool refreekv_attention_graph::scores(std::vector<float> & out) {
+    out.assign(n_cells, 0.0f);
+
+    return for_each_slice([&](int64_t h_kv, int64_t n_kv_heads) {
+        const auto ctx = refreekv_graph_context();
+
+        std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+
+        ggml_tensor * cur = build_softmax(ctx.get(), h_kv, n_kv_heads, uploads);
+        const int64_t n_heads = cur->ne[2];
+
+        cur = refreekv_sum_dim1(ctx.get(), cur);
+        cur = ggml_scale(ctx.get(), ggml_cont(ctx.get(), cur), 1.0f/n_rows);
+        cur = ggml_reshape_2d(ctx.get(), cur, in.n_kv, n_heads);
+        cur = ggml_pool_2d(ctx.get(), cur, GGML_OP_POOL_MAX, 1, n_heads, 1, n_heads, 0, 0);
+
+        std::vector<float> res;
+        if (!compute(ctx.get(), cur, uploads, res)) {
+            return false;
+        }
+        for (uint32_t j = 0; j < n_cells; ++j) {
+            out[j] = std::max(out[j], res[in.slots[j]]);
+        }
+        return true;
+    });
+}
+
+bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+    out.clear();
+
+    std::vector<float> one_hot((size_t) in.n_kv*n_blocks, 0.0f);
+    for (uint32_t j = 0; j < n_cells; ++j) {
+        if (block[j] >= 0) {
+            one_hot[(size_t) block[j]*in.n_kv + in.slots[j]] = 1.0f;
+        }
+    }
+
+    return for_each_slice([&](int64_t h_kv, int64_t n_kv_heads) {
+        const auto ctx = refreekv_graph_context();
+
+        std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+
+        ggml_tensor * cur = build_softmax(ctx.get(), h_kv, n_kv_heads, uploads);
+        if (squared) {
+            cur = ggml_sqr(ctx.get(), cur);
+        }
+
+        ggml_tensor * b = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, in.n_kv, n_blocks);
+        ggml_set_input(b);
+        uploads.emplace_back(b, one_hot.data());
+
+        // the slice as one matrix: [n_kv, n_rows*n_head]
+        cur = ggml_mul_mat(ctx.get(), b, ggml_reshape_2d(ctx.get(), cur, in.n_kv, n_rows*cur->ne[2]));
+
+        std::vector<float> res;
+        if (!compute(ctx.get(), cur, uploads, res)) {
+            return false;
+        }
+        out.insert(out.end(), res.begin(), res.end());
+        return true;
+    });
+}

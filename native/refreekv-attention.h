@@ -1,0 +1,67 @@
+#pragma once
+
+#include "policies/policy.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+// Attention that the caller already has, [n_head][n_rows][n_cells] (the C API's refreekv_select).
+class refreekv_attention_host : public refreekv_attention {
+public:
+    refreekv_attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells);
+
+    bool scores(std::vector<float> & out) override;
+    bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
+
+private:
+    const float * attn;
+};
+
+// The attention of a layer's stored queries to its stored keys, computed on the layer's backend with the semantics of
+// upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
+// float per cell (scores) and one per block, row and head (block_sums).
+//
+// Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is.
+class refreekv_attention_graph : public refreekv_attention {
+public:
+    struct inputs {
+        ggml_backend_t backend;
+
+        ggml_tensor * k;    // [n_embd_head*n_head_kv, capacity]
+        ggml_tensor * ring; // [n_embd_head*n_head, n]
+
+        int64_t n_embd_head;
+        int64_t n_head;
+        int64_t n_head_kv;
+        int64_t n_kv;       // slots that are looked at: [0, n_kv)
+
+        std::vector<int32_t> rows;  // ring rows, oldest first
+        std::vector<int32_t> slots; // slot of cell j
+        std::vector<float>   mask;  // [n_kv, rows.size()]
+        std::vector<float>   sinks; // [n_head], or empty
+
+        float kq_scale;
+        float max_bias;    // ALiBi
+        float soft_cap;    // 0: none
+        float pre_scale;   // applied before the soft-cap
+        float post_scale;  // applied by the soft-max
+    };
+
+    explicit refreekv_attention_graph(inputs in);
+
+    bool scores(std::vector<float> & out) override;
+    bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
+
+private:
+    inputs in;
+
+    ggml_gallocr_ptr galloc;
+    int64_t          n_head_kv_slice; // KV heads per slice
+
+    template <typename F>
+    bool for_each_slice(F && f);
+
+    ggml_tensor * build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, std::vector<std::pair<ggml_tensor *, const void *>> & uploads) const;
+
+    bool compute(ggml_context * ctx, ggml_tensor * out, const std::vector<std::pair<ggml_tensor *, const void *>> & uploads, std::vector<float> & res);
+};

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+struct ggml_cgraph;
+struct ggml_context;
+struct ggml_tensor;
+struct llama_cparams;
+struct llama_hparams;
+struct llama_ubatch;
+
+class llama_kv_cache_context;
+class llm_graph_input_attn_kv;
+
+// hook of llm_graph_context::build_attn_inp_kv: the attention inputs of a cache with a policy; nullptr: it has none
+std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx);
+
+struct refreekv_attn_call {
+    ggml_context * ctx;
+    ggml_cgraph  * gf;
+    ggml_tensor  * q_cur;    // [n_embd_head, n_head, n_tokens], after RoPE and rotation
+    ggml_tensor  * kq_b;
+    ggml_tensor  * sinks;
+    float          kq_scale;
+    int            il;
+};
+
+// hook of llm_graph_context::build_attn: the mask and indices of the layer's layout, and a copy of its last queries into
+// the ring. Returns inp itself when the cache has no policy.
+llm_graph_input_attn_kv * refreekv_attn_layer(llm_graph_input_attn_kv * inp, const refreekv_attn_call & call);

@@ -1,0 +1,30 @@
+#include "refreekv-pages.h"
+
+#if defined(_WIN32)
+
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+
+refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+    return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
+}
+
+void refreekv_pages_deleter::operator()(void * ptr) const {
+    VirtualFree(ptr, 0, MEM_RELEASE);
+}
+
+#else
+
+#include <sys/mman.h>
+
+refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+    void * ptr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    return { ptr == MAP_FAILED ? nullptr : ptr, { size } };
+}
+
+void refreekv_pages_deleter::operator()(void * ptr) const {
+    munmap(ptr, size);
+}
+
+#endif

@@ -1,0 +1,81 @@
+#include "refreekv-ring.h"
+
+#include "llama-batch.h"
+
+#include <algorithm>
+
+refreekv_ring::refreekv_ring(uint32_t n_window, uint32_t n_seq) : n_window(n_window), n_seq(n_seq), pos_of_row((size_t) n_window*n_seq, -1) {}
+
+int64_t refreekv_ring::row(llama_seq_id seq_id, llama_pos pos) const {
+    return (int64_t) seq_id*n_window + pos % n_window;
+}
+
+uint32_t refreekv_ring::n_copy(const llama_ubatch & ubatch) const {
+    return std::min(ubatch.n_tokens, n_window*std::max(1u, std::min(ubatch.n_seqs_unq, n_seq)));
+}
+
+std::vector<std::pair<uint32_t, int64_t>> refreekv_ring::wanted(const llama_ubatch & ubatch) const {
+    std::vector<std::pair<uint32_t, int64_t>> res;
+    std::vector<uint32_t> n_taken(n_seq, 0);
+
+    for (uint32_t i = ubatch.n_tokens; i-- > 0 && res.size() < n_copy(ubatch);) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+        if ((uint32_t) seq_id < n_seq && n_taken[seq_id] < n_window) {
+            n_taken[seq_id]++;
+            res.emplace_back(i, row(seq_id, ubatch.pos[i]));
+        }
+    }
+
+    return res;
+}
+
+void refreekv_ring::set_input(ggml_tensor * src, ggml_tensor * dst, const llama_ubatch & ubatch) const {
+    const auto list = wanted(ubatch);
+
+    std::vector<int32_t> src_data(dst->ne[0], 0);
+    std::vector<int64_t> dst_data(dst->ne[0], n_rows() - 1);
+
+    for (size_t i = 0; i < list.size(); ++i) {
+        // with a row per token there is no choice of tokens (src == nullptr)
+        const size_t at = src ? i : list[i].first;
+
+        src_data[at] = list[i].first;
+        dst_data[at] = list[i].second;
+    }
+
+    if (src) {
+        ggml_backend_tensor_set(src, src_data.data(), 0, ggml_nbytes(src));
+    }
+    ggml_backend_tensor_set(dst, dst_data.data(), 0, ggml_nbytes(dst));
+}
+
+void refreekv_ring::note(const llama_ubatch & ubatch) {
+    for (const auto & [i, row] : wanted(ubatch)) {
+        pos_of_row[row] = ubatch.pos[i];
+    }
+}
+
+void refreekv_ring::rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, std::vector<int32_t> & rows, std::vector<llama_pos> & pos) const {
+    rows.clear();
+    pos.clear();
+
+    if ((uint32_t) seq_id >= n_seq) {
+        return;
+    }
+
+    for (llama_pos p = std::max(0, pos_max + 1 - (llama_pos) std::min(n, n_window)); p <= pos_max; ++p) {
+        if (pos_of_row[row(seq_id, p)] == p) {
+            rows.push_back(row(seq_id, p));
+            pos.push_back(p);
+        }
+    }
+}
+
+void refreekv_ring::forget(llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        std::fill(pos_of_row.begin(), pos_of_row.end(), -1);
+    } else if ((uint32_t) seq_id < n_seq) {
+        std::fill_n(pos_of_row.begin() + (size_t) seq_id*n_window, n_window, -1);
+    }
+}

@@ -1,0 +1,195 @@
+// Saving and loading the rows of a refreekv_store: the counterpart of llama_kv_cache::state_write_data and
+// state_read_data. The cells themselves (positions, sequences) are written by upstream before; here they are counted in
+// that order. Only what a group holds is written, so a pruned state is as small as the pruned cache.
+
+#include "refreekv-store.h"
+
+#include "refreekv-error.h"
+
+#include "llama-context.h"
+#include "llama-io.h"
+
+#include <algorithm>
+#include <numeric>
+
+static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
+static const uint32_t REFREEKV_STATE_VERSION = 1;
+
+// f(tensor, offset, size) for the bytes of these slots, in this order: all of K, then all of V (line by line when it is
+// transposed). Consecutive slots are one piece; how the pieces fall does not change the order of the bytes.
+template <typename F>
+static void refreekv_for_bytes(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
+    const auto pieces = [&](ggml_tensor * t, size_t start, size_t stride) {
+        for (size_t i = 0, n = 0; i < slots.size(); i += n) {
+            n = 1;
+            while (i + n < slots.size() && slots[i + n] == slots[i] + n) {
+                ++n;
+            }
+            f(t, start + slots[i]*stride, n*stride);
+        }
+    };
+
+    pieces(rows.k, 0, rows.k->nb[1]);
+
+    if (!rows.get_shape().v_trans) {
+        pieces(rows.v, 0, rows.v->nb[1]);
+        return;
+    }
+    for (int64_t j = 0; j < rows.v->ne[1]; ++j) {
+        pieces(rows.v, j*rows.v->nb[1], rows.v->nb[0]);
+    }
+}
+
+struct refreekv_state_header {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t v_trans;
+    uint32_t n_groups;
+    uint32_t n_cells;
+};
+
+struct refreekv_state_group {
+    int32_t  type_k;
+    int32_t  type_v;
+    uint64_t n_embd_k;
+    uint64_t n_embd_v;
+    uint32_t n_held;
+    uint32_t reserved;
+};
+
+void refreekv_store::state_write(llama_io_write_i & io, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
+    std::vector<uint32_t> list;
+    for (const auto & [c0, c1] : ranges) {
+        for (uint32_t c = c0; c < c1; ++c) {
+            list.push_back(c);
+        }
+    }
+
+    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) groups.size(), (uint32_t) list.size() };
+    io.write(&header, sizeof(header));
+
+    // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
+    std::vector<uint8_t> behind(list.size(), 0);
+    for (size_t i = 0; i < list.size(); ++i) {
+        for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
+            behind[i] |= cells().seq_has(list[i], s) && cells().pos_get(list[i]) <= pruned[s];
+        }
+    }
+    io.write(behind.data(), behind.size());
+
+    for (const auto & g : groups) {
+        // (slot, index in the list), in the order of slots
+        std::vector<std::pair<uint32_t, uint32_t>> held;
+        for (uint32_t i = 0; i < list.size(); ++i) {
+            const int32_t slot = g.res.slot(list[i]);
+            if (slot >= 0 && !g.res.hidden(slot)) {
+                held.emplace_back(slot, i);
+            }
+        }
+        std::sort(held.begin(), held.end());
+
+        const auto & shape = g.rows.get_shape();
+
+        const refreekv_state_group info = { shape.type_k, shape.type_v, (uint64_t) shape.n_embd_k, (uint64_t) shape.n_embd_v, (uint32_t) held.size(), 0 };
+        io.write(&info, sizeof(info));
+
+        std::vector<uint32_t> slots;
+        for (const auto & [slot, i] : held) {
+            slots.push_back(slot);
+            io.write(&i, sizeof(i));
+        }
+
+        if (!slots.empty()) {
+            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
+        }
+    }
+}
+
+// false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
+bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
+    const auto & list = sinfo.idxs[0];
+
+    refreekv_state_header header;
+    io.read(&header, sizeof(header));
+
+    if (header.magic != REFREEKV_STATE_MAGIC || header.version != REFREEKV_STATE_VERSION) {
+        refreekv_set_error("state: it was not written by a context with a KV policy (or by another version); load it into one like that");
+        return false;
+    }
+    if (header.v_trans != (uint32_t) kv.v_trans) {
+        refreekv_set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", kv.v_trans ? "False" : "True");
+        return false;
+    }
+    if (header.n_groups != groups.size() || header.n_cells != cell_count || list.size() != cell_count) {
+        refreekv_set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_groups, header.n_cells, groups.size(), cell_count);
+        return false;
+    }
+
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
+    release_stale();
+
+    std::vector<uint8_t> behind(cell_count);
+    io.read(behind.data(), behind.size());
+
+    for (auto & g : groups) {
+        const auto & shape = g.rows.get_shape();
+
+        refreekv_state_group info;
+        io.read(&info, sizeof(info));
+
+        if (info.type_k != shape.type_k || info.type_v != shape.type_v || info.n_embd_k != (uint64_t) shape.n_embd_k || info.n_embd_v != (uint64_t) shape.n_embd_v) {
+            refreekv_set_error("state: layer %d has other cache types or row sizes than this context", g.il);
+            return false;
+        }
+        if (info.n_held > cell_count) {
+            refreekv_set_error("state: damaged, layer %d holds more cells than there are", g.il);
+            return false;
+        }
+
+        std::vector<uint32_t> idxs(info.n_held);
+        io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
+
+        std::vector<uint8_t> seen(cell_count, 0);
+        for (uint32_t i : idxs) {
+            if (i >= cell_count || seen[i]) {
+                refreekv_set_error("state: damaged, layer %d names a cell that is not there", g.il);
+                return false;
+            }
+            seen[i] = 1;
+        }
+
+        const uint32_t n_need = padded(g.res.n_slots_after(info.n_held));
+        if (n_need > g.rows.capacity()) {
+            std::vector<uint32_t> keep(g.res.n_slots());
+            std::iota(keep.begin(), keep.end(), 0);
+
+            if (!move(g, keep, n_need)) {
+                refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
+                return false;
+            }
+        }
+
+        std::vector<uint32_t> slots;
+        for (uint32_t i : idxs) {
+            slots.push_back(g.res.assign(list[i]));
+        }
+        if (!slots.empty()) {
+            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
+        }
+    }
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
+        for (uint32_t i = 0; i < cell_count; ++i) {
+            if (behind[i] && cells().seq_has(list[i], s)) {
+                pruned[s] = std::max(pruned[s], cells().pos_get(list[i]));
+                ring.forget(s);
+            }
+        }
+    }
+
+    stale_layouts = true;
+
+    return true;
+}

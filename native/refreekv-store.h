@@ -1,0 +1,213 @@
+#pragma once
+
+#include "refreekv.h"
+#include "refreekv-residency.h"
+#include "refreekv-ring.h"
+#include "refreekv-rows.h"
+
+#include "llama-kv-cache.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+// The storage of a llama_kv_cache whose context has a KV policy.
+//
+// Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
+// where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
+// (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. So
+// far every layer is one group.
+//
+// Groups whose slots look alike to every query that may still come share a layout: one mask and one pair of index
+// inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
+//
+// Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
+// slots and cannot. Rows move (and graphs become stale, see generation()) in reserve(), update() and clear() only, never
+// while a graph runs.
+class refreekv_store {
+public:
+    using slot_info       = llama_kv_cache::slot_info;
+    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
+
+    // which hooks have run in this process (refreekv_hooks_ran)
+    enum hook : uint32_t {
+        HOOK_CREATE     = 1 << 0,
+        HOOK_RESERVE    = 1 << 1,
+        HOOK_APPLY      = 1 << 2,
+        HOOK_GRAPH      = 1 << 3,
+        HOOK_ATTN_LAYER = 1 << 4,
+        HOOK_UPDATE     = 1 << 5,
+    };
+    static uint32_t hooks_ran();
+    static void     hook_ran(hook h);
+
+    // the policy for the next context of this thread; nullptr: none
+    static const refreekv_params * next_params();
+    static void set_next_params(const refreekv_params * params);
+
+    // a store if the context is to have a policy; the cache then needs no tensors but their shapes
+    static std::shared_ptr<refreekv_store> create(llama_kv_cache & kv, bool offload);
+    static ggml_backend_buffer_ptr no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft);
+
+    // nullptr when the memory has none
+    static refreekv_store * of(llama_memory_t mem);
+    static refreekv_store * of(const llama_kv_cache_context * mctx);
+
+    // the same reports for a cache without a policy; groups are reported for a plain llama_kv_cache only
+    static refreekv_stats      full_stats(llama_memory_t mem);
+    static refreekv_group_info full_group(llama_memory_t mem, uint32_t i_group);
+
+    // is this the context of a reservation: shapes, no cells
+    static bool is_reservation(const llama_kv_cache_context * mctx);
+
+    //
+    // hooks of llama_kv_cache; false: refused, and refreekv_last_error() says why
+    //
+
+    void clear();
+    bool on_seq_rm   (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    bool on_seq_cp   (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+    void on_seq_keep (llama_seq_id seq_id);
+    bool on_seq_shift(const char * op, llama_seq_id seq_id) const;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
+
+    // room for a batch. false: no memory; what was there is untouched
+    bool reserve(const slot_info_vec_t & sinfos);
+
+    // called before every batch; true when update() has something to do
+    bool begin_update(llama_context * lctx);
+    void update(llama_context * lctx);
+
+    void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
+
+    void state_write(llama_io_write_i & io, const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
+    bool state_read (llama_io_read_i  & io, uint32_t cell_count, const slot_info & sinfo);
+
+    //
+    // graphs
+    //
+
+    // counts up when a graph built before must not run again
+    uint64_t generation() const { return n_generation; }
+
+    uint32_t n_layouts() const { return layouts.size(); }
+    uint32_t layout_of(int32_t il) const { return groups[group_of(il)].layout; }
+    uint32_t layout_n_kv(uint32_t layout) const;
+    int64_t  n_v_idxs(uint32_t n_tokens) const;
+
+    ggml_tensor * get_k(ggml_context * ctx, int32_t il) const;
+    ggml_tensor * get_v(ggml_context * ctx, int32_t il) const;
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const;
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const;
+
+    void set_input_k_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const;
+    void set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const;
+    void set_input_mask  (ggml_tensor * dst, uint32_t layout, const llama_ubatch & ubatch, bool causal) const;
+
+    const refreekv_ring & get_ring() const { return ring; }
+    ggml_tensor * ring_of(int32_t il) const { return groups[group_of(il)].ring; }
+
+    // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built
+    void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool has_bias);
+
+    //
+    // the C API (refreekv.h)
+    //
+
+    // both run in update(); the result is left in res
+    int64_t prune(llama_context * lctx, llama_seq_id seq_id);
+    int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
+
+    llama_pos pruned_pos(llama_seq_id seq_id) const;
+    bool      valid_seq (llama_seq_id seq_id) const;
+
+    refreekv_stats      stats() const;
+    refreekv_group_info group_info(uint32_t i_group) const;
+    uint32_t            n_groups() const { return groups.size(); }
+
+    std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_group) const;
+
+    int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
+    int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
+
+    refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload);
+
+private:
+    // one group of KV heads of one layer
+    struct group {
+        int32_t  il;
+        uint32_t layout = 0;
+
+        refreekv_residency res;
+        refreekv_rows      rows;
+
+        ggml_tensor * ring = nullptr;
+
+        // from note_attention
+        float         kq_scale = 0.0f;
+        ggml_tensor * sinks    = nullptr;
+        bool          has_bias = false;
+    };
+
+    // a cell of one sequence in one group
+    struct held {
+        llama_pos pos;
+        uint32_t  cell;
+        uint32_t  slot;
+    };
+
+    llama_kv_cache &      kv;
+    const refreekv_params params;
+    llama_context *       lctx = nullptr; // of the last update
+
+    std::vector<group>         groups;
+    std::map<int32_t, uint32_t> il_to_group;
+    std::vector<uint32_t>      layouts;   // the group that stands for each layout
+
+    refreekv_ring ring;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
+
+    std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
+
+    uint64_t n_generation  = 0;
+    bool     stale_slots   = false;       // cells may have become empty
+    bool     stale_layouts = true;
+
+    struct job {
+        llama_seq_id seq_id;
+        int32_t      il;                  // < 0: the policy, on every layer
+        std::vector<llama_pos> pos;
+    };
+    std::vector<job> jobs;
+    int64_t          job_result = 0;
+
+    int64_t  n_prunes    = 0;
+    int64_t  prune_us    = 0;
+    uint64_t bytes_freed = 0;
+
+    const llama_kv_cells & cells() const { return kv.v_cells[0]; }
+    uint32_t group_of(int32_t il) const { return il_to_group.at(il); }
+    uint32_t padded(uint32_t n) const;
+
+    void release_stale();
+    void update_layouts();
+    bool same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const;
+
+    bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity);
+    ggml_backend_t backend_of(const group & g) const;
+
+    int64_t run_job(const job & j);
+    int64_t run(const job & j);
+
+    std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
+
+    bool select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
+    bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
+
+    template <typename T>
+    void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;
+
+    const slot_info & current(const llama_kv_cache_context * mctx) const;
+};

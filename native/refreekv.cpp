@@ -1,0 +1,258 @@
+#include "refreekv.h"
+
+#include "refreekv-attention.h"
+#include "refreekv-error.h"
+#include "refreekv-model.h"
+#include "refreekv-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <stdexcept>
+
+static const int32_t REFREEKV_ABI_VERSION = 1;
+
+static thread_local std::string g_error;
+
+void refreekv_set_error(const char * format, ...) {
+    char buf[512];
+
+    va_list args;
+    va_start(args, format);
+    vsnprintf(buf, sizeof(buf), format, args);
+    va_end(args);
+
+    g_error = buf;
+
+    LLAMA_LOG_ERROR("refreekv: %s\n", buf);
+}
+
+void refreekv_clear_error() {
+    g_error.clear();
+}
+
+// nullptr after setting the error
+static refreekv_store * refreekv_get_store(llama_context * ctx) {
+    refreekv_clear_error();
+
+    auto * store = ctx ? refreekv_store::of(ctx->get_memory()) : nullptr;
+    if (!store) {
+        refreekv_set_error("this context has no KV policy");
+    }
+
+    return store;
+}
+
+static bool refreekv_check_seq(const refreekv_store & store, llama_seq_id seq_id, llama_context * ctx) {
+    if (!store.valid_seq(seq_id) || llama_memory_seq_pos_max(ctx->get_memory(), seq_id) < 0) {
+        refreekv_set_error("sequence %d has no tokens", seq_id);
+        return false;
+    }
+    return true;
+}
+
+static bool refreekv_check_group(uint32_t n_groups, int32_t i_group) {
+    if (i_group < 0 || (uint32_t) i_group >= n_groups) {
+        refreekv_set_error("group %d: there are %u", i_group, n_groups);
+        return false;
+    }
+    return true;
+}
+
+// a context may have no memory at all (embedding models)
+static llama_memory_t refreekv_get_memory(llama_context * ctx) {
+    refreekv_clear_error();
+
+    auto * mem = ctx ? ctx->get_memory() : nullptr;
+    if (!mem) {
+        refreekv_set_error("this context has no KV cache");
+    }
+
+    return mem;
+}
+
+int32_t refreekv_abi_version(void) {
+    return REFREEKV_ABI_VERSION;
+}
+
+const char * refreekv_last_error(void) {
+    return g_error.c_str();
+}
+
+uint32_t refreekv_hooks_ran(void) {
+    return refreekv_store::hooks_ran();
+}
+
+// the `window` preset: the rule that held on real models; see docs/policies.md
+struct refreekv_params refreekv_params_default(void) {
+    refreekv_params res = {};
+
+    res.policy           = REFREEKV_POLICY_REFREEKV;
+    res.ranking          = REFREEKV_RANKING_SCORE;
+    res.rows             = REFREEKV_ROWS_WORST;
+    res.measure          = REFREEKV_MEASURE_MASS;
+    res.sinks_in_measure = false;
+    res.n_window         = 64;
+    res.n_sink           = 4;
+    res.n_recent         = 32;
+    res.n_full_layers    = 0;
+    res.n_pool           = 31;
+    res.n_block          = 256;
+    res.n_min            = 512;
+    res.threshold        = 0.5f;
+    res.mass_floor       = 0.05f;
+    res.budget           = 1.0f;
+    res.mask_only        = false;
+    res.graph_gather     = false;
+
+    return res;
+}
+
+int32_t refreekv_next_context(const struct refreekv_params * params) {
+    refreekv_clear_error();
+
+    if (params) {
+        if (const char * why = refreekv_policy_check(*params)) {
+            refreekv_set_error("%s", why);
+            return REFREEKV_ERR_ARGUMENT;
+        }
+    }
+    refreekv_store::set_next_params(params);
+
+    return REFREEKV_OK;
+}
+
+const char * refreekv_model_refusal(const struct llama_model * model) {
+    static thread_local std::string why;
+
+    why = refreekv_why_not(*model);
+
+    return why.empty() ? nullptr : why.c_str();
+}
+
+int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return store->prune(ctx, seq_id);
+}
+
+int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    std::vector<llama_pos> list(pos, pos + n_pos);
+    std::sort(list.begin(), list.end());
+
+    return store->keep(ctx, seq_id, il, list);
+}
+
+llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store || !store->valid_seq(seq_id)) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    return store->pruned_pos(seq_id);
+}
+
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats) {
+    auto * mem = refreekv_get_memory(ctx);
+    if (!mem) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+
+    const auto * store = refreekv_store::of(mem);
+    *stats = store ? store->stats() : refreekv_store::full_stats(mem);
+
+    return REFREEKV_OK;
+}
+
+int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct refreekv_group_info * info) {
+    auto * mem = refreekv_get_memory(ctx);
+    if (!mem) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+
+    const auto * store = refreekv_store::of(mem);
+
+    if (!refreekv_check_group(store ? store->n_groups() : refreekv_store::full_stats(mem).n_group, i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    *info = store ? store->group_info(i_group) : refreekv_store::full_group(mem, i_group);
+
+    return REFREEKV_OK;
+}
+
+int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    const auto kept = store->kept(seq_id, i_group);
+    std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
+
+    return kept.size();
+}
+
+int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return store->read_queries(seq_id, i_group, out, pos, n_max);
+}
+
+int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return store->read_keys(seq_id, i_group, out, pos, n_max);
+}
+
+int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, uint8_t * kept) {
+    refreekv_clear_error();
+
+    if (const char * why = refreekv_policy_check(*params)) {
+        refreekv_set_error("%s", why);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (n_head < 1 || n_rows < 1 || n_cells < 1) {
+        refreekv_set_error("select: n_head, n_rows and n_cells must be positive");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    refreekv_attention_host host(attn, n_head, n_rows, n_cells);
+    refreekv_selection      sel;
+
+    refreekv_policy_find(params->policy)(*params, host, {}, sel);
+
+    std::fill_n(kept, n_cells, 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        kept[sel.order[r]] = 1;
+    }
+
+    return sel.n_keep;
+}

@@ -1,0 +1,158 @@
+#pragma once
+
+// The C API of refreekv: what llama.h has no room for. llama.h passes its structs by value through ctypes, so they
+// must keep their layout; everything a KV policy needs goes through here instead.
+//
+// This header is also the source of the Python binding (refreekv_cpp/build_binding.py reads it): plain C, no macros
+// but REFREEKV_API.
+//
+// Errors: functions that can fail return a negative refreekv_status or NULL; refreekv_last_error() then names what was
+// wrong and what is valid. Thread safety: as llama.h, one thread at a time per context.
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "llama.h"
+
+#if defined(_WIN32)
+#    ifdef LLAMA_BUILD
+#        define REFREEKV_API __declspec(dllexport)
+#    else
+#        define REFREEKV_API __declspec(dllimport)
+#    endif
+#else
+#    define REFREEKV_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum refreekv_status {
+    REFREEKV_OK            =  0,
+    REFREEKV_ERR_ARGUMENT  = -1, // a parameter is out of range
+    REFREEKV_ERR_NO_POLICY = -2, // the context was created without a policy
+    REFREEKV_ERR_STATE     = -3, // the sequence is not in a state that allows this
+    REFREEKV_ERR_MEMORY    = -4, // an allocation failed
+    REFREEKV_ERR_COMPUTE   = -5, // the backend could not compute the eviction graph
+};
+
+enum refreekv_policy_kind {
+    REFREEKV_POLICY_STREAMING = 1, // sinks and recent cells, fixed budget
+    REFREEKV_POLICY_REFREEKV  = 2, // arXiv 2502.16886, section 3, and its variants
+};
+
+// the order in which cells are kept
+enum refreekv_ranking {
+    REFREEKV_RANKING_POSITION = 0, // sinks, then from the last position backwards
+    REFREEKV_RANKING_SCORE    = 1, // sinks, recent, then by pooled attention
+};
+
+// which attention rows the stop rule looks at, and how it joins them
+enum refreekv_rows_rule {
+    REFREEKV_ROWS_LAST  = 0, // the last row only, averaged over heads
+    REFREEKV_ROWS_MEAN  = 1, // averaged over the rows of the window and over heads
+    REFREEKV_ROWS_WORST = 2, // every row in every head has to satisfy it
+};
+
+enum refreekv_measure {
+    REFREEKV_MEASURE_NORM = 0, // L2 norm of the row
+    REFREEKV_MEASURE_MASS = 1, // sum of the row
+};
+
+struct refreekv_params {
+    int32_t policy;           // enum refreekv_policy_kind
+    int32_t ranking;          // enum refreekv_ranking
+    int32_t rows;             // enum refreekv_rows_rule
+    int32_t measure;          // enum refreekv_measure
+    bool    sinks_in_measure; // whether the sinks count in the measure
+
+    int32_t n_window;         // queries kept per sequence and layer, 1..256
+    int32_t n_sink;           // first positions that are always kept
+    int32_t n_recent;         // last positions that are always kept
+    int32_t n_full_layers;    // leading attention layers that are kept whole
+    int32_t n_pool;           // width of the max-pool over scores, odd
+    int32_t n_block;          // cells are evicted in multiples of this; the graph's padding
+    int32_t n_min;            // sequences shorter than this are left whole
+
+    float   threshold;        // what the measure may lose, 0..1
+    float   mass_floor;       // floor of the denominator of the mass measure
+    float   budget;           // streaming: fraction of the cells to keep, or a count when > 1
+
+    bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
+    bool    graph_gather;     // debug: move rows with a graph even where the host could copy them
+};
+
+struct refreekv_stats {
+    int32_t  n_tokens;    // logical cells in use
+    int32_t  n_group;     // groups of KV heads, over all layers
+    int32_t  n_layout;    // distinct layouts: masks a graph needs
+    int32_t  n_prunes;
+    int64_t  prune_us;    // of all prunings
+    uint64_t bytes;       // K and V storage, as allocated now
+    uint64_t bytes_ring;  // query rings
+    uint64_t bytes_full;  // what the full cache of n_tokens needs
+    uint64_t bytes_freed; // given back by evictions so far
+};
+
+struct refreekv_group_info {
+    int32_t  il;          // layer in the model
+    int32_t  n_head;      // query heads
+    int32_t  n_head_kv;
+    int32_t  n_embd_head;
+    int32_t  n_kept;      // cells held
+    int32_t  n_capacity;  // cells there is room for
+    int32_t  layout;      // groups with equal layout share mask and indices
+    uint64_t row_bytes;   // K and V of one cell
+    float    kq_scale;    // of the attention logits; 0 before the first decode
+};
+
+// which version of this header the library was built from
+REFREEKV_API int32_t refreekv_abi_version(void);
+
+// the last error of this thread, "" when there was none
+REFREEKV_API const char * refreekv_last_error(void);
+
+// a mask of the hooks that have run in this process, see enum refreekv_hook in refreekv-store.h
+REFREEKV_API uint32_t refreekv_hooks_ran(void);
+
+REFREEKV_API struct refreekv_params refreekv_params_default(void);
+
+// the policy of the next context created by this thread; NULL: upstream's own cache.
+// It stays in force until it is set again: set NULL once the context is there.
+REFREEKV_API int32_t refreekv_next_context(const struct refreekv_params * params);
+
+// NULL when the model can have a policy, else the reason why not
+REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * model);
+
+// apply the context's policy to a sequence, now. Returns the number of cells evicted, over all layers.
+// Logits of the last decode stay readable.
+REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
+
+// keep just these positions of a sequence in one layer (il of the model). For tests and research.
+REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
+
+// the last position that a pruning of this sequence looked at: what lies at or before it cannot be rewound into.
+// -1 when the sequence is whole, < -1 on error
+REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id);
+
+// both work without a policy too
+REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats);
+REFREEKV_API int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct refreekv_group_info * info);
+
+// the positions of a sequence that a group holds, ascending; returns their number, writes at most n_max of them
+REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max);
+
+// what the metric would read, for oracles: the queries in the ring (oldest first), [n_head * n_embd_head] each, and the
+// keys of a group (position order), [n_head_kv * n_embd_head] each, dequantised; both return the number of rows
+REFREEKV_API int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
+REFREEKV_API int32_t refreekv_read_keys   (struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
+
+// the policy alone, on attention that the caller has: attn[(h*n_rows + r)*n_cells + j], rows oldest first, cells in
+// position order. kept[j] is set to 1 or 0. Returns the number kept.
+REFREEKV_API int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, uint8_t * kept);
+
+#ifdef __cplusplus
+}
+#endif

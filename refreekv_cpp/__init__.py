@@ -1,0 +1,33 @@
+"""llama-cpp-python with a KV cache that keeps what the model still looks at, and gives the rest back.
+
+Import this before `llama_cpp`: it makes llama_cpp load the library it brings.
+"""
+
+from __future__ import annotations
+
+from refreekv_cpp.errors import (
+    CacheMemoryError,
+    CacheStateError,
+    ComputeError,
+    PolicyError,
+    RefreeKVError,
+    UnsupportedModelError,
+)
+from refreekv_cpp.llama import Llama
+from refreekv_cpp.policies import Full, Policy, ReFreeKV, Streaming
+from refreekv_cpp.stats import KVStats
+
+__all__ = [
+    "CacheMemoryError",
+    "CacheStateError",
+    "ComputeError",
+    "Full",
+    "KVStats",
+    "Llama",
+    "Policy",
+    "PolicyError",
+    "ReFreeKV",
+    "RefreeKVError",
+    "Streaming",
+    "UnsupportedModelError",
+]

@@ -1,0 +1,27 @@
+"""The exceptions of refreekv_cpp. Each is also the built-in exception that llama-cpp-python users would catch."""
+
+from __future__ import annotations
+
+
+class RefreeKVError(Exception):
+    """Something that refreekv_cpp refuses or failed at. The message says what is valid or what to do."""
+
+
+class PolicyError(RefreeKVError, ValueError):
+    """An unknown KV policy, or an option that it does not have or cannot take."""
+
+
+class UnsupportedModelError(RefreeKVError, ValueError):
+    """The model's memory cannot have a KV policy; `kv_policy="full"` runs it."""
+
+
+class CacheStateError(RefreeKVError, RuntimeError):
+    """The pruned cache cannot do this (rewind into or copy a part of what was pruned, ...)."""
+
+
+class CacheMemoryError(RefreeKVError, MemoryError):
+    """The KV cache could not grow. The cache is what it was before the call."""
+
+
+class ComputeError(RefreeKVError, RuntimeError):
+    """The backend could not compute the eviction."""

@@ -1,0 +1,160 @@
+"""llama-cpp-python's `Llama` with a KV policy."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any, Literal, get_args
+
+from refreekv_cpp import native
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError, PolicyError, UnsupportedModelError
+from refreekv_cpp.policies import Full, Policy, as_policy
+from refreekv_cpp.stats import KVStats
+
+import llama_cpp  # isort: skip  (after native, which has loaded our library)
+
+Evicted = Literal["recompute", "drop"]
+
+# llama-cpp-python keeps one sequence per Llama
+_SEQ_ID = 0
+
+
+class Llama(llama_cpp.Llama):
+    """`llama_cpp.Llama`, whose KV cache is pruned once the prompt has been read.
+
+    Everything else is llama-cpp-python's: https://llama-cpp-python.readthedocs.io
+
+    Args:
+        model_path: a GGUF file.
+        kv_policy: "full" (upstream's own cache, the default), "refreekv", "paper", "released-code", "streaming", or an
+            object such as `ReFreeKV(threshold=0.4)`; see `refreekv_cpp.policies`.
+        kv_evicted: what happens when the next prompt goes on from a pruned cache, and may ask for what was evicted.
+            "recompute": the conversation is read again, so that the new question decides what stays; "drop": it goes on
+            from what is left (arXiv 2502.16886 says nothing of a second turn).
+        **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error.
+
+    Raises:
+        PolicyError: unknown policy or option.
+        UnsupportedModelError: the model's memory cannot have this policy.
+        ValueError: as llama-cpp-python, for a file that is missing or no model.
+    """
+
+    def __init__(
+        self, model_path: str, *, kv_policy: str | Policy = "full", kv_evicted: Evicted = "recompute", **options: Any
+    ) -> None:
+        self.kv_policy = as_policy(kv_policy)
+        self.kv_evicted = kv_evicted
+        self._prune_after_eval = False
+
+        _check_options(options)
+        if kv_evicted not in get_args(Evicted):
+            raise PolicyError(f"kv_evicted={kv_evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
+        n_ctx = options.get("n_ctx", 512)
+        if not isinstance(n_ctx, int) or n_ctx < 0:
+            raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")
+        if options.get("embedding") and not isinstance(self.kv_policy, Full):
+            if options.get("verbose", True):
+                print("refreekv: embedding=True keeps no cache between calls, kv_policy is ignored", file=sys.stderr)
+            self.kv_policy = Full()
+
+        native_options = self.kv_policy.native_options()
+        params = None if native_options is None else native.make_params(**native_options)
+
+        with native.next_context(params):
+            try:
+                super().__init__(model_path, **options)
+            except ValueError as error:
+                if reason := native.last_error():
+                    raise UnsupportedModelError(f'{reason}; kv_policy="full" runs it') from error
+                raise
+
+    @property
+    def kv_stats(self) -> KVStats:
+        """What the KV cache holds now."""
+        return KVStats.read(self.kv_policy.name, self._ctx.ctx)
+
+    def prune_kv(self) -> int:
+        """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
+
+        Completions do this by themselves after the prompt; this is for those who call `eval` and `sample`.
+
+        Raises:
+            CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
+        """
+        if isinstance(self.kv_policy, Full) or self.n_tokens == 0:
+            return 0
+        before = self.kv_stats
+        n_evicted = native.prune(self._ctx.ctx, _SEQ_ID)
+        if self.verbose:
+            after = self.kv_stats
+            print(
+                f"refreekv: {after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
+                f"in {after.prune_ms - before.prune_ms:.0f} ms",
+                file=sys.stderr,
+            )
+        return n_evicted
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
+
+        Raises:
+            CacheStateError: `n_tokens` was set back into what a pruning has looked at.
+            CacheMemoryError: the cache could not grow; it is what it was before the call.
+        """
+        if isinstance(self.kv_policy, Full):
+            super().eval(tokens)
+            return
+
+        pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
+        if 0 < self.n_tokens <= pruned_pos:
+            raise CacheStateError(
+                f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
+                "or later, or reset()"
+            )
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            if reason := native.last_error():
+                raise CacheMemoryError(reason) from error
+            raise
+        if self._prune_after_eval and tokens:
+            self._prune_after_eval = False
+            self.prune_kv()
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As upstream's; the cache is pruned once `tokens` have been read."""
+        if not isinstance(self.kv_policy, Full):
+            if self._must_recompute(tokens):
+                self.reset()
+            self._prune_after_eval = True
+        try:
+            yield from super().generate(tokens, *args, **kwargs)
+        finally:
+            self._prune_after_eval = False
+
+    def _must_recompute(self, tokens: Sequence[int]) -> bool:
+        if self.kv_evicted == "drop" or native.pruned_pos(self._ctx.ctx, _SEQ_ID) < 0:
+            return False
+        # the very prompt that was read last can be sampled from at once
+        return list(tokens) != list(self._input_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "kv_policy": self.kv_policy, "kv_evicted": self.kv_evicted}
+
+
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """llama-cpp-python swallows what it does not know; a mistyped option must not vanish."""
+    for option in options:
+        if option not in _OPTIONS:
+            hint = did_you_mean(option, [*_OPTIONS, "kv_policy", "kv_evicted"]) or ";"
+            raise TypeError(f"Llama() got an unexpected keyword argument {option!r}{hint} see llama_cpp.Llama")

@@ -1,0 +1,148 @@
+"""The C API (native/refreekv.h) as Python: one function per call, return codes turned into exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
+from refreekv_cpp._library import import_llama_cpp
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
+
+_ABI_VERSION = 1
+
+_library = import_llama_cpp()
+_lib: Any = ffi.dlopen(_library._name)
+
+if _lib.refreekv_abi_version() != _ABI_VERSION:
+    raise ImportError(
+        f"the native library has ABI version {_lib.refreekv_abi_version()}, this package needs {_ABI_VERSION}: reinstall it"
+    )
+
+Floats = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int32]
+
+
+def last_error() -> str:
+    """What the last failing call of this thread said, "" when none failed."""
+    text: bytes = ffi.string(_lib.refreekv_last_error())
+    return text.decode()
+
+
+def _check(code: int) -> int:
+    """The one place where return codes become exceptions."""
+    if code >= 0:
+        return code
+    kind = {
+        _lib.REFREEKV_ERR_ARGUMENT: PolicyError,
+        _lib.REFREEKV_ERR_NO_POLICY: CacheStateError,
+        _lib.REFREEKV_ERR_STATE: CacheStateError,
+        _lib.REFREEKV_ERR_MEMORY: CacheMemoryError,
+        _lib.REFREEKV_ERR_COMPUTE: ComputeError,
+    }.get(code, RefreeKVError)
+    raise kind(last_error() or f"native call failed with {code}")
+
+
+def _context(ctx: Any) -> Any:
+    """A llama_context pointer of llama_cpp (ctypes) as one of ours (cffi)."""
+    return ffi.cast("struct llama_context *", ctypes.cast(ctx, ctypes.c_void_p).value or 0)
+
+
+def hooks_ran() -> int:
+    """A bit mask of the upstream hooks that have run in this process (enum refreekv_store::hook)."""
+    return int(_lib.refreekv_hooks_ran())
+
+
+def make_params(**options: Any) -> Any:
+    """A `refreekv_params`: the native defaults with these fields set. Enum fields take their number."""
+    params = ffi.new("struct refreekv_params *", _lib.refreekv_params_default())
+    for name, value in options.items():
+        setattr(params, name, value)
+    return params
+
+
+@contextmanager
+def next_context(params: Any | None) -> Iterator[None]:
+    """Contexts that this thread creates inside get the policy; None: upstream's own cache."""
+    _check(_lib.refreekv_next_context(ffi.NULL if params is None else params))
+    try:
+        yield
+    finally:
+        _lib.refreekv_next_context(ffi.NULL)
+
+
+def prune(ctx: Any, seq_id: int) -> int:
+    """Apply the context's policy to a sequence. Returns the cells evicted, over all layers."""
+    return _check(_lib.refreekv_prune(_context(ctx), seq_id))
+
+
+def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:
+    """Keep just these positions in one layer of the model. Returns the cells evicted."""
+    positions = np.ascontiguousarray(positions, dtype=np.int32)
+    return _check(
+        _lib.refreekv_keep(_context(ctx), seq_id, layer, ffi.from_buffer("llama_pos[]", positions), len(positions))
+    )
+
+
+def pruned_pos(ctx: Any, seq_id: int) -> int:
+    """The last position that a pruning of this sequence looked at; -1: it is whole."""
+    return int(_lib.refreekv_pruned_pos(_context(ctx), seq_id))
+
+
+def stats(ctx: Any) -> Any:
+    out = ffi.new("struct refreekv_stats *")
+    _check(_lib.refreekv_get_stats(_context(ctx), out))
+    return out
+
+
+def group(ctx: Any, index: int) -> Any:
+    out = ffi.new("struct refreekv_group_info *")
+    _check(_lib.refreekv_get_group(_context(ctx), index, out))
+    return out
+
+
+def kept(ctx: Any, seq_id: int, index: int) -> Positions:
+    """The positions of a sequence that a group holds, ascending."""
+    out = np.empty(group(ctx, index).n_kept, dtype=np.int32)
+    n = _check(_lib.refreekv_get_kept(_context(ctx), seq_id, index, ffi.from_buffer("llama_pos[]", out), len(out)))
+    return out[:n]
+
+
+def _read_rows(function: Any, ctx: Any, seq_id: int, index: int, n_max: int, n_head: int) -> tuple[Floats, Positions]:
+    out = np.empty((n_max, n_head, group(ctx, index).n_embd_head), dtype=np.float32)
+    pos = np.empty(n_max, dtype=np.int32)
+    n = _check(
+        function(
+            _context(ctx), seq_id, index, ffi.from_buffer("float[]", out), ffi.from_buffer("llama_pos[]", pos), n_max
+        )
+    )
+    return out[:n], pos[:n]
+
+
+def read_queries(ctx: Any, seq_id: int, index: int) -> tuple[Floats, Positions]:
+    """The queries in the ring, oldest first: [n, n_head, n_embd_head] and their positions."""
+    return _read_rows(_lib.refreekv_read_queries, ctx, seq_id, index, 256, group(ctx, index).n_head)
+
+
+def read_keys(ctx: Any, seq_id: int, index: int) -> tuple[Floats, Positions]:
+    """The keys a group holds, dequantised, in position order: [n, n_head_kv, n_embd_head] and their positions."""
+    info = group(ctx, index)
+    return _read_rows(_lib.refreekv_read_keys, ctx, seq_id, index, info.n_kept, info.n_head_kv)
+
+
+def select(params: Any, attention: Floats) -> npt.NDArray[np.bool_]:
+    """The policy alone, on attention [n_head, n_rows, n_cells] (rows oldest first): which cells it keeps."""
+    attention = np.ascontiguousarray(attention, dtype=np.float32)
+    n_head, n_rows, n_cells = attention.shape
+    out = np.empty(n_cells, dtype=np.uint8)
+    _check(
+        _lib.refreekv_select(
+            params, ffi.from_buffer("float[]", attention), n_head, n_rows, n_cells, ffi.from_buffer("uint8_t[]", out)
+        )
+    )
+    return out.astype(bool)

@@ -1,0 +1,43 @@
+"""KV policies: which cells of the cache stay once the prompt has been read.
+
+A policy is one file here (its parameters), one in native/policies (its work), and one line in `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.policies.base import Policy
+from refreekv_cpp.policies.full import Full
+from refreekv_cpp.policies.refreekv import ReFreeKV
+from refreekv_cpp.policies.streaming import Streaming
+
+__all__ = ["REGISTRY", "Full", "Policy", "ReFreeKV", "Streaming", "as_policy"]
+
+REGISTRY: dict[str, Callable[[], Policy]] = {
+    "full": Full,
+    "refreekv": ReFreeKV,
+    "window": ReFreeKV,
+    "paper": ReFreeKV.paper,
+    "released-code": ReFreeKV.released_code,
+    "streaming": Streaming,
+}
+
+
+def as_policy(policy: str | Policy) -> Policy:
+    """The policy of this name, or the object itself.
+
+    Raises:
+        PolicyError: no policy is called that.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in REGISTRY:
+        hint = did_you_mean(str(policy), REGISTRY) or ";"
+        raise PolicyError(
+            f"kv_policy={policy!r}: unknown{hint} valid are {', '.join(map(repr, REGISTRY))} and objects such as "
+            "ReFreeKV(threshold=0.5)"
+        )
+    return REGISTRY[policy]()

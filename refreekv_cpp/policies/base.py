@@ -1,0 +1,41 @@
+"""What a KV policy is to Python: parameters. The work is done in native/policies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from typing_extensions import Self
+
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.errors import PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Parameters of one KV policy. Frozen: a policy can be shared between models.
+
+    Raises:
+        PolicyError: there is no such parameter, or it is out of range; checked on creation.
+    """
+
+    def __new__(cls, **options: Any) -> Self:
+        valid = [field.name for field in fields(cls)]
+        for option in options:
+            if option not in valid:
+                hint = did_you_mean(option, valid) or ";"
+                raise PolicyError(f"{cls.__name__} has no option {option!r}{hint} valid are {', '.join(valid) or 'none'}")
+        return super().__new__(cls)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How it is called in `kv_stats`."""
+
+    @abstractmethod
+    def native_options(self) -> dict[str, Any] | None:
+        """The fields of `refreekv_params` (native/refreekv.h) it sets; None: upstream's own cache."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

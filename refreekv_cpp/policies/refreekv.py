@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.policies.base import Policy
+
+Ranking = Literal["position", "score"]
+Rows = Literal["last", "mean", "worst"]
+Measure = Literal["norm", "mass"]
+
+_CHOICES = {"ranking": get_args(Ranking), "rows": get_args(Rows), "measure": get_args(Measure)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReFreeKV(Policy):
+    """ReFreeKV (arXiv 2502.16886, section 3): each layer keeps the shortest prefix of a ranking of its cells that loses
+    at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
+
+    The defaults are the preset `window`. The paper's own rule is `ReFreeKV.paper()`, its released code's
+    `ReFreeKV.released_code()`.
+
+    Args:
+        threshold: the part of the measure that may be lost, 0 to 1.
+        ranking: "position": sinks, then from the last position backwards (the paper's); "score": sinks, recent, then
+            by the maximum over heads of the mean attention of the window, max-pooled over positions.
+        rows: which attention rows are measured: of the "last" query, averaged over heads (the paper's); the "mean"
+            over the window and heads; or "worst": every row in every head has to stay within the threshold.
+        measure: "norm", the L2 norm of a row (the paper's), or "mass", its sum.
+        sinks_in_measure: whether the sinks count in the measure.
+        n_window: queries that are looked at, 1 to 256 (the last ones of the prompt).
+        n_sink: first positions that are always kept.
+        n_recent: last positions that the score ranking always keeps.
+        n_full_layers: leading attention layers that are kept whole.
+        n_pool: width of the max-pool over scores in positions, odd.
+        mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
+            nothing to lose.
+        n_min: prompts shorter than this many tokens are left whole.
+    """
+
+    threshold: float = 0.5
+    ranking: Ranking = "score"
+    rows: Rows = "worst"
+    measure: Measure = "mass"
+    sinks_in_measure: bool = False
+    n_window: int = 64
+    n_sink: int = 4
+    n_recent: int = 32
+    n_full_layers: int = 0
+    n_pool: int = 31
+    mass_floor: float = 0.05
+    n_min: int = 512
+
+    @classmethod
+    def paper(cls, **options: Any) -> ReFreeKV:
+        """The paper's formula read literally: last row, position order, L2 norm with the sinks, 1 %, two whole layers."""
+        return cls(**{**_PAPER, **options})
+
+    @classmethod
+    def released_code(cls, **options: Any) -> ReFreeKV:
+        """The released code's reading: as the paper's, but the sinks are not in the norm."""
+        return cls(**{**_PAPER, "sinks_in_measure": False, **options})
+
+    def __post_init__(self) -> None:
+        for option, valid in _CHOICES.items():
+            value = getattr(self, option)
+            if value not in valid:
+                raise PolicyError(f"{option}={value!r}: valid are {', '.join(map(repr, valid))}")
+        for option in ("threshold", "mass_floor"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise PolicyError(f"{option}={getattr(self, option)}: valid are 0 to 1")
+        if not 1 <= self.n_window <= 256:
+            raise PolicyError(f"n_window={self.n_window}: valid are 1 to 256")
+        if self.n_pool < 1 or self.n_pool % 2 == 0:
+            raise PolicyError(f"n_pool={self.n_pool}: must be odd and positive")
+        for option in ("n_sink", "n_recent", "n_full_layers", "n_min"):
+            if getattr(self, option) < 0:
+                raise PolicyError(f"{option}={getattr(self, option)}: must not be negative")
+
+    @property
+    def name(self) -> str:
+        for name, preset in (("refreekv", ReFreeKV()), ("paper", ReFreeKV.paper()), ("released-code", ReFreeKV.released_code())):
+            if self == preset:
+                return name
+        return "refreekv (own parameters)"
+
+    def native_options(self) -> dict[str, Any]:
+        options = asdict(self)
+        for option, valid in _CHOICES.items():
+            options[option] = valid.index(options[option])
+        return {"policy": 2, **options}
+
+
+_PAPER: dict[str, Any] = {
+    "threshold": 0.01,
+    "ranking": "position",
+    "rows": "last",
+    "measure": "norm",
+    "sinks_in_measure": True,
+    "n_recent": 0,
+    "n_full_layers": 2,
+}

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming(Policy):
+    """StreamingLLM (arXiv 2309.17453): attention sinks and the most recent cells, a fixed budget, every layer alike.
+
+    Args:
+        budget: what is kept of the prompt: a fraction in (0, 1], or a number of cells when above 1.
+        n_sink: first positions that are always kept.
+        n_min: prompts shorter than this many tokens are left whole.
+    """
+
+    budget: float = 0.4
+    n_sink: int = 4
+    n_min: int = 512
+
+    def __post_init__(self) -> None:
+        if not self.budget > 0:
+            raise PolicyError(f"budget={self.budget}: valid are a fraction in (0, 1] or a number of cells above 1")
+        for option in ("n_sink", "n_min"):
+            if getattr(self, option) < 0:
+                raise PolicyError(f"{option}={getattr(self, option)}: must not be negative")
+
+    @property
+    def name(self) -> str:
+        return "streaming"
+
+    def native_options(self) -> dict[str, Any]:
+        return {"policy": 1, "n_full_layers": 0, "n_recent": 0, **self.as_dict()}

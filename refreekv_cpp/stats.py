@@ -1,0 +1,80 @@
+"""What the KV cache holds, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from refreekv_cpp import native
+
+
+def mebibytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """A snapshot of the KV cache (`Llama.kv_stats`).
+
+    Attributes:
+        policy: the policy's name.
+        n_tokens: logical tokens in the cache.
+        cells_kept: cells held, per attention layer.
+        cells_capacity: cells there is room for, per attention layer.
+        budget: mean over layers of kept / logical; 1.0 for an empty cache.
+        bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
+        bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
+        bytes_full: what the full cache of n_tokens needs.
+        bytes_freed: given back by prunings so far.
+        n_prunes: prunings that evicted something.
+        prune_ms: the time they took together, in milliseconds.
+        n_layouts: distinct layouts among the layers: masks that a graph needs.
+    """
+
+    policy: str
+    n_tokens: int
+    cells_kept: tuple[int, ...]
+    cells_capacity: tuple[int, ...]
+    budget: float
+    bytes: int
+    bytes_ring: int
+    bytes_full: int
+    bytes_freed: int
+    n_prunes: int
+    prune_ms: float
+    n_layouts: int
+
+    @classmethod
+    def read(cls, policy: str, ctx: Any) -> KVStats:
+        stats = native.stats(ctx)
+        groups = [native.group(ctx, i) for i in range(stats.n_group)]
+        kept = tuple(group.n_kept for group in groups)
+        n_tokens = stats.n_tokens
+        return cls(
+            policy=policy,
+            n_tokens=n_tokens,
+            cells_kept=kept,
+            cells_capacity=tuple(group.n_capacity for group in groups),
+            budget=sum(kept) / (len(kept) * n_tokens) if kept and n_tokens else 1.0,
+            bytes=stats.bytes,
+            bytes_ring=stats.bytes_ring,
+            bytes_full=stats.bytes_full,
+            bytes_freed=stats.bytes_freed,
+            n_prunes=stats.n_prunes,
+            prune_ms=stats.prune_us / 1000,
+            n_layouts=stats.n_layout,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def receipt(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.policy}: {self.n_tokens} tokens, {self.budget:.0%} kept, {mebibytes(self.bytes)} of KV cache "
+            f"(full: {mebibytes(self.bytes_full)}), pruned {self.n_prunes}x in {self.prune_ms:.0f} ms"
+        )
+
+    def __repr__(self) -> str:
+        kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
+        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} layers>"
