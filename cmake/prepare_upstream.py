@@ -1,10 +1,11 @@
 """Brings the pinned llama.cpp tree into the build: download, verify, unpack, patch.
 
-    prepare_upstream.py OUT [--source DIR] [--downloads DIR]
+    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock]
 
 OUT becomes the patched llama.cpp. Files that have not changed keep their time stamps, so that a changed patch rebuilds
 what it touches and nothing else. --source names an unpacked llama-cpp-python sdist to use in place of a download; it is
-read, never written to, and it gets the same patches. Anything unexpected ends the build.
+read, never written to, and it gets the same patches. --stock leaves the hooks out: upstream but for mended bugs.
+Anything unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import patch_ng
 from upstream_pin import PIN_FILE, read_pin
 
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
+HOOKS = PIN_FILE.parent / "patches" / "0001-hooks.patch"
 
 # what the build reads of vendor/llama.cpp
 NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
@@ -57,8 +59,8 @@ def check_source(source: Path, version: str) -> None:
         raise SystemExit(f"{source}: not an unpacked sdist of llama-cpp-python {version}")
 
 
-def apply_patches(tree: Path) -> None:
-    for path in PATCHES:
+def apply_patches(tree: Path, patches_to_apply: list[Path]) -> None:
+    for path in patches_to_apply:
         patches = patch_ng.fromfile(str(path))
         if not patches or not patches.apply(strip=1, root=str(tree)):
             raise SystemExit(f"{path.name} does not apply to this llama.cpp (is it patched already?)")
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path)
     parser.add_argument("--downloads", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--stock", action="store_true")
     args = parser.parse_args()
 
     logging.getLogger("patch_ng").setLevel(logging.ERROR)
@@ -109,10 +112,11 @@ def main() -> None:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(item, tree / name)
 
-        apply_patches(tree)
+        patches = [path for path in PATCHES if not (args.stock and path == HOOKS)]
+        apply_patches(tree, patches)
         synchronise(tree, args.out)
 
-    print(f"llama.cpp of llama-cpp-python {version} with {len(PATCHES)} patches: {args.out}")
+    print(f"llama.cpp of llama-cpp-python {version} with {len(patches)} patches: {args.out}")
 
 
 if __name__ == "__main__":

@@ -50,18 +50,16 @@ bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uin
 
 // graph
 
-// upper bound for the attention rows of one slice; the graph needs about three times as much
-static const size_t REFREEKV_SLICE_BYTES = 32u*1024*1024;
+// upper bound for the attention rows of one slice; the graphs need about twice as much
+static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 
 refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in_)) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
     n_head  = in.n_head;
 
-    galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(in.backend)));
-
-    const int64_t n_gqa      = in.n_head/in.n_head_kv;
-    const size_t  size_kv    = sizeof(float)*in.n_kv*n_rows*n_gqa;
+    const int64_t n_gqa   = in.n_head/in.n_head_kv;
+    const size_t  size_kv = sizeof(float)*in.n_kv*n_rows*n_gqa;
 
     n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, in.n_head_kv);
 
@@ -70,23 +68,34 @@ refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in
     }
 }
 
+// f() once softmax holds the rows of a slice, for each slice in turn
 template <typename F>
 bool refreekv_attention_graph::for_each_slice(F && f) {
+    const bool all_in_one = n_head_kv_slice == in.n_head_kv;
+
     for (int64_t h = 0; h < in.n_head_kv; h += n_head_kv_slice) {
-        if (!f(h, std::min(n_head_kv_slice, in.n_head_kv - h))) {
+        const int64_t n = std::min(n_head_kv_slice, in.n_head_kv - h);
+
+        if (!all_in_one || !softmax.out) {
+            if (!compute(softmax, [&](ggml_context * ctx, uploads & ups) { return build_softmax(ctx, h, n, ups); })) {
+                return false;
+            }
+        }
+        if (!f()) {
             return false;
         }
     }
+
     return true;
 }
 
 // [n_kv, n_rows, n_head of the slice]
-ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, std::vector<std::pair<ggml_tensor *, const void *>> & uploads) const {
+ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
     const int64_t n_gqa = in.n_head/in.n_head_kv;
 
     const auto upload = [&](ggml_tensor * t, const void * data) {
         ggml_set_input(t);
-        uploads.emplace_back(t, data);
+        ups.emplace_back(t, data);
         return t;
     };
 
@@ -122,10 +131,23 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     return kq;
 }
 
-bool refreekv_attention_graph::compute(ggml_context * ctx, ggml_tensor * out, const std::vector<std::pair<ggml_tensor *, const void *>> & uploads, std::vector<float> & res) {
+template <typename F>
+bool refreekv_attention_graph::compute(computed & res, F && f) {
+    ggml_init_params params = { ggml_tensor_overhead()*128 + ggml_graph_overhead(), nullptr, true };
+
+    res.out = nullptr;
+    res.ctx.reset(ggml_init(params));
+
+    if (!res.galloc) {
+        res.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(in.backend)));
+    }
+
+    uploads ups;
+
+    ggml_tensor * out = f(res.ctx.get(), ups);
     ggml_set_output(out);
 
-    ggml_cgraph * gf = ggml_new_graph(ctx);
+    ggml_cgraph * gf = ggml_new_graph(res.ctx.get());
     ggml_build_forward_expand(gf, out);
 
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
@@ -134,11 +156,11 @@ bool refreekv_attention_graph::compute(ggml_context * ctx, ggml_tensor * out, co
         }
     }
 
-    if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
+    if (!ggml_gallocr_alloc_graph(res.galloc.get(), gf)) {
         return false;
     }
 
-    for (const auto & [t, data] : uploads) {
+    for (const auto & [t, data] : ups) {
         ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
     }
 
@@ -146,16 +168,24 @@ bool refreekv_attention_graph::compute(ggml_context * ctx, ggml_tensor * out, co
         return false;
     }
 
-    res.resize(ggml_nelements(out));
-    ggml_backend_tensor_get(out, res.data(), 0, ggml_nbytes(out));
+    res.out = out;
 
     return true;
 }
 
-static ggml_context_ptr refreekv_graph_context() {
-    ggml_init_params params = { ggml_tensor_overhead()*128 + ggml_graph_overhead(), nullptr, true };
+// a tensor of another context that has its data already
+static ggml_tensor * refreekv_leaf(ggml_context * ctx, const ggml_tensor * t) {
+    ggml_tensor * res = ggml_dup_tensor(ctx, t);
 
-    return ggml_context_ptr { ggml_init(params) };
+    res->buffer = t->buffer;
+    res->data   = t->data;
+
+    return res;
+}
+
+static void refreekv_append(std::vector<float> & out, const ggml_tensor * t) {
+    out.resize(out.size() + ggml_nelements(t));
+    ggml_backend_tensor_get(t, out.data() + out.size() - ggml_nelements(t), 0, ggml_nbytes(t));
 }
 
 // sum over dimension 1 by halving: plain adds, which every backend has and runs at memory speed
@@ -182,25 +212,28 @@ static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
 bool refreekv_attention_graph::scores(std::vector<float> & out) {
     out.assign(n_cells, 0.0f);
 
-    return for_each_slice([&](int64_t h_kv, int64_t n_kv_heads) {
-        const auto ctx = refreekv_graph_context();
+    computed max_of_heads;
 
-        std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+    return for_each_slice([&]() {
+        const bool ok = compute(max_of_heads, [&](ggml_context * ctx, uploads &) {
+            ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
+            const int64_t n   = cur->ne[2];
 
-        ggml_tensor * cur = build_softmax(ctx.get(), h_kv, n_kv_heads, uploads);
-        const int64_t n_heads = cur->ne[2];
+            cur = refreekv_sum_dim1(ctx, cur);
+            cur = ggml_scale(ctx, ggml_cont(ctx, cur), 1.0f/n_rows);
+            cur = ggml_reshape_2d(ctx, cur, in.n_kv, n);
 
-        cur = refreekv_sum_dim1(ctx.get(), cur);
-        cur = ggml_scale(ctx.get(), ggml_cont(ctx.get(), cur), 1.0f/n_rows);
-        cur = ggml_reshape_2d(ctx.get(), cur, in.n_kv, n_heads);
-        cur = ggml_pool_2d(ctx.get(), cur, GGML_OP_POOL_MAX, 1, n_heads, 1, n_heads, 0, 0);
-
-        std::vector<float> res;
-        if (!compute(ctx.get(), cur, uploads, res)) {
+            return ggml_pool_2d(ctx, cur, GGML_OP_POOL_MAX, 1, n, 1, n, 0, 0);
+        });
+        if (!ok) {
             return false;
         }
+
+        std::vector<float> by_slot;
+        refreekv_append(by_slot, max_of_heads.out);
+
         for (uint32_t j = 0; j < n_cells; ++j) {
-            out[j] = std::max(out[j], res[in.slots[j]]);
+            out[j] = std::max(out[j], by_slot[in.slots[j]]);
         }
         return true;
     });
@@ -216,28 +249,26 @@ bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, ui
         }
     }
 
-    return for_each_slice([&](int64_t h_kv, int64_t n_kv_heads) {
-        const auto ctx = refreekv_graph_context();
+    computed sums;
 
-        std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+    return for_each_slice([&]() {
+        const bool ok = compute(sums, [&](ggml_context * ctx, uploads & ups) {
+            ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
+            cur = ggml_reshape_2d(ctx, cur, in.n_kv, n_rows*cur->ne[2]); // the slice as one matrix
 
-        ggml_tensor * cur = build_softmax(ctx.get(), h_kv, n_kv_heads, uploads);
-        if (squared) {
-            cur = ggml_sqr(ctx.get(), cur);
+            if (squared) {
+                cur = ggml_sqr(ctx, cur);
+            }
+
+            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_blocks);
+            ggml_set_input(b);
+            ups.emplace_back(b, one_hot.data());
+
+            return ggml_mul_mat(ctx, b, cur);
+        });
+        if (ok) {
+            refreekv_append(out, sums.out);
         }
-
-        ggml_tensor * b = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, in.n_kv, n_blocks);
-        ggml_set_input(b);
-        uploads.emplace_back(b, one_hot.data());
-
-        // the slice as one matrix: [n_kv, n_rows*n_head]
-        cur = ggml_mul_mat(ctx.get(), b, ggml_reshape_2d(ctx.get(), cur, in.n_kv, n_rows*cur->ne[2]));
-
-        std::vector<float> res;
-        if (!compute(ctx.get(), cur, uploads, res)) {
-            return false;
-        }
-        out.insert(out.end(), res.begin(), res.end());
-        return true;
+        return ok;
     });
 }

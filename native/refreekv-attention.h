@@ -21,7 +21,8 @@ private:
 // upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums).
 //
-// Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is.
+// Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is. When one slice holds
+// them all, which is the usual case, the rows are computed once and kept for both questions.
 class refreekv_attention_graph : public refreekv_attention {
 public:
     struct inputs {
@@ -55,13 +56,25 @@ public:
 private:
     inputs in;
 
-    ggml_gallocr_ptr galloc;
-    int64_t          n_head_kv_slice; // KV heads per slice
+    int64_t n_head_kv_slice; // KV heads per slice
+
+    // tensors to be filled before a graph runs, and with what
+    using uploads = std::vector<std::pair<ggml_tensor *, const void *>>;
+
+    // a graph that has run; its result stays as long as this does
+    struct computed {
+        ggml_context_ptr ctx;
+        ggml_gallocr_ptr galloc;
+        ggml_tensor *    out = nullptr;
+    };
+    computed softmax; // the rows of the last slice, [n_kv, n_rows, heads of the slice]
 
     template <typename F>
     bool for_each_slice(F && f);
 
-    ggml_tensor * build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, std::vector<std::pair<ggml_tensor *, const void *>> & uploads) const;
+    ggml_tensor * build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const;
 
-    bool compute(ggml_context * ctx, ggml_tensor * out, const std::vector<std::pair<ggml_tensor *, const void *>> & uploads, std::vector<float> & res);
+    // f(ctx, uploads) builds
+    template <typename F>
+    bool compute(computed & res, F && f);
 };

@@ -657,8 +657,8 @@ int64_t refreekv_store::run(const job & j) {
             }
         } else if ((int32_t) list.size() < params.n_min) {
             continue;
-        } else if (!select(g, j.seq_id, list, keep)) {
-            return REFREEKV_ERR_COMPUTE;
+        } else if (const int32_t status = select(g, j.seq_id, list, keep)) {
+            return status;
         }
 
         const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
@@ -689,7 +689,7 @@ std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id
     return res;
 }
 
-bool refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
+int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
     const auto & hparams = kv.hparams;
 
     refreekv_attention_graph::inputs in = {};
@@ -697,11 +697,11 @@ bool refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vec
     in.backend = backend_of(g);
     if (!in.backend) {
         refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
-        return false;
+        return REFREEKV_ERR_COMPUTE;
     }
     if (g.has_bias) {
         refreekv_set_error("layer %d: attention with a bias of its own is not supported", g.il);
-        return false;
+        return REFREEKV_ERR_STATE;
     }
 
     const bool one_row = params.rows == REFREEKV_ROWS_LAST && params.ranking == REFREEKV_RANKING_POSITION;
@@ -711,7 +711,7 @@ bool refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vec
 
     if (row_pos.empty() || row_pos.back() != list.back().pos) {
         refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
-        return false;
+        return REFREEKV_ERR_STATE;
     }
 
     in.k           = g.rows.k;
@@ -749,7 +749,7 @@ bool refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vec
 
     if (!refreekv_policy_find(params.policy)(params, attn, pinned, sel)) {
         refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
-        return false;
+        return REFREEKV_ERR_COMPUTE;
     }
 
     std::fill(keep.begin(), keep.end(), 0);
@@ -757,7 +757,7 @@ bool refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vec
         keep[sel.order[r]] = 1;
     }
 
-    return true;
+    return REFREEKV_OK;
 }
 
 bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep) {

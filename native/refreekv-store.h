@@ -203,7 +203,8 @@ private:
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
-    bool select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
+    // a refreekv_status
+    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
 
     template <typename T>

@@ -1,0 +1,65 @@
+"""What is loaded is what we built: no stock library can pass for ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cpp
+import pytest
+from refreekv_cpp import Llama, native
+from refreekv_cpp._library import library_dir
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_hooks_are_in_the_loaded_library_and_run(tiny_model: Path) -> None:
+    assert native._library._name.startswith(str(library_dir()))
+    llm = Llama(str(tiny_model), n_ctx=256, kv_policy="refreekv", verbose=False)
+    llm.eval(list(range(5, 30)))
+    # every hook but the update, which runs when something is pruned
+    assert native.hooks_ran() & 0b011111 == 0b011111
+    assert llm.kv_stats.bytes_ring > 0
+
+
+def test_a_foreign_library_loaded_before_is_refused(tmp_path: Path) -> None:
+    # a module that is already there and whose library lacks our functions
+    script = tmp_path / "before.py"
+    script.write_text(
+        "import ctypes, sys, types\n"
+        "package = types.ModuleType('llama_cpp'); package.__path__ = []\n"
+        "inner = types.ModuleType('llama_cpp.llama_cpp'); inner._lib = ctypes.CDLL(None)\n"
+        "package.llama_cpp = inner\n"
+        "sys.modules['llama_cpp'] = package; sys.modules['llama_cpp.llama_cpp'] = inner\n"
+        "import refreekv_cpp\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "import refreekv_cpp before llama_cpp" in done.stderr
+
+
+def test_the_environment_is_left_as_it_was() -> None:
+    code = (
+        "import os; os.environ['LLAMA_CPP_LIB_PATH'] = 'mine'; import refreekv_cpp; "
+        "assert os.environ['LLAMA_CPP_LIB_PATH'] == 'mine'; assert 'MTMD_CPP_LIB' not in os.environ"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "MTMD_CPP_LIB"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+def test_the_python_package_is_the_pinned_upstream() -> None:
+    pinned = re.search(r"^llama-cpp-python==(\S+)", (ROOT / "upstream.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert llama_cpp.__version__ == pinned[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "patches").glob("*.patch")), ids=lambda path: path.name)
+def test_patches_only_add_and_say_why(path: Path) -> None:
+    text = path.read_text()
+    header, body = text.split("\n--- ", 1)
+    for entry in ("Why:", "Upstream status:", "Drop when:"):
+        assert entry in header
+    assert not re.search(r"^-(?!--)", body, re.MULTILINE)
