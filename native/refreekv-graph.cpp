@@ -92,7 +92,7 @@ void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
         }
     }
 
-    if (ring_dst->buffer) {
+    if (ring_dst->buffer) { // set unless no layer has a ring
         store->get_ring().set_input(ring_src, ring_dst, *ubatch);
     }
 
@@ -129,17 +129,21 @@ bool refreekv_graph_input::can_reuse(const llm_graph_params & params) {
 }
 
 llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call & call) {
-    store->note_attention(call.il, call.kq_scale, call.sinks, call.kq_b != nullptr);
-
     ggml_tensor * ring = store->ring_of(call.il);
     ggml_tensor * q    = call.q_cur;
 
-    q = ggml_is_contiguous(q) ? ggml_reshape_2d(call.ctx, q, ring->ne[0], q->ne[2])
-                              : ggml_cont_2d   (call.ctx, q, ring->ne[0], q->ne[2]);
-    if (ring_src) {
-        q = ggml_get_rows(call.ctx, q, ring_src);
+    const bool known = call.kq_b == nullptr && ggml_nelements(q) == ring->ne[0]*q->ne[2];
+
+    store->note_attention(call.il, call.kq_scale, call.sinks, known);
+
+    if (known) {
+        q = ggml_is_contiguous(q) ? ggml_reshape_2d(call.ctx, q, ring->ne[0], q->ne[2])
+                                  : ggml_cont_2d   (call.ctx, q, ring->ne[0], q->ne[2]);
+        if (ring_src) {
+            q = ggml_get_rows(call.ctx, q, ring_src);
+        }
+        ggml_build_forward_expand(call.gf, ggml_set_rows(call.ctx, ring, q, ring_dst));
     }
-    ggml_build_forward_expand(call.gf, ggml_set_rows(call.ctx, ring, q, ring_dst));
 
     return layouts[reservation ? 0 : store->layout_of(call.il)].get();
 }

@@ -560,12 +560,12 @@ void refreekv_store::set_input_mask(ggml_tensor * dst, uint32_t layout, const ll
     }
 }
 
-void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool has_bias) {
+void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known) {
     auto & g = groups[group_of(il)];
 
     g.kq_scale = kq_scale;
     g.sinks    = sinks;
-    g.has_bias = has_bias;
+    g.known    = known;
 }
 
 // eviction
@@ -699,8 +699,8 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
         return REFREEKV_ERR_COMPUTE;
     }
-    if (g.has_bias) {
-        refreekv_set_error("layer %d: attention with a bias of its own is not supported", g.il);
+    if (!g.known) {
+        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
         return REFREEKV_ERR_STATE;
     }
 

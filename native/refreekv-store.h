@@ -109,8 +109,9 @@ public:
     const refreekv_ring & get_ring() const { return ring; }
     ggml_tensor * ring_of(int32_t il) const { return groups[group_of(il)].ring; }
 
-    // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built
-    void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool has_bias);
+    // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
+    // known: it is of the kind that the eviction graph computes
+    void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
 
     //
     // the C API (refreekv.h)
@@ -148,7 +149,7 @@ private:
         // from note_attention
         float         kq_scale = 0.0f;
         ggml_tensor * sinks    = nullptr;
-        bool          has_bias = false;
+        bool          known    = true;
     };
 
     // a cell of one sequence in one group

@@ -140,6 +140,11 @@ class Llama(llama_cpp.Llama):
         # the very prompt that was read last can be sampled from at once
         return list(tokens) != list(self._input_ids)
 
+    def close(self) -> None:
+        """Free the model and the context."""
+        if hasattr(self, "_stack"):  # not there yet when an argument was refused
+            super().close()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {**state, "kv_policy": self.kv_policy, "kv_evicted": self.kv_evicted}

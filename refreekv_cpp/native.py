@@ -53,6 +53,12 @@ def _context(ctx: Any) -> Any:
     return ffi.cast("struct llama_context *", ctypes.cast(ctx, ctypes.c_void_p).value or 0)
 
 
+def model_refusal(model: Any) -> str | None:
+    """Why a llama_model of llama_cpp cannot have a policy; None: it can."""
+    why = _lib.refreekv_model_refusal(ffi.cast("struct llama_model *", ctypes.cast(model, ctypes.c_void_p).value or 0))
+    return None if why == ffi.NULL else ffi.string(why).decode()
+
+
 def hooks_ran() -> int:
     """A bit mask of the upstream hooks that have run in this process (enum refreekv_store::hook)."""
     return int(_lib.refreekv_hooks_ran())
