@@ -62,7 +62,7 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
         inp->self_k_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
         inp->self_v_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", store->n_v_idxs(n_tokens));
 
-        inp->self_kq_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? mctx->get_n_kv() : store->layout_n_kv(l), n_tokens);
+        inp->self_kq_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store->worst_n_kv() : store->layout_n_kv(l), n_tokens);
         inp->self_kq_mask_cnv = inp->self_kq_mask;
 
         layouts.push_back(std::move(inp));

@@ -70,9 +70,6 @@ void refreekv_check_model(const llama_model & model, const llama_memory_params &
     if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         why = "contexts of draft heads (MTP) cannot have a KV policy";
     }
-    if (why.empty() && !cparams.kv_unified && cparams.n_seq_max > 1) {
-        why = "n_seq_max > 1 needs kv_unified = true: a stream per sequence is not supported yet";
-    }
     if (why.empty() && !cparams.flash_attn && ggml_is_quantized(params.type_v)) {
         why = std::string("type_v ") + ggml_type_name(params.type_v) + " needs flash_attn = true";
     }

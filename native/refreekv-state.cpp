@@ -10,7 +10,6 @@
 #include "llama-io.h"
 
 #include <algorithm>
-#include <numeric>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
 static const uint32_t REFREEKV_STATE_VERSION = 1;
@@ -57,11 +56,11 @@ struct refreekv_state_group {
     uint32_t reserved;
 };
 
-void refreekv_store::state_write(llama_io_write_i & io, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
+void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
     std::vector<uint32_t> list;
     for (const auto & [c0, c1] : ranges) {
         for (uint32_t c = c0; c < c1; ++c) {
-            list.push_back(c);
+            list.push_back(strm*kv_size + c);
         }
     }
 
@@ -71,8 +70,8 @@ void refreekv_store::state_write(llama_io_write_i & io, const std::vector<std::p
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
     std::vector<uint8_t> behind(list.size(), 0);
     for (size_t i = 0; i < list.size(); ++i) {
-        for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
-            behind[i] |= cells().seq_has(list[i], s) && cells().pos_get(list[i]) <= pruned[s];
+        for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+            behind[i] |= seq_has(list[i], s) && pos_of(list[i]) <= pruned[s];
         }
     }
     io.write(behind.data(), behind.size());
@@ -107,7 +106,8 @@ void refreekv_store::state_write(llama_io_write_i & io, const std::vector<std::p
 
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
 bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
-    const auto & list = sinfo.idxs[0];
+    std::vector<uint32_t> list;
+    for_cells(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 
     refreekv_state_header header;
     io.read(&header, sizeof(header));
@@ -162,10 +162,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
 
         const uint32_t n_need = padded(g.res.n_slots_after(info.n_held));
         if (n_need > g.rows.capacity()) {
-            std::vector<uint32_t> keep(g.res.n_slots());
-            std::iota(keep.begin(), keep.end(), 0);
-
-            if (!move(g, keep, n_need)) {
+            if (!move(g, all_slots(g), n_need)) {
                 refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
                 return false;
             }
@@ -180,10 +177,10 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         }
     }
 
-    for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         for (uint32_t i = 0; i < cell_count; ++i) {
-            if (behind[i] && cells().seq_has(list[i], s)) {
-                pruned[s] = std::max(pruned[s], cells().pos_get(list[i]));
+            if (behind[i] && seq_has(list[i], s)) {
+                pruned[s] = std::max(pruned[s], pos_of(list[i]));
                 ring.forget(s);
             }
         }

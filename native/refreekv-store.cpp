@@ -64,7 +64,7 @@ ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_back
 }
 
 refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload) :
-    kv(kv), params(params), ring(params.n_window, kv.n_seq_max), pruned(LLAMA_MAX_SEQ, -1) {
+    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -78,7 +78,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         const refreekv_rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans };
 
         groups.push_back({ (int32_t) layer.il, 0, {}, refreekv_rows(shape, layer.il) });
-        groups.back().res.reset(kv.get_size());
+        groups.back().res.reset(n_cells);
     }
 
     for (const auto & [buft, ids] : by_buft) {
@@ -104,7 +104,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
 
     update_layouts();
 
-    LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx = %u\n", kv.get_size());
+    LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }
 
 refreekv_store * refreekv_store::of(llama_memory_t mem) {
@@ -146,7 +146,7 @@ void refreekv_store::clear() {
     }
     for (auto & g : groups) {
         g.rows.clear();
-        g.res.reset(kv.get_size());
+        g.res.reset(n_cells);
     }
     std::fill(pruned.begin(), pruned.end(), -1);
     ring.forget(-1);
@@ -160,17 +160,17 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     p0 = std::max(p0, 0);
 
     const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
-    const llama_seq_id s1 = seq_id < 0 ? (llama_seq_id) pruned.size() : seq_id + 1;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
 
     bool removes = false;
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const llama_pos pos_max = cells().seq_pos_max(s);
+        const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
         if (pos_max < p0) {
             continue;
         }
 
-        const bool whole = p0 <= cells().seq_pos_min(s) && (p1 < 0 || p1 > pos_max);
+        const bool whole = p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max);
 
         if (!whole && p0 <= pruned[s] && (p1 < 0 || p1 > p0)) {
             refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
@@ -182,8 +182,8 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     }
 
     for (llama_seq_id s = s0; removes && s < s1; ++s) {
-        const llama_pos pos_max = cells().seq_pos_max(s);
-        if (pos_max >= p0 && p0 <= cells().seq_pos_min(s) && (p1 < 0 || p1 > pos_max)) {
+        const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
+        if (pos_max >= p0 && p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max)) {
             pruned[s] = -1;
             ring.forget(s);
         }
@@ -199,13 +199,13 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
         return true;
     }
 
-    const bool whole = p0 <= cells().seq_pos_min(src) && (p1 < 0 || p1 > cells().seq_pos_max(src));
+    const bool whole = p0 <= table_of_seq(src).seq_pos_min(src) && (p1 < 0 || p1 > table_of_seq(src).seq_pos_max(src));
 
     if (!whole && pruned[src] >= 0) {
         refreekv_set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can", src, pruned[src]);
         return false;
     }
-    if (pruned[dst] >= 0 && cells().seq_pos_max(dst) >= 0) {
+    if (pruned[dst] >= 0 && table_of_seq(dst).seq_pos_max(dst) >= 0) {
         refreekv_set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
         return false;
     }
@@ -213,13 +213,20 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
     pruned[dst] = pruned[src];
     ring.forget(dst);
 
+    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst]) {
+        // upstream gives the stream of dst new cells; their rows are copied in update()
+        for (auto & g : groups) {
+            g.res.release([&](uint32_t cell) { return cell/kv_size == kv.seq_to_stream[dst]; });
+        }
+    }
+
     stale_layouts = true;
 
     return true;
 }
 
 void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
-    for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         if (s != seq_id) {
             pruned[s] = -1;
             ring.forget(s);
@@ -241,7 +248,7 @@ void refreekv_store::release_stale() {
         return;
     }
     for (auto & g : groups) {
-        stale_layouts |= g.res.release([&](uint32_t cell) { return cells().is_empty(cell); });
+        stale_layouts |= g.res.release([&](uint32_t cell) { return is_empty(cell); });
     }
     stale_slots = false;
 }
@@ -262,7 +269,7 @@ bool refreekv_store::same_layout(const group & a, const group & b, const std::ve
         if (a.res.hidden(s) != b.res.hidden(s)) {
             return false;
         }
-        if (ca != cb && (ca < 0 || cb < 0 || !settled[ca] || !settled[cb] || cells().seq_get_all(ca) != cells().seq_get_all(cb))) {
+        if (ca != cb && (ca < 0 || cb < 0 || !settled[ca] || !settled[cb] || table_of(ca).seq_get_all(index_of(ca)) != table_of(cb).seq_get_all(index_of(cb)))) {
             return false;
         }
     }
@@ -273,12 +280,13 @@ bool refreekv_store::same_layout(const group & a, const group & b, const std::ve
 void refreekv_store::update_layouts() {
     // a cell is settled once it lies behind the position at which its sequences were pruned: every query to come sees it
     // (with ALiBi the distance still matters)
-    std::vector<uint8_t> settled(kv.get_size(), !kv.hparams.use_alibi);
+    std::vector<uint8_t> settled(n_cells, !kv.hparams.use_alibi);
 
-    for (llama_seq_id s = 0; s < (llama_seq_id) pruned.size(); ++s) {
-        const auto & seq_pos = cells().seq_pos_get(s);
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        const auto &   seq_pos = table_of_seq(s).seq_pos_get(s);
+        const uint32_t first   = kv.seq_to_stream[s]*kv_size;
         for (auto it = seq_pos.rbegin(); it != seq_pos.rend() && it->first > pruned[s]; ++it) {
-            settled[it->second] = 0;
+            settled[first + it->second] = 0;
         }
     }
 
@@ -342,13 +350,16 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     for (auto & g : groups) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
-            for (uint32_t cell : sinfo.idxs[0]) {
-                n_new += g.res.slot(cell) < 0;
-            }
+            for_cells(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
         }
 
-        const uint32_t n_need = padded(g.res.n_slots_after(n_new));
-        if (n_need <= g.rows.capacity() && g.rows.capacity() < 2*n_need) {
+        const uint32_t n_have  = g.rows.capacity();
+        const uint32_t n_need  = padded(g.res.n_slots_after(n_new));
+        const uint32_t n_tight = padded(g.res.n_used() + n_new); // without the holes that removed sequences left
+
+        const bool shrink = n_have >= 2*n_tight;
+
+        if (n_need <= n_have && !shrink) {
             continue;
         }
 
@@ -357,18 +368,36 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
             synced = true;
         }
 
-        std::vector<uint32_t> slots(g.res.n_slots());
-        std::iota(slots.begin(), slots.end(), 0);
+        const auto slots = shrink ? used_slots(g) : all_slots(g);
 
-        if (!move(g, slots, n_need)) {
+        if (!move(g, slots, shrink ? n_tight : n_need)) {
             refreekv_set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
-                    g.il, g.rows.capacity(), n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
+                    g.il, n_have, shrink ? n_tight : n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
             return false;
+        }
+        if (shrink) {
+            g.res.compact(slots);
         }
         stale_layouts = true;
     }
 
     return true;
+}
+
+std::vector<uint32_t> refreekv_store::all_slots(const group & g) const {
+    std::vector<uint32_t> res(g.res.n_slots());
+    std::iota(res.begin(), res.end(), 0);
+    return res;
+}
+
+std::vector<uint32_t> refreekv_store::used_slots(const group & g) const {
+    std::vector<uint32_t> res;
+    for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
+        if (g.res.cell(s) >= 0) {
+            res.push_back(s);
+        }
+    }
+    return res;
 }
 
 void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
@@ -377,9 +406,7 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
     release_stale();
 
     for (auto & g : groups) {
-        for (uint32_t cell : sinfo.idxs[0]) {
-            g.res.assign(cell);
-        }
+        for_cells(sinfo, [&](uint32_t cell) { g.res.assign(cell); });
         GGML_ASSERT(g.res.n_slots() <= g.rows.capacity());
     }
 
@@ -406,30 +433,36 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() 
 
 // graphs: the counterparts of llama_kv_cache's get_k, get_v, cpy_k, cpy_v with the group's capacity in the place of kv_size
 
-ggml_tensor * refreekv_store::get_k(ggml_context * ctx, int32_t il) const {
+ggml_tensor * refreekv_store::get_k(ggml_context * ctx, int32_t il, bool reservation) const {
     const auto & g = groups[group_of(il)];
 
     const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
     const int64_t n_embd_head = kv.hparams.n_embd_head_k(il);
+    const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    return ggml_view_4d(ctx, g.rows.k, n_embd_head, n_head_kv, layout_n_kv(g.layout), 1,
-            ggml_row_size(g.rows.k->type, n_embd_head), g.rows.k->nb[1], ggml_nbytes(g.rows.k), 0);
+    ggml_tensor * k = reservation ? kv.layers[group_of(il)].k : g.rows.k;
+
+    return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
+            ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
 }
 
-ggml_tensor * refreekv_store::get_v(ggml_context * ctx, int32_t il) const {
+ggml_tensor * refreekv_store::get_v(ggml_context * ctx, int32_t il, bool reservation) const {
     const auto & g = groups[group_of(il)];
 
     const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
     const int64_t n_embd_head = kv.hparams.n_embd_head_v(il);
-    const int64_t n_kv        = layout_n_kv(g.layout);
+    const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
+
+    ggml_tensor * v = reservation ? kv.layers[group_of(il)].v : g.rows.v;
 
     if (!kv.v_trans) {
-        return ggml_view_4d(ctx, g.rows.v, n_embd_head, n_head_kv, n_kv, 1,
-                ggml_row_size(g.rows.v->type, n_embd_head), g.rows.v->nb[1], ggml_nbytes(g.rows.v), 0);
+        return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
+                ggml_row_size(v->type, n_embd_head), v->nb[1], v->nb[1]*n_kv, 0);
     }
 
-    return ggml_view_4d(ctx, g.rows.v, n_kv, n_head_kv, n_embd_head, 1,
-            g.rows.v->nb[1]*n_embd_head, g.rows.v->nb[1], ggml_nbytes(g.rows.v), 0);
+    const size_t line = ggml_row_size(v->type, reservation ? worst_n_kv() : g.rows.capacity());
+
+    return ggml_view_4d(ctx, v, n_kv, n_head_kv, n_embd_head, 1, line*n_embd_head, line, line*n_embd_head*n_head_kv, 0);
 }
 
 ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const {
@@ -473,9 +506,7 @@ void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t layout, const 
     const auto & res = groups[layouts[layout]].res;
 
     int64_t * data = (int64_t *) dst->data;
-    for (uint32_t cell : current(mctx).idxs[0]) {
-        *data++ = res.slot(cell);
-    }
+    for_cells(current(mctx), [&](uint32_t cell) { *data++ = res.slot(cell); });
 }
 
 void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const {
@@ -485,12 +516,12 @@ void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const 
     const int64_t capacity = g.rows.capacity();
 
     int64_t * data = (int64_t *) dst->data;
-    for (uint32_t cell : current(mctx).idxs[0]) {
+    for_cells(current(mctx), [&](uint32_t cell) {
         const int64_t slot = g.res.slot(cell);
         for (int64_t j = 0; j < n_row; ++j) {
             *data++ = j*capacity + slot;
         }
-    }
+    });
 }
 
 // upstream's rules (set_input_kq_mask_impl in llama-kv-cache.cpp), slot by slot instead of cell by cell
@@ -528,10 +559,10 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
 
             for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
                 const int32_t cell = g.res.cell(s);
-                if (cell < 0 || g.res.hidden(s) || cells().is_empty(cell) || !cells().seq_has(cell, seq_id)) {
+                if (cell < 0 || g.res.hidden(s) || is_empty(cell) || !seq_has(cell, seq_id)) {
                     continue;
                 }
-                const llama_pos p = cells().pos_get(cell);
+                const llama_pos p = pos_of(cell);
                 if (p >= pos_min[seq_id] || alibi) {
                     it->second.open.emplace_back(s, p);
                 } else {
@@ -576,15 +607,59 @@ bool refreekv_store::begin_update(llama_context * lctx) {
     return !jobs.empty();
 }
 
-void refreekv_store::update(llama_context * lctx) {
+bool refreekv_store::update(llama_context * lctx, const llama_kv_cache::stream_copy_info & copies) {
     hook_ran(HOOK_UPDATE);
 
     this->lctx = lctx;
+
+    for (size_t i = 0; i < copies.ssrc.size(); ++i) {
+        if (!copy_stream(copies.ssrc[i], copies.sdst[i])) {
+            // rather no sequence than one without its rows
+            refreekv_set_error("seq_cp: no memory for a copy of stream %u; stream %u is empty now", copies.ssrc[i], copies.sdst[i]);
+            kv.v_cells[copies.sdst[i]].reset();
+            stale_slots = true;
+        }
+    }
 
     for (const auto & j : jobs) {
         job_result = run_job(j);
     }
     jobs.clear();
+
+    return true;
+}
+
+// the rows of one stream's cells once more, for the cells that upstream's seq_cp gave to another stream
+bool refreekv_store::copy_stream(uint32_t ssrc, uint32_t sdst) {
+    llama_synchronize(lctx);
+    release_stale();
+
+    for (auto & g : groups) {
+        auto slots = used_slots(g);
+
+        std::vector<uint32_t> dst;
+        for (uint32_t i = 0; i < kv_size; ++i) {
+            const int32_t slot = g.res.slot(ssrc*kv_size + i);
+            if (slot >= 0 && !g.res.hidden(slot) && !kv.v_cells[sdst].is_empty(i)) {
+                dst.push_back(sdst*kv_size + i);
+                slots.push_back(slot);
+            }
+        }
+
+        if (!move(g, slots, padded(slots.size()))) {
+            return false;
+        }
+
+        slots.resize(slots.size() - dst.size());
+        g.res.compact(slots);
+        for (uint32_t cell : dst) {
+            g.res.assign(cell); // no holes are left: the slots behind, in this order
+        }
+    }
+
+    stale_layouts = true;
+
+    return true;
 }
 
 int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
@@ -619,7 +694,7 @@ int64_t refreekv_store::run_job(const job & j) {
 
     // whatever was evicted before an error stays evicted
     if (res != 0) {
-        pruned[j.seq_id] = cells().seq_pos_max(j.seq_id);
+        pruned[j.seq_id] = table_of_seq(j.seq_id).seq_pos_max(j.seq_id);
         stale_layouts    = true;
         n_prunes++;
         prune_us += ggml_time_us() - t_start;
@@ -653,7 +728,7 @@ int64_t refreekv_store::run(const job & j) {
 
         if (by_hand) {
             for (size_t c = 0; c < list.size(); ++c) {
-                keep[c] = std::binary_search(j.pos.begin(), j.pos.end(), list[c].pos) || cells().seq_count(list[c].cell) > 1;
+                keep[c] = std::binary_search(j.pos.begin(), j.pos.end(), list[c].pos) || shared(list[c].cell);
             }
         } else if ((int32_t) list.size() < params.n_min) {
             continue;
@@ -679,8 +754,9 @@ int64_t refreekv_store::run(const job & j) {
 std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id, const group & g) const {
     std::vector<held> res;
 
-    for (const auto & [pos, cell] : cells().seq_pos_get(seq_id)) {
-        const int32_t slot = g.res.slot(cell);
+    for (const auto & [pos, index] : table_of_seq(seq_id).seq_pos_get(seq_id)) {
+        const uint32_t cell = kv.seq_to_stream[seq_id]*kv_size + index;
+        const int32_t  slot = g.res.slot(cell);
         if (slot >= 0 && !g.res.hidden(slot)) {
             res.push_back({ pos, cell, (uint32_t) slot });
         }
@@ -735,7 +811,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     in.mask.assign(in.n_kv*in.rows.size(), -INFINITY);
     for (const auto & c : list) {
         in.slots.push_back(c.slot);
-        pinned.push_back(cells().seq_count(c.cell) > 1); // another sequence needs it too
+        pinned.push_back(shared(c.cell)); // another sequence needs it too
 
         for (size_t r = 0; r < in.rows.size(); ++r) {
             if (c.pos <= row_pos[r]) {
@@ -837,13 +913,15 @@ refreekv_group_info refreekv_store::full_group(llama_memory_t mem, uint32_t i_gr
 refreekv_stats refreekv_store::stats() const {
     refreekv_stats res = {};
 
-    res.n_tokens    = cells().get_used();
     res.n_group     = groups.size();
     res.n_layout    = layouts.size();
     res.n_prunes    = n_prunes;
     res.prune_us    = prune_us;
     res.bytes_freed = bytes_freed;
 
+    for (const auto & table : kv.v_cells) {
+        res.n_tokens += table.get_used();
+    }
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
         res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
@@ -860,7 +938,7 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
 
     uint32_t n_kept = 0;
     for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-        n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !cells().is_empty(g.res.cell(s));
+        n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !is_empty(g.res.cell(s));
     }
 
     refreekv_group_info res = {};
@@ -902,7 +980,7 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
     std::vector<int32_t>   rows;
     std::vector<llama_pos> row_pos;
 
-    ring.rows(seq_id, cells().seq_pos_max(seq_id), params.n_window, rows, row_pos);
+    ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, rows, row_pos);
 
     const auto * t = groups[i_group].ring;
     for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {

@@ -78,11 +78,11 @@ public:
 
     // called before every batch; true when update() has something to do
     bool begin_update(llama_context * lctx);
-    void update(llama_context * lctx);
+    bool update(llama_context * lctx, const llama_kv_cache::stream_copy_info & copies);
 
     void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
 
-    void state_write(llama_io_write_i & io, const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
+    void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
     bool state_read (llama_io_read_i  & io, uint32_t cell_count, const slot_info & sinfo);
 
     //
@@ -95,10 +95,12 @@ public:
     uint32_t n_layouts() const { return layouts.size(); }
     uint32_t layout_of(int32_t il) const { return groups[group_of(il)].layout; }
     uint32_t layout_n_kv(uint32_t layout) const;
+    uint32_t worst_n_kv() const { return n_cells; }
     int64_t  n_v_idxs(uint32_t n_tokens) const;
 
-    ggml_tensor * get_k(ggml_context * ctx, int32_t il) const;
-    ggml_tensor * get_v(ggml_context * ctx, int32_t il) const;
+    // reservation: a view of the worst case, which has no data
+    ggml_tensor * get_k(ggml_context * ctx, int32_t il, bool reservation) const;
+    ggml_tensor * get_v(ggml_context * ctx, int32_t il, bool reservation) const;
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const;
 
@@ -136,6 +138,8 @@ public:
     refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload);
 
 private:
+    llama_kv_cache & kv;
+
     // one group of KV heads of one layer
     struct group {
         int32_t  il;
@@ -159,7 +163,31 @@ private:
         uint32_t  slot;
     };
 
-    llama_kv_cache &      kv;
+    // Upstream has a table of cells per stream (per sequence, unless kv_unified). Here all of them share the rows of a
+    // group, and a cell is known by stream*kv_size + index; a mask keeps sequences apart, as in a unified cache.
+    const uint32_t kv_size;
+    const uint32_t n_cells; // over all streams
+
+    const llama_kv_cells & table_of(uint32_t cell) const { return kv.v_cells[cell/kv_size]; }
+    uint32_t               index_of(uint32_t cell) const { return cell % kv_size; }
+    const llama_kv_cells & table_of_seq(llama_seq_id seq_id) const { return kv.v_cells[kv.seq_to_stream[seq_id]]; }
+    llama_seq_id           n_seq_ids() const { return kv.seq_to_stream.size(); }
+
+    bool      is_empty(uint32_t cell) const                  { return table_of(cell).is_empty(index_of(cell)); }
+    bool      seq_has (uint32_t cell, llama_seq_id s) const  { return table_of(cell).seq_has (index_of(cell), s); }
+    llama_pos pos_of  (uint32_t cell) const                  { return table_of(cell).pos_get (index_of(cell)); }
+    bool      shared  (uint32_t cell) const                  { return table_of(cell).seq_count(index_of(cell)) > 1; }
+
+    // f(cell) for the cells of a batch, in the order of its tokens
+    template <typename F>
+    void for_cells(const slot_info & sinfo, F && f) const {
+        for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+            for (uint32_t i : sinfo.idxs[s]) {
+                f(sinfo.strm[s]*kv_size + i);
+            }
+        }
+    }
+
     const refreekv_params params;
     llama_context *       lctx = nullptr; // of the last update
 
@@ -188,13 +216,16 @@ private:
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
-    const llama_kv_cells & cells() const { return kv.v_cells[0]; }
     uint32_t group_of(int32_t il) const { return il_to_group.at(il); }
     uint32_t padded(uint32_t n) const;
 
     void release_stale();
+    bool copy_stream(uint32_t ssrc, uint32_t sdst);
     void update_layouts();
     bool same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const;
+
+    std::vector<uint32_t> all_slots (const group & g) const;
+    std::vector<uint32_t> used_slots(const group & g) const;
 
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity);
     ggml_backend_t backend_of(const group & g) const;
