@@ -1,6 +1,6 @@
 """Writes the cffi binding (ABI mode, out of line) from the public C header.
 
-    build_binding.py HEADER OUT
+build_binding.py HEADER OUT
 """
 
 from __future__ import annotations

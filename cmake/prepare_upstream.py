@@ -64,7 +64,9 @@ def apply_patches(tree: Path, patches_to_apply: list[Path]) -> None:
         patches = patch_ng.fromfile(str(path))
         if not patches or not patches.apply(strip=1, root=str(tree)):
             raise SystemExit(f"{path.name} does not apply to this llama.cpp (is it patched already?)")
-        added = [line[1:] for line in path.read_text().splitlines() if line.startswith("+") and not line.startswith("+++")]
+        added = [
+            line[1:] for line in path.read_text().splitlines() if line.startswith("+") and not line.startswith("+++")
+        ]
         text = "".join((tree / item.target.decode().removeprefix("b/")).read_text() for item in patches.items)
         missing = [line for line in added if line not in text]
         if missing:

@@ -68,6 +68,10 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
         layouts.push_back(std::move(inp));
     }
 
+    if (!store->has_rings()) {
+        return;
+    }
+
     const uint32_t n_copy = store->get_ring().n_copy(ubatch);
 
     if (n_copy < ubatch.n_tokens) {
@@ -92,7 +96,7 @@ void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
         }
     }
 
-    if (ring_dst->buffer) { // set unless no layer has a ring
+    if (ring_dst && ring_dst->buffer) {
         store->get_ring().set_input(ring_src, ring_dst, *ubatch);
     }
 
@@ -132,7 +136,7 @@ llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call &
     ggml_tensor * ring = store->ring_of(call.il);
     ggml_tensor * q    = call.q_cur;
 
-    const bool known = call.kq_b == nullptr && ggml_nelements(q) == ring->ne[0]*q->ne[2];
+    const bool known = ring && call.kq_b == nullptr && ggml_nelements(q) == ring->ne[0]*q->ne[2];
 
     store->note_attention(call.il, call.kq_scale, call.sinks, known);
 

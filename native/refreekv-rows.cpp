@@ -2,7 +2,7 @@
 
 #include "ggml-alloc.h"
 
-#include <algorithm>
+#include <atomic>
 #include <cstring>
 
 struct refreekv_run {
@@ -92,6 +92,12 @@ static bool refreekv_copy_graph(ggml_backend_t backend, const std::vector<uint32
     return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
 }
 
+static std::atomic<int32_t> g_fail_in { 0 };
+
+void refreekv_rows::fail_allocation(int32_t n) {
+    g_fail_in = n;
+}
+
 size_t refreekv_rows::bytes() const {
     return st.buf ? ggml_backend_buffer_get_size(st.buf.get()) : 0;
 }
@@ -101,6 +107,10 @@ size_t refreekv_rows::row_bytes() const {
 }
 
 bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
+    if (g_fail_in > 0 && --g_fail_in == 0) {
+        return false;
+    }
+
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     dst.ctx.reset(ggml_init(params));
 

@@ -44,6 +44,9 @@ public:
 
     void clear();
 
+    // test hook (refreekv_fail_allocation)
+    static void fail_allocation(int32_t n);
+
 private:
     shape    s;
     int32_t  il;

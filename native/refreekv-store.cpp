@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -81,7 +82,12 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         groups.back().res.reset(n_cells);
     }
 
+    // what evicts nothing needs no queries
     for (const auto & [buft, ids] : by_buft) {
+        if (!refreekv_policy_find(params.policy)) {
+            break;
+        }
+
         ggml_init_params ip = { ids.size()*ggml_tensor_overhead(), nullptr, true };
 
         ggml_context_ptr ctx { ggml_init(ip) };
@@ -347,6 +353,8 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 
     bool synced = false;
 
+    uint64_t bytes = stats().bytes;
+
     for (auto & g : groups) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
@@ -361,6 +369,13 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 
         if (n_need <= n_have && !shrink) {
             continue;
+        }
+
+        bytes += (uint64_t) ((shrink ? n_tight : n_need) - (int64_t) n_have)*g.rows.row_bytes();
+        if (!shrink && params.memory_limit > 0 && bytes > params.memory_limit) {
+            refreekv_set_error("layer %d: growing the KV cache from %u to %u cells would take it to %" PRIu64 " bytes; the limit is %" PRIu64,
+                    g.il, n_have, n_need, bytes, params.memory_limit);
+            return false;
         }
 
         if (lctx && !synced) {
@@ -663,6 +678,10 @@ bool refreekv_store::copy_stream(uint32_t ssrc, uint32_t sdst) {
 }
 
 int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
+    if (!refreekv_policy_find(params.policy)) {
+        return 0;
+    }
+
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back({ seq_id, -1, {} });
     lctx->memory_update(false);
@@ -983,6 +1002,9 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
     ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, rows, row_pos);
 
     const auto * t = groups[i_group].ring;
+    if (!t) {
+        return 0;
+    }
     for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
         refreekv_read_row(t, rows[i], out + i*t->ne[0]);
         pos[i] = row_pos[i];

@@ -109,6 +109,7 @@ public:
     void set_input_mask  (ggml_tensor * dst, uint32_t layout, const llama_ubatch & ubatch, bool causal) const;
 
     const refreekv_ring & get_ring() const { return ring; }
+    bool has_rings() const { return !ring_bufs.empty(); }
     ggml_tensor * ring_of(int32_t il) const { return groups[group_of(il)].ring; }
 
     // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
@@ -191,9 +192,9 @@ private:
     const refreekv_params params;
     llama_context *       lctx = nullptr; // of the last update
 
-    std::vector<group>         groups;
+    std::vector<group>          groups;
     std::map<int32_t, uint32_t> il_to_group;
-    std::vector<uint32_t>      layouts;   // the group that stands for each layout
+    std::vector<uint32_t>       layouts;  // the group that stands for each layout
 
     refreekv_ring ring;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;

@@ -104,7 +104,8 @@ struct refreekv_params refreekv_params_default(void) {
     res.n_min            = 512;
     res.threshold        = 0.5f;
     res.mass_floor       = 0.05f;
-    res.budget           = 1.0f;
+    res.budget           = 1.0;
+    res.memory_limit     = 0;
     res.mask_only        = false;
     res.graph_gather     = false;
 
@@ -157,6 +158,10 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
     std::sort(list.begin(), list.end());
 
     return store->keep(ctx, seq_id, il, list);
+}
+
+void refreekv_fail_allocation(int32_t n) {
+    refreekv_rows::fail_allocation(n);
 }
 
 llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {
@@ -247,7 +252,12 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
     refreekv_attention_host host(attn, n_head, n_rows, n_cells);
     refreekv_selection      sel;
 
-    refreekv_policy_find(params->policy)(*params, host, {}, sel);
+    const auto policy = refreekv_policy_find(params->policy);
+    if (!policy) {
+        refreekv_set_error("select: this policy evicts nothing");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    policy(*params, host, {}, sel);
 
     std::fill_n(kept, n_cells, 0);
     for (uint32_t r = 0; r < sel.n_keep; ++r) {

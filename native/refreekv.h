@@ -39,6 +39,7 @@ enum refreekv_status {
 };
 
 enum refreekv_policy_kind {
+    REFREEKV_POLICY_ELASTIC   = 0, // nothing is evicted; the cache only grows and shrinks with its contents
     REFREEKV_POLICY_STREAMING = 1, // sinks and recent cells, fixed budget
     REFREEKV_POLICY_REFREEKV  = 2, // arXiv 2502.16886, section 3, and its variants
 };
@@ -78,7 +79,9 @@ struct refreekv_params {
 
     float   threshold;        // what the measure may lose, 0..1
     float   mass_floor;       // floor of the denominator of the mass measure
-    float   budget;           // streaming: fraction of the cells to keep, or a count when > 1
+    double  budget;           // streaming: fraction of the cells to keep, or a count when > 1
+
+    uint64_t memory_limit;    // bytes of K and V that a decode may not grow beyond; 0: none
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    graph_gather;     // debug: move rows with a graph even where the host could copy them
@@ -132,6 +135,9 @@ REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq
 
 // keep just these positions of a sequence in one layer (il of the model). For tests and research.
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
+
+// test hook: let the n-th allocation of rows from now on fail, in this process; 0: none
+REFREEKV_API void refreekv_fail_allocation(int32_t n);
 
 // the last position that a pruning of this sequence looked at: what lies at or before it cannot be rewound into.
 // -1 when the sequence is whole, < -1 on error

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from refreekv_cpp import native
 from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, PolicyError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy, as_policy
 from refreekv_cpp.stats import KVStats
@@ -33,6 +34,10 @@ class Llama(llama_cpp.Llama):
         kv_evicted: what happens when the next prompt goes on from a pruned cache, and may ask for what was evicted.
             "recompute": the conversation is read again, so that the new question decides what stays; "drop": it goes on
             from what is left (arXiv 2502.16886 says nothing of a second turn).
+        kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
+            that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
+        kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
+            prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
         **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error.
 
     Raises:
@@ -42,11 +47,20 @@ class Llama(llama_cpp.Llama):
     """
 
     def __init__(
-        self, model_path: str, *, kv_policy: str | Policy = "full", kv_evicted: Evicted = "recompute", **options: Any
+        self,
+        model_path: str,
+        *,
+        kv_policy: str | Policy = "full",
+        kv_evicted: Evicted = "recompute",
+        kv_elastic: bool | None = None,
+        kv_memory_limit: int | str | None = None,
+        **options: Any,
     ) -> None:
         self.kv_policy = as_policy(kv_policy)
         self.kv_evicted = kv_evicted
+        self.kv_memory_limit = None if kv_memory_limit is None else parse_bytes(kv_memory_limit)
         self._prune_after_eval = False
+        self._n_limit_prunes = 0
 
         _check_options(options)
         if kv_evicted not in get_args(Evicted):
@@ -59,10 +73,18 @@ class Llama(llama_cpp.Llama):
                 print("refreekv: embedding=True keeps no cache between calls, kv_policy is ignored", file=sys.stderr)
             self.kv_policy = Full()
 
-        native_options = self.kv_policy.native_options()
-        params = None if native_options is None else native.make_params(**native_options)
+        self._evicts = not isinstance(self.kv_policy, Full)
+        self.kv_elastic = self._evicts if kv_elastic is None else kv_elastic
+        if self._evicts and not self.kv_elastic:
+            raise PolicyError(
+                f"kv_elastic=False: only with kv_policy='full'; {self.kv_policy.name!r} gives memory back"
+            )
+        if self.kv_memory_limit is not None and not self.kv_elastic:
+            raise PolicyError(
+                "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
+            )
 
-        with native.next_context(params):
+        with native.next_context(self._native_params()):
             try:
                 super().__init__(model_path, **options)
             except ValueError as error:
@@ -70,10 +92,16 @@ class Llama(llama_cpp.Llama):
                     raise UnsupportedModelError(f'{reason}; kv_policy="full" runs it') from error
                 raise
 
+    def _native_params(self) -> Any | None:
+        if not self.kv_elastic:
+            return None
+        options = self.kv_policy.native_options() or {"policy": native.ELASTIC}
+        return native.make_params(**options, memory_limit=self.kv_memory_limit or 0)
+
     @property
     def kv_stats(self) -> KVStats:
         """What the KV cache holds now."""
-        return KVStats.read(self.kv_policy.name, self._ctx.ctx)
+        return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes)
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -83,7 +111,7 @@ class Llama(llama_cpp.Llama):
         Raises:
             CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
         """
-        if isinstance(self.kv_policy, Full) or self.n_tokens == 0:
+        if not self._evicts or self.n_tokens == 0:
             return 0
         before = self.kv_stats
         n_evicted = native.prune(self._ctx.ctx, _SEQ_ID)
@@ -101,9 +129,10 @@ class Llama(llama_cpp.Llama):
 
         Raises:
             CacheStateError: `n_tokens` was set back into what a pruning has looked at.
-            CacheMemoryError: the cache could not grow; it is what it was before the call.
+            CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
+                batch that failed.
         """
-        if isinstance(self.kv_policy, Full):
+        if not self.kv_elastic:
             super().eval(tokens)
             return
 
@@ -113,19 +142,44 @@ class Llama(llama_cpp.Llama):
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
             )
+        if self.kv_memory_limit is None:
+            self._eval(tokens)
+        else:
+            self._eval_within(tokens, self.kv_memory_limit)
+        if self._prune_after_eval and tokens:
+            self._prune_after_eval = False
+            self.prune_kv()
+
+    def _eval(self, tokens: Sequence[int]) -> None:
         try:
             super().eval(tokens)
         except RuntimeError as error:
             if reason := native.last_error():
                 raise CacheMemoryError(reason) from error
             raise
-        if self._prune_after_eval and tokens:
-            self._prune_after_eval = False
-            self.prune_kv()
+
+    def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
+        """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
+        if not self._evicts:
+            stats = self.kv_stats
+            needed = stats.bytes_per_token * (self.n_tokens + len(tokens))
+            if needed > limit:
+                raise CacheMemoryError(
+                    f"{self.n_tokens + len(tokens)} tokens need {needed} bytes of KV cache; kv_memory_limit is {limit}"
+                )
+        for i in range(0, len(tokens), self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            try:
+                self._eval(batch)
+            except CacheMemoryError:
+                if self.n_tokens == 0 or self.prune_kv() == 0:
+                    raise
+                self._n_limit_prunes += 1
+                self._eval(batch)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's; the cache is pruned once `tokens` have been read."""
-        if not isinstance(self.kv_policy, Full):
+        if self._evicts:
             if self._must_recompute(tokens):
                 self.reset()
             self._prune_after_eval = True
@@ -147,9 +201,11 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "kv_policy": self.kv_policy, "kv_evicted": self.kv_evicted}
+        names = ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit")
+        return {**state, **{name: getattr(self, name) for name in names}}
 
 
+_OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
@@ -161,5 +217,5 @@ def _check_options(options: dict[str, Any]) -> None:
     """llama-cpp-python swallows what it does not know; a mistyped option must not vanish."""
     for option in options:
         if option not in _OPTIONS:
-            hint = did_you_mean(option, [*_OPTIONS, "kv_policy", "kv_evicted"]) or ";"
+            hint = did_you_mean(option, [*_OPTIONS, *_OWN_OPTIONS]) or ";"
             raise TypeError(f"Llama() got an unexpected keyword argument {option!r}{hint} see llama_cpp.Llama")

@@ -21,8 +21,12 @@ _lib: Any = ffi.dlopen(_library._name)
 
 if _lib.refreekv_abi_version() != _ABI_VERSION:
     raise ImportError(
-        f"the native library has ABI version {_lib.refreekv_abi_version()}, this package needs {_ABI_VERSION}: reinstall it"
+        f"the native library has ABI version {_lib.refreekv_abi_version()}, this package needs {_ABI_VERSION}: "
+        "reinstall it"
     )
+
+# refreekv_params.policy of a cache that grows and shrinks and evicts nothing
+ELASTIC: int = _lib.REFREEKV_POLICY_ELASTIC
 
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int32]
@@ -93,6 +97,11 @@ def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:
     return _check(
         _lib.refreekv_keep(_context(ctx), seq_id, layer, ffi.from_buffer("llama_pos[]", positions), len(positions))
     )
+
+
+def fail_allocation(n: int) -> None:
+    """Test hook: let the n-th allocation of rows from now on fail, in this process; 0: none."""
+    _lib.refreekv_fail_allocation(n)
 
 
 def pruned_pos(ctx: Any, seq_id: int) -> int:

@@ -6,10 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from refreekv_cpp import native
-
-
-def mebibytes(n_bytes: float) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
+from refreekv_cpp._units import mebibytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,9 @@ class KVStats:
         bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
+        bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
+        n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
         prune_ms: the time they took together, in milliseconds.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
     """
@@ -40,12 +39,14 @@ class KVStats:
     bytes_ring: int
     bytes_full: int
     bytes_freed: int
+    bytes_per_token: int
     n_prunes: int
+    n_limit_prunes: int
     prune_ms: float
     n_layouts: int
 
     @classmethod
-    def read(cls, policy: str, ctx: Any) -> KVStats:
+    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
         stats = native.stats(ctx)
         groups = [native.group(ctx, i) for i in range(stats.n_group)]
         kept = tuple(group.n_kept for group in groups)
@@ -60,7 +61,9 @@ class KVStats:
             bytes_ring=stats.bytes_ring,
             bytes_full=stats.bytes_full,
             bytes_freed=stats.bytes_freed,
+            bytes_per_token=sum(group.row_bytes for group in groups),
             n_prunes=stats.n_prunes,
+            n_limit_prunes=n_limit_prunes,
             prune_ms=stats.prune_us / 1000,
             n_layouts=stats.n_layout,
         )

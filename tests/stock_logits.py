@@ -20,7 +20,9 @@ def main() -> None:
     else:
         from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the stock library
 
-    llm = Llama(model, n_ctx=1024, n_batch=256, flash_attn=flash_attn == "1", n_threads=2, logits_all=True, verbose=False)
+    llm = Llama(
+        model, n_ctx=1024, n_batch=256, flash_attn=flash_attn == "1", n_threads=2, logits_all=True, verbose=False
+    )
     text = " ".join(f"In the year {1000 + 7 * i} the harbour counted {i * i} ships." for i in range(24))
     llm.eval(llm.tokenize(text.encode()))
     for _ in range(64):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+
 from refreekv_cpp import Llama, native
 from refreekv_cpp._library import library_dir
 
@@ -36,18 +37,18 @@ def test_a_foreign_library_loaded_before_is_refused(tmp_path: Path) -> None:
         "sys.modules['llama_cpp'] = package; sys.modules['llama_cpp.llama_cpp'] = inner\n"
         "import refreekv_cpp\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "import refreekv_cpp before llama_cpp" in done.stderr
 
 
-def test_the_environment_is_left_as_it_was() -> None:
+def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
     code = (
         "import os; os.environ['LLAMA_CPP_LIB_PATH'] = 'mine'; import refreekv_cpp; "
         "assert os.environ['LLAMA_CPP_LIB_PATH'] == 'mine'; assert 'MTMD_CPP_LIB' not in os.environ"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MTMD_CPP_LIB"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
 
 
 def test_the_python_package_is_the_pinned_upstream() -> None:

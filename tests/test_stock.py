@@ -1,4 +1,4 @@
-"""kv_policy="full" is upstream's own cache: the same logits as a library built from the same sources without our hooks."""
+"""kv_policy="full" is upstream's own cache: the logits of a library built from the same sources without our hooks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def logits(out: Path, model: Path, flash_attn: bool, who: str, **environment: st
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_full_policy_is_stock_bit_for_bit(stock_library: Path, default_model: Path, tmp_path: Path, flash_attn: bool) -> None:
+def test_full_policy_is_stock_bit_for_bit(
+    stock_library: Path, default_model: Path, tmp_path: Path, flash_attn: bool
+) -> None:
     ours = logits(tmp_path / "ours.npy", default_model, flash_attn, "ours")
     stock = logits(
         tmp_path / "stock.npy",

@@ -11,7 +11,7 @@ refreekv_policy_fn refreekv_policy_find(int32_t kind) {
 }
 
 const char * refreekv_policy_check(const refreekv_params & p) {
-    if (!refreekv_policy_find(p.policy)) {
+    if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC) {
         return "policy: unknown kind";
     }
     if (p.ranking < REFREEKV_RANKING_POSITION || p.ranking > REFREEKV_RANKING_SCORE) {
@@ -41,7 +41,7 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (!(p.mass_floor >= 0.0f && p.mass_floor <= 1.0f)) {
         return "mass_floor: valid are 0 to 1";
     }
-    if (p.policy == REFREEKV_POLICY_STREAMING && !(p.budget > 0.0f)) {
+    if (p.policy == REFREEKV_POLICY_STREAMING && !(p.budget > 0.0)) {
         return "budget: valid are a fraction in (0, 1] or a count of cells > 1";
     }
     return nullptr;

@@ -36,7 +36,7 @@ using refreekv_policy_fn = bool (*)(const refreekv_params & params, refreekv_att
 bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 bool refreekv_policy_refreekv (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 
-// the registry; nullptr: no such policy
+// the registry; nullptr: no such policy, or one that evicts nothing
 refreekv_policy_fn refreekv_policy_find(int32_t kind);
 
 // nullptr when valid, else what is wrong and what is valid

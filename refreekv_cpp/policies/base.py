@@ -25,7 +25,9 @@ class Policy(ABC):
         for option in options:
             if option not in valid:
                 hint = did_you_mean(option, valid) or ";"
-                raise PolicyError(f"{cls.__name__} has no option {option!r}{hint} valid are {', '.join(valid) or 'none'}")
+                raise PolicyError(
+                    f"{cls.__name__} has no option {option!r}{hint} valid are {', '.join(valid) or 'none'}"
+                )
         return super().__new__(cls)
 
     @property

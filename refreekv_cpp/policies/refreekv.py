@@ -54,7 +54,7 @@ class ReFreeKV(Policy):
 
     @classmethod
     def paper(cls, **options: Any) -> ReFreeKV:
-        """The paper's formula read literally: last row, position order, L2 norm with the sinks, 1 %, two whole layers."""
+        """The paper's formula read literally: last row, position order, norm with the sinks, 1 %, two whole layers."""
         return cls(**{**_PAPER, **options})
 
     @classmethod
@@ -80,7 +80,11 @@ class ReFreeKV(Policy):
 
     @property
     def name(self) -> str:
-        for name, preset in (("refreekv", ReFreeKV()), ("paper", ReFreeKV.paper()), ("released-code", ReFreeKV.released_code())):
+        for name, preset in (
+            ("refreekv", ReFreeKV()),
+            ("paper", ReFreeKV.paper()),
+            ("released-code", ReFreeKV.released_code()),
+        ):
             if self == preset:
                 return name
         return "refreekv (own parameters)"

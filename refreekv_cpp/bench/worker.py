@@ -1,0 +1,78 @@
+"""One contestant of a benchmark, in a process of its own (two libllama do not go into one). Run by path, by runner.py.
+
+    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "kv_policy": null for stock llama-cpp-python}'
+
+Reads commands from stdin, one JSON a line, and answers each with one JSON line on stdout:
+
+    {"prefill": [tokens]}   a new prompt, pruned after it by the policy
+    {"decode": n}           n tokens after it, greedily
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def resident_bytes() -> int:
+    """What the process has in memory now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    except OSError:
+        return 0
+
+
+def load(spec: dict[str, Any]) -> Any:
+    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads")}
+    if spec["kv_policy"] is None:
+        from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the library
+
+        return Llama(spec["model"], verbose=False, **options)
+
+    from refreekv_cpp import Llama as OurLlama
+
+    return OurLlama(spec["model"], verbose=False, kv_policy=spec["kv_policy"], **options)
+
+
+def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
+    llm.reset()
+    start = time.perf_counter()
+    llm.eval(tokens)
+    seconds = time.perf_counter() - start
+
+    start = time.perf_counter()
+    if hasattr(llm, "prune_kv"):
+        llm.prune_kv()
+    return {"prefill_s": seconds, "prune_s": time.perf_counter() - start}
+
+
+def decode(llm: Any, n_tokens: int) -> dict[str, Any]:
+    seconds = []
+    for _ in range(n_tokens):
+        start = time.perf_counter()
+        token = llm.sample(temp=0.0)
+        llm.eval([token])
+        seconds.append(time.perf_counter() - start)
+    return {"decode_s": seconds}
+
+
+def report(llm: Any, answer: dict[str, Any]) -> None:
+    stats = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
+    print(json.dumps({**answer, "rss": resident_bytes(), "kv": stats}), flush=True)
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    start = time.perf_counter()
+    llm = load(spec)
+    report(llm, {"load_s": time.perf_counter() - start})
+    for line in sys.stdin:
+        command = json.loads(line)
+        report(llm, prefill(llm, command["prefill"]) if "prefill" in command else decode(llm, command["decode"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Memory follows what the cache holds, and running out of it costs nothing but the call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ctx_of, feed, kept, load
+
+from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, native
+from refreekv_cpp._units import parse_bytes
+
+N_PROMPT = 1500
+BLOCK = 256
+
+
+@pytest.fixture
+def prompt() -> list[int]:
+    return np.random.default_rng(3).integers(3, 259, N_PROMPT).tolist()
+
+
+def blocks(n_tokens: int) -> int:
+    return -(-n_tokens // BLOCK)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_an_elastic_full_cache_answers_as_upstreams(tiny_model: Path, prompt: list[int], flash_attn: bool) -> None:
+    logits = []
+    for elastic in (False, True):
+        llm = load(tiny_model, "full", kv_elastic=elastic, flash_attn=flash_attn)
+        llm.eval(prompt)
+        logits.append(feed(llm, prompt[:40]))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_bytes_follow_the_contents(tiny_model: Path, prompt: list[int]) -> None:
+    llm = load(tiny_model, "full", kv_elastic=True)
+    assert llm.kv_stats.bytes == 0
+    for n in (1, 255, 256, 257, 1000):
+        llm.reset()
+        llm.eval(prompt[:n])
+        stats = llm.kv_stats
+        assert blocks(n) * BLOCK <= stats.cells_capacity[0] < 2 * blocks(n) * BLOCK
+        assert stats.bytes >= sum(stats.cells_capacity) * stats.bytes_per_token // len(stats.cells_capacity)
+
+
+def test_a_pruned_cache_has_no_more_than_a_block_to_spare(tiny_model: Path, prompt: list[int]) -> None:
+    llm = load(tiny_model, "refreekv")
+    llm.eval(prompt)
+    before = llm.kv_stats
+    assert llm.prune_kv() > 0
+    after = llm.kv_stats
+    assert after.cells_capacity == tuple(blocks(n) * BLOCK for n in after.cells_kept)
+    assert after.bytes_freed == before.bytes - after.bytes > 0
+
+
+def test_a_shorter_conversation_gives_memory_back(tiny_model: Path, prompt: list[int]) -> None:
+    llm = load(tiny_model, "refreekv")
+    llm.eval(prompt)
+    long = llm.kv_stats.bytes
+    llm.reset()
+    llm.eval(prompt[:100])
+    assert llm.kv_stats.bytes < long / 4
+
+
+@pytest.mark.parametrize("kv_policy", ["full", "refreekv"])
+def test_an_allocation_that_fails_costs_nothing_but_the_call(
+    tiny_model: Path, prompt: list[int], kv_policy: str
+) -> None:
+    """... at every allocation of a run, one after the other."""
+    expected = None
+    for n in range(200):
+        llm = load(tiny_model, kv_policy, kv_elastic=True)
+        native.fail_allocation(n)
+        try:
+            failed = False
+            for i in range(0, len(prompt), 500):
+                try:
+                    llm.eval(prompt[i : i + 500])
+                except CacheMemoryError:
+                    failed = True
+                    assert llm.n_tokens == i
+                    llm.eval(prompt[i : i + 500])
+            try:
+                llm.prune_kv()
+            except CacheMemoryError:
+                failed = True
+                llm.prune_kv()
+        finally:
+            native.fail_allocation(0)
+        logits = feed(llm, prompt[:4])
+        if expected is None:
+            expected, expected_kept = logits, kept(llm)
+        elif not failed:
+            return
+        # a layer that was pruned before the failure is judged once more, on what is left of it
+        if kept(llm) == expected_kept:
+            np.testing.assert_allclose(logits, expected, atol=1e-4)
+    pytest.fail("an allocation fails in every run")
+
+
+def test_a_limit_refuses_what_cannot_fit_before_any_work(tiny_model: Path, prompt: list[int]) -> None:
+    llm = load(tiny_model, "full", kv_elastic=True, kv_memory_limit="200KiB")
+    with pytest.raises(CacheMemoryError, match="kv_memory_limit is 204800"):
+        llm.eval(prompt)
+    assert llm.n_tokens == 0
+    llm.eval(prompt[:50])
+
+
+def test_a_limit_prunes_while_the_prompt_is_read(tiny_model: Path, prompt: list[int]) -> None:
+    unlimited = load(tiny_model, "refreekv", n_batch=256)
+    unlimited.eval(prompt)
+    limit = unlimited.kv_stats.bytes * 7 // 10
+
+    llm = load(tiny_model, "refreekv", n_batch=256, kv_memory_limit=limit)
+    llm.eval(prompt)
+    assert llm.n_tokens == len(prompt)
+    assert llm.kv_stats.n_limit_prunes > 0
+    assert llm.kv_stats.bytes <= limit
+
+
+def test_a_limit_too_small_for_the_policy_is_an_error(tiny_model: Path, prompt: list[int]) -> None:
+    llm = load(tiny_model, ReFreeKV(threshold=0), n_batch=256, kv_memory_limit="300KiB")
+    with pytest.raises(CacheMemoryError, match="the limit is 307200"):
+        llm.eval(prompt)
+    assert 0 < llm.n_tokens < len(prompt)
+    assert native.stats(ctx_of(llm)).n_tokens == llm.n_tokens
+
+
+def test_what_does_not_go_together_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(PolicyError, match="kv_elastic=True"):
+        Llama(str(tiny_model), kv_memory_limit="1GiB")
+    with pytest.raises(PolicyError, match="kv_elastic=False"):
+        Llama(str(tiny_model), kv_policy="refreekv", kv_elastic=False)
+
+
+@pytest.mark.parametrize(("text", "n_bytes"), [("512MiB", 2**29), ("1.5 GB", 1_500_000_000), (4096, 4096), ("7", 7)])
+def test_sizes(text: int | str, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", 0, "5 TiB", "1.2.3 MB"])
+def test_what_is_no_size(text: int | str) -> None:
+    with pytest.raises(PolicyError, match="512MiB"):
+        parse_bytes(text)
