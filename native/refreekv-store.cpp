@@ -71,6 +71,10 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
 
     for (const auto & layer : kv.layers) {
+        if (layer.k->ne[0] == 0) {
+            continue; // a layer without attention
+        }
+
         auto * buft = offload ? ggml_backend_dev_buffer_type(kv.model.dev_layer(layer.il)) : ggml_backend_cpu_buffer_type();
 
         by_buft[buft].push_back(groups.size());
@@ -455,7 +459,7 @@ ggml_tensor * refreekv_store::get_k(ggml_context * ctx, int32_t il, bool reserva
     const int64_t n_embd_head = kv.hparams.n_embd_head_k(il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * k = reservation ? kv.layers[group_of(il)].k : g.rows.k;
+    ggml_tensor * k = reservation ? kv.layers[kv.map_layer_ids.at(il)].k : g.rows.k;
 
     return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
             ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
@@ -468,7 +472,7 @@ ggml_tensor * refreekv_store::get_v(ggml_context * ctx, int32_t il, bool reserva
     const int64_t n_embd_head = kv.hparams.n_embd_head_v(il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * v = reservation ? kv.layers[group_of(il)].v : g.rows.v;
+    ggml_tensor * v = reservation ? kv.layers[kv.map_layer_ids.at(il)].v : g.rows.v;
 
     if (!kv.v_trans) {
         return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,

@@ -1,0 +1,24 @@
+"""The commands, one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from refreekv_cpp.cli.bench import bench
+from refreekv_cpp.cli.chat import chat
+from refreekv_cpp.cli.demo import demo
+from refreekv_cpp.cli.info import info
+from refreekv_cpp.cli.run import run
+
+app = typer.Typer(
+    help="llama.cpp with a KV cache that keeps what the model still looks at, and gives the rest back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (run, chat, demo, info, bench):
+    app.command()(command)
+
+
+def main() -> None:
+    app()

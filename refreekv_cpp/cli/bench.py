@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from refreekv_cpp.bench.runner import Contestant, Result, run
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.document import write_document
+from refreekv_cpp.policies import as_policy
+
+import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
+
+
+@common.user_errors()
+def bench(
+    model: ModelArgument,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of a stock libllama (cmake -DREFREEKV_STOCK=ON) to compare with.")
+    ] = None,
+    kv_policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "full,refreekv",
+    tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
+    flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Bursts of decoding per contestant.")] = 8,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+) -> None:
+    """Speed and memory, stock and policies side by side, their decoding interleaved."""
+    common.check_file(model)
+    settings = {"off": [False], "on": [True], "both": [False, True]}.get(flash_attn)
+    if settings is None:
+        raise ValueError(f"--flash-attn {flash_attn}: valid are off, on and both")
+    lengths = [int(length) for length in tokens.split(",")]
+    contestants = [
+        Contestant(name, fa, policy, library) for fa in settings for name, policy, library in _names(kv_policy, against)
+    ]
+
+    text = _tokens(model, max(lengths))
+    results = []
+    for length in lengths:
+        common.stderr.print(f"{length} tokens ...", style="dim")
+        # as little room as the run needs: stock allocates all of it
+        n_ctx = -(-(length + 8 * rounds + 8) // 256) * 256
+        results += run(contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds)
+        if json_path:
+            json_path.write_text(json.dumps([result.as_dict() for result in results], indent=1))
+    Console().print(_table(results))
+
+
+def _names(kv_policy: str, against: Path | None) -> list[tuple[str, str | None, Path | None]]:
+    if against and not any(against.glob("*llama.*")):
+        raise ValueError(f"{against}: there is no libllama in it")
+    ours = [(name, name, None) for name in kv_policy.split(",")]
+    for name, _, _ in ours:
+        as_policy(name)
+    return [("stock", None, against), *ours] if against else [*ours]
+
+
+def _tokens(model: Path, n_tokens: int) -> list[int]:
+    llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
+    document = write_document(n_tokens + 64, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
+    tokens: list[int] = llm.tokenize(document.encode())
+    return tokens[:n_tokens]
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table()
+    for column in (
+        "tokens",
+        "cache",
+        "flash attn",
+        "prefill t/s",
+        "prune ms",
+        "decode ms",
+        "ratio",
+        "KV MiB",
+        "kept",
+        "RSS MiB",
+    ):
+        table.add_column(column, justify="left" if column in ("cache", "flash attn") else "right")
+    for result in results:
+        same = [other for other in results if other.n_tokens == result.n_tokens]
+        # decode time over the faster setting of stock (of full, without stock)
+        baseline = [r.decode_ms for r in same if r.contestant.name == same[0].contestant.name]
+        kv = result.kv
+        table.add_row(
+            str(result.n_tokens),
+            result.contestant.name,
+            "on" if result.contestant.flash_attn else "off",
+            f"{result.n_tokens / result.prefill_s:.0f}",
+            f"{result.prune_s * 1000:.0f}" if kv else "-",
+            f"{result.decode_ms:.1f}",
+            f"{result.decode_ms / min(baseline):.2f}",
+            f"{kv['bytes'] / 2**20:.1f}" if kv else "-",
+            f"{kv['budget']:.0%}" if kv else "-",
+            f"{result.rss / 2**20:.0f}",
+        )
+    return table

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from refreekv_cpp import native
+from refreekv_cpp._units import mebibytes
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import ModelArgument, NCtxOption
+from refreekv_cpp.errors import CacheStateError
+
+import llama_cpp  # isort: skip  (after native, which has loaded our library)
+from llama_cpp._internals import LlamaContext, LlamaModel  # isort: skip
+from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
+
+_TYPES: dict[str, int] = {
+    "f32": llama_cpp.GGML_TYPE_F32,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q5_1": llama_cpp.GGML_TYPE_Q5_1,
+    "q5_0": llama_cpp.GGML_TYPE_Q5_0,
+    "q4_1": llama_cpp.GGML_TYPE_Q4_1,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+    "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
+}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The full KV cache of a model. No groups: it is not one plain KV cache (sliding window, hybrid, ...)."""
+
+    n_ctx: int
+    bytes: int
+    groups: tuple[Any, ...]
+
+
+@common.user_errors()
+def info(
+    model: ModelArgument,
+    n_ctx: NCtxOption = 0,
+    type_k: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(_TYPES)}.")] = "f16",
+    type_v: Annotated[str, typer.Option(help="Type of the values.")] = "f16",
+) -> None:
+    """What a model's KV cache needs, and whether it can have a KV policy."""
+    types = _type(type_k), _type(type_v)
+    table = Table(show_header=False)
+    with closing(_load(model)) as loaded:
+        metadata = loaded.metadata()
+        for name, value in [
+            ("architecture", metadata.get("general.architecture", "?")),
+            ("name", metadata.get("general.name", "?")),
+            ("trained context", f"{loaded.n_ctx_train()} tokens"),
+            *_cache_rows(loaded, _read_cache(loaded, n_ctx, *types)),
+        ]:
+            table.add_row(name, Text(value))
+        refusal = native.model_refusal(loaded.model)
+        table.add_row("KV policies", Text(f"no: {refusal}", "red") if refusal else Text("yes", "green"))
+    Console().print(table)
+
+
+def _load(path: Path) -> LlamaModel:
+    """The model without its weights: llama.cpp reads the metadata and allocates nothing."""
+    common.check_file(path)
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    with suppress_stdout_stderr(disable=False):
+        llama_cpp.llama_backend_init()
+        return LlamaModel(path_model=str(path), params=params, verbose=False)
+
+
+def _read_cache(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> Cache | None:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.type_k = type_k
+    params.type_v = type_v
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    with suppress_stdout_stderr(disable=False):
+        ctx = LlamaContext(model=model, params=params, verbose=False)
+    try:
+        stats = native.stats(ctx.ctx)
+    except CacheStateError:  # an encoder has no memory
+        return None
+    groups = [native.group(ctx.ctx, i) for i in range(stats.n_group)]
+    # some models have layers without attention, which hold no bytes
+    return Cache(n_ctx=ctx.n_ctx(), bytes=stats.bytes, groups=tuple(group for group in groups if group.n_head_kv > 0))
+
+
+def _cache_rows(model: LlamaModel, cache: Cache | None) -> Iterator[tuple[str, str]]:
+    n_layer = llama_cpp.llama_model_n_layer(model.model)
+    if cache is None:
+        yield "layers", f"{n_layer}, none with a KV cache"
+        return
+    if cache.groups:
+        yield "attention layers", f"{len(cache.groups)} of {n_layer}"
+        yield "heads", _range(group.n_head for group in cache.groups)
+        yield "KV heads", _range(group.n_head_kv for group in cache.groups)
+        yield "head size", _range(group.n_embd_head for group in cache.groups)
+        yield "KV cache per token", f"{sum(group.row_bytes for group in cache.groups) / 1024:.2f} KiB"
+    else:
+        yield "layers", str(n_layer)
+    yield f"KV cache of {cache.n_ctx} tokens (full)", mebibytes(cache.bytes)
+
+
+def _range(values: Iterable[int]) -> str:
+    """One number where all layers have the same."""
+    distinct = sorted(set(values))
+    return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]}..{distinct[-1]}, by layer"
+
+
+def _type(name: str) -> int:
+    if name not in _TYPES:
+        raise ValueError(f"type {name!r}: valid are {', '.join(_TYPES)}")
+    return _TYPES[name]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import (
+    FlashAttnOption,
+    MaxTokensOption,
+    ModelArgument,
+    NCtxOption,
+    PolicyOption,
+    RawOption,
+    SystemOption,
+    TemperatureOption,
+    ThreadsOption,
+)
+from refreekv_cpp.llama import Llama
+
+
+@common.user_errors()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Without it and --file: stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    system: SystemOption = None,
+    max_tokens: MaxTokensOption = 512,
+    n_ctx: NCtxOption = 0,
+    kv_policy: PolicyOption = "refreekv",
+    flash_attn: FlashAttnOption = False,
+    threads: ThreadsOption = None,
+    temperature: TemperatureOption = 0.2,
+    raw: RawOption = False,
+) -> None:
+    """Answer one prompt. The text goes to stdout, all else to stderr."""
+    if raw and system is not None:
+        raise ValueError("--system needs the chat template, which --raw leaves out")
+    text = _read_prompt(prompt, file)
+    with closing(common.load(model, n_ctx=n_ctx, kv_policy=kv_policy, flash_attn=flash_attn, threads=threads)) as llm:
+        if raw:
+            pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
+        else:
+            messages = common.messages(system, text)
+            pieces = common.stream_chat(llm, messages, max_tokens=max_tokens, temperature=temperature)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        common.print_receipt(llm)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("--prompt and --file: only one of them can be the prompt")
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        text = _read_text(file)
+    elif sys.stdin.isatty():
+        raise ValueError("no prompt: use --prompt or --file, or pipe it in")
+    else:
+        text = sys.stdin.read()
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _read_text(file: Path) -> str:
+    common.check_file(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _stream_raw(llm: Llama, text: str, *, max_tokens: int, temperature: float) -> Iterator[str]:
+    chunks: Any = llm.create_completion(text, stream=True, max_tokens=max_tokens, temperature=temperature)
+    for chunk in chunks:
+        yield chunk["choices"][0]["text"]

@@ -1,0 +1,173 @@
+"""The command line tool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from refreekv_cpp import Llama
+from refreekv_cpp.cli import app, common
+from refreekv_cpp.document import FACT, write_document
+
+_SHORT = ["--n-ctx", "512", "--max-tokens", "4", "--temperature", "0"]
+
+
+def refreekv(*args: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def assert_one_error_line(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert_one_line(result.stderr, *parts)
+
+
+def assert_one_line(text: str, *parts: str) -> None:
+    assert len(text.splitlines()) == 1
+    for part in parts:
+        assert part in text
+
+
+@pytest.fixture
+def no_model(tmp_path: Path) -> Path:
+    """A file that is there, and no GGUF."""
+    path = tmp_path / "model.gguf"
+    path.write_text("not a model")
+    return path
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["chat"], ["info"], ["demo", "--model"]])
+def test_missing_model(command: list[str], tmp_path: Path) -> None:
+    result = refreekv(*command, tmp_path / "none.gguf")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"{tmp_path / 'none.gguf'}: no such file"
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["chat"], ["demo", "--model"]])
+def test_unknown_policy(command: list[str], no_model: Path) -> None:
+    result = refreekv(*command, no_model, "--kv-policy", "refrekv")
+    assert_one_error_line(result, "kv_policy='refrekv': unknown, did you mean 'refreekv'?", "'streaming'")
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["info"]])
+def test_not_a_model(command: list[str], no_model: Path) -> None:
+    assert_one_error_line(refreekv(*command, no_model), "Failed to load model", str(no_model))
+
+
+def test_unknown_type(no_model: Path) -> None:
+    assert_one_error_line(refreekv("info", no_model, "--type-k", "q9"), "'q9'", "q8_0")
+
+
+def test_prompt_is_text_once(no_model: Path, tmp_path: Path) -> None:
+    binary = tmp_path / "prompt.txt"
+    binary.write_bytes(b"caf\xe9 au lait")
+    assert_one_error_line(refreekv("run", no_model, "--file", binary), "UTF-8", str(binary))
+    assert_one_error_line(refreekv("run", no_model, "--file", tmp_path / "none.txt"), "no such file")
+    assert_one_error_line(refreekv("run", no_model, stdin=" \n"), "the prompt is empty")
+    assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--file", binary), "--prompt and --file")
+    assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--raw", "--system", "b"), "--system")
+
+
+def test_document_has_the_fact_once_near_its_start() -> None:
+    document = write_document(3000, lambda text: len(text.split()))
+    assert document == write_document(3000, lambda text: len(text.split()))
+    assert document.count(FACT) == 1
+    assert document.index(FACT) < len(document) / 8
+    assert 3000 <= len(document.split()) < 3030
+
+
+def test_info_of_quantised_cache(tiny: Callable[[str], Path]) -> None:
+    result = refreekv("info", tiny("gqa64"), "--type-k", "q8_0", "--type-v", "q8_0")
+    assert result.exit_code == 0
+    assert "1.06 KiB" in result.stdout  # 4 layers, K and V, 2 heads of 64 values, 34 bytes for 32
+
+
+# a context is as long as llama.cpp rounds it up to
+@pytest.mark.parametrize("n_ctx", ["200", "256"])
+def test_run_too_long(tiny_model: Path, n_ctx: str) -> None:
+    result = refreekv("run", tiny_model, "--prompt", "x" * 250, "--n-ctx", n_ctx)
+    assert_one_error_line(result, "exceed context window of 256")
+
+
+def test_chat_keeps_an_answer_that_was_stopped(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def stopped(llm: Llama, history: list[dict[str, str]], **options: float) -> Iterator[str]:
+        asked.append([message["content"] for message in history])
+        yield "Well, "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "stream_chat", stopped)
+    assert refreekv("chat", tiny_model, *_SHORT, stdin="Hello.\nGo on.\n").exit_code == 0
+    assert asked == [["Hello."], ["Hello.", "Well, ", "Go on."]]
+
+
+@pytest.mark.model
+def test_info(default_model: Path) -> None:
+    result = refreekv("info", default_model, "--n-ctx", "1024")
+    assert result.exit_code == 0
+    lines = [line.strip("│ ").split("│") for line in result.stdout.splitlines() if "│" in line]
+    shown = {name.strip(): value.strip() for name, value in lines}
+    assert shown["architecture"] == "llama"
+    assert shown["attention layers"] == "30 of 30"
+    assert shown["heads"] == "9"
+    assert shown["KV heads"] == "3"
+    assert shown["head size"] == "64"
+    # 30 layers, K and V, 3 heads of 64 values of 2 bytes
+    assert shown["KV cache per token"] == "22.50 KiB"
+    assert shown["KV cache of 1024 tokens (full)"] == "22.5 MiB"
+    assert shown["KV policies"] == "yes"
+
+
+@pytest.mark.model
+def test_run(default_model: Path) -> None:
+    options = ["--n-ctx", "512", "--max-tokens", "8", "--temperature", "0"]
+    result = refreekv("run", default_model, "--prompt", "Say hello.", *options)
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+    assert_one_line(result.stderr, "refreekv: ")
+
+
+@pytest.mark.model
+def test_run_raw_counts_up(default_model: Path) -> None:
+    options = ["--n-ctx", "512", "--max-tokens", "6", "--temperature", "0", "--kv-policy", "full", "--raw"]
+    result = refreekv("run", default_model, "--prompt", "1, 2, 3, 4, 5, 6, 7,", *options)
+    assert result.exit_code == 0
+    assert "8, 9" in result.stdout
+    assert_one_line(result.stderr, "full: ")
+
+
+@pytest.mark.model
+def test_run_from_stdin(default_model: Path) -> None:
+    result = refreekv("run", default_model, *_SHORT, stdin="Say hello.")
+    assert result.exit_code == 0
+    assert result.stdout == refreekv("run", default_model, *_SHORT, "--prompt", "Say hello.").stdout
+    assert_one_line(result.stderr, "refreekv: ", "pruned 0x")
+
+
+@pytest.mark.model
+def test_run_prunes_a_long_prompt(default_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("The ships of Velling carry salt, and those of Dunmere carry wool. " * 40)
+    result = refreekv("run", default_model, *_SHORT, "--n-ctx", "1024", "--file", file)
+    assert result.exit_code == 0
+    assert_one_line(result.stderr, "refreekv: ", "pruned 1x")
+
+
+@pytest.mark.model
+def test_chat(default_model: Path) -> None:
+    result = refreekv("chat", default_model, *_SHORT, stdin="Hello.\n\n/clear\nGood morning.\n/exit\nNot read.\n")
+    assert result.exit_code == 0
+    assert len(result.stderr.splitlines()) == 2  # a receipt for each answer
+
+
+@pytest.mark.model
+def test_chat_goes_on_after_a_message_that_is_too_long(default_model: Path) -> None:
+    result = refreekv("chat", default_model, *_SHORT, stdin=f"{'word ' * 600}\nHello.\n")
+    assert result.exit_code == 0
+    too_long, receipt = result.stderr.splitlines()
+    assert "exceed context window of 512" in too_long
+    assert receipt.startswith("refreekv: ")
