@@ -107,8 +107,11 @@ size_t refreekv_rows::row_bytes() const {
 }
 
 bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
-    if (g_fail_in > 0 && --g_fail_in == 0) {
+    if (g_fail_in == 1) {
         return false;
+    }
+    if (g_fail_in > 1) {
+        --g_fail_in;
     }
 
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };

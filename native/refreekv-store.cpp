@@ -355,6 +355,31 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 
     release_stale();
 
+    if (grow(sinfos)) {
+        return true;
+    }
+
+    give_back();
+
+    return grow(sinfos);
+}
+
+// the room that removed sequences left behind
+void refreekv_store::give_back() {
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
+    for (auto & g : groups) {
+        const auto slots = used_slots(g);
+
+        if (padded(slots.size()) < g.rows.capacity() && move(g, slots, padded(slots.size()))) {
+            g.res.compact(slots);
+            stale_layouts = true;
+        }
+    }
+}
+
+bool refreekv_store::grow(const slot_info_vec_t & sinfos) {
     bool synced = false;
 
     uint64_t bytes = stats().bytes;

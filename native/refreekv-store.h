@@ -228,6 +228,9 @@ private:
     std::vector<uint32_t> all_slots (const group & g) const;
     std::vector<uint32_t> used_slots(const group & g) const;
 
+    bool grow(const slot_info_vec_t & sinfos);
+    void give_back();
+
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity);
     ggml_backend_t backend_of(const group & g) const;
 

@@ -136,7 +136,7 @@ REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq
 // keep just these positions of a sequence in one layer (il of the model). For tests and research.
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
 
-// test hook: let the n-th allocation of rows from now on fail, in this process; 0: none
+// test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_allocation(int32_t n);
 
 // the last position that a pruning of this sequence looked at: what lies at or before it cannot be rewound into.

@@ -100,7 +100,7 @@ def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:
 
 
 def fail_allocation(n: int) -> None:
-    """Test hook: let the n-th allocation of rows from now on fail, in this process; 0: none."""
+    """Test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none."""
     _lib.refreekv_fail_allocation(n)
 
 

@@ -80,12 +80,14 @@ def test_an_allocation_that_fails_costs_nothing_but_the_call(
                     llm.eval(prompt[i : i + 500])
                 except CacheMemoryError:
                     failed = True
+                    native.fail_allocation(0)
                     assert llm.n_tokens == i
                     llm.eval(prompt[i : i + 500])
             try:
                 llm.prune_kv()
             except CacheMemoryError:
                 failed = True
+                native.fail_allocation(0)
                 llm.prune_kv()
         finally:
             native.fail_allocation(0)

@@ -6,6 +6,7 @@ Reads commands from stdin, one JSON a line, and answers each with one JSON line 
 
     {"prefill": [tokens]}   a new prompt, pruned after it by the policy
     {"decode": n}           n tokens after it, greedily
+    {"turn": [tokens]}      more tokens of the same conversation, and one decoded after them
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -34,7 +36,9 @@ def load(spec: dict[str, Any]) -> Any:
 
     from refreekv_cpp import Llama as OurLlama
 
-    return OurLlama(spec["model"], verbose=False, kv_policy=spec["kv_policy"], **options)
+    elastic = spec["kv_policy"] == "elastic"  # the full cache, growing with its contents
+    policy = "full" if elastic else spec["kv_policy"]
+    return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_elastic=elastic or None, **options)
 
 
 def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
@@ -43,10 +47,20 @@ def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
     llm.eval(tokens)
     seconds = time.perf_counter() - start
 
+    rss = resident_bytes()
+    kv = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
+
     start = time.perf_counter()
     if hasattr(llm, "prune_kv"):
         llm.prune_kv()
-    return {"prefill_s": seconds, "prune_s": time.perf_counter() - start}
+    return {"prefill_s": seconds, "prune_s": time.perf_counter() - start, "rss_prompt": rss, "kv_prompt": kv}
+
+
+def turn(llm: Any, tokens: list[int]) -> dict[str, Any]:
+    llm.eval(tokens)
+    if hasattr(llm, "prune_kv"):
+        llm.prune_kv()
+    return decode(llm, 1)
 
 
 def decode(llm: Any, n_tokens: int) -> dict[str, Any]:
@@ -57,6 +71,9 @@ def decode(llm: Any, n_tokens: int) -> dict[str, Any]:
         llm.eval([token])
         seconds.append(time.perf_counter() - start)
     return {"decode_s": seconds}
+
+
+COMMANDS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {"prefill": prefill, "decode": decode, "turn": turn}
 
 
 def report(llm: Any, answer: dict[str, Any]) -> None:
@@ -71,7 +88,8 @@ def main() -> None:
     report(llm, {"load_s": time.perf_counter() - start})
     for line in sys.stdin:
         command = json.loads(line)
-        report(llm, prefill(llm, command["prefill"]) if "prefill" in command else decode(llm, command["decode"]))
+        (name, argument), *_ = command.items()
+        report(llm, COMMANDS[name](llm, argument))
 
 
 if __name__ == "__main__":

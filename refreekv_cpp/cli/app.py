@@ -8,6 +8,7 @@ from refreekv_cpp.cli.bench import bench
 from refreekv_cpp.cli.chat import chat
 from refreekv_cpp.cli.demo import demo
 from refreekv_cpp.cli.info import info
+from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.run import run
 
 app = typer.Typer(
@@ -16,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (run, chat, demo, info, bench):
+for command in (run, chat, demo, info, bench, memory):
     app.command()(command)
 
 

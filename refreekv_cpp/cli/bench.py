@@ -15,6 +15,7 @@ from refreekv_cpp.document import write_document
 from refreekv_cpp.policies import as_policy
 
 import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
+from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 
 @common.user_errors()
@@ -23,7 +24,9 @@ def bench(
     against: Annotated[
         Path | None, typer.Option(help="Folder of a stock libllama (cmake -DREFREEKV_STOCK=ON) to compare with.")
     ] = None,
-    kv_policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "full,refreekv",
+    kv_policy: Annotated[
+        str, typer.Option(help="Policies, separated by commas; elastic is the full cache with kv_elastic.")
+    ] = "full,refreekv",
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
     flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -36,11 +39,9 @@ def bench(
     if settings is None:
         raise ValueError(f"--flash-attn {flash_attn}: valid are off, on and both")
     lengths = [int(length) for length in tokens.split(",")]
-    contestants = [
-        Contestant(name, fa, policy, library) for fa in settings for name, policy, library in _names(kv_policy, against)
-    ]
+    contestants = [c for setting in settings for c in contestants_of(kv_policy, against, flash_attn=setting)]
 
-    text = _tokens(model, max(lengths))
+    text = document_tokens(model, max(lengths))
     results = []
     for length in lengths:
         common.stderr.print(f"{length} tokens ...", style="dim")
@@ -52,17 +53,25 @@ def bench(
     Console().print(_table(results))
 
 
-def _names(kv_policy: str, against: Path | None) -> list[tuple[str, str | None, Path | None]]:
+def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:
+    """Stock, when its library is given, then these policies (names separated by commas).
+
+    Raises:
+        ValueError: no such policy, or no library there.
+    """
     if against and not any(against.glob("*llama.*")):
         raise ValueError(f"{against}: there is no libllama in it")
-    ours = [(name, name, None) for name in kv_policy.split(",")]
-    for name, _, _ in ours:
-        as_policy(name)
-    return [("stock", None, against), *ours] if against else [*ours]
+    names = kv_policy.split(",")
+    for name in names:
+        as_policy("full" if name == "elastic" else name)
+    stock = [Contestant("stock", flash_attn, None, against)] if against else []
+    return stock + [Contestant(name, flash_attn, name) for name in names]
 
 
-def _tokens(model: Path, n_tokens: int) -> list[int]:
-    llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
+def document_tokens(model: Path, n_tokens: int) -> list[int]:
+    """The first tokens of a long document."""
+    with suppress_stdout_stderr(disable=False):
+        llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
     document = write_document(n_tokens + 64, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
     tokens: list[int] = llm.tokenize(document.encode())
     return tokens[:n_tokens]
@@ -77,6 +86,7 @@ def _table(results: list[Result]) -> Table:
         "prefill t/s",
         "prune ms",
         "decode ms",
+        "slowest",
         "ratio",
         "KV MiB",
         "kept",
@@ -95,6 +105,7 @@ def _table(results: list[Result]) -> Table:
             f"{result.n_tokens / result.prefill_s:.0f}",
             f"{result.prune_s * 1000:.0f}" if kv else "-",
             f"{result.decode_ms:.1f}",
+            f"{max(result.decode_s) * 1000:.1f}",
             f"{result.decode_ms / min(baseline):.2f}",
             f"{kv['bytes'] / 2**20:.1f}" if kv else "-",
             f"{kv['budget']:.0%}" if kv else "-",

@@ -5,8 +5,10 @@ from typing import Any
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import (
+    EvictedOption,
     FlashAttnOption,
     MaxTokensOption,
+    MemoryLimitOption,
     ModelArgument,
     NCtxOption,
     PolicyOption,
@@ -27,13 +29,23 @@ def chat(
     max_tokens: MaxTokensOption = 512,
     n_ctx: NCtxOption = 0,
     kv_policy: PolicyOption = "refreekv",
+    kv_evicted: EvictedOption = "recompute",
+    kv_memory_limit: MemoryLimitOption = None,
     flash_attn: FlashAttnOption = False,
     threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D ends it."""
     with contextlib.closing(
-        common.load(model, n_ctx=n_ctx, kv_policy=kv_policy, flash_attn=flash_attn, threads=threads)
+        common.load(
+            model,
+            n_ctx=n_ctx,
+            kv_policy=kv_policy,
+            kv_evicted=kv_evicted,
+            kv_memory_limit=kv_memory_limit,
+            flash_attn=flash_attn,
+            threads=threads,
+        )
     ) as llm:
         history = common.messages(system)
         while (line := _read_line()) not in (None, "/exit"):

@@ -29,6 +29,12 @@ NCtxOption = Annotated[int, typer.Option(min=0, help="Tokens of context; 0: the 
 PolicyOption = Annotated[
     str, typer.Option(help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...")
 ]
+EvictedOption = Annotated[
+    str, typer.Option(help="When the next turn follows a pruned one: recompute (read it all again) or drop (go on).")
+]
+MemoryLimitOption = Annotated[
+    str | None, typer.Option(help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.")
+]
 FlashAttnOption = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="by the number of cores")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")]
@@ -75,8 +81,10 @@ class ReadingLlama(Llama):
                 del self._ctx.decode
 
 
-def load(model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool, threads: int | None) -> ReadingLlama:
-    """The model, ready to read a prompt.
+def load(
+    model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool, threads: int | None, **kv_options: Any
+) -> ReadingLlama:
+    """The model, ready to read a prompt. kv_options: further options of `Llama` that start with kv_.
 
     Raises:
         ValueError: no such file, no such policy, or the model cannot have it.
@@ -95,6 +103,7 @@ def load(model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool, threads: 
             n_threads=threads,
             n_threads_batch=threads,
             verbose=False,
+            **kv_options,
         )
 
 

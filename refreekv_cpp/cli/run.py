@@ -12,6 +12,7 @@ from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import (
     FlashAttnOption,
     MaxTokensOption,
+    MemoryLimitOption,
     ModelArgument,
     NCtxOption,
     PolicyOption,
@@ -32,6 +33,7 @@ def run(
     max_tokens: MaxTokensOption = 512,
     n_ctx: NCtxOption = 0,
     kv_policy: PolicyOption = "refreekv",
+    kv_memory_limit: MemoryLimitOption = None,
     flash_attn: FlashAttnOption = False,
     threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
@@ -41,7 +43,16 @@ def run(
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
     text = _read_prompt(prompt, file)
-    with closing(common.load(model, n_ctx=n_ctx, kv_policy=kv_policy, flash_attn=flash_attn, threads=threads)) as llm:
+    with closing(
+        common.load(
+            model,
+            n_ctx=n_ctx,
+            kv_policy=kv_policy,
+            kv_memory_limit=kv_memory_limit,
+            flash_attn=flash_attn,
+            threads=threads,
+        )
+    ) as llm:
         if raw:
             pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
         else:

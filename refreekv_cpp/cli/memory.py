@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from refreekv_cpp._units import mebibytes
+from refreekv_cpp.bench.runner import Contestant, Worker
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.bench import contestants_of, document_tokens
+from refreekv_cpp.cli.common import ModelArgument
+
+_TURN_TOKENS = 100
+
+
+@common.user_errors()
+def memory(
+    model: ModelArgument,
+    against: Annotated[Path | None, typer.Option(help="Folder of a stock libllama to compare with.")] = None,
+    kv_policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "refreekv",
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the long prompt.")] = 7000,
+    n_ctx: Annotated[int, typer.Option(min=512, help="Tokens of context.")] = 8192,
+    turns: Annotated[int, typer.Option(min=0, help="Turns of the chat.")] = 20,
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts of random length.")] = 200,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """What a process has in memory: after loading, with a long prompt, pruned; and after many conversations."""
+    common.check_file(model)
+    text = document_tokens(model, tokens)
+    stages = Table("cache", "stage", "RSS", "since loading", "KV bytes (allocator)", "kept cells need")
+    drift = Table("cache", "conversations", "RSS", "KV bytes after the same prompt")
+    for contestant in contestants_of(kv_policy, against, flash_attn=False):
+        common.stderr.print(f"{contestant.name} ...", style="dim")
+        worker = Worker(contestant, model, n_ctx, threads)
+        try:
+            _stages(stages, worker, contestant, text)
+            if contestant.kv_policy and prompts:
+                _soak(drift, worker, contestant, text, turns=turns, prompts=prompts, n_ctx=n_ctx)
+        finally:
+            worker.close()
+    console = Console()
+    console.print(stages)
+    if drift.row_count:
+        console.print(drift)
+
+
+def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int]) -> None:
+    loaded = worker.answer()
+    answer = worker.ask(prefill=text)
+    rows: list[tuple[str, int, dict[str, Any] | None]] = [
+        ("loaded", loaded["rss"], loaded["kv"]),
+        (f"{len(text)} tokens read", answer["rss_prompt"], answer["kv_prompt"]),
+        ("pruned", answer["rss"], answer["kv"]),
+    ]
+    for stage, rss, kv in rows:
+        if kv is None and stage == "pruned":
+            continue
+        needed = sum(kv["cells_kept"]) * kv["bytes_per_token"] / len(kv["cells_kept"]) if kv else 0
+        table.add_row(
+            contestant.name,
+            stage,
+            mebibytes(rss),
+            mebibytes(rss - loaded["rss"]),
+            mebibytes(kv["bytes"]) if kv else "-",
+            mebibytes(needed) if kv else "-",
+        )
+
+
+def _soak(
+    table: Table, worker: Worker, contestant: Contestant, text: list[int], *, turns: int, prompts: int, n_ctx: int
+) -> None:
+    """A chat, then prompts of random length; now and then the same short prompt, whose cache must not have grown."""
+    rng = random.Random(0)
+    same = text[:600]
+
+    def look(stage: str) -> None:
+        answer = worker.ask(prefill=same)
+        table.add_row(contestant.name, stage, mebibytes(answer["rss"]), str(answer["kv"]["bytes"]))
+
+    look("none yet")
+    for _ in track(range(turns), "chat", console=common.stderr, transient=True):
+        worker.ask(turn=text[:_TURN_TOKENS])
+    look(f"a chat of {turns} turns")
+    for i in track(range(1, prompts + 1), "prompts", console=common.stderr, transient=True):
+        worker.ask(prefill=text[: rng.randint(16, min(len(text), n_ctx // 8))])
+        worker.ask(decode=4)
+        if i % 50 == 0:
+            look(f"{i} prompts")
