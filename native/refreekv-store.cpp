@@ -220,24 +220,74 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
         return false;
     }
 
+    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst] && !copy_stream(src, dst)) {
+        return false;
+    }
+
     pruned[dst] = pruned[src];
     ring.forget(dst);
-
-    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst]) {
-        // upstream gives the stream of dst new cells; their rows are copied in update()
-        for (auto & g : groups) {
-            g.res.release([&](uint32_t cell) { return cell/kv_size == kv.seq_to_stream[dst]; });
-        }
-    }
 
     stale_layouts = true;
 
     return true;
 }
 
+// Upstream is about to give the stream of dst the cells of src, at the same indices. Their rows are copied now: by the
+// next batch, when upstream copies its own, the original may be gone or pruned.
+bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
+    const uint32_t first_src = kv.seq_to_stream[src]*kv_size;
+    const uint32_t first_dst = kv.seq_to_stream[dst]*kv_size;
+
+    const auto in_dst = [&](uint32_t cell) { return cell/kv_size == first_dst/kv_size; };
+
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
+    release_stale();
+
+    stale_layouts = true;
+
+    for (auto & g : groups) {
+        g.res.release(in_dst);
+    }
+
+    for (auto & g : groups) {
+        auto slots = used_slots(g);
+
+        const size_t n_old = slots.size();
+
+        std::vector<uint32_t> cells;
+        for (uint32_t i = 0; i < kv_size; ++i) {
+            const int32_t slot = g.res.slot(first_src + i);
+            if (slot >= 0 && !g.res.hidden(slot)) {
+                cells.push_back(first_dst + i);
+                slots.push_back(slot);
+            }
+        }
+
+        if (!move(g, slots, padded(slots.size()))) {
+            refreekv_set_error("seq_cp: no memory for a copy of sequence %d; sequence %d is empty now", src, dst);
+            for (auto & h : groups) {
+                h.res.release(in_dst);
+            }
+            kv.seq_rm(dst, -1, -1);
+            return false;
+        }
+
+        slots.resize(n_old);
+        g.res.compact(slots);
+        for (uint32_t cell : cells) {
+            g.res.assign(cell); // no holes are left: the slots behind, in this order
+        }
+    }
+
+    return true;
+}
+
 void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
-        if (s != seq_id) {
+        // upstream keeps to the stream of the sequence
+        if (s != seq_id && kv.seq_to_stream[s] == kv.seq_to_stream[seq_id]) {
             pruned[s] = -1;
             ring.forget(s);
         }
@@ -651,57 +701,15 @@ bool refreekv_store::begin_update(llama_context * lctx) {
     return !jobs.empty();
 }
 
-bool refreekv_store::update(llama_context * lctx, const llama_kv_cache::stream_copy_info & copies) {
+bool refreekv_store::update(llama_context * lctx) {
     hook_ran(HOOK_UPDATE);
 
     this->lctx = lctx;
-
-    for (size_t i = 0; i < copies.ssrc.size(); ++i) {
-        if (!copy_stream(copies.ssrc[i], copies.sdst[i])) {
-            // rather no sequence than one without its rows
-            refreekv_set_error("seq_cp: no memory for a copy of stream %u; stream %u is empty now", copies.ssrc[i], copies.sdst[i]);
-            kv.v_cells[copies.sdst[i]].reset();
-            stale_slots = true;
-        }
-    }
 
     for (const auto & j : jobs) {
         job_result = run_job(j);
     }
     jobs.clear();
-
-    return true;
-}
-
-// the rows of one stream's cells once more, for the cells that upstream's seq_cp gave to another stream
-bool refreekv_store::copy_stream(uint32_t ssrc, uint32_t sdst) {
-    llama_synchronize(lctx);
-    release_stale();
-
-    for (auto & g : groups) {
-        auto slots = used_slots(g);
-
-        std::vector<uint32_t> dst;
-        for (uint32_t i = 0; i < kv_size; ++i) {
-            const int32_t slot = g.res.slot(ssrc*kv_size + i);
-            if (slot >= 0 && !g.res.hidden(slot) && !kv.v_cells[sdst].is_empty(i)) {
-                dst.push_back(sdst*kv_size + i);
-                slots.push_back(slot);
-            }
-        }
-
-        if (!move(g, slots, padded(slots.size()))) {
-            return false;
-        }
-
-        slots.resize(slots.size() - dst.size());
-        g.res.compact(slots);
-        for (uint32_t cell : dst) {
-            g.res.assign(cell); // no holes are left: the slots behind, in this order
-        }
-    }
-
-    stale_layouts = true;
 
     return true;
 }
@@ -738,10 +746,11 @@ int64_t refreekv_store::run_job(const job & j) {
     llama_synchronize(lctx);
     release_stale();
 
-    const int64_t res = run(j);
+    int64_t       n_evicted = 0;
+    const int32_t status    = run(j, n_evicted);
 
-    // whatever was evicted before an error stays evicted
-    if (res != 0) {
+    // after an error, what was evicted before it is gone
+    if (n_evicted > 0) {
         pruned[j.seq_id] = table_of_seq(j.seq_id).seq_pos_max(j.seq_id);
         stale_layouts    = true;
         n_prunes++;
@@ -754,13 +763,10 @@ int64_t refreekv_store::run_job(const job & j) {
     const size_t after = stats().bytes;
     bytes_freed += before > after ? before - after : 0;
 
-    return res;
+    return status == REFREEKV_OK ? n_evicted : status;
 }
 
-// cells evicted, or an error
-int64_t refreekv_store::run(const job & j) {
-    int64_t n_evicted = 0;
-
+int32_t refreekv_store::run(const job & j, int64_t & n_evicted) {
     for (uint32_t i = 0; i < groups.size(); ++i) {
         auto & g = groups[i];
 
@@ -795,7 +801,7 @@ int64_t refreekv_store::run(const job & j) {
         }
     }
 
-    return n_evicted;
+    return REFREEKV_OK;
 }
 
 // the cells of a sequence that a group holds and queries can see, in position order

@@ -78,7 +78,7 @@ public:
 
     // called before every batch; true when update() has something to do
     bool begin_update(llama_context * lctx);
-    bool update(llama_context * lctx, const llama_kv_cache::stream_copy_info & copies);
+    bool update(llama_context * lctx);
 
     void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
 
@@ -221,7 +221,7 @@ private:
     uint32_t padded(uint32_t n) const;
 
     void release_stale();
-    bool copy_stream(uint32_t ssrc, uint32_t sdst);
+    bool copy_stream(llama_seq_id src, llama_seq_id dst);
     void update_layouts();
     bool same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const;
 
@@ -235,7 +235,7 @@ private:
     ggml_backend_t backend_of(const group & g) const;
 
     int64_t run_job(const job & j);
-    int64_t run(const job & j);
+    int32_t run(const job & j, int64_t & n_evicted); // a refreekv_status
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 

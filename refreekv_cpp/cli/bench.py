@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from refreekv_cpp.bench.runner import Contestant, Result, run
@@ -50,7 +49,7 @@ def bench(
         results += run(contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds)
         if json_path:
             json_path.write_text(json.dumps([result.as_dict() for result in results], indent=1))
-    Console().print(_table(results))
+    common.print_tables(_table(results))
 
 
 def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:

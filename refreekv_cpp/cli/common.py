@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from refreekv_cpp import native
 from refreekv_cpp.errors import RefreeKVError
@@ -21,6 +22,15 @@ from llama_cpp._utils import suppress_stdout_stderr  # isort: skip  (after refre
 
 # stdout is the model's text alone
 stderr = Console(stderr=True)
+
+
+def print_tables(*tables: Table) -> None:
+    """To stdout; wide enough for their columns where no terminal says how wide it is."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(*tables)
+
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default=False)]
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]

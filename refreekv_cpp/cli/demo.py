@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -51,7 +50,7 @@ def demo(
     results = {
         policy: _answer(path, policy, tokens, flash_attn=flash_attn, threads=threads) for policy in ("full", kv_policy)
     }
-    Console().print(_table(results))
+    common.print_tables(_table(results))
 
 
 def _answer(path: Path, policy: str, tokens: int, *, flash_attn: bool, threads: int | None) -> Result:

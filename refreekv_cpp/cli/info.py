@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -64,7 +63,7 @@ def info(
             table.add_row(name, Text(value))
         refusal = native.model_refusal(loaded.model)
         table.add_row("KV policies", Text(f"no: {refusal}", "red") if refusal else Text("yes", "green"))
-    Console().print(table)
+    common.print_tables(table)
 
 
 def _load(path: Path) -> LlamaModel:

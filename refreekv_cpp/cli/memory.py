@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -43,10 +42,7 @@ def memory(
                 _soak(drift, worker, contestant, text, turns=turns, prompts=prompts, n_ctx=n_ctx)
         finally:
             worker.close()
-    console = Console()
-    console.print(stages)
-    if drift.row_count:
-        console.print(drift)
+    common.print_tables(stages, *([drift] if drift.row_count else []))
 
 
 def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int]) -> None:

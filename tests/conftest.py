@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# before numpy is imported: on matrices as small as these its threads spend their time waiting, and ours with them
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# before anything imports llama_cpp: it loads the library that llama_cpp then uses
+import refreekv_cpp  # noqa: F401, I001
+from tiny import TINY_MODELS
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The GGUF of a model in `TINY_MODELS`, by its name; written when first asked for."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def path_of(name: str) -> Path:
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            TINY_MODELS[name].write(path)
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Callable[[str], Path]) -> Path:
+    """The GGUF of the tiny model that most tests run."""
+    return tiny("gqa")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The real model of tests marked `model`."""
+    from refreekv_cpp.default_model import default_model
+
+    return Path(default_model())

@@ -1,0 +1,57 @@
+"""The one table of policies that every test of behaviour goes through. A new policy gets a row here."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from refreekv_cpp import Policy, ReFreeKV, Streaming
+
+# the presets with their own constants
+PRESETS: dict[str, Policy] = {
+    "window": ReFreeKV(),
+    "paper": ReFreeKV.paper(),
+    "released-code": ReFreeKV.released_code(),
+    "streaming": Streaming(),
+}
+
+# ... and with constants at which each of them takes something out of every tiny model. The random models attend more
+# evenly than real ones: what loses 1 % of the norm there is nearly nothing.
+POLICIES: dict[str, Policy] = {
+    "window": ReFreeKV(),
+    "paper": ReFreeKV.paper(threshold=0.1, n_full_layers=1),
+    "released-code": ReFreeKV.released_code(threshold=0.15),
+    "streaming": Streaming(budget=0.3),
+    "score-norm-mean": ReFreeKV(measure="norm", rows="mean", threshold=0.02, n_window=32, n_pool=7),
+    "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
+    "position-mass-worst": ReFreeKV(ranking="position", threshold=0.7, n_sink=1),
+}
+
+# everything that can be combined
+COMBINATIONS: dict[str, ReFreeKV] = {
+    f"{ranking}-{rows}-{measure}-{'sinks-in' if sinks else 'sinks-out'}": ReFreeKV(
+        ranking=ranking, rows=rows, measure=measure, sinks_in_measure=sinks
+    )
+    for ranking, rows, measure, sinks in itertools.product(
+        ("position", "score"), ("last", "mean", "worst"), ("norm", "mass"), (False, True)
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debug(Policy):
+    """Another policy, with the debug fields of native/refreekv.h set."""
+
+    policy: Policy
+    mask_only: bool = False
+    graph_gather: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name} (debug)"
+
+    def native_options(self) -> dict[str, Any]:
+        options = self.policy.native_options()
+        assert options is not None
+        return {**options, "mask_only": self.mask_only, "graph_gather": self.graph_gather}

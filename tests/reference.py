@@ -1,0 +1,264 @@
+"""What native/ and llama.cpp are held against: the method and the model, written down a second time.
+
+NumPy in double precision, loops where they read better than arrays, and nothing taken from the C++. The method is that
+of arXiv 2502.16886, section 3, with the variants that `refreekv_cpp.policies.ReFreeKV` describes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from refreekv_cpp import Policy, ReFreeKV, Streaming
+
+Array = npt.NDArray[np.float64]
+
+
+# -- the policies ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a policy decides on the cells 0 .. n-1 of a layer, in position order."""
+
+    order: list[int]  # the cells, the most important first
+    counts: list[int]  # how many of them may stay, ascending
+    n_keep: int  # how many do
+    losses: Array | None = None  # losses[k]: the part of the measure that is lost when order[:k] stays
+    scores: Array | None = None  # by which the score ranking sorts
+
+    @property
+    def kept(self) -> list[int]:
+        return sorted(self.order[: self.n_keep])
+
+
+def select(policy: Policy, attention: Array, n_block: int) -> Selection:
+    """The policy on attention rows [n_head, n_rows, n_cells], rows oldest first."""
+    if isinstance(policy, Streaming):
+        return select_streaming(policy, attention.shape[2], n_block)
+    assert isinstance(policy, ReFreeKV)
+    return select_refreekv(policy, np.asarray(attention, dtype=np.float64), n_block)
+
+
+def select_refreekv(policy: ReFreeKV, attention: Array, n_block: int) -> Selection:
+    n_cells = attention.shape[2]
+
+    scores = None
+    if policy.ranking == "position":
+        first = sinks_then_latest(n_cells, policy.n_sink, n_recent=1)
+        order = sinks_then_latest(n_cells, policy.n_sink, n_recent=n_cells)
+    else:
+        scores = pooled_scores(attention, policy.n_pool)
+        first = sinks_then_latest(n_cells, policy.n_sink, policy.n_recent)
+        rest = sorted(set(range(n_cells)) - set(first))
+        order = first + sorted(rest, key=lambda cell: (-scores[cell], cell))  # of equals the earlier
+
+    losses = prefix_losses(policy, attention, order)
+    counts = allowed_counts(n_cells, max(1, len(first)), n_block)
+
+    # the shortest prefix that loses no more than the threshold, rounded up to a count that is allowed
+    shortest = min(k for k in range(n_cells + 1) if losses[k] <= policy.threshold)
+    return Selection(order, counts, min(count for count in counts if count >= shortest), losses, scores)
+
+
+def select_streaming(policy: Streaming, n_cells: int, n_block: int) -> Selection:
+    budget = Fraction(str(policy.budget))  # as written: 0.4 of 1000 is 400
+    n_budget = math.ceil(budget * n_cells) if budget <= 1 else int(budget)
+    n_first = len(sinks_then_latest(n_cells, policy.n_sink, n_recent=1))
+    order = sinks_then_latest(n_cells, policy.n_sink, n_recent=n_cells)
+    counts = allowed_counts(n_cells, max(n_first, n_budget), n_block)
+    return Selection(order, counts, counts[0])
+
+
+def sinks_then_latest(n_cells: int, n_sink: int, n_recent: int) -> list[int]:
+    """The first cells, then the last ones, from the last backwards."""
+    sinks = list(range(min(n_sink, n_cells)))
+    latest = list(range(n_cells - 1, max(n_cells - n_recent, len(sinks)) - 1, -1))
+    return sinks + latest
+
+
+def allowed_counts(n_cells: int, n_min: int, n_block: int) -> list[int]:
+    """Cells leave in whole blocks of n_block, and n_min of them never do."""
+    counts = []
+    n_left = n_cells
+    while n_left >= n_min:
+        counts.append(n_left)
+        n_left -= n_block
+    return counts[::-1] or [n_cells]
+
+
+def pooled_scores(attention: Array, n_pool: int) -> Array:
+    """The highest mean attention of any head, then of any neighbour: [n_cells]."""
+    score = attention.mean(axis=1).max(axis=0)
+    reach = n_pool // 2
+    return np.array([score[max(0, cell - reach) : cell + reach + 1].max() for cell in range(len(score))])
+
+
+def prefix_losses(policy: ReFreeKV, attention: Array, order: Sequence[int]) -> Array:
+    """losses[k]: the part of the measure that is lost when just order[:k] stays: [n_cells + 1]."""
+    n_head, n_rows, _ = attention.shape
+    looked_at = [n_rows - 1] if policy.rows == "last" else range(n_rows)
+    by_rank = np.array(order)
+
+    measures = []  # of each prefix, for each row in each head
+    for head in range(n_head):
+        for row in looked_at:
+            weights = attention[head, row].copy()
+            if not policy.sinks_in_measure:
+                weights[: policy.n_sink] = 0
+            weights = weights[by_rank]
+            if policy.measure == "norm":
+                measure = np.sqrt(np.cumsum(weights**2))
+            else:
+                measure = np.cumsum(weights)
+            measures.append(np.concatenate([[0], measure]))
+
+    floor = policy.mass_floor if policy.measure == "mass" else 0
+    if policy.rows == "worst":
+        return np.max([lost_part(measure, floor) for measure in measures], axis=0)
+    return lost_part(np.mean(measures, axis=0), floor)
+
+
+def lost_part(measure: Array, floor: float) -> Array:
+    whole = measure[-1]
+    against = max(whole, floor)
+    return (whole - measure) / against if against > 0 else np.zeros_like(measure)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention_rows(queries: Array, query_pos: Array, keys: Array, key_pos: Array, scale: float) -> Array:
+    """Softmax rows [n_head, n_queries, n_keys] of queries [n_queries, n_head, d] and keys [n_keys, n_head_kv, d].
+
+    A query sees the keys at its own position and before. Query heads share KV heads in consecutive groups.
+    """
+    n_head, n_head_kv = queries.shape[1], keys.shape[1]
+    hidden = key_pos[None, :] > query_pos[:, None]
+
+    rows = []
+    for head in range(n_head):
+        key = keys[:, head // (n_head // n_head_kv)].astype(np.float64)
+        logits = queries[:, head].astype(np.float64) @ key.T * scale
+        logits[hidden] = -np.inf
+        rows.append(softmax(logits))
+    return np.array(rows)
+
+
+def softmax(logits: Array) -> Array:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class LlamaReference:
+    """A llama-architecture GGUF, read and run. Its cache keeps every key and value; what is evicted from a layer is
+    only hidden there, from the queries that come after."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+
+        def number(key: str, default: float | None = None) -> float:
+            field = reader.get_field(f"llama.{key}")
+            if field is None and default is not None:
+                return default
+            assert field is not None, key
+            return field.contents()
+
+        n_embd = int(number("embedding_length"))
+        self.n_layer = int(number("block_count"))
+        self.n_head = int(number("attention.head_count"))
+        self.n_head_kv = int(number("attention.head_count_kv"))
+        self.n_embd_head = int(number("attention.key_length", n_embd / self.n_head))
+        self.eps = number("attention.layer_norm_rms_epsilon")
+        self.rope_base = number("rope.freq_base", 10000.0)
+
+        self.weights: dict[str, Array] = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in reader.tensors
+        }
+
+        shape = (0, self.n_head_kv, self.n_embd_head)
+        self.keys = [np.empty(shape) for _ in range(self.n_layer)]
+        self.values = [np.empty(shape) for _ in range(self.n_layer)]
+        self.hidden = [np.empty(0, dtype=bool) for _ in range(self.n_layer)]
+        self.last_queries: list[Array] = []  # of each layer, [n_tokens, n_head, n_embd_head], of the last read()
+
+    def copy(self) -> LlamaReference:
+        res = copy.copy(self)
+        res.keys, res.values, res.hidden = list(self.keys), list(self.values), list(self.hidden)
+        return res
+
+    def keep(self, layer: int, positions: Iterable[int]) -> None:
+        """From now on no query sees anything else of what this layer has read so far."""
+        hidden = np.ones(len(self.hidden[layer]), dtype=bool)
+        hidden[list(positions)] = False
+        self.hidden[layer] = self.hidden[layer] | hidden
+
+    def rewind(self, n_tokens: int) -> None:
+        """To what had been read when there were n_tokens."""
+        for per_layer in (self.keys, self.values, self.hidden):
+            per_layer[:] = [rows[:n_tokens] for rows in per_layer]
+
+    def read(self, tokens: Sequence[int]) -> Array:
+        """Logits after each of these tokens, which follow those that were read before: [n_tokens, n_vocab]."""
+        positions = len(self.keys[0]) + np.arange(len(tokens))
+        self.last_queries = []
+
+        x = self.weights["token_embd.weight"][list(tokens)]
+        for layer in range(self.n_layer):
+            x = x + self.attention(layer, self.norm(f"blk.{layer}.attn_norm", x), positions)
+            x = x + self.feed_forward(layer, self.norm(f"blk.{layer}.ffn_norm", x))
+
+        # models with tied embeddings have no output matrix of their own
+        output = self.weights.get("output.weight", self.weights["token_embd.weight"])
+        return self.norm("output_norm", x) @ output.T
+
+    def attention(self, layer: int, x: Array, positions: npt.NDArray[np.int64]) -> Array:
+        def heads(name: str, n: int) -> Array:
+            return (x @ self.weights[f"blk.{layer}.{name}.weight"].T).reshape(len(x), n, self.n_embd_head)
+
+        queries = self.rope(heads("attn_q", self.n_head), positions)
+        keys = self.rope(heads("attn_k", self.n_head_kv), positions)
+        values = heads("attn_v", self.n_head_kv)
+        self.last_queries.append(queries)
+
+        self.keys[layer] = keys = np.concatenate([self.keys[layer], keys])
+        self.values[layer] = values = np.concatenate([self.values[layer], values])
+        self.hidden[layer] = np.concatenate([self.hidden[layer], np.zeros(len(x), dtype=bool)])
+
+        seen = np.flatnonzero(~self.hidden[layer])
+        scale = 1 / math.sqrt(self.n_embd_head)
+        rows = attention_rows(queries, positions, keys[seen], seen, scale)
+
+        n_gqa = self.n_head // self.n_head_kv
+        out = [rows[head] @ values[seen, head // n_gqa] for head in range(self.n_head)]
+        return np.concatenate(out, axis=1) @ self.weights[f"blk.{layer}.attn_output.weight"].T
+
+    def feed_forward(self, layer: int, x: Array) -> Array:
+        gate = x @ self.weights[f"blk.{layer}.ffn_gate.weight"].T
+        up = x @ self.weights[f"blk.{layer}.ffn_up.weight"].T
+        return (gate / (1 + np.exp(-gate)) * up) @ self.weights[f"blk.{layer}.ffn_down.weight"].T
+
+    def norm(self, name: str, x: Array) -> Array:
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.eps) * self.weights[f"{name}.weight"]
+
+    def rope(self, x: Array, positions: npt.NDArray[np.int64]) -> Array:
+        """Turns the pairs (0, 1), (2, 3), ... of each head, each at its own speed, by the position: [n, n_heads, d]."""
+        speed = self.rope_base ** (-np.arange(0, self.n_embd_head, 2) / self.n_embd_head)
+        angle = (positions[:, None] * speed)[:, None, :]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        res = np.empty_like(x)
+        res[..., 0::2] = even * np.cos(angle) - odd * np.sin(angle)
+        res[..., 1::2] = even * np.sin(angle) + odd * np.cos(angle)
+        return res

@@ -1,0 +1,342 @@
+"""`refreekv_cpp.Llama`: what llama-cpp-python's surface does with a cache that is pruned."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from policies import POLICIES, PRESETS
+from support import ctx_of, feed, kept, load
+from tiny import N_SPECIAL, random_tokens
+
+from refreekv_cpp import CacheStateError, Full, Llama, PolicyError, ReFreeKV, RefreeKVError, Streaming, native
+from refreekv_cpp.policies import REGISTRY, as_policy
+
+import llama_cpp  # isort: skip
+import llama_cpp.llama_speculative  # isort: skip
+
+POLICY = ReFreeKV(n_min=0)
+N_PROMPT = 1300
+PROMPT = random_tokens(N_PROMPT)
+QUESTION = random_tokens(301, seed=2)[1:]
+
+
+def generate(llm: Llama, tokens: list[int], n: int = 6, **options: Any) -> list[int]:
+    """The first tokens of a greedy generation."""
+    generator = llm.generate(tokens, temp=0.0, **options)
+    res = list(itertools.islice(generator, n))
+    generator.close()
+    return res
+
+
+# -- what cannot be asked for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"kv_policy": "refrekv"}, PolicyError, "did you mean 'refreekv'"),
+        ({"kv_policy": "released_code"}, PolicyError, "did you mean 'released-code'"),
+        ({"kv_policy": "h2o"}, PolicyError, "valid are 'full', 'refreekv'"),
+        ({"kv_policy": 5}, PolicyError, "kv_policy=5: unknown"),
+        ({"kv_evicted": "dorp"}, PolicyError, "kv_evicted='dorp': valid are 'recompute', 'drop'"),
+        ({"kv_polcy": "refreekv"}, TypeError, "'kv_polcy', did you mean 'kv_policy'"),
+        ({"kv_evict": "drop"}, TypeError, "did you mean 'kv_evicted'"),
+        ({"n_ctxt": 5}, TypeError, "did you mean 'n_ctx'"),
+        ({"xyzzy": 5}, TypeError, "unexpected keyword argument 'xyzzy'; see llama_cpp.Llama"),
+        ({"n_ctx": -1}, ValueError, "n_ctx=-1"),
+        ({"n_ctx": "4k"}, ValueError, "n_ctx='4k'"),
+    ],
+    ids=str,
+)
+def test_unknown_options_name_the_nearest_valid(
+    tiny_model: Path, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        Llama(str(tiny_model), verbose=False, **options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        (ReFreeKV, {"treshold": 0.5}, "ReFreeKV has no option 'treshold', did you mean 'threshold'"),
+        (ReFreeKV, {"xyzzy": 0.5}, "valid are threshold, ranking"),
+        (ReFreeKV.paper, {"n_windw": 3}, "did you mean 'n_window'"),
+        (Streaming, {"bugdet": 3}, "did you mean 'budget'"),
+        (Full, {"budget": 3}, "Full has no option 'budget'; valid are none"),
+        (ReFreeKV, {"ranking": "scores"}, "ranking='scores': valid are 'position', 'score'"),
+        (ReFreeKV, {"rows": "first"}, "valid are 'last', 'mean', 'worst'"),
+        (ReFreeKV, {"measure": "l1"}, "valid are 'norm', 'mass'"),
+        (ReFreeKV, {"threshold": 1.5}, "threshold=1.5: valid are 0 to 1"),
+        (ReFreeKV, {"threshold": float("nan")}, "threshold=nan: valid are 0 to 1"),
+        (ReFreeKV, {"mass_floor": -0.1}, "mass_floor=-0.1: valid are 0 to 1"),
+        (ReFreeKV, {"n_window": 0}, "n_window=0: valid are 1 to 256"),
+        (ReFreeKV, {"n_window": 257}, "n_window=257: valid are 1 to 256"),
+        (ReFreeKV, {"n_pool": 30}, "n_pool=30: must be odd"),
+        (ReFreeKV, {"n_sink": -1}, "n_sink=-1: must not be negative"),
+        (ReFreeKV, {"n_min": -1}, "n_min=-1: must not be negative"),
+        (Streaming, {"budget": 0}, "budget=0"),
+        (Streaming, {"n_sink": -1}, "n_sink=-1"),
+    ],
+    ids=str,
+)
+def test_policies_refuse_what_they_cannot_do(policy: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as raised:
+        policy(**options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("policy", 9), ("ranking", 2), ("rows", -1), ("measure", 2), ("n_window", 257), ("n_block", 0), ("threshold", 1.1)],
+)
+def test_the_native_side_checks_too(field: str, value: float) -> None:
+    params = native.make_params(**{field: value})
+    with pytest.raises(PolicyError, match=f"^{field}: "), native.next_context(params):
+        pass
+    with pytest.raises(PolicyError, match=f"^{field}: "):
+        native.select(params, np.ones((1, 1, 8), dtype=np.float32))
+
+
+def test_the_defaults_of_both_sides_agree() -> None:
+    defaults = native.make_params()
+    for field, value in ReFreeKV().native_options().items():
+        assert getattr(defaults, field) == pytest.approx(value), field
+
+
+def test_every_name_is_a_policy_and_says_so() -> None:
+    for name in REGISTRY:
+        assert as_policy(name).name == {"window": "refreekv"}.get(name, name)
+    for name, preset in PRESETS.items():
+        assert as_policy(name) == preset
+    assert as_policy(POLICY) is POLICY
+    assert POLICY.name == "refreekv (own parameters)"
+
+
+# -- kv_policy="full" --------------------------------------------------------------------------------------------------
+
+
+def test_full_is_upstreams_cache(tiny_model: Path) -> None:
+    llm = load(tiny_model, "full")
+    at_load = llm.kv_stats
+    assert at_load.bytes == 2048 * 4 * native.group(ctx_of(llm), 0).row_bytes
+    assert (at_load.n_tokens, at_load.budget) == (0, 1)
+
+    llm.eval(PROMPT)
+    assert llm.prune_kv() == 0
+    stats = llm.kv_stats
+    assert stats.policy == "full"
+    assert stats.n_tokens == N_PROMPT
+    assert stats.cells_kept == (N_PROMPT,) * 4
+    assert stats.cells_capacity == (2048,) * 4
+    assert stats.budget == 1
+    assert stats.bytes == at_load.bytes
+    assert stats.bytes_full == stats.bytes * N_PROMPT // 2048
+    assert stats.bytes_ring == stats.bytes_freed == stats.n_prunes == stats.prune_ms == 0
+    assert stats.n_layouts == 1
+
+    # what only a policy's cache can do
+    for call in (
+        lambda: native.prune(ctx_of(llm), 0),
+        lambda: native.kept(ctx_of(llm), 0, 0),
+        lambda: native.keep(ctx_of(llm), 0, 0, np.array([1])),
+    ):
+        with pytest.raises(CacheStateError, match="this context has no KV policy"):
+            call()
+
+
+def test_embedding_keeps_upstreams_cache(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY, embedding=True)
+    assert llm.kv_policy == Full()
+    assert len(llm.embed("a")) > 0
+
+
+# -- generations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_generation_prunes_once_before_its_first_token(tiny_model: Path, name: str) -> None:
+    by_hand, llm = (load(tiny_model, POLICIES[name], n_batch=256) for _ in range(2))
+    by_hand.eval(PROMPT)
+    by_hand.prune_kv()
+
+    generator = llm.generate(PROMPT, temp=0.0)
+    first = next(generator)
+    assert llm.kv_stats.n_prunes == 1
+    assert kept(llm) == kept(by_hand)
+    assert [first, *itertools.islice(generator, 5)] == generate(by_hand, PROMPT)
+    assert llm.kv_stats.n_prunes == 1
+    generator.close()
+
+
+def test_a_generation_that_is_not_run_prunes_nothing(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    llm.generate(PROMPT)
+    llm.eval(PROMPT)
+    assert llm.kv_stats.n_prunes == 0
+
+
+def conversation(llm: Llama) -> list[int]:
+    """A first turn, and the prompt of the second that goes on from it."""
+    return [*PROMPT, *generate(llm, PROMPT), *QUESTION]
+
+
+@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+def test_recompute_lets_the_new_question_decide(tiny_model: Path, name: str) -> None:
+    llm, fresh = load(tiny_model, POLICIES[name]), load(tiny_model, POLICIES[name])
+    assert llm.kv_evicted == "recompute"
+    tokens = conversation(llm)
+    assert generate(llm, tokens) == generate(fresh, tokens)
+    assert kept(llm) == kept(fresh)
+    assert llm.kv_stats.n_prunes == 2
+
+
+def test_drop_goes_on_from_what_is_left(tiny_model: Path) -> None:
+    llm, by_hand = load(tiny_model, POLICY, kv_evicted="drop"), load(tiny_model, POLICY)
+    tokens = conversation(llm)
+    after_one_turn = [set(layer) for layer in kept(llm)]
+    answer = generate(llm, tokens)
+    assert llm.kv_stats.n_prunes == 2
+    for before, after in zip(after_one_turn, kept(llm), strict=True):
+        assert {pos for pos in after if pos < N_PROMPT} <= before
+
+    # the same by hand; the question is read in one batch, as there
+    by_hand.eval(PROMPT)
+    by_hand.prune_kv()
+    feed(by_hand, tokens[N_PROMPT : N_PROMPT + 5])
+    by_hand.eval(tokens[N_PROMPT + 5 :])
+    by_hand.prune_kv()
+    assert kept(by_hand) == [layer[: len(by_hand_layer)] for layer, by_hand_layer in zip(kept(llm), kept(by_hand), strict=True)]
+    assert generate(by_hand, tokens, n=6) == answer
+
+
+@pytest.mark.parametrize("kv_evicted", ["recompute", "drop"])
+def test_a_prompt_that_parts_within_the_pruned_range_is_read_whole(tiny_model: Path, kv_evicted: Any) -> None:
+    llm, fresh = load(tiny_model, POLICY, kv_evicted=kv_evicted), load(tiny_model, POLICY)
+    conversation(llm)
+    tokens = [*PROMPT[:600], *QUESTION]
+    assert generate(llm, tokens) == generate(fresh, tokens)
+    assert kept(llm) == kept(fresh)
+
+
+@pytest.mark.parametrize("kv_evicted", ["recompute", "drop"])
+def test_a_prompt_that_was_just_read_is_sampled_from_at_once(tiny_model: Path, kv_evicted: Any) -> None:
+    # once a second pruning followed here, after the first token
+    llm, fresh = load(tiny_model, POLICY, kv_evicted=kv_evicted), load(tiny_model, POLICY)
+    generate(llm, PROMPT, n=1)
+    assert llm.n_tokens == N_PROMPT
+    assert generate(llm, PROMPT) == generate(fresh, PROMPT)
+    assert llm.kv_stats.n_prunes == 1
+    assert kept(llm) == kept(fresh)
+
+
+def test_a_prompt_that_was_read_by_hand_is_pruned_before_its_first_token(tiny_model: Path) -> None:
+    llm, fresh = load(tiny_model, POLICY), load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    assert generate(llm, PROMPT) == generate(fresh, PROMPT)
+    assert kept(llm) == kept(fresh)
+
+
+@pytest.mark.parametrize("kv_evicted", ["recompute", "drop"])
+def test_a_generation_without_reset_goes_on(tiny_model: Path, kv_evicted: Any) -> None:
+    # its tokens are not the whole conversation, but follow what is there
+    llm = load(tiny_model, POLICY, kv_evicted=kv_evicted)
+    generate(llm, PROMPT, n=1)
+    generate(llm, QUESTION, n=1, reset=False)
+    assert llm.n_tokens == native.stats(ctx_of(llm)).n_tokens == N_PROMPT + len(QUESTION)
+
+
+def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
+    # LlamaRAMCache saves and loads states of pruned contexts between the prompts
+    llm, fresh = load(tiny_model, POLICY), load(tiny_model, POLICY)
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    # ASCII only: llama-cpp-python does not count tokens that leave a character unfinished
+    options = {"max_tokens": 4, "temperature": 0.0, "logit_bias": {N_SPECIAL + byte: -1000.0 for byte in range(128, 256)}}
+    for seed in (1, 2, 1):
+        prompt = random_tokens(700, seed=seed)
+        assert llm(prompt, **options)["choices"] == fresh(prompt, **options)["choices"]
+
+
+def test_speculative_decoding_rewinds_what_it_drafted(tiny_model: Path) -> None:
+    # rejected drafts lie behind the pruning. A prompt with repetitions, so that there are drafts at all.
+    prompt = PROMPT[:250] * 4
+    drafting = load(
+        tiny_model, POLICY, draft_model=llama_cpp.llama_speculative.LlamaPromptLookupDecoding(), logits_all=True
+    )
+    plain = load(tiny_model, POLICY, logits_all=True)
+    assert generate(drafting, prompt, n=30) == generate(plain, prompt, n=30)
+    assert drafting.kv_stats.n_prunes == 1
+
+
+# -- n_tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_going_back_into_the_pruned_range_is_an_error(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    after = kept(llm)
+    for n_tokens in (1, 500, N_PROMPT - 1):
+        llm.n_tokens = n_tokens
+        with pytest.raises(CacheStateError, match=f"go on from {N_PROMPT} or later, or reset"):
+            llm.eval([5])
+    assert kept(llm) == after
+
+    llm.n_tokens = N_PROMPT
+    llm.eval([5])
+    llm.reset()
+    llm.eval(PROMPT)
+    assert llm.prune_kv() > 0
+    assert kept(llm) == after
+
+
+def test_going_back_to_what_was_generated_works(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    first = feed(llm, QUESTION[:20])
+    llm.n_tokens = N_PROMPT + 7
+    np.testing.assert_array_equal(feed(llm, QUESTION[7:20]), first[7:])
+
+
+def test_pruning_looks_at_n_tokens(tiny_model: Path) -> None:
+    # what lies behind n_tokens is as good as gone: the next eval removes it
+    llm, other = load(tiny_model, POLICY), load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    llm.n_tokens = N_PROMPT - 20
+    llm.prune_kv()
+    assert native.pruned_pos(ctx_of(llm), 0) == N_PROMPT - 21
+    llm.eval([5])
+
+    # 44 of the window's 64 queries are left to judge by
+    other.eval(PROMPT)
+    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx_of(other)), 0, N_PROMPT - 20, -1)
+    native.prune(ctx_of(other), 0)
+    assert [layer[:-1] for layer in kept(llm)] == kept(other)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickled_llama_keeps_its_policy(tiny_model: Path) -> None:
+    llm = load(tiny_model, ReFreeKV(threshold=0.4), kv_evicted="drop")
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.kv_policy == llm.kv_policy
+    assert again.kv_evicted == "drop"
+    again.eval(PROMPT)
+    assert again.prune_kv() > 0
+
+
+def test_more_tokens_than_the_context_has_is_upstreams_error(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY, n_ctx=1536)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    with pytest.raises(RuntimeError, match="llama_decode") as raised:
+        llm.eval(QUESTION)
+    assert not isinstance(raised.value, RefreeKVError)
+    llm.eval(QUESTION[:10])
