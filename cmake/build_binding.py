@@ -29,7 +29,7 @@ def declarations(header: str) -> str:
 def main() -> None:
     header, out = map(Path, sys.argv[1:3])
     ffi = cffi.FFI()
-    ffi.cdef(declarations(header.read_text()))
+    ffi.cdef(declarations(header.read_text(encoding="utf-8")))
     ffi.set_source(f"refreekv_cpp.{out.stem}", None)
     ffi.emit_python_code(str(out))
 

@@ -31,6 +31,10 @@ HOOKS = PIN_FILE.parent / "patches" / "0001-hooks.patch"
 NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
 
 
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def download(version: str, sha256: str, folder: Path) -> Path:
     """The sdist, through pip (which has the user's index, proxy and cache settings)."""
     sdist = folder / f"llama_cpp_python-{version}.tar.gz"
@@ -55,7 +59,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 def check_source(source: Path, version: str) -> None:
     init = source / "llama_cpp" / "__init__.py"
-    if not init.exists() or f'"{version}"' not in init.read_text():
+    if not init.exists() or f'"{version}"' not in read(init):
         raise SystemExit(f"{source}: not an unpacked sdist of llama-cpp-python {version}")
 
 
@@ -64,10 +68,8 @@ def apply_patches(tree: Path, patches_to_apply: list[Path]) -> None:
         patches = patch_ng.fromfile(str(path))
         if not patches or not patches.apply(strip=1, root=str(tree)):
             raise SystemExit(f"{path.name} does not apply to this llama.cpp (is it patched already?)")
-        added = [
-            line[1:] for line in path.read_text().splitlines() if line.startswith("+") and not line.startswith("+++")
-        ]
-        text = "".join((tree / item.target.decode().removeprefix("b/")).read_text() for item in patches.items)
+        added = [line[1:] for line in read(path).splitlines() if line.startswith("+") and not line.startswith("+++")]
+        text = "".join(read(tree / item.target.decode().removeprefix("b/")) for item in patches.items)
         missing = [line for line in added if line not in text]
         if missing:
             raise SystemExit(f"{path.name} left no trace of: {missing[0].strip()}")

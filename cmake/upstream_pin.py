@@ -13,12 +13,12 @@ from typing import Any
 PIN_FILE = Path(__file__).parent.parent / "upstream.txt"
 
 # what the package needs at run time besides upstream
-DEPENDENCIES = ["numpy>=1.24", "cffi>=1.16", "typer>=0.12", "rich>=13"]
+DEPENDENCIES = ["numpy>=1.24", "typing-extensions>=4.5", "cffi>=1.16", "typer>=0.12", "rich>=13"]
 
 
 def read_pin() -> tuple[str, str]:
     """The pinned version of llama-cpp-python and the SHA-256 of its sdist."""
-    text = PIN_FILE.read_text()
+    text = PIN_FILE.read_text(encoding="utf-8")
     version = re.search(r"^llama-cpp-python==(\S+)", text, re.MULTILINE)
     sha256 = re.search(r"--hash=sha256:([0-9a-f]{64})", text)
     if not version or not sha256:

@@ -239,36 +239,57 @@ bool refreekv_attention_graph::scores(std::vector<float> & out) {
     });
 }
 
+// blocks are taken in chunks: the one-hot of all of them would grow with the square of the context
+static const uint32_t REFREEKV_CHUNK_BLOCKS = 64;
+
 bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.clear();
 
-    std::vector<float> one_hot((size_t) in.n_kv*n_blocks, 0.0f);
-    for (uint32_t j = 0; j < n_cells; ++j) {
-        if (block[j] >= 0) {
-            one_hot[(size_t) block[j]*in.n_kv + in.slots[j]] = 1.0f;
-        }
-    }
-
-    computed sums;
+    computed           sums;
+    std::vector<float> one_hot;
+    std::vector<float> part;
 
     return for_each_slice([&]() {
-        const bool ok = compute(sums, [&](ggml_context * ctx, uploads & ups) {
-            ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
-            cur = ggml_reshape_2d(ctx, cur, in.n_kv, n_rows*cur->ne[2]); // the slice as one matrix
+        const size_t n_lines = n_rows*softmax.out->ne[2];
+        const size_t first   = out.size();
 
-            if (squared) {
-                cur = ggml_sqr(ctx, cur);
+        out.resize(first + n_lines*n_blocks);
+
+        for (uint32_t b0 = 0; b0 < n_blocks; b0 += REFREEKV_CHUNK_BLOCKS) {
+            const uint32_t n = std::min(REFREEKV_CHUNK_BLOCKS, n_blocks - b0);
+
+            one_hot.assign((size_t) in.n_kv*n, 0.0f);
+            for (uint32_t j = 0; j < n_cells; ++j) {
+                const int64_t b = (int64_t) block[j] - b0;
+                if (b >= 0 && b < n) {
+                    one_hot[b*in.n_kv + in.slots[j]] = 1.0f;
+                }
             }
 
-            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_blocks);
-            ggml_set_input(b);
-            ups.emplace_back(b, one_hot.data());
+            const bool ok = compute(sums, [&](ggml_context * ctx, uploads & ups) {
+                ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
+                cur = ggml_reshape_2d(ctx, cur, in.n_kv, n_lines); // the slice as one matrix
 
-            return ggml_mul_mat(ctx, b, cur);
-        });
-        if (ok) {
-            refreekv_append(out, sums.out);
+                if (squared) {
+                    cur = ggml_sqr(ctx, cur);
+                }
+
+                ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n);
+                ggml_set_input(t);
+                ups.emplace_back(t, one_hot.data());
+
+                return ggml_mul_mat(ctx, t, cur);
+            });
+            if (!ok) {
+                return false;
+            }
+
+            part.clear();
+            refreekv_append(part, sums.out);
+            for (size_t l = 0; l < n_lines; ++l) {
+                std::copy_n(part.begin() + l*n, n, out.begin() + first + l*n_blocks + b0);
+            }
         }
-        return ok;
+        return true;
     });
 }

@@ -41,7 +41,6 @@ public:
         std::vector<float>   mask;  // [n_kv, rows.size()]
         std::vector<float>   sinks; // [n_head], or empty
 
-        float kq_scale;
         float max_bias;    // ALiBi
         float soft_cap;    // 0: none
         float pre_scale;   // applied before the soft-cap

@@ -36,6 +36,10 @@ std::string refreekv_why_not(const llama_model & model) {
         return name + ": attention is not causal, there is no prompt to prune after";
     }
 
+    if (hparams.router_layer >= 0) {
+        return name + ": attention to control tokens selects its adapters, none of it may be evicted";
+    }
+
     switch (model.arch) {
         case LLM_ARCH_DREAM:
         case LLM_ARCH_LLADA:
@@ -60,7 +64,7 @@ std::string refreekv_why_not(const llama_model & model) {
     }
 }
 
-void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & /*cparams*/) {
     if (!refreekv_store::next_params()) {
         return;
     }
@@ -70,8 +74,8 @@ void refreekv_check_model(const llama_model & model, const llama_memory_params &
     if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         why = "contexts of draft heads (MTP) cannot have a KV policy";
     }
-    if (why.empty() && !cparams.flash_attn && ggml_is_quantized(params.type_v)) {
-        why = std::string("type_v ") + ggml_type_name(params.type_v) + " needs flash_attn = true";
+    if (why.empty() && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        why = "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; valid are layer, row and none";
     }
 
     if (!why.empty()) {

@@ -82,6 +82,12 @@ static bool refreekv_copy_graph(ggml_backend_t backend, const std::vector<uint32
     ggml_build_forward_expand(gf, v_trans ? refreekv_gather_cols(ctx.get(), v_src, v_dst, idxs)
                                           : refreekv_gather_rows(ctx.get(), v_src, v_dst, idxs));
 
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+            return false;
+        }
+    }
+
     ggml_gallocr_ptr galloc { ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)) };
     if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
         return false;
@@ -96,6 +102,22 @@ static std::atomic<int32_t> g_fail_in { 0 };
 
 void refreekv_rows::fail_allocation(int32_t n) {
     g_fail_in = n;
+}
+
+// the last resort: through host memory, on any backend
+static void refreekv_copy_bounce(ggml_tensor * src, ggml_tensor * dst, const std::vector<refreekv_run> & runs, bool trans) {
+    const size_t n_lines = trans ? src->ne[1] : 1;
+    const size_t el      = trans ? src->nb[0] : src->nb[1];
+
+    std::vector<uint8_t> bytes;
+
+    for (size_t j = 0; j < n_lines; ++j) {
+        for (const auto & r : runs) {
+            bytes.resize(r.n*el);
+            ggml_backend_tensor_get(src, bytes.data(), j*src->nb[1] + r.src*el, bytes.size());
+            ggml_backend_tensor_set(dst, bytes.data(), j*dst->nb[1] + r.dst*el, bytes.size());
+        }
+    }
 }
 
 size_t refreekv_rows::bytes() const {
@@ -165,13 +187,14 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
     }
 
     if (!slots.empty()) {
-        if (ggml_backend_buffer_is_host(st.buf.get()) && !force_graph) {
-            const auto runs = refreekv_runs(slots);
+        const auto runs = refreekv_runs(slots);
 
+        if (ggml_backend_buffer_is_host(st.buf.get()) && !force_graph) {
             refreekv_copy_host(st.k, dst.k, runs, false);
             refreekv_copy_host(st.v, dst.v, runs, s.v_trans);
         } else if (!backend || !refreekv_copy_graph(backend, slots, st.k, dst.k, st.v, dst.v, s.v_trans)) {
-            return false;
+            refreekv_copy_bounce(st.k, dst.k, runs, false);
+            refreekv_copy_bounce(st.v, dst.v, runs, s.v_trans);
         }
     }
 

@@ -38,8 +38,8 @@ public:
     const shape & get_shape() const { return s; }
 
     // afterwards row i holds what row slots[i] held, and there is room for capacity rows; the rest is zero.
-    // backend: needed unless the rows are in host memory or there is none to copy
-    // false when the memory cannot be had or the copy fails: nothing has changed then
+    // backend: gathers the rows where they are not in host memory; without it, or when it cannot, they go through the host
+    // false when the memory cannot be had: nothing has changed then
     bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph);
 
     void clear();

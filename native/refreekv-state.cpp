@@ -104,6 +104,21 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
     }
 }
 
+// a restore failed: what it wrote must not be read, not even with weight 0
+void refreekv_store::clear_rows(const slot_info & sinfo) {
+    for (auto & g : groups) {
+        std::vector<uint32_t> slots;
+        for_cells(sinfo, [&](uint32_t cell) {
+            if (g.res.slot(cell) >= 0) {
+                slots.push_back(g.res.slot(cell));
+            }
+        });
+        if (!slots.empty()) {
+            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { ggml_backend_tensor_memset(t, 0, offset, size); });
+        }
+    }
+}
+
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
 bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
     std::vector<uint32_t> list;
@@ -125,10 +140,31 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         return false;
     }
 
-    if (lctx) {
-        llama_synchronize(lctx);
-    }
+    synchronize();
     release_stale();
+
+    // the cells may be those of a sequence that was there before: what the state does not hold of them must go
+    std::vector<uint8_t> in_list(n_cells, 0);
+    for (uint32_t cell : list) {
+        in_list[cell] = 1;
+    }
+    for (auto & g : groups) {
+        g.res.release([&](uint32_t cell) { return in_list[cell]; });
+    }
+
+    // read_tensor writes when io is done. A state of several streams grows the rows once per stream, so there they are
+    // written at once.
+    const bool at_once = restoring && kv.n_stream > 1;
+
+    const auto read_bytes = [&](ggml_tensor * t, size_t offset, size_t size) {
+        if (!at_once) {
+            io.read_tensor(t, offset, size);
+            return;
+        }
+        std::vector<uint8_t> bytes(size);
+        io.read(bytes.data(), size);
+        ggml_backend_tensor_set(t, bytes.data(), offset, size);
+    };
 
     std::vector<uint8_t> behind(cell_count);
     io.read(behind.data(), behind.size());
@@ -162,6 +198,9 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
 
         const uint32_t n_need = padded(g.res.n_slots_after(info.n_held));
         if (n_need > g.rows.capacity()) {
+            if (!within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
+                return false;
+            }
             if (!move(g, all_slots(g), n_need)) {
                 refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
                 return false;
@@ -173,7 +212,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
             slots.push_back(g.res.assign(list[i]));
         }
         if (!slots.empty()) {
-            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
+            refreekv_for_bytes(g.rows, slots, read_bytes);
         }
     }
 

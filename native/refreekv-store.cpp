@@ -86,9 +86,8 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         groups.back().res.reset(n_cells);
     }
 
-    // what evicts nothing needs no queries
     for (const auto & [buft, ids] : by_buft) {
-        if (!refreekv_policy_find(params.policy)) {
+        if (!refreekv_policy_looks(params.policy)) {
             break;
         }
 
@@ -150,10 +149,15 @@ llama_pos refreekv_store::pruned_pos(llama_seq_id seq_id) const {
     return pruned[seq_id];
 }
 
-void refreekv_store::clear() {
+// not llama_synchronize: that ends upstream's timing of a batch, which has not begun
+void refreekv_store::synchronize() const {
     if (lctx) {
-        llama_synchronize(lctx);
+        ggml_backend_sched_synchronize(lctx->get_sched());
     }
+}
+
+void refreekv_store::clear() {
+    synchronize();
     for (auto & g : groups) {
         g.rows.clear();
         g.res.reset(n_cells);
@@ -163,6 +167,7 @@ void refreekv_store::clear() {
 
     stale_slots   = false;
     stale_layouts = true;
+    restoring     = true;
     n_generation++;
 }
 
@@ -196,6 +201,7 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         if (pos_max >= p0 && p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max)) {
             pruned[s] = -1;
             ring.forget(s);
+            idle_rows = true;
         }
     }
 
@@ -240,9 +246,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
 
     const auto in_dst = [&](uint32_t cell) { return cell/kv_size == first_dst/kv_size; };
 
-    if (lctx) {
-        llama_synchronize(lctx);
-    }
+    synchronize();
     release_stale();
 
     stale_layouts = true;
@@ -250,6 +254,15 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
     for (auto & g : groups) {
         g.res.release(in_dst);
     }
+
+    const auto fail = [&]() {
+        for (auto & g : groups) {
+            g.res.release(in_dst);
+        }
+        kv.seq_rm(dst, -1, -1);
+        refreekv_set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now", src, dst);
+        return false;
+    };
 
     for (auto & g : groups) {
         auto slots = used_slots(g);
@@ -265,13 +278,12 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
             }
         }
 
-        if (!move(g, slots, padded(slots.size()))) {
-            refreekv_set_error("seq_cp: no memory for a copy of sequence %d; sequence %d is empty now", src, dst);
-            for (auto & h : groups) {
-                h.res.release(in_dst);
-            }
-            kv.seq_rm(dst, -1, -1);
-            return false;
+        const uint32_t n_need = padded(slots.size());
+        if (n_need > g.rows.capacity() && !within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
+            return fail();
+        }
+        if (!move(g, slots, n_need)) {
+            return fail();
         }
 
         slots.resize(n_old);
@@ -294,6 +306,7 @@ void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
     }
     stale_slots   = true;
     stale_layouts = true;
+    idle_rows     = true;
 }
 
 bool refreekv_store::on_seq_shift(const char * op, llama_seq_id seq_id) const {
@@ -405,20 +418,36 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 
     release_stale();
 
+    restoring = false;
+
     if (grow(sinfos)) {
         return true;
     }
 
     give_back();
 
-    return grow(sinfos);
+    if (grow(sinfos)) {
+        return true;
+    }
+
+    give_back(); // what the other groups have got for this batch
+
+    return false;
+}
+
+bool refreekv_store::within_limit(uint64_t bytes) const {
+    if (params.memory_limit == 0 || bytes <= params.memory_limit) {
+        return true;
+    }
+    refreekv_set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
+
+    return false;
 }
 
 // the room that removed sequences left behind
 void refreekv_store::give_back() {
-    if (lctx) {
-        llama_synchronize(lctx);
-    }
+    synchronize();
+
     for (auto & g : groups) {
         const auto slots = used_slots(g);
 
@@ -430,50 +459,66 @@ void refreekv_store::give_back() {
 }
 
 bool refreekv_store::grow(const slot_info_vec_t & sinfos) {
-    bool synced = false;
+    struct plan {
+        uint32_t n_need;  // room for the batch
+        uint32_t n_tight; // without the holes that removed sequences left
+        bool     shrink;
+    };
+    std::vector<plan> plans;
 
-    uint64_t bytes = stats().bytes;
+    uint64_t bytes = 0;
 
-    for (auto & g : groups) {
+    for (const auto & g : groups) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
             for_cells(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
         }
 
-        const uint32_t n_have  = g.rows.capacity();
-        const uint32_t n_need  = padded(g.res.n_slots_after(n_new));
-        const uint32_t n_tight = padded(g.res.n_used() + n_new); // without the holes that removed sequences left
+        plan p;
+        p.n_need  = padded(g.res.n_slots_after(n_new));
+        p.n_tight = padded(g.res.n_used() + n_new);
+        p.shrink  = g.rows.capacity() >= 2*p.n_tight || (idle_rows && g.rows.capacity() > p.n_tight);
 
-        const bool shrink = n_have >= 2*n_tight;
+        plans.push_back(p);
+        bytes += (uint64_t) (p.shrink ? p.n_tight : std::max(p.n_need, g.rows.capacity()))*g.rows.row_bytes();
+    }
 
-        if (n_need <= n_have && !shrink) {
+    if (!within_limit(bytes)) {
+        return false;
+    }
+
+    bool synced = false;
+
+    for (size_t i = 0; i < groups.size(); ++i) {
+        auto & g = groups[i];
+
+        const auto & p = plans[i];
+
+        if (p.n_need <= g.rows.capacity() && !p.shrink) {
             continue;
         }
-
-        bytes += (uint64_t) ((shrink ? n_tight : n_need) - (int64_t) n_have)*g.rows.row_bytes();
-        if (!shrink && params.memory_limit > 0 && bytes > params.memory_limit) {
-            refreekv_set_error("layer %d: growing the KV cache from %u to %u cells would take it to %" PRIu64 " bytes; the limit is %" PRIu64,
-                    g.il, n_have, n_need, bytes, params.memory_limit);
-            return false;
-        }
-
-        if (lctx && !synced) {
-            llama_synchronize(lctx); // a graph may still read what is about to be freed
+        if (!synced) {
+            synchronize();
             synced = true;
         }
 
-        const auto slots = shrink ? used_slots(g) : all_slots(g);
+        const auto slots = p.shrink ? used_slots(g) : all_slots(g);
 
-        if (!move(g, slots, shrink ? n_tight : n_need)) {
+        if (!move(g, slots, p.shrink ? p.n_tight : p.n_need)) {
+            if (p.n_need <= g.rows.capacity()) {
+                continue; // there is room, only not less
+            }
             refreekv_set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
-                    g.il, n_have, shrink ? n_tight : n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
+                    g.il, g.rows.capacity(), p.shrink ? p.n_tight : p.n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
             return false;
         }
-        if (shrink) {
+        if (p.shrink) {
             g.res.compact(slots);
         }
         stale_layouts = true;
     }
+
+    idle_rows = false;
 
     return true;
 }
@@ -651,12 +696,15 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
 
             std::fill(row, row + n_kv, drop);
 
+            const auto &   table = table_of_seq(seq_id);
+            const uint32_t first = kv.seq_to_stream[seq_id]*kv_size;
+
             for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-                const int32_t cell = g.res.cell(s);
-                if (cell < 0 || g.res.hidden(s) || is_empty(cell) || !seq_has(cell, seq_id)) {
+                const int64_t index = (int64_t) g.res.cell(s) - first;
+                if (index < 0 || index >= kv_size || g.res.hidden(s) || !table.seq_has(index, seq_id)) {
                     continue;
                 }
-                const llama_pos p = pos_of(cell);
+                const llama_pos p = table.pos_get(index);
                 if (p >= pos_min[seq_id] || alibi) {
                     it->second.open.emplace_back(s, p);
                 } else {
@@ -743,7 +791,7 @@ int64_t refreekv_store::run_job(const job & j) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
-    llama_synchronize(lctx);
+    synchronize();
     release_stale();
 
     int64_t       n_evicted = 0;
@@ -777,6 +825,9 @@ int32_t refreekv_store::run(const job & j, int64_t & n_evicted) {
         }
 
         const auto list = held_cells(j.seq_id, g);
+        if (list.empty()) {
+            continue;
+        }
 
         std::vector<uint8_t> keep(list.size(), 1);
 
@@ -819,8 +870,31 @@ std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id
     return res;
 }
 
+static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
+    std::fill(keep.begin(), keep.end(), 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        keep[sel.order[r]] = 1;
+    }
+}
+
 int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
     const auto & hparams = kv.hparams;
+
+    refreekv_selection sel;
+
+    std::vector<uint8_t> pinned; // another sequence needs it too
+    for (const auto & c : list) {
+        pinned.push_back(shared(c.cell));
+    }
+
+    if (!refreekv_policy_looks(params.policy)) {
+        refreekv_attention_host nothing(nullptr, 0, 0, list.size());
+
+        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
+        refreekv_keep_selected(sel, keep);
+
+        return REFREEKV_OK;
+    }
 
     refreekv_attention_graph::inputs in = {};
 
@@ -860,12 +934,9 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         ggml_backend_tensor_get(g.sinks, in.sinks.data(), 0, ggml_nbytes(g.sinks));
     }
 
-    std::vector<uint8_t> pinned;
-
     in.mask.assign(in.n_kv*in.rows.size(), -INFINITY);
     for (const auto & c : list) {
         in.slots.push_back(c.slot);
-        pinned.push_back(shared(c.cell)); // another sequence needs it too
 
         for (size_t r = 0; r < in.rows.size(); ++r) {
             if (c.pos <= row_pos[r]) {
@@ -875,17 +946,13 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     }
 
     refreekv_attention_graph attn(std::move(in));
-    refreekv_selection       sel;
 
     if (!refreekv_policy_find(params.policy)(params, attn, pinned, sel)) {
         refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
         return REFREEKV_ERR_COMPUTE;
     }
 
-    std::fill(keep.begin(), keep.end(), 0);
-    for (uint32_t r = 0; r < sel.n_keep; ++r) {
-        keep[sel.order[r]] = 1;
-    }
+    refreekv_keep_selected(sel, keep);
 
     return REFREEKV_OK;
 }

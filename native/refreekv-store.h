@@ -83,6 +83,7 @@ public:
     void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
 
     void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
+    void clear_rows (const slot_info & sinfo);
     bool state_read (llama_io_read_i  & io, uint32_t cell_count, const slot_info & sinfo);
 
     //
@@ -203,6 +204,8 @@ private:
 
     uint64_t n_generation  = 0;
     bool     stale_slots   = false;       // cells may have become empty
+    bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
+    bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
     bool     stale_layouts = true;
 
     struct job {
@@ -220,6 +223,7 @@ private:
     uint32_t group_of(int32_t il) const { return il_to_group.at(il); }
     uint32_t padded(uint32_t n) const;
 
+    void synchronize() const; // a graph may still read what is about to be freed
     void release_stale();
     bool copy_stream(llama_seq_id src, llama_seq_id dst);
     void update_layouts();
@@ -228,6 +232,7 @@ private:
     std::vector<uint32_t> all_slots (const group & g) const;
     std::vector<uint32_t> used_slots(const group & g) const;
 
+    bool within_limit(uint64_t bytes) const;
     bool grow(const slot_info_vec_t & sinfos);
     void give_back();
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <new>
 #include <stdexcept>
 
 static const int32_t REFREEKV_ABI_VERSION = 1;
@@ -32,6 +33,20 @@ void refreekv_set_error(const char * format, ...) {
 
 void refreekv_clear_error() {
     g_error.clear();
+}
+
+// nothing may be thrown across the C API
+template <typename F>
+static auto refreekv_guard(F && f) -> decltype(f()) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        refreekv_set_error("out of memory");
+        return REFREEKV_ERR_MEMORY;
+    } catch (const std::exception & err) {
+        refreekv_set_error("%s", err.what());
+        return REFREEKV_ERR_STATE;
+    }
 }
 
 // nullptr after setting the error
@@ -142,7 +157,7 @@ int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
     if (!refreekv_check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return store->prune(ctx, seq_id);
+    return refreekv_guard([&]() { return store->prune(ctx, seq_id); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
@@ -153,11 +168,17 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
     if (!refreekv_check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
+    if (n_pos < 0) {
+        refreekv_set_error("keep: n_pos must not be negative");
+        return REFREEKV_ERR_ARGUMENT;
+    }
 
-    std::vector<llama_pos> list(pos, pos + n_pos);
-    std::sort(list.begin(), list.end());
+    return refreekv_guard([&]() {
+        std::vector<llama_pos> list(pos, pos + n_pos);
+        std::sort(list.begin(), list.end());
 
-    return store->keep(ctx, seq_id, il, list);
+        return store->keep(ctx, seq_id, il, list);
+    });
 }
 
 void refreekv_fail_allocation(int32_t n) {
@@ -223,7 +244,9 @@ int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, i
     if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return store->read_queries(seq_id, i_group, out, pos, n_max);
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_queries(seq_id, i_group, out, pos, n_max); });
 }
 
 int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
@@ -234,7 +257,9 @@ int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int3
     if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return store->read_keys(seq_id, i_group, out, pos, n_max);
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_keys(seq_id, i_group, out, pos, n_max); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, uint8_t * kept) {

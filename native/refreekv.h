@@ -3,7 +3,7 @@
 // The C API of refreekv: what llama.h has no room for. llama.h passes its structs by value through ctypes, so they
 // must keep their layout; everything a KV policy needs goes through here instead.
 //
-// This header is also the source of the Python binding (refreekv_cpp/build_binding.py reads it): plain C, no macros
+// This header is also the source of the Python binding (cmake/build_binding.py reads it): plain C, no macros
 // but REFREEKV_API.
 //
 // Errors: functions that can fail return a negative refreekv_status or NULL; refreekv_last_error() then names what was
@@ -117,7 +117,7 @@ REFREEKV_API int32_t refreekv_abi_version(void);
 // the last error of this thread, "" when there was none
 REFREEKV_API const char * refreekv_last_error(void);
 
-// a mask of the hooks that have run in this process, see enum refreekv_hook in refreekv-store.h
+// a mask of the hooks that have run in this process, see refreekv_store::hook in refreekv-store.h
 REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
 REFREEKV_API struct refreekv_params refreekv_params_default(void);

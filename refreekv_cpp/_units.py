@@ -16,9 +16,9 @@ def parse_bytes(size: int | str) -> int:
     match = re.fullmatch(r"([0-9.]+)\s*([KMG]?I?B|)", str(size).strip().upper())
     try:
         n_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         n_bytes = 0
-    if n_bytes <= 0:
+    if not 0 < n_bytes < 2**63:
         raise PolicyError(f"{size!r}: valid are a positive number of bytes, or text such as '512MiB' or '1.5GB'")
     return n_bytes
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from refreekv_cpp import native
 from refreekv_cpp._suggest import did_you_mean
@@ -66,12 +67,13 @@ class Llama(llama_cpp.Llama):
         if kv_evicted not in get_args(Evicted):
             raise PolicyError(f"kv_evicted={kv_evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
         n_ctx = options.get("n_ctx", 512)
-        if not isinstance(n_ctx, int) or n_ctx < 0:
+        if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")
         if options.get("embedding") and not isinstance(self.kv_policy, Full):
             if options.get("verbose", True):
                 print("refreekv: embedding=True keeps no cache between calls, kv_policy is ignored", file=sys.stderr)
             self.kv_policy = Full()
+            self.kv_memory_limit = None
 
         self._evicts = not isinstance(self.kv_policy, Full)
         self.kv_elastic = self._evicts if kv_elastic is None else kv_elastic
@@ -113,6 +115,7 @@ class Llama(llama_cpp.Llama):
         """
         if not self._evicts or self.n_tokens == 0:
             return 0
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         before = self.kv_stats
         n_evicted = native.prune(self._ctx.ctx, _SEQ_ID)
         if self.verbose:
@@ -146,9 +149,11 @@ class Llama(llama_cpp.Llama):
             self._eval(tokens)
         else:
             self._eval_within(tokens, self.kv_memory_limit)
-        if self._prune_after_eval and tokens:
+        if self._prune_after_eval:
             self._prune_after_eval = False
-            self.prune_kv()
+            # nothing was read when the whole prompt was there already, and then it may have been pruned, too
+            if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
+                self.prune_kv()
 
     def _eval(self, tokens: Sequence[int]) -> None:
         try:
@@ -180,7 +185,8 @@ class Llama(llama_cpp.Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's; the cache is pruned once `tokens` have been read."""
         if self._evicts:
-            if self._must_recompute(tokens):
+            reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
+            if reset and self._must_recompute(tokens):
                 self.reset()
             self._prune_after_eval = True
         try:
@@ -205,6 +211,7 @@ class Llama(llama_cpp.Llama):
         return {**state, **{name: getattr(self, name) for name in names}}
 
 
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name

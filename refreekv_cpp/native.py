@@ -28,6 +28,13 @@ if _lib.refreekv_abi_version() != _ABI_VERSION:
 # refreekv_params.policy of a cache that grows and shrinks and evicts nothing
 ELASTIC: int = _lib.REFREEKV_POLICY_ELASTIC
 
+
+def enum_value(name: str) -> int:
+    """The number of a constant of native/refreekv.h, without its prefix: enum_value("RANKING_SCORE")."""
+    value: int = getattr(_lib, f"REFREEKV_{name}")
+    return value
+
+
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int32]
 

@@ -115,10 +115,8 @@ def prefix_losses(policy: ReFreeKV, attention: Array, order: Sequence[int]) -> A
             if not policy.sinks_in_measure:
                 weights[: policy.n_sink] = 0
             weights = weights[by_rank]
-            if policy.measure == "norm":
-                measure = np.sqrt(np.cumsum(weights**2))
-            else:
-                measure = np.cumsum(weights)
+            norm = policy.measure == "norm"
+            measure = np.sqrt(np.cumsum(weights**2)) if norm else np.cumsum(weights)
             measures.append(np.concatenate([[0], measure]))
 
     floor = policy.mass_floor if policy.measure == "mass" else 0

@@ -57,7 +57,14 @@ class Sequences:
 
     def __init__(self, path: Path, policy: Policy, **fields: Any) -> None:
         params = llama_cpp.llama_context_default_params()
-        defaults = {"n_ctx": 4096, "n_batch": 512, "n_seq_max": 2, "kv_unified": True, "n_threads": 1, "n_threads_batch": 1}
+        defaults = {
+            "n_ctx": 4096,
+            "n_batch": 512,
+            "n_seq_max": 2,
+            "kv_unified": True,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+        }
         defaults |= {"type_k": F32, "type_v": F32, "flash_attn_type": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
         for field, value in {**defaults, **fields}.items():
             setattr(params, field, value)

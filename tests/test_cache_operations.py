@@ -1,4 +1,4 @@
-"""What llama.cpp's operations on sequences and states do to a cache that was pruned: right, or refused with a reason."""
+"""What llama.cpp's operations on sequences and states do to a pruned cache: right, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from policies import Debug
 from support import F32, Sequences, ctx_of, feed, kept, load, logits
 from tiny import random_tokens
 
-from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, Streaming, native
+from refreekv_cpp import CacheStateError, Llama, Policy, PolicyError, ReFreeKV, Streaming, native
 
 import llama_cpp  # isort: skip
 
@@ -126,6 +126,16 @@ def test_a_pruning_that_fails_leaves_the_cache_whole(tiny_model: Path) -> None:
     assert llm.kv_stats.n_prunes == 0
     llm.eval([5])
     assert llm.prune_kv() > 0
+
+
+@pytest.mark.parametrize("policy", [POLICY, ReFreeKV.paper(n_min=0, n_full_layers=0), Streaming(n_min=0)], ids=repr)
+def test_a_layer_with_nothing_left_is_passed_over(tiny_model: Path, policy: Policy) -> None:
+    # once this was a crash: the policy looked at the last cell of none
+    llm = load(tiny_model, policy)
+    llm.eval(PROMPT)
+    assert native.keep(ctx_of(llm), 0, 1, np.array([])) == N_PROMPT
+    llm.prune_kv()
+    assert kept(llm)[1] == []
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -517,7 +527,9 @@ def test_hidden_cells_are_not_saved(tiny_model: Path) -> None:
     ],
     ids=str,
 )
-def test_a_state_of_another_kind_is_refused(tiny_model: Path, policy: str | ReFreeKV, options: dict, reason: str) -> None:
+def test_a_state_of_another_kind_is_refused(
+    tiny_model: Path, policy: str | ReFreeKV, options: dict, reason: str
+) -> None:
     state = pruned(tiny_model).save_state()
     other = load(tiny_model, policy, **options)
     if "n_ctx" in options:

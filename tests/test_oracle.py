@@ -1,4 +1,4 @@
-"""Native kept sets are those of the method's definition (reference.py), on attention that is given and on a model's own."""
+"""Native kept sets are those of the method's definition (reference.py), on given attention and on a model's own."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def attention_of(llm, layer: int, type_k: int) -> npt.NDArray[np.float64]:
     """The attention rows of the queries in a layer's ring, from what the context holds."""
     queries, query_pos = native.read_queries(ctx_of(llm), 0, layer)
     keys, key_pos = native.read_keys(ctx_of(llm), 0, layer)
-    if type_k == Q8_0:
+    if type_k == Q8_0 and len(queries):  # streaming keeps none
         # ggml multiplies a quantised matrix with a vector that it quantises too
         shape = queries.shape
         queries = queries.reshape(len(queries), -1)
@@ -306,7 +306,7 @@ def test_the_metric_reads_the_models_own_queries_and_keys(
 # -- on a real model ---------------------------------------------------------------------------------------------------
 
 _TEXT = " ".join(
-    f"Entry {i}: on day {37 * i % 365} the {thing} of pier {i % 11} weighed {i * i % 997} stone and was sold to {buyer}."
+    f"Entry {i}: on day {37 * i % 365} the {thing} of pier {i % 11} weighed {i * i % 997} stone, sold to {buyer}."
     for i, (thing, buyer) in enumerate(
         (thing, buyer)
         for buyer in ("the harbour master", "a widow from Leith", "nobody", "the crew of the Albatross")

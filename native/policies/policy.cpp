@@ -10,6 +10,10 @@ refreekv_policy_fn refreekv_policy_find(int32_t kind) {
     }
 }
 
+bool refreekv_policy_looks(int32_t kind) {
+    return kind == REFREEKV_POLICY_REFREEKV;
+}
+
 const char * refreekv_policy_check(const refreekv_params & p) {
     if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC) {
         return "policy: unknown kind";

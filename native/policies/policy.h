@@ -39,12 +39,15 @@ bool refreekv_policy_refreekv (const refreekv_params & params, refreekv_attentio
 // the registry; nullptr: no such policy, or one that evicts nothing
 refreekv_policy_fn refreekv_policy_find(int32_t kind);
 
+// whether it looks at attention, and so needs the last queries to be kept
+bool refreekv_policy_looks(int32_t kind);
+
 // nullptr when valid, else what is wrong and what is valid
 const char * refreekv_policy_check(const refreekv_params & params);
 
 // shared by the policies
 
-// pinned cells, the first n_sink, then (when n_recent >= 0) the last n_recent backwards; the rest is left to the policy
+// the first n_sink, the pinned cells, then the last n_recent backwards; the rest is left to the policy
 std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned);
 
 // the counts at which a ranking may be cut: cells leave in whole blocks, so that all groups of a sequence stay equal

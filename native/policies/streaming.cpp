@@ -10,7 +10,7 @@ bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attentio
     const uint32_t n = attn.n_cells;
 
     const uint32_t n_head   = refreekv_order_head(params, n, 1, pinned).size();
-    const uint32_t n_budget = params.budget <= 1.0 ? std::ceil(params.budget*n) : params.budget;
+    const uint32_t n_budget = std::min<double>(n, params.budget <= 1.0 ? std::ceil(params.budget*n) : params.budget);
 
     res.order = refreekv_order_head(params, n, n, pinned);
 

@@ -34,7 +34,7 @@ def as_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    if policy not in REGISTRY:
+    if not isinstance(policy, str) or policy not in REGISTRY:
         hint = did_you_mean(str(policy), REGISTRY) or ";"
         raise PolicyError(
             f"kv_policy={policy!r}: unknown{hint} valid are {', '.join(map(repr, REGISTRY))} and objects such as "

@@ -11,6 +11,9 @@ from typing_extensions import Self
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import PolicyError
 
+# the annotations that are checked
+_NUMBERS: dict[str, Any] = {"int": int, "float": (int, float)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
@@ -29,6 +32,15 @@ class Policy(ABC):
                     f"{cls.__name__} has no option {option!r}{hint} valid are {', '.join(valid) or 'none'}"
                 )
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = _NUMBERS.get(str(field.type))
+            if kind and (
+                isinstance(value, bool) or not isinstance(value, kind) or (kind is int and abs(value) >= 2**31)
+            ):
+                raise PolicyError(f"{field.name}={value!r}: must be a number of type {field.type}")
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ from refreekv_cpp.policies.base import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Policy):
-    """Upstream's own cache, untouched: every cell of every layer, allocated for n_ctx at load."""
+    """Every cell of every layer stays: upstream's own cache, untouched (or, with kv_elastic, one that grows)."""
 
     @property
     def name(self) -> str:

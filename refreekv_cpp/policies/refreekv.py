@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.native import enum_value
 from refreekv_cpp.policies.base import Policy
 
 Ranking = Literal["position", "score"]
@@ -63,6 +64,7 @@ class ReFreeKV(Policy):
         return cls(**{**_PAPER, "sinks_in_measure": False, **options})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, valid in _CHOICES.items():
             value = getattr(self, option)
             if value not in valid:
@@ -91,9 +93,9 @@ class ReFreeKV(Policy):
 
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
-        for option, valid in _CHOICES.items():
-            options[option] = valid.index(options[option])
-        return {"policy": 2, **options}
+        for option in _CHOICES:
+            options[option] = enum_value(f"{option}_{options[option]}".upper())
+        return {"policy": enum_value("POLICY_REFREEKV"), **options}
 
 
 _PAPER: dict[str, Any] = {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.native import enum_value
 from refreekv_cpp.policies.base import Policy
 
 
@@ -22,6 +23,7 @@ class Streaming(Policy):
     n_min: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.budget > 0:
             raise PolicyError(f"budget={self.budget}: valid are a fraction in (0, 1] or a number of cells above 1")
         for option in ("n_sink", "n_min"):
@@ -33,4 +35,4 @@ class Streaming(Policy):
         return "streaming"
 
     def native_options(self) -> dict[str, Any]:
-        return {"policy": 1, "n_full_layers": 0, "n_recent": 0, **self.as_dict()}
+        return {"policy": enum_value("POLICY_STREAMING"), "n_full_layers": 0, "n_recent": 0, **self.as_dict()}
