@@ -1,0 +1,119 @@
+"""States of contexts with several sequences: llama.cpp's C API, which llama-cpp-python's Llama does not reach."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from support import Sequences
+
+from refreekv_cpp import Streaming, native
+
+import llama_cpp  # isort: skip
+
+POLICY = Streaming(budget=0.3)
+
+
+def random_tokens(n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 259, n).tolist()
+
+
+def whole_state(sequences: Sequences) -> bytes:
+    size = llama_cpp.llama_state_get_size(sequences.ctx)
+    buffer = (ctypes.c_uint8 * size)()
+    return bytes(buffer[: llama_cpp.llama_state_get_data(sequences.ctx, buffer, size)])
+
+
+def sequence_state(sequences: Sequences, seq_id: int) -> bytes:
+    size = llama_cpp.llama_state_seq_get_size(sequences.ctx, seq_id)
+    buffer = (ctypes.c_uint8 * size)()
+    return bytes(buffer[: llama_cpp.llama_state_seq_get_data(sequences.ctx, buffer, size, seq_id)])
+
+
+def load_whole(sequences: Sequences, state: bytes) -> int:
+    return llama_cpp.llama_state_set_data(
+        sequences.ctx, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state)
+    )
+
+
+def load_sequence(sequences: Sequences, state: bytes, seq_id: int) -> int:
+    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    return llama_cpp.llama_state_seq_set_data(sequences.ctx, buffer, len(state), seq_id)
+
+
+def assert_alike(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
+    assert np.abs(a - b).max() < 1e-4 * b.std()
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_whole_state_of_several_sequences(tiny_model: Path, unified: bool) -> None:
+    # with a stream per sequence, the rows of the first moved before what was read for it had been written
+    first, second = (Sequences(tiny_model, POLICY, kv_unified=unified) for _ in range(2))
+    for seq_id, n in ((0, 1000), (1, 900)):
+        first.read(seq_id, random_tokens(n, seq_id))
+        native.prune(first.ctx, seq_id)
+    state = whole_state(first)
+    assert load_whole(second, state) == len(state)
+    for seq_id in (0, 1):
+        assert second.kept(seq_id) == first.kept(seq_id)
+        more = random_tokens(9, 5)
+        assert_alike(second.read(seq_id, more), first.read(seq_id, more))
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_restored_sequence_holds_what_was_saved_and_no_more(tiny_model: Path, unified: bool) -> None:
+    # the cells of the sequence that was there before are used again; rows that the state lacks must not stay visible
+    saved, other = (Sequences(tiny_model, POLICY, kv_unified=unified) for _ in range(2))
+    saved.read(0, random_tokens(1000, 0))
+    native.prune(saved.ctx, 0)
+    other.read(0, random_tokens(1000, 1))
+    assert load_sequence(other, sequence_state(saved, 0), 0) > 0
+    assert other.kept(0) == saved.kept(0)
+    assert native.pruned_pos(other.ctx, 0) == 999
+    more = random_tokens(9, 5)
+    assert_alike(other.read(0, more), saved.read(0, more))
+
+
+def test_a_damaged_file_harms_no_other_sequence(tiny_model: Path, tmp_path: Path) -> None:
+    # its bytes were written as they came; a NaN among them reached the others with weight 0
+    sequences, alone = (Sequences(tiny_model, POLICY) for _ in range(2))
+    for each in (sequences, alone):
+        each.read(1, random_tokens(100, 1))
+    sequences.read(0, random_tokens(300, 0))
+    path = str(tmp_path / "state").encode()
+    tokens = (llama_cpp.llama_token * 1)()
+    assert llama_cpp.llama_state_seq_save_file(sequences.ctx, path, 0, tokens, 0) > 0
+    data = bytearray((tmp_path / "state").read_bytes())
+    data[len(data) // 2 :] = b"\xff" * (len(data) // 4)  # and the rest is missing
+    (tmp_path / "state").write_bytes(data)
+    assert llama_cpp.llama_state_seq_load_file(sequences.ctx, path, 0, tokens, 1, ctypes.byref(ctypes.c_size_t())) == 0
+    more = random_tokens(9, 5)
+    assert_alike(sequences.read(1, more), alone.read(1, more))
+
+
+def test_a_removed_sequence_gives_its_memory_back(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, POLICY, n_seq_max=3)
+    for seq_id in range(3):
+        sequences.read(seq_id, random_tokens(1000, seq_id))
+    before = native.stats(sequences.ctx).bytes
+    assert sequences.remove(1)
+    sequences.read(0, [5])
+    assert native.stats(sequences.ctx).bytes <= before * 3 // 4
+
+
+def test_a_layer_that_holds_nothing_can_be_pruned(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, Streaming(budget=0.3, n_min=0))
+    sequences.read(0, random_tokens(600, 0))
+    native.keep(sequences.ctx, 0, 2, np.array([], dtype=np.int32))
+    native.prune(sequences.ctx, 0)
+    assert sequences.kept(0)[2] == []
+
+
+@pytest.mark.parametrize("budget", [2.0**32 + 300, 1e300, float("inf")])
+def test_a_budget_beyond_all_cells_keeps_them(tiny_model: Path, budget: float) -> None:
+    sequences = Sequences(tiny_model, Streaming(budget=budget))
+    sequences.read(0, random_tokens(1000, 0))
+    assert native.prune(sequences.ctx, 0) == 0
