@@ -1,5 +1,15 @@
 #include "refreekv-pages.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+void refreekv_pages_trim() {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+}
+
 #if defined(_WIN32)
 
 #define WIN32_LEAN_AND_MEAN

@@ -15,3 +15,6 @@ using refreekv_pages_ptr = std::unique_ptr<void, refreekv_pages_deleter>;
 
 // nullptr when there is no memory
 refreekv_pages_ptr refreekv_pages_alloc(size_t size);
+
+// give back what malloc keeps of memory that was freed (the scratch of an eviction), where it can be told to
+void refreekv_pages_trim();

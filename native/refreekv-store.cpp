@@ -808,6 +808,8 @@ int64_t refreekv_store::run_job(const job & j) {
         update_layouts();
     }
 
+    refreekv_pages_trim();
+
     const size_t after = stats().bytes;
     bytes_freed += before > after ? before - after : 0;
 

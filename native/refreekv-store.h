@@ -23,8 +23,8 @@
 // inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
 //
 // Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
-// slots and cannot. Rows move (and graphs become stale, see generation()) in reserve(), update() and clear() only, never
-// while a graph runs.
+// slots and cannot. Rows move (and graphs become stale, see generation()) only between graphs: in reserve(), update() and
+// clear(), and where a sequence is copied to another stream or restored.
 class refreekv_store {
 public:
     using slot_info       = llama_kv_cache::slot_info;

@@ -210,6 +210,25 @@ def test_two_sequences_pruned_at_different_times(tiny_model: Path, sequences: Se
         assert native.pruned_pos(sequences.ctx, seq_id) == native.pruned_pos(alone[seq_id].ctx, 0)
 
 
+def test_layers_of_equal_size_that_hold_other_sequences_do_not_share_a_mask(
+    tiny_model: Path, sequences: Sequences
+) -> None:
+    # what the layers hold of both sequences together is as much; which slots belong to which is not the same
+    n_kept = {0: (300, 400, 300, 400), 1: (400, 300, 400, 300)}
+    prompts = {0: PROMPT[:700], 1: random_tokens(700, seed=9)}
+    alone = {seq_id: Sequences(tiny_model, POLICY) for seq_id in prompts}
+    for seq_id, prompt in prompts.items():
+        for each, its_id in ((sequences, seq_id), (alone[seq_id], 0)):
+            each.read(its_id, prompt)
+            for layer, n in enumerate(n_kept[seq_id]):
+                native.keep(each.ctx, its_id, layer, np.arange(700 - n, 700))
+    assert {native.group(sequences.ctx, layer).n_kept for layer in range(4)} == {700}
+    assert [native.group(sequences.ctx, layer).layout for layer in range(4)] == [0, 1, 0, 1]
+    together = sequences.read_together({0: MORE, 1: MORE})
+    for seq_id, each in alone.items():
+        assert_alike(together[seq_id], each.read(0, MORE))
+
+
 def test_a_whole_pruned_sequence_can_be_copied(sequences: Sequences) -> None:
     sequences.read(0, PROMPT)
     prune(sequences, 0)
@@ -350,11 +369,24 @@ def test_the_last_of_two_copies_counts(tiny_model: Path) -> None:
     assert streams.kept(2) == alone.kept(1)
 
 
-def test_pruning_a_sequence_without_queries_of_its_own(sequences: Sequences) -> None:
-    sequences.read(0, PROMPT)
-    sequences.copy(0, 1)
+@pytest.mark.parametrize("target_has_tokens", [False, True])
+def test_pruning_a_sequence_without_queries_of_its_own(tiny_model: Path, target_has_tokens: bool) -> None:
+    # nor do the queries of what it was before the copy count, although their positions fit
+    streams = Sequences(tiny_model, POLICY, kv_unified=False)
+    if target_has_tokens:
+        streams.read(1, random_tokens(N_PROMPT, seed=5))
+    streams.read(0, PROMPT)
+    streams.copy(0, 1)
+    assert native.read_queries(streams.ctx, 1, 0)[1].tolist() == []
     with pytest.raises(CacheStateError, match="decode a token before pruning"):
-        prune(sequences, 1)
+        prune(streams, 1)
+
+
+def test_pruning_a_copy_in_the_same_table_without_queries_of_its_own(unified: Sequences) -> None:
+    unified.read(0, PROMPT)
+    unified.copy(0, 1)
+    with pytest.raises(CacheStateError, match="decode a token before pruning"):
+        prune(unified, 1)
 
 
 @pytest.mark.parametrize("seq_id", [-1, 1, 2, 10_000])
