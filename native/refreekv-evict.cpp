@@ -1,0 +1,259 @@
+// Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
+
+#include "refreekv-store.h"
+
+#include "refreekv-attention.h"
+#include "refreekv-error.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+bool refreekv_store::begin_update(llama_context * lctx) {
+    this->lctx = lctx;
+
+    return !jobs.empty();
+}
+
+bool refreekv_store::update(llama_context * lctx) {
+    hook_ran(HOOK_UPDATE);
+
+    this->lctx = lctx;
+
+    for (const auto & j : jobs) {
+        job_result = run_job(j);
+    }
+    jobs.clear();
+
+    return true;
+}
+
+int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
+    if (!refreekv_policy_find(params.policy)) {
+        return 0;
+    }
+
+    job_result = REFREEKV_ERR_STATE;
+    jobs.push_back({ seq_id, -1, {} });
+    lctx->memory_update(false);
+
+    return job_result;
+}
+
+int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
+    if (il_to_group.find(il) == il_to_group.end()) {
+        refreekv_set_error("keep: layer %d has no KV cache", il);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    job_result = REFREEKV_ERR_STATE;
+    jobs.push_back({ seq_id, il, pos });
+    lctx->memory_update(false);
+
+    return job_result;
+}
+
+int64_t refreekv_store::run_job(const job & j) {
+    const int64_t t_start = ggml_time_us();
+    const size_t  before  = stats().bytes;
+
+    synchronize();
+    release_stale();
+
+    int64_t       n_evicted = 0;
+    const int32_t status    = run(j, n_evicted);
+
+    // after an error, what was evicted before it is gone
+    if (n_evicted > 0) {
+        pruned[j.seq_id] = table_of_seq(j.seq_id).seq_pos_max(j.seq_id);
+        stale_layouts    = true;
+        n_prunes++;
+        prune_us += ggml_time_us() - t_start;
+    }
+    if (stale_layouts) {
+        update_layouts();
+    }
+
+    refreekv_pages_trim();
+
+    const size_t after = stats().bytes;
+    bytes_freed += before > after ? before - after : 0;
+
+    return status == REFREEKV_OK ? n_evicted : status;
+}
+
+int32_t refreekv_store::run(const job & j, int64_t & n_evicted) {
+    for (uint32_t i = 0; i < groups.size(); ++i) {
+        auto & g = groups[i];
+
+        const bool by_hand = j.il >= 0;
+
+        if (by_hand ? g.il != j.il : i < (uint32_t) params.n_full_layers) {
+            continue;
+        }
+
+        const auto list = held_cells(j.seq_id, g);
+        if (list.empty()) {
+            continue;
+        }
+
+        std::vector<uint8_t> keep(list.size(), 1);
+
+        if (by_hand) {
+            for (size_t c = 0; c < list.size(); ++c) {
+                keep[c] = std::binary_search(j.pos.begin(), j.pos.end(), list[c].pos) || shared(list[c].cell);
+            }
+        } else if ((int32_t) list.size() < params.n_min) {
+            continue;
+        } else if (const int32_t status = select(g, j.seq_id, list, keep)) {
+            return status;
+        }
+
+        const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
+
+        if (n_out > 0) {
+            if (!evict(g, list, keep)) {
+                refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
+                return REFREEKV_ERR_MEMORY;
+            }
+            n_evicted += n_out;
+        }
+    }
+
+    return REFREEKV_OK;
+}
+
+// the cells of a sequence that a group holds and queries can see, in position order
+std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id, const group & g) const {
+    std::vector<held> res;
+
+    for (const auto & [pos, index] : table_of_seq(seq_id).seq_pos_get(seq_id)) {
+        const uint32_t cell = kv.seq_to_stream[seq_id]*kv_size + index;
+        const int32_t  slot = g.res.slot(cell);
+        if (slot >= 0 && !g.res.hidden(slot)) {
+            res.push_back({ pos, cell, (uint32_t) slot });
+        }
+    }
+
+    return res;
+}
+
+static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
+    std::fill(keep.begin(), keep.end(), 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        keep[sel.order[r]] = 1;
+    }
+}
+
+int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
+    const auto & hparams = kv.hparams;
+
+    refreekv_selection sel;
+
+    std::vector<uint8_t> pinned; // another sequence needs it too
+    for (const auto & c : list) {
+        pinned.push_back(shared(c.cell));
+    }
+
+    if (!refreekv_policy_looks(params.policy)) {
+        refreekv_attention_host nothing(nullptr, 0, 0, list.size());
+
+        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
+        refreekv_keep_selected(sel, keep);
+
+        return REFREEKV_OK;
+    }
+
+    refreekv_attention_graph::inputs in = {};
+
+    in.backend = backend_of(g);
+    if (!in.backend) {
+        refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
+        return REFREEKV_ERR_COMPUTE;
+    }
+    if (!g.known) {
+        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
+        return REFREEKV_ERR_STATE;
+    }
+
+    const bool one_row = params.rows == REFREEKV_ROWS_LAST && params.ranking == REFREEKV_RANKING_POSITION;
+
+    std::vector<llama_pos> row_pos;
+    ring.rows(seq_id, list.back().pos, one_row ? 1 : params.n_window, in.rows, row_pos);
+
+    if (row_pos.empty() || row_pos.back() != list.back().pos) {
+        refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
+        return REFREEKV_ERR_STATE;
+    }
+
+    in.k           = g.rows.k;
+    in.ring        = g.ring;
+    in.n_embd_head = hparams.n_embd_head_k(g.il);
+    in.n_head      = hparams.n_head(g.il);
+    in.n_head_kv   = hparams.n_head_kv(g.il);
+    in.n_kv        = g.res.n_slots();
+    in.max_bias    = hparams.f_max_alibi_bias;
+    in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    in.pre_scale   = hparams.attn_soft_cap ? 1.0f/hparams.f_attn_logit_softcapping : 1.0f;
+    in.post_scale  = g.kq_scale;
+
+    if (g.sinks) {
+        in.sinks.resize(in.n_head);
+        ggml_backend_tensor_get(g.sinks, in.sinks.data(), 0, ggml_nbytes(g.sinks));
+    }
+
+    in.mask.assign(in.n_kv*in.rows.size(), -INFINITY);
+    for (const auto & c : list) {
+        in.slots.push_back(c.slot);
+
+        for (size_t r = 0; r < in.rows.size(); ++r) {
+            if (c.pos <= row_pos[r]) {
+                in.mask[r*in.n_kv + c.slot] = hparams.use_alibi ? -std::abs(c.pos - row_pos[r]) : 0.0f;
+            }
+        }
+    }
+
+    refreekv_attention_graph attn(std::move(in));
+
+    if (!refreekv_policy_find(params.policy)(params, attn, pinned, sel)) {
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
+        return REFREEKV_ERR_COMPUTE;
+    }
+
+    refreekv_keep_selected(sel, keep);
+
+    return REFREEKV_OK;
+}
+
+bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep) {
+    std::vector<uint8_t> out(g.res.n_slots(), 0);
+    for (size_t c = 0; c < list.size(); ++c) {
+        out[list[c].slot] = !keep[c];
+    }
+
+    if (params.mask_only) {
+        for (uint32_t s = 0; s < out.size(); ++s) {
+            if (out[s]) {
+                g.res.hide(s);
+            }
+        }
+        return true;
+    }
+
+    std::vector<uint32_t> slots;
+    for (uint32_t s = 0; s < out.size(); ++s) {
+        if (!out[s] && g.res.cell(s) >= 0) {
+            slots.push_back(s);
+        }
+    }
+
+    if (!move(g, slots, padded(slots.size()))) {
+        return false;
+    }
+    g.res.compact(slots);
+
+    return true;
+}

@@ -1,0 +1,146 @@
+// What a refreekv_store says of itself, for kv_stats, tests and research.
+
+#include "refreekv-store.h"
+
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+refreekv_stats refreekv_store::full_stats(llama_memory_t mem) {
+    refreekv_stats res = {};
+
+    for (const auto & [_, size] : mem->memory_breakdown()) {
+        res.bytes += size;
+    }
+
+    if (const auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
+        res.n_group  = kv->layers.size();
+        res.n_layout = 1;
+
+        for (const auto & cells : kv->v_cells) {
+            res.n_tokens += cells.get_used();
+        }
+        for (uint32_t i = 0; i < kv->layers.size(); ++i) {
+            res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, i).row_bytes;
+        }
+    }
+
+    return res;
+}
+
+refreekv_group_info refreekv_store::full_group(llama_memory_t mem, uint32_t i_group) {
+    const auto * kv    = dynamic_cast<llama_kv_cache *>(mem);
+    const auto & layer = kv->layers[i_group];
+
+    refreekv_group_info res = {};
+
+    res.il          = layer.il;
+    res.n_head      = kv->hparams.n_head(layer.il);
+    res.n_head_kv   = kv->hparams.n_head_kv(layer.il);
+    res.n_embd_head = kv->hparams.n_embd_head_k(layer.il);
+    res.n_capacity  = kv->get_size()*kv->n_stream;
+    res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
+
+    for (const auto & cells : kv->v_cells) {
+        res.n_kept += cells.get_used();
+    }
+
+    return res;
+}
+
+refreekv_stats refreekv_store::stats() const {
+    refreekv_stats res = {};
+
+    res.n_group     = groups.size();
+    res.n_layout    = layouts.size();
+    res.n_prunes    = n_prunes;
+    res.prune_us    = prune_us;
+    res.bytes_freed = bytes_freed;
+
+    for (const auto & table : kv.v_cells) {
+        res.n_tokens += table.get_used();
+    }
+    for (const auto & g : groups) {
+        res.bytes      += g.rows.bytes();
+        res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
+    }
+    for (const auto & [_, buf] : ring_bufs) {
+        res.bytes_ring += ggml_backend_buffer_get_size(buf.get());
+    }
+
+    return res;
+}
+
+refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
+    const auto & g = groups[i_group];
+
+    uint32_t n_kept = 0;
+    for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
+        n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !is_empty(g.res.cell(s));
+    }
+
+    refreekv_group_info res = {};
+
+    res.il          = g.il;
+    res.n_head      = kv.hparams.n_head(g.il);
+    res.n_head_kv   = kv.hparams.n_head_kv(g.il);
+    res.n_embd_head = kv.hparams.n_embd_head_k(g.il);
+    res.n_kept      = n_kept;
+    res.n_capacity  = g.rows.capacity();
+    res.layout      = g.layout;
+    res.row_bytes   = g.rows.row_bytes();
+    res.kq_scale    = g.kq_scale;
+
+    return res;
+}
+
+std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
+    std::vector<llama_pos> res;
+    for (const auto & c : held_cells(seq_id, groups[i_group])) {
+        res.push_back(c.pos);
+    }
+    return res;
+}
+
+static void refreekv_read_row(const ggml_tensor * t, int64_t row, float * out) {
+    std::vector<uint8_t> bytes(ggml_row_size(t->type, t->ne[0]));
+
+    ggml_backend_tensor_get(t, bytes.data(), row*t->nb[1], bytes.size());
+
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(out, bytes.data(), bytes.size());
+    } else {
+        ggml_get_type_traits(t->type)->to_float(bytes.data(), out, t->ne[0]);
+    }
+}
+
+int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
+    std::vector<int32_t>   rows;
+    std::vector<llama_pos> row_pos;
+
+    ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, rows, row_pos);
+
+    const auto * t = groups[i_group].ring;
+    if (!t) {
+        return 0;
+    }
+    for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
+        refreekv_read_row(t, rows[i], out + i*t->ne[0]);
+        pos[i] = row_pos[i];
+    }
+
+    return rows.size();
+}
+
+int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
+    const auto & g    = groups[i_group];
+    const auto   list = held_cells(seq_id, g);
+
+    for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
+        refreekv_read_row(g.rows.k, list[i].slot, out + i*g.rows.k->ne[0]);
+        pos[i] = list[i].pos;
+    }
+
+    return list.size();
+}

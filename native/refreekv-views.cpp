@@ -1,0 +1,181 @@
+// What the decoding graph sees of a refreekv_store: views of a group's rows, the indices of new cells, the mask of a layout.
+// The counterparts of llama_kv_cache's get_k, get_v, cpy_k, cpy_v and set_input_*, with the group's capacity in the place of
+// kv_size.
+
+#include "refreekv-store.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+ggml_tensor * refreekv_store::get_k(ggml_context * ctx, int32_t il, bool reservation) const {
+    const auto & g = groups[group_of(il)];
+
+    const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
+    const int64_t n_embd_head = kv.hparams.n_embd_head_k(il);
+    const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
+
+    ggml_tensor * k = reservation ? kv.layers[kv.map_layer_ids.at(il)].k : g.rows.k;
+
+    return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
+            ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
+}
+
+ggml_tensor * refreekv_store::get_v(ggml_context * ctx, int32_t il, bool reservation) const {
+    const auto & g = groups[group_of(il)];
+
+    const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
+    const int64_t n_embd_head = kv.hparams.n_embd_head_v(il);
+    const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
+
+    ggml_tensor * v = reservation ? kv.layers[kv.map_layer_ids.at(il)].v : g.rows.v;
+
+    if (!kv.v_trans) {
+        return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
+                ggml_row_size(v->type, n_embd_head), v->nb[1], v->nb[1]*n_kv, 0);
+    }
+
+    const size_t line = ggml_row_size(v->type, reservation ? worst_n_kv() : g.rows.capacity());
+
+    return ggml_view_4d(ctx, v, n_kv, n_head_kv, n_embd_head, 1, line*n_embd_head, line, line*n_embd_head*n_head_kv, 0);
+}
+
+ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const {
+    const auto & g = groups[group_of(il)];
+
+    k_cur = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], k_cur->ne[2], k_cur->nb[2], 0);
+
+    return ggml_set_rows(ctx, g.rows.k, k_cur, k_idxs);
+}
+
+ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const {
+    const auto & g = groups[group_of(il)];
+
+    const int64_t n_embd   = v_cur->ne[0]*v_cur->ne[1];
+    const int64_t n_tokens = v_cur->ne[2];
+
+    if (!kv.v_trans) {
+        return ggml_set_rows(ctx, g.rows.v, ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
+    }
+
+    v_cur = ggml_row_size(v_cur->type, n_embd) == v_cur->nb[2] ? ggml_reshape_2d(ctx, v_cur, n_embd, n_tokens)
+                                                               : ggml_cont_2d   (ctx, v_cur, n_embd, n_tokens);
+
+    // [TAG_V_CACHE_VARIABLE]
+    const int64_t n_embd_row = g.rows.get_shape().n_embd_v;
+    if (n_embd < n_embd_row) {
+        v_cur = ggml_pad(ctx, v_cur, n_embd_row - n_embd, 0, 0, 0);
+    }
+
+    // each element is a row of its own
+    return ggml_set_rows(ctx,
+            ggml_reshape_2d(ctx, g.rows.v, 1, ggml_nelements(g.rows.v)),
+            ggml_reshape_2d(ctx, v_cur,    1, ggml_nelements(v_cur)), v_idxs);
+}
+
+int64_t refreekv_store::n_v_idxs(uint32_t n_tokens) const {
+    return kv.v_trans ? (int64_t) n_tokens*groups[0].rows.get_shape().n_embd_v : n_tokens;
+}
+
+void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const {
+    const auto & res = groups[layouts[layout]].res;
+
+    int64_t * data = (int64_t *) dst->data;
+    for_cells(current(mctx), [&](uint32_t cell) { *data++ = res.slot(cell); });
+}
+
+void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const {
+    const auto & g = groups[layouts[layout]];
+
+    const int64_t n_row    = kv.v_trans ? g.rows.get_shape().n_embd_v : 1;
+    const int64_t capacity = g.rows.capacity();
+
+    int64_t * data = (int64_t *) dst->data;
+    for_cells(current(mctx), [&](uint32_t cell) {
+        const int64_t slot = g.res.slot(cell);
+        for (int64_t j = 0; j < n_row; ++j) {
+            *data++ = j*capacity + slot;
+        }
+    });
+}
+
+// upstream's rules (set_input_kq_mask_impl in llama-kv-cache.cpp), slot by slot instead of cell by cell
+template <typename T>
+void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const {
+    const T keep = llama_cast<T>(0.0f);
+    const T drop = llama_cast<T>(-INFINITY);
+
+    const bool alibi = kv.hparams.use_alibi;
+
+    std::map<llama_seq_id, llama_pos> pos_min;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto it = pos_min.emplace(ubatch.seq_id[i][0], ubatch.pos[i]).first;
+        it->second = std::min(it->second, ubatch.pos[i]);
+    }
+
+    // rows of one sequence differ only where the batch's own positions are: there causality decides
+    struct base_row {
+        uint32_t i;
+        std::vector<std::pair<uint32_t, llama_pos>> open; // slot, position
+    };
+    std::map<llama_seq_id, base_row> bases;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+        const llama_pos    pos    = ubatch.pos[i];
+
+        T * row = data + i*n_kv;
+
+        auto it = bases.find(seq_id);
+        if (it == bases.end()) {
+            it = bases.emplace(seq_id, base_row { i, {} }).first;
+
+            std::fill(row, row + n_kv, drop);
+
+            const auto &   table = table_of_seq(seq_id);
+            const uint32_t first = kv.seq_to_stream[seq_id]*kv_size;
+
+            for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
+                const int64_t index = (int64_t) g.res.cell(s) - first;
+                if (index < 0 || index >= kv_size || g.res.hidden(s) || !table.seq_has(index, seq_id)) {
+                    continue;
+                }
+                const llama_pos p = table.pos_get(index);
+                if (p >= pos_min[seq_id] || alibi) {
+                    it->second.open.emplace_back(s, p);
+                } else {
+                    row[s] = keep;
+                }
+            }
+        } else {
+            std::copy_n(data + it->second.i*n_kv, n_kv, row);
+        }
+
+        for (const auto & [s, p] : it->second.open) {
+            row[s] = causal && p > pos ? drop : alibi ? llama_cast<T>((float) -std::abs(p - pos)) : keep;
+        }
+    }
+}
+
+void refreekv_store::set_input_mask(ggml_tensor * dst, uint32_t layout, const llama_ubatch & ubatch, bool causal) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
+    const auto & g = groups[layouts[layout]];
+
+    if (dst->type == GGML_TYPE_F16) {
+        fill_mask((ggml_fp16_t *) dst->data, dst->ne[0], g, ubatch, causal);
+    } else {
+        fill_mask((float       *) dst->data, dst->ne[0], g, ubatch, causal);
+    }
+}
+
+void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known) {
+    auto & g = groups[group_of(il)];
+
+    g.kq_scale = kq_scale;
+    g.sinks    = sinks;
+    g.known    = known;
+}
