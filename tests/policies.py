@@ -21,11 +21,11 @@ PRESETS: dict[str, Policy] = {
 POLICIES: dict[str, Policy] = {
     "window": ReFreeKV(),
     "paper": ReFreeKV.paper(threshold=0.1, n_full_layers=1),
-    "released-code": ReFreeKV.released_code(threshold=0.15),
+    "released-code": ReFreeKV.released_code(threshold=0.4),
     "streaming": Streaming(budget=0.3),
     "score-norm-mean": ReFreeKV(measure="norm", rows="mean", threshold=0.02, n_window=32, n_pool=7),
     "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
-    "position-mass-worst": ReFreeKV(ranking="position", threshold=0.7, n_sink=1),
+    "position-mass-worst": ReFreeKV(ranking="position", threshold=0.8, n_sink=1),
 }
 
 # everything that can be combined

@@ -16,7 +16,7 @@ from tiny import random_tokens
 
 from refreekv_cpp import Full, Llama, Policy, ReFreeKV, native
 
-N_PROMPT = 1300
+N_PROMPT = 1060
 N_DECODED = 64
 
 PROMPT = random_tokens(N_PROMPT)

@@ -20,7 +20,7 @@ import llama_cpp  # isort: skip
 import llama_cpp.llama_speculative  # isort: skip
 
 POLICY = ReFreeKV(n_min=0)
-N_PROMPT = 1300
+N_PROMPT = 1060
 PROMPT = random_tokens(N_PROMPT)
 QUESTION = random_tokens(301, seed=2)[1:]
 
@@ -83,7 +83,7 @@ def test_unknown_options_name_the_nearest_valid(
         (Streaming, {"budget": 0}, "budget=0"),
         (Streaming, {"n_sink": -1}, "n_sink=-1"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__qualname__", None) or str(value),
 )
 def test_policies_refuse_what_they_cannot_do(policy: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError) as raised:
@@ -344,7 +344,7 @@ def test_a_pickled_llama_keeps_its_policy(tiny_model: Path) -> None:
 
 
 def test_more_tokens_than_the_context_has_is_upstreams_error(tiny_model: Path) -> None:
-    llm = load(tiny_model, POLICY, n_ctx=1536)
+    llm = load(tiny_model, POLICY, n_ctx=1280)
     llm.eval(PROMPT)
     llm.prune_kv()
     with pytest.raises(RuntimeError, match="llama_decode") as raised:

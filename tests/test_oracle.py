@@ -192,15 +192,15 @@ MODEL_TOLERANCE = 1e-4
 
 # model, type of the K cache, flash attention, tokens in the prompt
 CONTEXTS = {
-    "gqa-f16-plain": ("gqa", F16, False, 1300),
-    "gqa-f16-flash": ("gqa", F16, True, 1300),
-    "mha-f16-plain": ("mha", F16, False, 1300),
-    "mha-f16-flash": ("mha", F16, True, 1300),
-    "gqa-q8_0-plain": ("gqa64", Q8_0, False, 1300),
-    "mha-q8_0-plain": ("mha64", Q8_0, False, 1300),
+    "gqa-f16-plain": ("gqa", F16, False, 1060),
+    "gqa-f16-flash": ("gqa", F16, True, 1060),
+    "mha-f16-plain": ("mha", F16, False, 1060),
+    "mha-f16-flash": ("mha", F16, True, 1060),
+    "gqa-q8_0-plain": ("gqa64", Q8_0, False, 1060),
+    "mha-q8_0-plain": ("mha64", Q8_0, False, 1060),
     # the one slow path of ggml among them
-    "gqa-q8_0-flash": ("gqa64", Q8_0, True, 900),
-    "mha-q8_0-flash": ("mha64", Q8_0, True, 900),
+    "gqa-q8_0-flash": ("gqa64", Q8_0, True, 804),
+    "mha-q8_0-flash": ("mha64", Q8_0, True, 804),
 }
 
 

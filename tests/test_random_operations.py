@@ -174,7 +174,7 @@ class Machine:
             assert self.native.kept(seq_id) == [sorted(layer) for layer in sequence.held], f"{seq_id}: {self.log}"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 def test_random_operations(tiny_model: Path, unified: bool, seed: int) -> None:
     machine = Machine(tiny_model, unified=unified, seed=seed)
