@@ -226,8 +226,14 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
         return false;
     }
 
-    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst] && !copy_stream(src, dst)) {
-        return false;
+    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst]) {
+        if (p0 > 0 || p1 >= 0) { // upstream would abort
+            refreekv_set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
+            return false;
+        }
+        if (!copy_stream(src, dst)) {
+            return false;
+        }
     }
 
     pruned[dst] = pruned[src];

@@ -117,3 +117,12 @@ def test_a_budget_beyond_all_cells_keeps_them(tiny_model: Path, budget: float) -
     sequences = Sequences(tiny_model, Streaming(budget=budget))
     sequences.read(0, random_tokens(1000, 0))
     assert native.prune(sequences.ctx, 0) == 0
+
+
+def test_a_part_cannot_be_copied_to_another_stream(tiny_model: Path) -> None:
+    # upstream ends the process there
+    streams = Sequences(tiny_model, POLICY, kv_unified=False)
+    streams.read(0, random_tokens(100, 0))
+    streams.copy(0, 1, 10, 50)
+    assert "only whole sequences" in native.last_error()
+    assert streams.n_tokens(1) == 0
