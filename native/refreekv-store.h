@@ -121,7 +121,7 @@ public:
     // the C API (refreekv.h)
     //
 
-    // both run in update(); the result is left in res
+    // cells evicted, or a refreekv_status; both run in update()
     int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
