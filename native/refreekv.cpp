@@ -6,6 +6,7 @@
 #include "refreekv-store.h"
 
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -219,6 +220,25 @@ int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct r
     *info = store ? store->group_info(i_group) : refreekv_store::full_group(mem, i_group);
 
     return REFREEKV_OK;
+}
+
+int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * info, int32_t n_max) {
+    refreekv_clear_error();
+
+    if (!ctx) {
+        refreekv_set_error("there is no context");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    int32_t n = 0;
+    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+        if (n < n_max) {
+            info[n] = { ggml_backend_buft_name(buft), data.model, data.context, data.compute };
+        }
+        n++;
+    }
+
+    return n;
 }
 
 int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max) {

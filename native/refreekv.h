@@ -99,6 +99,14 @@ struct refreekv_stats {
     uint64_t bytes_freed; // given back by evictions so far
 };
 
+// one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it
+struct refreekv_buffer_info {
+    const char * name;          // of the buffer type, static
+    uint64_t     bytes_model;
+    uint64_t     bytes_context; // the cache and what belongs to it
+    uint64_t     bytes_compute;
+};
+
 struct refreekv_group_info {
     int32_t  il;          // layer in the model
     int32_t  n_head;      // query heads
@@ -146,6 +154,10 @@ REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq
 // both work without a policy too
 REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats);
 REFREEKV_API int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct refreekv_group_info * info);
+
+// upstream's llama_get_memory_breakdown; returns the number of buffer types, writes at most n_max of them. Works without a
+// policy, too
+REFREEKV_API int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * info, int32_t n_max);
 
 // the positions of a sequence that a group holds, ascending; returns their number, writes at most n_max of them
 REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max);

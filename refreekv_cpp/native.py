@@ -128,6 +128,14 @@ def group(ctx: Any, index: int) -> Any:
     return out
 
 
+def buffers(ctx: Any) -> list[tuple[str, Any]]:
+    """The memory of a model and its context: name and `refreekv_buffer_info` of each kind."""
+    n_max = 64  # buffer types; a machine has a few
+    out = ffi.new("struct refreekv_buffer_info[]", n_max)
+    n = _check(_lib.refreekv_get_buffers(_context(ctx), out, n_max))
+    return [(ffi.string(out[i].name).decode(), out[i]) for i in range(min(n, n_max))]
+
+
 def kept(ctx: Any, seq_id: int, index: int) -> Positions:
     """The positions of a sequence that a group holds, ascending."""
     out = np.empty(group(ctx, index).n_kept, dtype=np.int32)

@@ -10,6 +10,23 @@ from refreekv_cpp._units import mebibytes
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """One kind of memory of a model and its context, in bytes as the allocator has it (upstream's memory breakdown).
+
+    Attributes:
+        name: ggml's name of the buffer type: "CPU", "CUDA0", ...
+        model: the weights.
+        context: the cache and what belongs to it: K, V and the query rings.
+        compute: room for graphs, reserved at load.
+    """
+
+    name: str
+    model: int
+    context: int
+    compute: int
+
+
+@dataclass(frozen=True)
 class KVStats:
     """A snapshot of the KV cache (`Llama.kv_stats`).
 
@@ -28,6 +45,7 @@ class KVStats:
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
         prune_ms: the time they took together, in milliseconds.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
+        buffers: where the memory of the model and the context lies.
     """
 
     policy: str
@@ -44,6 +62,7 @@ class KVStats:
     n_limit_prunes: int
     prune_ms: float
     n_layouts: int
+    buffers: tuple[Buffer, ...]
 
     @classmethod
     def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
@@ -66,6 +85,10 @@ class KVStats:
             n_limit_prunes=n_limit_prunes,
             prune_ms=stats.prune_us / 1000,
             n_layouts=stats.n_layout,
+            buffers=tuple(
+                Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute)
+                for name, info in native.buffers(ctx)
+            ),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -55,6 +55,19 @@ def test_a_pruned_cache_has_no_more_than_a_block_to_spare(tiny_model: Path, prom
     assert after.bytes_freed == before.bytes - after.bytes > 0
 
 
+@pytest.mark.parametrize("kv_policy", ["full", "refreekv"])
+def test_bytes_are_the_allocators(tiny_model: Path, prompt: list[int], kv_policy: str) -> None:
+    """... and upstream's memory breakdown has the same: K, V and the query rings."""
+    llm = load(tiny_model, kv_policy)
+    for _ in range(2):
+        stats = llm.kv_stats
+        assert sum(buffer.context for buffer in stats.buffers) == stats.bytes + stats.bytes_ring
+        assert sum(buffer.model for buffer in stats.buffers) > 0
+        assert sum(buffer.compute for buffer in stats.buffers) > 0
+        llm.eval(prompt[:1000])
+        llm.prune_kv()
+
+
 def test_a_shorter_conversation_gives_memory_back(tiny_model: Path, prompt: list[int]) -> None:
     llm = load(tiny_model, "refreekv")
     llm.eval(prompt)

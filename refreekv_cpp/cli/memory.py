@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,18 +32,20 @@ def memory(
     """What a process has in memory: after loading, with a long prompt, pruned; and after many conversations."""
     common.check_file(model)
     text = document_tokens(model, tokens)
-    stages = Table("cache", "stage", "RSS", "since loading", "KV bytes (allocator)", "kept cells need")
+    stages = Table("cache", "stage", "RSS", "KV (allocator)", "RSS - KV", "kept cells need")
+    growth = Table("cache", "tokens decoded", "ms/token", "slowest", "slowest / median")
     drift = Table("cache", "conversations", "RSS", "KV bytes after the same prompt")
     for contestant in contestants_of(kv_policy, against, flash_attn=False):
         common.stderr.print(f"{contestant.name} ...", style="dim")
         worker = Worker(contestant, model, n_ctx, threads)
         try:
             _stages(stages, worker, contestant, text)
+            _growth(growth, worker, contestant)
             if contestant.kv_policy and prompts:
                 _soak(drift, worker, contestant, text, turns=turns, prompts=prompts, n_ctx=n_ctx)
         finally:
             worker.close()
-    common.print_tables(stages, *([drift] if drift.row_count else []))
+    common.print_tables(stages, growth, *([drift] if drift.row_count else []))
 
 
 def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int]) -> None:
@@ -54,17 +57,33 @@ def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int
         ("pruned", answer["rss"], answer["kv"]),
     ]
     for stage, rss, kv in rows:
-        if kv is None and stage == "pruned":
+        if kv is None:
+            if stage != "pruned":
+                table.add_row(contestant.name, stage, mebibytes(rss), "-", "-", "-")
             continue
-        needed = sum(kv["cells_kept"]) * kv["bytes_per_token"] / len(kv["cells_kept"]) if kv else 0
+        needed = sum(kv["cells_kept"]) * kv["bytes_per_token"] / len(kv["cells_kept"])
         table.add_row(
             contestant.name,
             stage,
             mebibytes(rss),
-            mebibytes(rss - loaded["rss"]),
-            mebibytes(kv["bytes"]) if kv else "-",
-            mebibytes(needed) if kv else "-",
+            mebibytes(kv["bytes"]),
+            mebibytes(rss - kv["bytes"]),
+            mebibytes(needed),
         )
+
+
+def _growth(table: Table, worker: Worker, contestant: Contestant) -> None:
+    """Enough tokens that a growing cache takes a block more at least once."""
+    n_tokens = 300
+    seconds = worker.ask(decode=n_tokens)["decode_s"]
+    median = statistics.median(seconds)
+    table.add_row(
+        contestant.name,
+        str(n_tokens),
+        f"{median * 1000:.1f}",
+        f"{max(seconds) * 1000:.1f}",
+        f"{max(seconds) / median:.2f}",
+    )
 
 
 def _soak(
