@@ -3,7 +3,9 @@
 #include "refreekv-store.h"
 
 #include "llama-graph.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 
 // The inputs of one layout: an llm_graph_input_attn_kv like upstream's, so that build_attn goes on unchanged. It is no
 // input of the graph by itself; refreekv_graph_input fills it.
@@ -22,6 +24,9 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
+
+    // where this is a part of another input: its part of the memory context
+    bool can_reuse(const llama_kv_cache_context * mctx, const llm_graph_params & params);
 
     llm_graph_input_attn_kv * layer(const refreekv_attn_call & call);
 
@@ -109,7 +114,11 @@ void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
 }
 
 bool refreekv_graph_input::can_reuse(const llm_graph_params & params) {
-    mctx = static_cast<const llama_kv_cache_context *>(params.mctx);
+    return can_reuse(static_cast<const llama_kv_cache_context *>(params.mctx), params);
+}
+
+bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const llm_graph_params & params) {
+    this->mctx = mctx;
 
     for (auto & inp : layouts) {
         inp->mctx = mctx;
@@ -152,7 +161,63 @@ llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call &
     return layouts[reservation ? 0 : store->layout_of(call.il)].get();
 }
 
-std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
+// iSWA: the windowed layers are upstream's
+class refreekv_graph_input_iswa : public llm_graph_input_attn_kv_iswa {
+public:
+    refreekv_graph_input_iswa(const llm_graph_input_attn_kv_iswa & upstream, std::unique_ptr<refreekv_graph_input> base) :
+        llm_graph_input_attn_kv_iswa(upstream), base(std::move(base)) {
+        self_k_idxs  = self_v_idxs      = nullptr;
+        self_kq_mask = self_kq_mask_cnv = nullptr;
+        self_k_rot   = self_v_rot       = nullptr;
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        base->set_input(ubatch);
+        llm_graph_input_attn_kv_iswa::set_input(ubatch);
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const bool res = llm_graph_input_attn_kv_iswa::can_reuse(params);
+
+        return base->can_reuse(mctx->get_base(), params) && res;
+    }
+
+    const std::unique_ptr<refreekv_graph_input> base;
+};
+
+// hybrid: the recurrent layers are upstream's
+class refreekv_graph_input_hybrid : public llm_graph_input_mem_hybrid {
+public:
+    refreekv_graph_input_hybrid(const llama_cparams & cparams, std::unique_ptr<refreekv_graph_input> attn,
+            std::unique_ptr<llm_graph_input_rs> inp_rs, const llama_memory_hybrid_context * mctx) :
+        llm_graph_input_mem_hybrid(cparams, std::move(attn), std::move(inp_rs), mctx) {
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        inp_attn->set_input(ubatch);
+        inp_rs  ->set_input(ubatch);
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = static_cast<const llama_memory_hybrid_context *>(params.mctx);
+
+        const auto * recr = inp_rs->mctx = mctx->get_recr();
+
+        bool res = static_cast<refreekv_graph_input *>(inp_attn.get())->can_reuse(mctx->get_attn(), params);
+
+        // as in llm_graph_input_mem_hybrid::can_reuse
+        res &= inp_rs->s_copy->ne[0]       == recr->get_n_rs();
+        res &= inp_rs->s_copy_main->ne[0]  == params.ubatch.n_seqs;
+        res &= inp_rs->s_copy_extra->ne[0] == recr->get_n_rs() - params.ubatch.n_seqs;
+        res &= inp_rs->head                == recr->get_head();
+        res &= inp_rs->rs_z                == recr->get_rs_z();
+
+        return res;
+    }
+};
+
+// nullptr: the cache has no policy
+static std::unique_ptr<refreekv_graph_input> refreekv_build_input(
         ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx) {
     refreekv_store::hook_ran(refreekv_store::HOOK_GRAPH);
 
@@ -164,6 +229,32 @@ std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
     inp->build(ctx, ubatch);
 
     return inp;
+}
+
+std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx) {
+    return refreekv_build_input(ctx, ubatch, hparams, cparams, mctx);
+}
+
+std::unique_ptr<llm_graph_input_attn_kv_iswa> refreekv_build_attn_inp_kv_iswa(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llm_graph_input_attn_kv_iswa & upstream) {
+    auto base = refreekv_build_input(ctx, ubatch, upstream.hparams, upstream.cparams, upstream.mctx->get_base());
+
+    return base ? std::make_unique<refreekv_graph_input_iswa>(upstream, std::move(base)) : nullptr;
+}
+
+llm_graph_input_attn_kv * refreekv_attn_inp_base(llm_graph_input_attn_kv_iswa * inp) {
+    auto * own = dynamic_cast<refreekv_graph_input_iswa *>(inp);
+
+    return own ? own->base.get() : nullptr;
+}
+
+std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams,
+        const llama_memory_hybrid_context * mctx, std::unique_ptr<llm_graph_input_rs> & inp_rs) {
+    auto attn = refreekv_build_input(ctx, ubatch, hparams, cparams, mctx->get_attn());
+
+    return attn ? std::make_unique<refreekv_graph_input_hybrid>(cparams, std::move(attn), std::move(inp_rs), mctx) : nullptr;
 }
 
 llm_graph_input_attn_kv * refreekv_attn_layer(llm_graph_input_attn_kv * inp, const refreekv_attn_call & call) {

@@ -11,11 +11,27 @@ struct llama_hparams;
 struct llama_ubatch;
 
 class llama_kv_cache_context;
+class llama_memory_hybrid_context;
 class llm_graph_input_attn_kv;
+class llm_graph_input_attn_kv_iswa;
+class llm_graph_input_mem_hybrid;
+class llm_graph_input_rs;
 
 // hook of llm_graph_context::build_attn_inp_kv: the attention inputs of a cache with a policy; nullptr: it has none
 std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
         ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx);
+
+// hook of llm_graph_context::build_attn_inp_kv_iswa: upstream's inputs for the layers with a window, ours for the others
+std::unique_ptr<llm_graph_input_attn_kv_iswa> refreekv_build_attn_inp_kv_iswa(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llm_graph_input_attn_kv_iswa & upstream);
+
+// hook of llm_graph_context::build_attn for iSWA: the inputs of the layers without a window; nullptr: they are upstream's
+llm_graph_input_attn_kv * refreekv_attn_inp_base(llm_graph_input_attn_kv_iswa * inp);
+
+// hook of llm_graph_context::build_inp_mem_hybrid: ours for the attention layers; takes inp_rs unless it returns nullptr
+std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
+        ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams,
+        const llama_memory_hybrid_context * mctx, std::unique_ptr<llm_graph_input_rs> & inp_rs);
 
 struct refreekv_attn_call {
     ggml_context * ctx;

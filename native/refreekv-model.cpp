@@ -10,8 +10,19 @@
 
 #include <stdexcept>
 
-// kept in step with the switch of llama_model::create_memory (llama-model.cpp): what is not a plain llama_kv_cache there
-// is named here
+static bool refreekv_has_full_attention(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.n_head_kv(il) > 0 && !hparams.is_swa(il)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// kept in step with the switch of llama_model::create_memory (llama-model.cpp): what is neither a plain llama_kv_cache nor
+// an iSWA cache nor a hybrid memory there is named here
 std::string refreekv_why_not(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -20,17 +31,17 @@ std::string refreekv_why_not(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return name + ": recurrent memory, there is no KV cache to prune";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return name + ": hybrid memory (attention and recurrent layers) is not supported yet";
+    if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return name + ": hybrid memory with sliding windows is not supported yet";
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return name + ": sliding-window attention is not supported yet";
+    if (!refreekv_has_full_attention(model)) {
+        return name + ": every attention layer has a sliding window, there is nothing to prune";
+    }
+    if (hparams.n_layer_kv_from_start >= 0 && hparams.n_layer_kv_from_start < (int32_t) hparams.n_layer()) {
+        return name + ": layers that share the K and V of another layer are not supported yet";
     }
     if (hparams.is_mla()) {
         return name + ": multi-head latent attention (MLA) is not supported yet";
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        return name + ": multi-dimensional positions (M-RoPE) are not supported yet";
     }
     if (!hparams.causal_attn) {
         return name + ": attention is not causal, there is no prompt to prune after";
@@ -51,12 +62,22 @@ std::string refreekv_why_not(const llama_model & model) {
             return name + ": encoder-decoder models and relative position bias are not supported";
         case LLM_ARCH_WAVTOKENIZER_DEC:
             return name + ": it has no KV cache";
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_QWEN4EXP:
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_GLM_DSA:
         case LLM_ARCH_DEEPSEEK32:
         case LLM_ARCH_HY_V4:
         case LLM_ARCH_DFLASH:
             return name + ": sparse attention with an index of its own is not supported";
+        case LLM_ARCH_BAILINGMOE3:
+        case LLM_ARCH_KIMI_K3:
+            return name + ": a cache of keys without values is not supported yet";
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_EAGLE3:
+            return name + ": a draft model that reads another context's cache";
         case LLM_ARCH_GROK:
             return name + ": attention logits with a scaling of their own are not supported yet";
         default:

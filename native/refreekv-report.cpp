@@ -10,27 +10,29 @@
 refreekv_stats refreekv_store::full_stats(llama_memory_t mem) {
     refreekv_stats res = {};
 
-    for (const auto & [_, size] : mem->memory_breakdown()) {
-        res.bytes += size;
+    const auto * kv = cache_of(mem);
+    if (!kv) {
+        return res;
     }
 
-    if (const auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
-        res.n_group  = kv->layers.size();
-        res.n_layout = 1;
+    res.n_group  = kv->layers.size();
+    res.n_layout = 1;
 
-        for (const auto & cells : kv->v_cells) {
-            res.n_tokens += cells.get_used();
-        }
-        for (uint32_t i = 0; i < kv->layers.size(); ++i) {
-            res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, i).row_bytes;
-        }
+    for (const auto & [_, size] : kv->memory_breakdown()) {
+        res.bytes += size;
+    }
+    for (const auto & cells : kv->v_cells) {
+        res.n_tokens += cells.get_used();
+    }
+    for (uint32_t i = 0; i < kv->layers.size(); ++i) {
+        res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, i).row_bytes;
     }
 
     return res;
 }
 
 refreekv_group_info refreekv_store::full_group(llama_memory_t mem, uint32_t i_group) {
-    const auto * kv    = dynamic_cast<llama_kv_cache *>(mem);
+    const auto * kv    = cache_of(mem);
     const auto & layer = kv->layers[i_group];
 
     refreekv_group_info res = {};

@@ -7,6 +7,8 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -49,6 +51,10 @@ std::shared_ptr<refreekv_store> refreekv_store::create(llama_kv_cache & kv, bool
     hook_ran(HOOK_CREATE);
 
     const auto * params = next_params();
+
+    if (kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.layers.empty()) {
+        return nullptr;
+    }
 
     return params ? std::make_shared<refreekv_store>(kv, *params, offload) : nullptr;
 }
@@ -116,8 +122,21 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
     LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }
 
+llama_kv_cache * refreekv_store::cache_of(llama_memory_t mem) {
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
+        return kv;
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return iswa->get_base();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+    return nullptr;
+}
+
 refreekv_store * refreekv_store::of(llama_memory_t mem) {
-    const auto * kv = dynamic_cast<llama_kv_cache *>(mem);
+    const auto * kv = cache_of(mem);
 
     return kv ? kv->store.get() : nullptr;
 }
@@ -171,7 +190,39 @@ void refreekv_store::clear() {
     n_generation++;
 }
 
+bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    p0 = std::max(p0, 0);
+
+    const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
+        const bool      whole   = p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max);
+
+        if (pos_max >= p0 && !whole && p0 <= pruned[s] && (p1 < 0 || p1 > p0)) {
+            refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
+                    "only later positions or the whole sequence can", p0, s, pruned[s]);
+            return false;
+        }
+    }
+
+    return true;
+}
+
+bool refreekv_store::may_seq_rm(const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return !kv->store || kv->store->may_seq_rm(seq_id, p0, p1);
+}
+
+bool refreekv_store::refused_seq_cp(const llama_kv_cache * kv) {
+    return kv->store && kv->store->refused_copy;
+}
+
 bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (!may_seq_rm(seq_id, p0, p1)) {
+        return false;
+    }
+
     p0 = std::max(p0, 0);
 
     const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
@@ -180,20 +231,7 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     bool removes = false;
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
-        if (pos_max < p0) {
-            continue;
-        }
-
-        const bool whole = p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max);
-
-        if (!whole && p0 <= pruned[s] && (p1 < 0 || p1 > p0)) {
-            refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
-                    "only later positions or the whole sequence can", p0, s, pruned[s]);
-            return false;
-        }
-
-        removes = true;
+        removes |= table_of_seq(s).seq_pos_max(s) >= p0;
     }
 
     for (llama_seq_id s = s0; removes && s < s1; ++s) {
@@ -210,11 +248,7 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     return true;
 }
 
-bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
-    if (src == dst) {
-        return true;
-    }
-
+bool refreekv_store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) const {
     const bool whole = p0 <= table_of_seq(src).seq_pos_min(src) && (p1 < 0 || p1 > table_of_seq(src).seq_pos_max(src));
 
     if (!whole && pruned[src] >= 0) {
@@ -225,15 +259,26 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
         refreekv_set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
         return false;
     }
+    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst] && (p0 > 0 || p1 >= 0)) { // upstream would abort
+        refreekv_set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
+        return false;
+    }
 
-    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst]) {
-        if (p0 > 0 || p1 >= 0) { // upstream would abort
-            refreekv_set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
-            return false;
-        }
-        if (!copy_stream(src, dst)) {
-            return false;
-        }
+    return true;
+}
+
+bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    refused_copy = false;
+
+    if (src == dst) {
+        return true;
+    }
+
+    const bool streams = kv.seq_to_stream[src] != kv.seq_to_stream[dst];
+
+    if (!may_seq_cp(src, dst, p0, p1) || (streams && !copy_stream(src, dst))) {
+        refused_copy = true;
+        return false;
     }
 
     pruned[dst] = pruned[src];

@@ -14,6 +14,9 @@
 
 // The storage of a llama_kv_cache whose context has a KV policy.
 //
+// Memories that are made of several caches have a store in one of them: in an iSWA cache (sliding windows) the layers
+// without a window, in a hybrid memory the attention layers. The rest stays upstream's.
+//
 // Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
 // where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
 // (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. So
@@ -54,12 +57,23 @@ public:
     static refreekv_store * of(llama_memory_t mem);
     static refreekv_store * of(const llama_kv_cache_context * mctx);
 
-    // the same reports for a cache without a policy; groups are reported for a plain llama_kv_cache only
+    // the part of a memory that can have a store: the cache itself, the layers without a window of an iSWA cache, the
+    // attention layers of a hybrid memory; nullptr: there is none
+    static llama_kv_cache * cache_of(llama_memory_t mem);
+
+    // the same reports for a cache without a policy
     static refreekv_stats      full_stats(llama_memory_t mem);
     static refreekv_group_info full_group(llama_memory_t mem, uint32_t i_group);
 
     // is this the context of a reservation: shapes, no cells
     static bool is_reservation(const llama_kv_cache_context * mctx);
+
+    //
+    // hooks of memories that have a cache with a store and another beside it, which must not go out of step
+    //
+
+    static bool may_seq_rm    (const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    static bool refused_seq_cp(const llama_kv_cache * kv); // the last one
 
     //
     // hooks of llama_kv_cache; false: refused, and refreekv_last_error() says why
@@ -205,6 +219,7 @@ private:
     uint64_t n_generation  = 0;
     bool     stale_slots   = false;       // cells may have become empty
     bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
+    bool     refused_copy  = false;
     bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
     bool     stale_layouts = true;
 
@@ -222,6 +237,9 @@ private:
 
     uint32_t group_of(int32_t il) const { return il_to_group.at(il); }
     uint32_t padded(uint32_t n) const;
+
+    bool may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    bool may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) const;
 
     void synchronize() const; // a graph may still read what is about to be freed
     void release_stale();
@@ -250,6 +268,8 @@ private:
 
     template <typename T>
     void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;
+
+    bool visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const;
 
     const slot_info & current(const llama_kv_cache_context * mctx) const;
 };

@@ -102,7 +102,23 @@ void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const 
     });
 }
 
-// upstream's rules (set_input_kq_mask_impl in llama-kv-cache.cpp), slot by slot instead of cell by cell
+// of a cell of the token's own sequence: upstream's rules (set_input_kq_mask_impl in llama-kv-cache.cpp)
+bool refreekv_store::visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const {
+    const llama_pos p = pos_of(cell);
+
+    if (!causal || p < ubatch.pos[i]) {
+        return true;
+    }
+    if (p > ubatch.pos[i]) {
+        return false;
+    }
+
+    // M-RoPE: the cells of one image share a position and are ordered by row and column
+    return !ubatch.is_pos_2d() ||
+        !table_of(cell).ext_get(index_of(cell)).is_2d_gt(ubatch.pos[i + 2*ubatch.n_tokens], ubatch.pos[i + ubatch.n_tokens]);
+}
+
+// slot by slot where upstream goes cell by cell
 template <typename T>
 void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const {
     const T keep = llama_cast<T>(0.0f);
@@ -119,7 +135,7 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
     // rows of one sequence differ only where the batch's own positions are: there causality decides
     struct base_row {
         uint32_t i;
-        std::vector<std::pair<uint32_t, llama_pos>> open; // slot, position
+        std::vector<uint32_t> open; // slots
     };
     std::map<llama_seq_id, base_row> bases;
 
@@ -143,9 +159,8 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
                 if (index < 0 || index >= kv_size || g.res.hidden(s) || !table.seq_has(index, seq_id)) {
                     continue;
                 }
-                const llama_pos p = table.pos_get(index);
-                if (p >= pos_min[seq_id] || alibi) {
-                    it->second.open.emplace_back(s, p);
+                if (table.pos_get(index) >= pos_min[seq_id] || alibi) {
+                    it->second.open.push_back(s);
                 } else {
                     row[s] = keep;
                 }
@@ -154,8 +169,10 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
             std::copy_n(data + it->second.i*n_kv, n_kv, row);
         }
 
-        for (const auto & [s, p] : it->second.open) {
-            row[s] = causal && p > pos ? drop : alibi ? llama_cast<T>((float) -std::abs(p - pos)) : keep;
+        for (uint32_t s : it->second.open) {
+            const uint32_t cell = g.res.cell(s);
+
+            row[s] = !visible(cell, ubatch, i, causal) ? drop : alibi ? llama_cast<T>((float) -std::abs(pos_of(cell) - pos)) : keep;
         }
     }
 }

@@ -203,6 +203,11 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
     const auto * store = refreekv_store::of(mem);
     *stats = store ? store->stats() : refreekv_store::full_stats(mem);
 
+    for (const auto & [_, size] : mem->memory_breakdown()) {
+        stats->bytes_other += size;
+    }
+    stats->bytes_other -= stats->bytes + stats->bytes_ring;
+
     return REFREEKV_OK;
 }
 

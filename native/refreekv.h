@@ -95,6 +95,7 @@ struct refreekv_stats {
     int64_t  prune_us;    // of all prunings
     uint64_t bytes;       // K and V storage, as allocated now
     uint64_t bytes_ring;  // query rings
+    uint64_t bytes_other; // the rest of the context's memory: layers with a sliding window, recurrent states
     uint64_t bytes_full;  // what the full cache of n_tokens needs
     uint64_t bytes_freed; // given back by evictions so far
 };

@@ -38,6 +38,8 @@ class KVStats:
         budget: mean over layers of kept / logical; 1.0 for an empty cache.
         bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
         bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
+        bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
+            states.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
         bytes_per_token: of the full cache, over all layers.
@@ -55,6 +57,7 @@ class KVStats:
     budget: float
     bytes: int
     bytes_ring: int
+    bytes_other: int
     bytes_full: int
     bytes_freed: int
     bytes_per_token: int
@@ -78,6 +81,7 @@ class KVStats:
             budget=sum(kept) / (len(kept) * n_tokens) if kept and n_tokens else 1.0,
             bytes=stats.bytes,
             bytes_ring=stats.bytes_ring,
+            bytes_other=stats.bytes_other,
             bytes_full=stats.bytes_full,
             bytes_freed=stats.bytes_freed,
             bytes_per_token=sum(group.row_bytes for group in groups),
