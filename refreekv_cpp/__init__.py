@@ -1,10 +1,12 @@
 """llama-cpp-python with a KV cache that keeps what the model still looks at, and gives the rest back.
 
-Import this before `llama_cpp`: it makes llama_cpp load the library it brings.
+Import this before `llama_cpp`: it makes llama_cpp load the library it brings. With the environment variable
+REFREEKV_POLICY set, `llama_cpp.Llama` is `refreekv_cpp.Llama` from then on (`refreekv_cpp.dropin`).
 """
 
 from __future__ import annotations
 
+from refreekv_cpp.dropin import install_if_asked
 from refreekv_cpp.errors import (
     CacheMemoryError,
     CacheStateError,
@@ -31,3 +33,6 @@ __all__ = [
     "Streaming",
     "UnsupportedModelError",
 ]
+
+install_if_asked()
+del install_if_asked

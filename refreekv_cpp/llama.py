@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+import warnings
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import native
+from refreekv_cpp import _options, native
+from refreekv_cpp._options import POLICY_VARIABLE, Evicted
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp._units import parse_bytes
-from refreekv_cpp.errors import CacheMemoryError, CacheStateError, PolicyError, UnsupportedModelError
-from refreekv_cpp.policies import Full, Policy, as_policy
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
+from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.stats import KVStats
 
 import llama_cpp  # isort: skip  (after native, which has loaded our library)
-
-Evicted = Literal["recompute", "drop"]
 
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0
@@ -30,62 +29,66 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        kv_policy: "full" (upstream's own cache, the default), "refreekv", "paper", "released-code", "streaming", or an
-            object such as `ReFreeKV(threshold=0.4)`; see `refreekv_cpp.policies`.
+        kv_policy: "full" (upstream's own cache), "refreekv", "paper", "released-code", "streaming", or an object such
+            as `ReFreeKV(threshold=0.4)`; see `refreekv_cpp.policies`. Default: what the environment variable
+            REFREEKV_POLICY says, else "full".
         kv_evicted: what happens when the next prompt goes on from a pruned cache, and may ask for what was evicted.
             "recompute": the conversation is read again, so that the new question decides what stays; "drop": it goes on
-            from what is left (arXiv 2502.16886 says nothing of a second turn).
+            from what is left (arXiv 2502.16886 says nothing of a second turn). Default: "recompute".
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
             prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
-        **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error.
+        **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error (not in the drop-in, see
+            `refreekv_cpp.dropin`).
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy.
+        UnsupportedModelError: the model's memory cannot have this policy. (Where REFREEKV_POLICY has chosen it, this is
+            a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
+
+    ignore_unknown_options: ClassVar[bool] = False
 
     def __init__(
         self,
         model_path: str,
         *,
-        kv_policy: str | Policy = "full",
-        kv_evicted: Evicted = "recompute",
+        kv_policy: str | Policy | None = None,
+        kv_evicted: Evicted | None = None,
         kv_elastic: bool | None = None,
         kv_memory_limit: int | str | None = None,
         **options: Any,
     ) -> None:
-        self.kv_policy = as_policy(kv_policy)
-        self.kv_evicted = kv_evicted
-        self.kv_memory_limit = None if kv_memory_limit is None else parse_bytes(kv_memory_limit)
-        self._prune_after_eval = False
-        self._n_limit_prunes = 0
-
-        _check_options(options)
-        if kv_evicted not in get_args(Evicted):
-            raise PolicyError(f"kv_evicted={kv_evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
+        kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit)
+        _check_options(options, ignore_unknown=self.ignore_unknown_options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")
-        if options.get("embedding") and not isinstance(self.kv_policy, Full):
+        if options.get("embedding") and not isinstance(kv.policy, Full):
             if options.get("verbose", True):
                 print("refreekv: embedding=True keeps no cache between calls, kv_policy is ignored", file=sys.stderr)
-            self.kv_policy = Full()
-            self.kv_memory_limit = None
+            kv = _options.check("full", kv.evicted, kv_elastic)
 
-        self._evicts = not isinstance(self.kv_policy, Full)
-        self.kv_elastic = self._evicts if kv_elastic is None else kv_elastic
-        if self._evicts and not self.kv_elastic:
-            raise PolicyError(
-                f"kv_elastic=False: only with kv_policy='full'; {self.kv_policy.name!r} gives memory back"
-            )
-        if self.kv_memory_limit is not None and not self.kv_elastic:
-            raise PolicyError(
-                "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
-            )
+        self.kv_policy = kv.policy
+        self.kv_evicted = kv.evicted
+        self.kv_elastic = kv.elastic
+        self.kv_memory_limit = kv.memory_limit
+        self._evicts = not isinstance(kv.policy, Full)
+        self._prune_after_eval = False
+        self._n_limit_prunes = 0
 
+        try:
+            self._load(model_path, options)
+        except UnsupportedModelError as error:
+            if not kv.from_environment:
+                raise
+            warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
+            self.close()
+            Llama.__init__(self, model_path, kv_policy="full", **options)
+
+    def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with native.next_context(self._native_params()):
             try:
                 super().__init__(model_path, **options)
@@ -220,9 +223,12 @@ _OPTIONS = [
 ]
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """llama-cpp-python swallows what it does not know; a mistyped option must not vanish."""
+def _check_options(options: dict[str, Any], *, ignore_unknown: bool) -> None:
+    """llama-cpp-python swallows what it does not know; a mistyped option must not vanish.
+
+    ignore_unknown: leave them to it, but for those that can only be meant for this package.
+    """
     for option in options:
-        if option not in _OPTIONS:
+        if option not in _OPTIONS and not (ignore_unknown and not option.startswith("kv_")):
             hint = did_you_mean(option, [*_OPTIONS, *_OWN_OPTIONS]) or ";"
             raise TypeError(f"Llama() got an unexpected keyword argument {option!r}{hint} see llama_cpp.Llama")

@@ -33,6 +33,7 @@ class TinyModel:
     n_head_kv: int = 2
     n_embd_head: int = 16
     n_ff: int = 128
+    causal: bool = True
 
     def write(self, path: Path, *, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -48,6 +49,7 @@ class TinyModel:
         out.add_rope_dimension_count(self.n_embd_head)
         out.add_rope_freq_base(_ROPE_BASE)
         out.add_layer_norm_rms_eps(1e-5)
+        out.add_causal_attention(self.causal)
         _write_tokenizer(out)
         for name, weights in self._weights(rng):
             out.add_tensor(name, weights.astype(np.float32))

@@ -1,0 +1,101 @@
+"""The kv_ options of `Llama`: what was passed, else what the environment says, else the defaults; checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from refreekv_cpp._units import parse_bytes
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.policies import Full, Policy, as_policy
+
+Evicted = Literal["recompute", "drop"]
+
+POLICY_VARIABLE = "REFREEKV_POLICY"
+EVICTED_VARIABLE = "REFREEKV_EVICTED"
+MEMORY_LIMIT_VARIABLE = "REFREEKV_MEMORY_LIMIT"
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """The kv_ options of one `Llama`.
+
+    Attributes:
+        memory_limit: bytes of K and V; None: no limit.
+        from_environment: the environment chose the policy, the program did not.
+    """
+
+    policy: Policy
+    evicted: Evicted
+    elastic: bool
+    memory_limit: int | None
+    from_environment: bool = False
+
+
+def check(
+    policy: str | Policy,
+    evicted: str | None = None,
+    elastic: bool | None = None,
+    memory_limit: int | str | None = None,
+    *,
+    from_environment: bool = False,
+) -> KVOptions:
+    """The options that were passed, None for those that were not.
+
+    Raises:
+        PolicyError: one of them is not valid, or they contradict each other.
+    """
+    policy = as_policy(policy)
+    evicted = "recompute" if evicted is None else evicted
+    if evicted not in get_args(Evicted):
+        raise PolicyError(f"kv_evicted={evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
+    evicts = not isinstance(policy, Full)
+    if evicts and elastic is False:
+        raise PolicyError(f"kv_elastic=False: only with kv_policy='full'; {policy.name!r} gives memory back")
+    elastic = evicts if elastic is None else elastic
+    n_bytes = None if memory_limit is None else parse_bytes(memory_limit)
+    if n_bytes is not None and not elastic:
+        raise PolicyError(
+            "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
+        )
+    return KVOptions(policy, cast(Evicted, evicted), elastic, n_bytes, from_environment)
+
+
+def from_environment() -> KVOptions | None:
+    """What REFREEKV_POLICY, REFREEKV_EVICTED and REFREEKV_MEMORY_LIMIT say; None: the first is not set, or empty.
+
+    Raises:
+        PolicyError: one of them is not valid, or they contradict each other.
+    """
+    values = {name: os.environ.get(name) or None for name in (POLICY_VARIABLE, EVICTED_VARIABLE, MEMORY_LIMIT_VARIABLE)}
+    policy, evicted, memory_limit = values.values()
+    if policy is None:
+        return None
+    try:
+        return check(policy, evicted, None, memory_limit, from_environment=True)
+    except PolicyError as error:
+        shown = " ".join(f"{name}={value}" for name, value in values.items() if value)
+        raise PolicyError(f"environment variables {shown}: {error}") from None
+
+
+def resolve(
+    policy: str | Policy | None, evicted: str | None, elastic: bool | None, memory_limit: int | str | None
+) -> KVOptions:
+    """The options of a `Llama` that was passed these, None for those that it was not.
+
+    Where no policy was passed, nor the upstream's cache asked for with kv_elastic=False, the environment's counts, with
+    the rest of what it says; an option that was passed wins.
+
+    Raises:
+        PolicyError: one of them is not valid, or they contradict each other.
+    """
+    if policy is None and elastic is not False and (environment := from_environment()):
+        return check(
+            environment.policy,
+            environment.evicted if evicted is None else evicted,
+            elastic,
+            environment.memory_limit if memory_limit is None else memory_limit,
+            from_environment=True,
+        )
+    return check("full" if policy is None else policy, evicted, elastic, memory_limit)

@@ -1,0 +1,33 @@
+"""The drop-in: programs that construct `llama_cpp.Llama` themselves get `refreekv_cpp.Llama`.
+
+The environment variable REFREEKV_POLICY asks for it when `refreekv_cpp` is imported, and names the policy. Since such
+programs know nothing of this package, two things that are errors otherwise are none in a process with the drop-in:
+an unknown option of `Llama` is ignored, as upstream does (but not one that starts with kv_, which can only be meant for
+us); and a model that cannot have the policy runs with "full", after a warning.
+"""
+
+from __future__ import annotations
+
+from refreekv_cpp import _options
+from refreekv_cpp.llama import Llama
+
+import llama_cpp  # isort: skip  (after refreekv_cpp.llama, which has loaded our library)
+
+
+def install() -> None:
+    """From now on `llama_cpp.Llama` is `refreekv_cpp.Llama`, a class derived from the original.
+
+    Only for what looks it up later: a module that has imported the original keeps it.
+    """
+    Llama.ignore_unknown_options = True
+    llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]
+
+
+def install_if_asked() -> None:
+    """Do so where REFREEKV_POLICY is set.
+
+    Raises:
+        PolicyError: it, REFREEKV_EVICTED or REFREEKV_MEMORY_LIMIT is not valid.
+    """
+    if _options.from_environment():
+        install()
