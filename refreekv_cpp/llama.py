@@ -76,7 +76,7 @@ class Llama(llama_cpp.Llama):
         self.kv_elastic = kv.elastic
         self.kv_memory_limit = kv.memory_limit
         self._evicts = not isinstance(kv.policy, Full)
-        self._prune_after_eval = False
+        self._prompt_of: object = None  # the generation whose prompt is still to be pruned
         self._n_limit_prunes = 0
 
         try:
@@ -152,8 +152,8 @@ class Llama(llama_cpp.Llama):
             self._eval(tokens)
         else:
             self._eval_within(tokens, self.kv_memory_limit)
-        if self._prune_after_eval:
-            self._prune_after_eval = False
+        if self._prompt_of is not None:
+            self._prompt_of = None
             # nothing was read when the whole prompt was there already, and then it may have been pruned, too
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
@@ -187,15 +187,18 @@ class Llama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's; the cache is pruned once `tokens` have been read."""
+        generation = object()
         if self._evicts:
             reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if reset and self._must_recompute(tokens):
                 self.reset()
-            self._prune_after_eval = True
+            self._prompt_of = generation
         try:
             yield from super().generate(tokens, *args, **kwargs)
         finally:
-            self._prune_after_eval = False
+            # one that was given up may be closed, by another thread, while the next one reads its prompt
+            if self._prompt_of is generation:
+                self._prompt_of = None
 
     def _must_recompute(self, tokens: Sequence[int]) -> bool:
         if self.kv_evicted == "drop" or native.pruned_pos(self._ctx.ctx, _SEQ_ID) < 0:

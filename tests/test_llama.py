@@ -252,6 +252,24 @@ def test_a_prompt_that_was_read_by_hand_is_pruned_before_its_first_token(tiny_mo
     assert kept(llm) == kept(fresh)
 
 
+def test_a_generation_that_is_given_up_late_leaves_the_next_prompt_to_be_pruned(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as in a server, whose clients leave: the old one may be closed while the next one reads its prompt
+    llm, fresh = load(tiny_model, POLICY), load(tiny_model, POLICY)
+    given_up = llm.generate(QUESTION, temp=0.0)
+    next(given_up)
+    decode = llm._ctx.decode
+
+    def decode_and_close(batch: Any) -> None:
+        given_up.close()
+        decode(batch)
+
+    monkeypatch.setattr(llm._ctx, "decode", decode_and_close)
+    assert generate(llm, PROMPT) == generate(fresh, PROMPT)
+    assert kept(llm) == kept(fresh)
+
+
 @pytest.mark.parametrize("kv_evicted", ["recompute", "drop"])
 def test_a_generation_without_reset_goes_on(tiny_model: Path, kv_evicted: Any) -> None:
     # its tokens are not the whole conversation, but follow what is there
