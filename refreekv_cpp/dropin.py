@@ -8,6 +8,9 @@ us); and a model that cannot have the policy runs with "full", after a warning.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from refreekv_cpp import _options
 from refreekv_cpp.llama import Llama
 
@@ -20,7 +23,22 @@ def install() -> None:
     Only for what looks it up later: a module that has imported the original keeps it.
     """
     Llama.ignore_unknown_options = True
-    llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]
+    _replace(Llama)
+
+
+@contextmanager
+def replaced_by(kind: type[Llama]) -> Iterator[None]:
+    """Inside, `llama_cpp.Llama` is this class."""
+    before = llama_cpp.Llama
+    _replace(kind)
+    try:
+        yield
+    finally:
+        _replace(before)
+
+
+def _replace(kind: type[llama_cpp.Llama]) -> None:
+    llama_cpp.Llama = llama_cpp.llama.Llama = kind  # type: ignore[misc]
 
 
 def install_if_asked() -> None:

@@ -10,6 +10,7 @@ from refreekv_cpp.cli.demo import demo
 from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.run import run
+from refreekv_cpp.cli.serve import serve
 
 app = typer.Typer(
     help="llama.cpp with a KV cache that keeps what the model still looks at, and gives the rest back.",
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 for command in (run, chat, demo, info, bench, memory):
     app.command()(command)
+# its options are those of upstream's server, which parses them
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def main() -> None:

@@ -1,0 +1,88 @@
+"""Upstream's settings, with the kv_ options of `Llama` for each model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+# argparse takes its types from these annotations (llama_cpp.server.cli), and does not know `X | None`
+from typing import Any, Literal, Optional, Union
+
+import llama_cpp.server.settings as upstream
+import yaml
+from llama_cpp.server.settings import ServerSettings
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from refreekv_cpp import _options
+
+
+class ModelSettings(upstream.ModelSettings):
+    """What to load a model with."""
+
+    kv_policy: str = Field(
+        default="refreekv",
+        description="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
+    )
+    kv_evicted: Literal["recompute", "drop"] = Field(
+        default="recompute",
+        description="When the next turn follows a pruned one: recompute (read it all again) or drop (go on).",
+    )
+    kv_elastic: Optional[bool] = Field(  # noqa: UP045
+        default=None, description="With kv_policy full: let memory follow the contents."
+    )
+    kv_memory_limit: Union[str, int, None] = Field(  # noqa: UP007
+        default=None,
+        description="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.",
+    )
+    logits_all: bool = Field(
+        default=False,
+        description="Keep the logits of the whole prompt, which logprobs need: n_ctx times n_vocab floats.",
+    )
+
+    @model_validator(mode="after")
+    def _check_kv_options(self) -> Self:
+        _options.check(self.kv_policy, self.kv_evicted, self.kv_elastic, self.kv_memory_limit)
+        return self
+
+    def kv_options(self) -> dict[str, Any]:
+        """Those that are arguments of `Llama`, by name."""
+        return {name: getattr(self, name) for name in ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit")}
+
+
+class Settings(ServerSettings, ModelSettings):
+    """Those of a server with one model."""
+
+
+class ConfigFileSettings(ServerSettings):
+    """Those of a configuration file."""
+
+    models: list[ModelSettings] = Field(min_length=1, description="The first one is loaded at the start.")
+
+
+def read_config_file(path: Path) -> ConfigFileSettings:
+    """A configuration file, YAML by its name (.yaml, .yml) or JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is neither, or a setting in it is unknown or not valid.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        settings = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        return ConfigFileSettings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error.errors())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def explain(errors: Iterable[Mapping[str, Any]]) -> str:
+    """pydantic's errors in one line."""
+    texts = []
+    for error in errors:
+        where = ".".join(str(part) for part in error["loc"] if part != "body")
+        what = error["msg"].removeprefix("Value error, ")
+        texts.append(f"{where}: {what}" if where else what)
+    return "; ".join(texts)

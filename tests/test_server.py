@@ -1,0 +1,267 @@
+"""`refreekv serve`, with the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import assert_one_error_line, refreekv
+from tiny import N_SPECIAL, TinyModel
+
+from refreekv_cpp import Llama
+from refreekv_cpp.document import QUESTION, SECRET, write_document
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+from refreekv_cpp.server.settings import read_config_file  # noqa: E402
+
+LONG = "x" * 1500
+# ASCII only: llama-cpp-python does not count tokens that leave a character unfinished
+OPTIONS = {
+    "max_tokens": 4,
+    "temperature": 0,
+    "logit_bias": {str(N_SPECIAL + byte): -100 for byte in range(128, 256)} | {"2": -100},
+}
+SWITCH = {
+    "type": "function",
+    "function": {
+        "name": "switch",
+        "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
+    },
+}
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+@contextlib.contextmanager
+def serving(*args: str | Path) -> Iterator[openai.OpenAI]:
+    """A client of `refreekv serve` with these arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from refreekv_cpp.cli import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen([sys.executable, "-c", code, "serve", *options, *args])
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(openai.APIConnectionError):
+                    client.models.list()
+                    break
+                assert process.poll() is None, "the server ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def write_config(folder: Path, models: list[dict[str, Any]], **server: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**server, "models": models}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """Of a server with the models `pruned`, `whole`, `limited` and `tools`."""
+    common = {"model": str(tiny_model), "n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    models = [
+        {**common, "model_alias": "pruned", "kv_policy": "streaming"},
+        {**common, "model_alias": "whole", "kv_policy": "full"},
+        {**common, "model_alias": "limited", "kv_policy": "full", "kv_elastic": True, "kv_memory_limit": "300KiB"},
+        {**common, "model_alias": "tools", "kv_policy": "streaming", "chat_format": "chatml-function-calling"},
+    ]
+    with serving("--config_file", write_config(tmp_path_factory.mktemp("server"), models, api_key="secret")) as client:
+        yield client
+
+
+def test_usage_has_the_receipt_of_the_models_policy(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="pruned", messages=user(LONG), **OPTIONS)
+    assert len(answer.choices[0].message.content) == 4
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
+    assert answer.usage.completion_tokens == 4
+    receipt = answer.usage.kv
+    assert receipt.keys() == {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms"}
+    assert receipt["policy"] == "streaming"
+    assert receipt["n_tokens"] == answer.usage.total_tokens - 1  # the last one is not read
+    assert 0.3 < receipt["budget"] < 0.6
+    assert receipt["bytes"] < receipt["bytes_full"]
+    assert receipt["prune_ms"] > 0
+
+    # short prompts are left whole: what was pruned before is none of this request's
+    answer = client.completions.create(model="pruned", prompt="x", **OPTIONS)
+    assert answer.usage.kv["budget"] == 1
+    assert answer.usage.kv["prune_ms"] == 0
+
+    answer = client.completions.create(model="whole", prompt=LONG, **OPTIONS)
+    assert (answer.usage.kv["policy"], answer.usage.kv["budget"]) == ("full", 1)
+
+
+def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
+    request = {"model": "pruned", "messages": user(LONG), **OPTIONS}
+    answer = client.chat.completions.create(**request)
+    *chunks, last = client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert last.choices == []
+    assert last.id == chunks[0].id
+    untimed = [{**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0}} for usage in (last.usage, answer.usage)]
+    assert untimed[0] == untimed[1]
+
+    for chunk in client.completions.create(model="pruned", prompt="x", **OPTIONS, stream=True):
+        assert chunk.usage is None
+        assert chunk.choices
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    request = {"model": "tools", "tools": [SWITCH], **OPTIONS, "max_tokens": 100}
+    choice = {"type": "function", "function": {"name": "switch"}}
+    answer = client.chat.completions.create(messages=user(LONG), tool_choice=choice, **request)
+    call = answer.choices[0].message.tool_calls[0].function
+    assert call.name == "switch"
+    assert json.loads(call.arguments).keys() == {"on"}
+    assert answer.usage.kv["budget"] < 0.6
+
+    chunks = list(client.chat.completions.create(messages=user(LONG), tool_choice=choice, stream=True, **request))
+    calls = [chunk.choices[0].delta.tool_calls for chunk in chunks]
+    assert "".join(call[0].function.arguments for call in calls if call) == call.arguments
+
+
+def test_errors_say_whose_they_are(client: openai.OpenAI) -> None:
+    def error(kind: type[openai.APIError], *parts: str, **request: Any) -> None:
+        with pytest.raises(kind) as raised:
+            for _ in client.chat.completions.create(**{"model": "pruned", "messages": user("x"), **OPTIONS, **request}):
+                pass
+        for part in parts:
+            assert part in str(raised.value)
+
+    bad = openai.BadRequestError
+    error(bad, "temperature: ", "valid number", temperature="hot")
+    error(bad, "messages: ", "valid list", messages="x")
+    error(bad, "maximum context length is 2048 tokens", messages=user("x" * 2100))
+    error(bad, "kv_memory_limit is 307200", model="limited", messages=user(LONG))
+    unknown = "The model `prund` does not exist; valid are pruned, whole, limited, tools"
+    error(openai.NotFoundError, unknown, model="prund")
+
+    # an answer that has begun has no status
+    error(openai.NotFoundError, unknown, model="prund", stream=True)
+    too_long = "maximum context length is 2048 tokens"
+    error(openai.APIError, too_long, messages=user("x" * 2100), stream=True)
+    error(openai.APIError, "kv_memory_limit is 307200", model="limited", messages=user(LONG), stream=True)
+
+    with pytest.raises(bad, match="prompt: must be text, or a list of one"):
+        client.completions.create(model="pruned", prompt=["x", "y"])
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="guessed").completions.create(model="pruned", prompt="x")
+    assert client.completions.create(model="pruned", prompt=["x"], **OPTIONS).usage.completion_tokens == 4
+
+
+def test_a_stream_that_is_given_up_leaves_the_next_request_whole(client: openai.OpenAI) -> None:
+    request = {"model": "pruned", **OPTIONS}
+    expected = client.completions.create(prompt=LONG, **request)
+    for _ in range(3):
+        stream = client.completions.create(prompt=LONG[:1400], **{**request, "max_tokens": 500}, stream=True)
+        next(iter(stream))
+        stream.close()
+        answer = client.completions.create(prompt=LONG, **request)
+        assert answer.choices[0].text == expected.choices[0].text
+        assert answer.usage.kv["budget"] == expected.usage.kv["budget"]
+
+
+def test_a_single_model_answers_to_any_name(tiny_model: Path) -> None:
+    options = ["--n-ctx=1024", "--kv-policy", "streaming", "--kv_memory_limit", "1MiB", "--verbose", "false"]
+    with serving("--model", tiny_model, *options) as client:
+        assert [model.id for model in client.models.list()] == [str(tiny_model)]
+        answer = client.completions.create(model="gpt-4o", prompt="x" * 900, **OPTIONS)
+        assert answer.usage.kv["policy"] == "streaming"
+        assert answer.usage.kv["budget"] < 1
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    refused = tmp_path / "refused.gguf"
+    TinyModel(causal=False).write(refused)
+    model = ["--model", tiny_model]
+    assert_one_error_line(refreekv("serve"), "model: Field required")
+    assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
+    assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
+    assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
+    assert_one_error_line(refreekv("serve", *model, "--kv-memory-limit", "1x"), "valid are a positive number of bytes")
+    assert_one_error_line(refreekv("serve", "--model", refused, "--verbose", "false"), "not causal")
+    config = ["--config-file", tmp_path / "none.json"]
+    assert_one_error_line(refreekv("serve", *config), "none.json")
+    assert_one_error_line(refreekv("serve", *config, "--port", "80", "--n-ctx", "8"), "--n_ctx: with --config_file")
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([{"model": "x", "kv_polcy": "full"}], "models.0.kv_polcy: Extra inputs"),
+        ([{"model": "x"}, {"model": "y", "kv_policy": "ful"}], "models.1: kv_policy='ful': unknown, did you mean"),
+        ([{"model": "x", "kv_policy": "full", "kv_memory_limit": 5}], "models.0: kv_memory_limit: upstream's cache"),
+        ([], "models: List should have at least 1 item"),
+    ],
+    ids=str,
+)
+def test_a_config_file_that_is_not_valid(tmp_path: Path, models: list[dict[str, Any]], message: str) -> None:
+    path = write_config(tmp_path, models)
+    with pytest.raises(ValueError, match=r"config\.json: ") as raised:
+        read_config_file(path)
+    assert message in str(raised.value)
+
+
+def test_a_config_file_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("port: 8001\nmodels:\n- model: a.gguf\n  kv_memory_limit: 1000000\n- {model: b, kv_policy: full}\n")
+    settings = read_config_file(path)
+    assert settings.port == 8001
+    assert [model.kv_options() for model in settings.models] == [
+        {"kv_policy": "refreekv", "kv_evicted": "recompute", "kv_elastic": None, "kv_memory_limit": 1000000},
+        {"kv_policy": "full", "kv_evicted": "recompute", "kv_elastic": None, "kv_memory_limit": None},
+    ]
+    path.write_text("models: [")
+    with pytest.raises(ValueError, match=r"config\.yaml: while parsing"):
+        read_config_file(path)
+
+
+def test_missing_packages_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert_one_error_line(refreekv("serve", "--model", tiny_model), "uvicorn", "pip install 'refreekv-cpp[server]'")
+
+
+def test_help_has_upstreams_options_and_ours() -> None:
+    result = refreekv("serve", "--help")
+    assert result.exit_code == 0
+    assert "--kv_policy" in result.stdout
+    assert "--chat_format" in result.stdout
+
+
+@pytest.mark.model
+def test_a_fact_planted_early_is_answered(default_model: Path) -> None:
+    vocabulary = Llama(str(default_model), vocab_only=True, verbose=False)
+    document = write_document(2000, lambda text: len(vocabulary.tokenize(text.encode(), add_bos=False)))
+    options = ["--n_ctx", "4096", "--n_threads", "2", "--verbose", "false"]
+    with serving("--model", default_model, *options) as client:
+        answer = client.chat.completions.create(
+            model="x", messages=user(f"{document}\n\n{QUESTION}"), temperature=0, max_tokens=24
+        )
+    assert SECRET in answer.choices[0].message.content
+    assert answer.usage.kv["policy"] == "refreekv"
+    assert answer.usage.kv["budget"] < 0.8
