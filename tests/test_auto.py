@@ -172,10 +172,10 @@ def test_a_refused_model_runs_with_full_where_the_environment_chose(
     with pytest.warns(
         UserWarning, match="REFREEKV_POLICY=streaming is ignored: llama: attention is not causal"
     ) as seen:
-        llm = Llama(str(path), n_ctx=512, verbose=False)
+        llm = Llama(str(path), n_ctx=1024, verbose=False)
     assert seen[0].filename == __file__
     assert llm.kv_policy == Full()
-    assert llm.n_ctx() == 512
+    assert llm.n_ctx() == 1024
     llm.eval([1, 5, 6])
     with pytest.raises(UnsupportedModelError, match="not causal"):
         Llama(str(path), kv_policy="streaming", verbose=False)

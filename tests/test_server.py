@@ -12,17 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from test_cli import assert_one_error_line, refreekv
 from tiny import N_SPECIAL, TinyModel
 
 from refreekv_cpp import Llama
 from refreekv_cpp.document import QUESTION, SECRET, write_document
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("fastapi")
-
-from refreekv_cpp.server.settings import read_config_file  # noqa: E402
+from refreekv_cpp.server.settings import read_config_file
 
 LONG = "x" * 1500
 # ASCII only: llama-cpp-python does not count tokens that leave a character unfinished
@@ -122,6 +119,12 @@ def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
     assert last.id == chunks[0].id
     untimed = [{**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0}} for usage in (last.usage, answer.usage)]
     assert untimed[0] == untimed[1]
+
+    # the token that ends an answer is not counted
+    request = {"model": "pruned", "prompt": "x", "logit_bias": {"2": 100}, "temperature": 0}
+    answer = client.completions.create(**request)
+    *_, last = client.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens == answer.usage.completion_tokens == 0
 
     for chunk in client.completions.create(model="pruned", prompt="x", **OPTIONS, stream=True):
         assert chunk.usage is None
