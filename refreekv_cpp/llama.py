@@ -206,6 +206,22 @@ class Llama(llama_cpp.Llama):
         # the very prompt that was read last can be sampled from at once
         return list(tokens) != list(self._input_ids)
 
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """As upstream's.
+
+        Raises:
+            CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
+                is left in the cache then.
+        """
+        native.clear_error()
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._ctx.kv_cache_clear()
+            self.reset()
+            reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
+            raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
+
     def close(self) -> None:
         """Free the model and the context."""
         if hasattr(self, "_stack"):  # not there yet when an argument was refused

@@ -45,6 +45,11 @@ def last_error() -> str:
     return text.decode()
 
 
+def clear_error() -> None:
+    """Before a call of llama.cpp's that may leave a new one."""
+    _lib.refreekv_next_context(ffi.NULL)
+
+
 def _check(code: int) -> int:
     """The one place where return codes become exceptions."""
     if code >= 0:

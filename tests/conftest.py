@@ -11,21 +11,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # before anything imports llama_cpp: it loads the library that llama_cpp then uses
 import refreekv_cpp  # noqa: F401, I001
-from tiny import TINY_MODELS
+from tiny_architectures import tiny_models
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The GGUF of a model in `TINY_MODELS`, by its name; written when first asked for."""
-    folder = tmp_path_factory.mktemp("tiny")
-
-    def path_of(name: str) -> Path:
-        path = folder / f"{name}.gguf"
-        if not path.exists():
-            TINY_MODELS[name].write(path)
-        return path
-
-    return path_of
+    """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES`, by its name; written when first asked for."""
+    return tiny_models(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q4_0": 2, 
 F32, F16, Q8_0 = CACHE_TYPES["f32"], CACHE_TYPES["f16"], CACHE_TYPES["q8_0"]
 
 
-def load(path: Path, policy: str | Policy, **options: Any) -> Llama:
+def load(path: Path, policy: str | Policy, *, kind: type[Llama] = Llama, **options: Any) -> Llama:
     """A Llama on one thread: with models this small more of them only wait for each other."""
     defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    return Llama(str(path), kv_policy=policy, **{**defaults, **options})
+    return kind(str(path), kv_policy=policy, **{**defaults, **options})
 
 
 def ctx_of(llm: llama_cpp.Llama) -> Any:
@@ -72,7 +73,8 @@ class Sequences:
         self.model = llama_cpp._internals.LlamaModel(
             path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
         )
-        with native.next_context(native.make_params(**(policy.native_options() or {}))):
+        options = policy.native_options()
+        with native.next_context(options and native.make_params(**options)):
             self.context = llama_cpp._internals.LlamaContext(model=self.model, params=params, verbose=False)
         self.ctx = self.context.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
@@ -121,3 +123,14 @@ class Sequences:
 
     def copy(self, source: int, target: int, start: int = -1, end: int = -1) -> None:
         llama_cpp.llama_memory_seq_cp(self.memory, source, target, start, end)
+
+    def save(self, seq_id: int) -> bytes:
+        """The state of one sequence."""
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, seq_id)
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(buffer[: llama_cpp.llama_state_seq_get_data(self.ctx, buffer, size, seq_id)])
+
+    def restore(self, state: bytes, seq_id: int) -> int:
+        """Bytes read; 0: the state was refused."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return llama_cpp.llama_state_seq_set_data(self.ctx, buffer, len(state), seq_id)

@@ -291,6 +291,20 @@ def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
         assert llm(prompt, **options)["choices"] == fresh(prompt, **options)["choices"]
 
 
+@pytest.mark.parametrize("policies", [("full", POLICY), (POLICY, "full")], ids=["from full", "to full"])
+def test_a_state_that_does_not_fit_leaves_an_empty_cache(tiny_model: Path, policies: tuple[Any, Any]) -> None:
+    # once n_tokens was the state's then, of which the cache held nothing
+    source, target = (load(tiny_model, policy) for policy in policies)
+    for llm in (source, target):
+        llm.eval(PROMPT)
+    with pytest.raises(PolicyError, match="group 99"):  # an error of before is not the reason
+        native.group(ctx_of(target), 99)
+    with pytest.raises(CacheStateError, match=r"^Failed to set llama state data: it was not written by a context"):
+        target.load_state(source.save_state())
+    assert target.n_tokens == target.kv_stats.n_tokens == 0
+    assert generate(target, PROMPT) == generate(load(tiny_model, policies[1]), PROMPT)
+
+
 def test_speculative_decoding_rewinds_what_it_drafted(tiny_model: Path) -> None:
     # rejected drafts lie behind the pruning. A prompt with repetitions, so that there are drafts at all.
     prompt = PROMPT[:250] * 4

@@ -27,21 +27,10 @@ def whole_state(sequences: Sequences) -> bytes:
     return bytes(buffer[: llama_cpp.llama_state_get_data(sequences.ctx, buffer, size)])
 
 
-def sequence_state(sequences: Sequences, seq_id: int) -> bytes:
-    size = llama_cpp.llama_state_seq_get_size(sequences.ctx, seq_id)
-    buffer = (ctypes.c_uint8 * size)()
-    return bytes(buffer[: llama_cpp.llama_state_seq_get_data(sequences.ctx, buffer, size, seq_id)])
-
-
 def load_whole(sequences: Sequences, state: bytes) -> int:
     return llama_cpp.llama_state_set_data(
         sequences.ctx, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state)
     )
-
-
-def load_sequence(sequences: Sequences, state: bytes, seq_id: int) -> int:
-    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-    return llama_cpp.llama_state_seq_set_data(sequences.ctx, buffer, len(state), seq_id)
 
 
 def assert_alike(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
@@ -70,7 +59,7 @@ def test_a_restored_sequence_holds_what_was_saved_and_no_more(tiny_model: Path, 
     saved.read(0, random_tokens(1000, 0))
     native.prune(saved.ctx, 0)
     other.read(0, random_tokens(1000, 1))
-    assert load_sequence(other, sequence_state(saved, 0), 0) > 0
+    assert other.restore(saved.save(0), 0) > 0
     assert other.kept(0) == saved.kept(0)
     assert native.pruned_pos(other.ctx, 0) == 999
     more = random_tokens(9, 5)

@@ -50,7 +50,7 @@ class TinyModel:
         out.add_rope_freq_base(_ROPE_BASE)
         out.add_layer_norm_rms_eps(1e-5)
         out.add_causal_attention(self.causal)
-        _write_tokenizer(out)
+        write_tokenizer(out)
         for name, weights in self._weights(rng):
             out.add_tensor(name, weights.astype(np.float32))
         out.write_header_to_file()
@@ -121,7 +121,7 @@ TINY_MODELS = {
 }
 
 
-def _write_tokenizer(out: gguf.GGUFWriter) -> None:
+def write_tokenizer(out: gguf.GGUFWriter) -> None:
     """The smallest SentencePiece vocabulary that llama.cpp takes: special tokens and bytes."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, *[gguf.TokenType.BYTE] * 256]

@@ -1,0 +1,250 @@
+"""A tiny model of each of many architectures, with random weights.
+
+What tensors an architecture has is asked of llama.cpp itself, which makes a model from metadata alone; so a row of the
+table below is all that a new one needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from tiny import TINY_MODELS, write_tokenizer
+
+import refreekv_cpp  # noqa: F401  (it loads the library that llama_cpp then uses)
+
+import llama_cpp  # isort: skip
+
+N_LAYER = 4
+_N_EMBD, _N_HEAD, _N_FF = 64, 4, 96
+
+# keys that an architecture does not know are ignored
+_COMMON: dict[str, Any] = {
+    "context_length": 2048,
+    "embedding_length": _N_EMBD,
+    "block_count": N_LAYER,
+    "feed_forward_length": _N_FF,
+    "use_parallel_residual": True,
+    "attention.head_count": _N_HEAD,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_epsilon": 1e-5,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+_EXPERTS = {
+    "expert_count": 4,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 64,
+    "expert_shared_feed_forward_length": 64,
+    "expert_weights_scale": 1.0,
+}
+_WINDOW = {"attention.sliding_window": 128}
+_SSM = {
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 2 * _N_EMBD,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 1,
+}
+# every other layer has attention, the others have none
+_EVERY_OTHER = {"attention.head_count_kv": [0, 2] * (N_LAYER // 2)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """
+    Attributes:
+        name: llama.cpp's.
+        what: what is special about it.
+        keys: metadata, without the architecture's prefix.
+    """
+
+    name: str
+    what: str = ""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.what})" if self.what else self.name
+
+    def write(self, path: Path, *, seed: int = 0) -> None:
+        metadata = path.with_suffix(".metadata")
+        self._write(metadata, {})
+        rng = np.random.default_rng(seed)
+        self._write(path, {name: _weights(name, shape, rng) for name, shape in self._shapes(metadata).items()})
+        metadata.unlink()
+
+    def _write(self, path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        out = gguf.GGUFWriter(path, self.name)
+        for key, value in {**_COMMON, **self.keys}.items():
+            _add(out, f"{self.name}.{key}", value)
+        write_tokenizer(out)
+        for name, weights in tensors.items():
+            out.add_tensor(name, weights)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+
+    def _shapes(self, metadata: Path) -> dict[str, tuple[int, ...]]:
+        # factors of RoPE and scales of quantised weights are for models that have such
+        left_out = ("rope_", ".scale", ".input_scale")
+        return {
+            name: shape for name, shape in _tensors_of(metadata).items() if not any(part in name for part in left_out)
+        }
+
+
+def _add(out: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        out.add_bool(key, value)
+    elif isinstance(value, int):
+        out.add_uint32(key, value)
+    elif isinstance(value, float):
+        out.add_float32(key, value)
+    else:
+        out.add_array(key, value)
+
+
+def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Random weights under which the numbers keep their size from layer to layer."""
+    noise = rng.standard_normal(shape)
+    if "ssm_a" in name:  # a decay
+        res = -np.abs(noise) - 0.1
+    elif "norm" in name and name.endswith("weight"):
+        res = 1 + 0.1 * noise
+    elif len([n for n in shape if n > 1]) < 2:
+        res = 0.3 * noise
+    elif "attn_q" in name or "attn_k" in name:  # so even that every layer can do without some cells
+        res = 0.7 * noise / np.sqrt(shape[-1])
+    elif name == "token_embd.weight":
+        res = noise
+    else:
+        res = noise / np.sqrt(shape[-1])
+    return res.astype(np.float32)
+
+
+# -- what llama.cpp says of it -----------------------------------------------------------------------------------------
+
+
+class _GGUFParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of ggml_tensor."""
+
+    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4)]
+
+
+_ggml = llama_cpp.llama_cpp._lib  # whose symbols are found through libllama
+_ggml.gguf_init_from_file.restype = ctypes.c_void_p
+_ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GGUFParams]
+_ggml.gguf_free.argtypes = [ctypes.c_void_p]
+_ggml.ggml_get_name.restype = ctypes.c_char_p
+_ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+
+
+def _tensors_of(metadata: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape (slowest dimension first, as NumPy's) of the tensors of a model with this metadata."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    @llama_cpp.llama_model_set_tensor_data_t
+    def note(address: int, _: None) -> None:
+        ne = list(_Tensor.from_address(address).ne)
+        while len(ne) > 1 and ne[-1] == 1:
+            ne.pop()
+        shapes[_ggml.ggml_get_name(address).decode()] = tuple(reversed(ne))
+
+    llama_cpp._logger.set_verbose(False)
+    context = _ggml.gguf_init_from_file(str(metadata).encode(), _GGUFParams(no_alloc=True, ctx=None))
+    try:
+        model = llama_cpp.llama_model_init_from_user(context, note, None, llama_cpp.llama_model_default_params())
+        if not model:
+            raise ValueError(f"{metadata.name}: llama.cpp makes no model of this metadata")
+        llama_cpp.llama_model_free(model)
+    finally:
+        _ggml.gguf_free(context)
+    return shapes
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+_LIST = [
+    Architecture("llama"),
+    Architecture("llama", "Mixtral: experts", _EXPERTS),
+    Architecture("qwen2"),
+    Architecture("qwen3"),
+    Architecture("qwen2moe", "experts", _EXPERTS),
+    Architecture("qwen3moe", "experts", _EXPERTS),
+    Architecture("olmoe", "experts", {**_EXPERTS, "attention.head_count_kv": _N_HEAD}),
+    Architecture("gemma"),
+    Architecture(
+        "gemma2",
+        "soft-cap, sliding window",
+        {**_WINDOW, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    Architecture("gemma3", "without a window"),
+    Architecture("gemma3", "sliding window", _WINDOW),
+    Architecture("phi2"),
+    Architecture("phi3"),
+    Architecture("gpt2", "learned positions", {"attention.head_count_kv": _N_HEAD}),
+    Architecture("gptneox", keys={"attention.head_count_kv": _N_HEAD}),
+    Architecture("mpt", "ALiBi", {"attention.max_alibi_bias": 8.0, "attention.head_count_kv": _N_HEAD}),
+    Architecture("bloom", "ALiBi", {"attention.head_count_kv": _N_HEAD}),
+    Architecture("falcon"),
+    Architecture("stablelm"),
+    Architecture("starcoder2"),
+    Architecture("internlm2"),
+    Architecture("olmo2"),
+    Architecture("command-r", keys={"logit_scale": 0.5}),
+    Architecture("cohere2", "sliding window", {**_WINDOW, "logit_scale": 0.5}),
+    Architecture("granite", "scales", {"attention.scale": 0.3, "residual_scale": 0.5, "logit_scale": 2.0}),
+    Architecture("smollm3"),
+    Architecture("gpt-oss", "attention sinks, sliding window, experts", {**_EXPERTS, **_WINDOW}),
+    Architecture("grok", "experts, attention logits with a cap", _EXPERTS),
+    Architecture("qwen2vl", "M-RoPE", {"rope.dimension_sections": [2, 3, 3, 0]}),
+    Architecture(
+        "deepseek2",
+        "MLA, experts",
+        {
+            **_EXPERTS,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": 32,
+            "attention.kv_lora_rank": 32,
+            "attention.key_length": 40,
+            "attention.value_length": 32,
+            "attention.key_length_mla": 24,
+            "attention.value_length_mla": 16,
+            "rope.dimension_count": 8,
+        },
+    ),
+    Architecture("mamba", "recurrent", _SSM),
+    Architecture("mamba2", "recurrent", _SSM),
+    Architecture("jamba", "hybrid", {**_SSM, **_EVERY_OTHER}),
+    Architecture("granitehybrid", "hybrid", {**_SSM, **_EVERY_OTHER}),
+    Architecture("falcon-h1", "hybrid", _SSM),
+    Architecture("lfm2", "hybrid", {**_EVERY_OTHER, "shortconv.l_cache": 3}),
+]
+
+ARCHITECTURES = {architecture.title: architecture for architecture in _LIST}
+
+
+def tiny_models(folder: Path) -> Callable[[str], Path]:
+    """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES`, by its name; written when first asked for."""
+    models = {**TINY_MODELS, **ARCHITECTURES}
+
+    def path_of(name: str) -> Path:
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            models[name].write(path)
+        return path
+
+    return path_of
