@@ -77,6 +77,7 @@ class Llama(llama_cpp.Llama):
         self.kv_memory_limit = kv.memory_limit
         self._evicts = not isinstance(kv.policy, Full)
         self._prompt_of: object = None  # the generation whose prompt is still to be pruned
+        self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
 
         try:
@@ -192,6 +193,9 @@ class Llama(llama_cpp.Llama):
             reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if reset and self._must_recompute(tokens):
                 self.reset()
+            elif reset and self._queries_lost:
+                self._rewind_for_queries(tokens)
+            self._queries_lost = False
             self._prompt_of = generation
         try:
             yield from super().generate(tokens, *args, **kwargs)
@@ -205,6 +209,13 @@ class Llama(llama_cpp.Llama):
             return False
         # the very prompt that was read last can be sampled from at once
         return list(tokens) != list(self._input_ids)
+
+    def _rewind_for_queries(self, prompt: Sequence[int]) -> None:
+        """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
+        n_window = (self.kv_policy.native_options() or {}).get("n_window", 0)
+        n_tokens = max(0, len(prompt) - n_window)
+        if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+            self.n_tokens = n_tokens
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As upstream's.
@@ -221,6 +232,7 @@ class Llama(llama_cpp.Llama):
             self.reset()
             reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
+        self._queries_lost = True
 
     def close(self) -> None:
         """Free the model and the context."""

@@ -291,6 +291,20 @@ def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
         assert llm(prompt, **options)["choices"] == fresh(prompt, **options)["choices"]
 
 
+@pytest.mark.parametrize("n_more", [0, 10, 100])
+@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+def test_a_prompt_that_goes_on_from_a_whole_state_is_pruned_as_a_fresh_one(
+    tiny_model: Path, name: str, n_more: int
+) -> None:
+    # once the queries since the state were all that the policy judged by
+    source, llm, fresh = (load(tiny_model, POLICIES[name]) for _ in range(3))
+    source.eval(PROMPT)
+    llm.load_state(source.save_state())
+    tokens = [*PROMPT, *QUESTION[:n_more]]
+    assert generate(llm, tokens) == generate(fresh, tokens)
+    assert kept(llm) == kept(fresh)
+
+
 @pytest.mark.parametrize("policies", [("full", POLICY), (POLICY, "full")], ids=["from full", "to full"])
 def test_a_state_that_does_not_fit_leaves_an_empty_cache(tiny_model: Path, policies: tuple[Any, Any]) -> None:
     # once n_tokens was the state's then, of which the cache held nothing

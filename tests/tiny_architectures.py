@@ -83,7 +83,8 @@ class Architecture:
         out = gguf.GGUFWriter(path, self.name)
         for key, value in {**_COMMON, **self.keys}.items():
             _add(out, f"{self.name}.{key}", value)
-        write_tokenizer(out)
+        out.add_token_type_count(1)
+        write_tokenizer(out, short_spaces=True)
         for name, weights in tensors.items():
             out.add_tensor(name, weights)
         out.write_header_to_file()
@@ -234,12 +235,17 @@ _LIST = [
     Architecture("lfm2", "hybrid", {**_EVERY_OTHER, "shortconv.l_cache": 3}),
 ]
 
+# it has embeddings, and no text to complete
+ENCODER = Architecture(
+    "bert", "encoder", {"attention.head_count_kv": _N_HEAD, "attention.causal": False, "pooling_type": 2}
+)
+
 ARCHITECTURES = {architecture.title: architecture for architecture in _LIST}
 
 
 def tiny_models(folder: Path) -> Callable[[str], Path]:
-    """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES`, by its name; written when first asked for."""
-    models = {**TINY_MODELS, **ARCHITECTURES}
+    """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES` or of `ENCODER`, by its name; written when asked for."""
+    models = {**TINY_MODELS, **ARCHITECTURES, ENCODER.title: ENCODER}
 
     def path_of(name: str) -> Path:
         path = folder / f"{name}.gguf"

@@ -21,7 +21,7 @@ _HEAD = """\
 
 What of llama-cpp-python works with `refreekv_cpp.Llama` in its place. Each row is a check of `tests/compatibility`, run
 with `kv_policy="full"` and with `kv_policy=ReFreeKV(n_min=0)` after a prompt that it evicts cells of, and held against
-another way to the same result. `python tests/write_compatibility.py` wrote this file; the test suite runs the checks too.
+another way to the same result. `python tests/write_compatibility.py` wrote this file; the test suite runs the checks.
 
 `yes`: right. `refused`: not done, in the note's words, and nothing harmed.
 
