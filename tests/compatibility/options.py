@@ -60,7 +60,7 @@ def error(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) ->
     return float(np.abs(actual - expected).max() / expected.std())
 
 
-def register(feature: str, model: str = "gqa64", **options: Any) -> None:
+def register(feature: str, model: str = "mha64", **options: Any) -> None:
     @check(feature)
     def context_option(run: Run) -> None:
         assert_right(run, model, **options)
