@@ -13,7 +13,7 @@ from typing import Any
 PIN_FILE = Path(__file__).parent.parent / "upstream.txt"
 
 # what the package needs at run time besides upstream
-DEPENDENCIES = ["numpy>=1.24", "typing-extensions>=4.5", "cffi>=1.16", "typer>=0.12", "rich>=13"]
+DEPENDENCIES = ["numpy>=1.24", "typing-extensions>=4.5", "cffi>=1.16", "typer>=0.12", "rich>=13", "platformdirs>=4"]
 
 
 def read_pin() -> tuple[str, str]:

@@ -1,5 +1,7 @@
 #include "refreekv-attention.h"
 
+#include "refreekv-heads.h"
+
 #include "ggml-alloc.h"
 
 #include <algorithm>
@@ -56,25 +58,26 @@ static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in_)) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
-    n_head  = in.n_head;
+    n_head  = in.heads.size()*in.n_gqa;
 
-    const int64_t n_gqa   = in.n_head/in.n_head_kv;
-    const size_t  size_kv = sizeof(float)*in.n_kv*n_rows*n_gqa;
+    const int64_t n_head_kv = in.heads.size();
+    const size_t  size_kv   = sizeof(float)*in.n_kv*n_rows*in.n_gqa;
 
-    n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, in.n_head_kv);
+    n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, n_head_kv);
 
     if (in.max_bias > 0.0f) {
-        n_head_kv_slice = in.n_head_kv; // the ALiBi slope depends on the head's index
+        n_head_kv_slice = n_head_kv; // the ALiBi slope depends on the head's index
     }
 }
 
 // f() once softmax holds the rows of a slice, for each slice in turn
 template <typename F>
 bool refreekv_attention_graph::for_each_slice(F && f) {
-    const bool all_in_one = n_head_kv_slice == in.n_head_kv;
+    const int64_t n_head_kv  = in.heads.size();
+    const bool    all_in_one = n_head_kv_slice == n_head_kv;
 
-    for (int64_t h = 0; h < in.n_head_kv; h += n_head_kv_slice) {
-        const int64_t n = std::min(n_head_kv_slice, in.n_head_kv - h);
+    for (int64_t h = 0; h < n_head_kv; h += n_head_kv_slice) {
+        const int64_t n = std::min(n_head_kv_slice, n_head_kv - h);
 
         if (!all_in_one || !softmax.out) {
             if (!compute(softmax, [&](ggml_context * ctx, uploads & ups) { return build_softmax(ctx, h, n, ups); })) {
@@ -89,9 +92,9 @@ bool refreekv_attention_graph::for_each_slice(F && f) {
     return true;
 }
 
-// [n_kv, n_rows, n_head of the slice]
+// of the KV heads in.heads[h_kv], ...: [n_kv, n_rows, n_head of the slice]
 ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
-    const int64_t n_gqa = in.n_head/in.n_head_kv;
+    const int64_t n_gqa = in.n_gqa;
 
     const auto upload = [&](ggml_tensor * t, const void * data) {
         ggml_set_input(t);
@@ -104,8 +107,8 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
 
     ggml_tensor * q = ggml_get_rows(ctx, in.ring, rows);
 
-    q = ggml_view_3d(ctx, q, in.n_embd_head, n_gqa*n_kv_heads, n_rows,
-            q->nb[0]*in.n_embd_head, q->nb[1], q->nb[0]*in.n_embd_head*n_gqa*h_kv);
+    q = ggml_reshape_3d(ctx, q, in.n_embd_head, q->ne[0]/in.n_embd_head, n_rows);
+    q = refreekv_select_heads(ctx, q, { in.heads.begin() + h_kv, in.heads.begin() + h_kv + n_kv_heads }, n_gqa);
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
 
     const size_t head_bytes = ggml_row_size(in.k->type, in.n_embd_head);

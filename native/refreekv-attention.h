@@ -17,7 +17,7 @@ private:
     const float * attn;
 };
 
-// The attention of a layer's stored queries to its stored keys, computed on the layer's backend with the semantics of
+// The attention of a group's stored queries to its stored keys, computed on the layer's backend with the semantics of
 // upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums).
 //
@@ -28,18 +28,19 @@ public:
     struct inputs {
         ggml_backend_t backend;
 
-        ggml_tensor * k;    // [n_embd_head*n_head_kv, capacity]
-        ggml_tensor * ring; // [n_embd_head*n_head, n]
+        ggml_tensor * k;    // [n_embd_head*heads.size(), capacity]
+        ggml_tensor * ring; // [n_embd_head*n_head of the layer, n]
+
+        std::vector<uint32_t> heads; // KV heads of the layer that k has
 
         int64_t n_embd_head;
-        int64_t n_head;
-        int64_t n_head_kv;
+        int64_t n_gqa;      // query heads per KV head
         int64_t n_kv;       // slots that are looked at: [0, n_kv)
 
         std::vector<int32_t> rows;  // ring rows, oldest first
         std::vector<int32_t> slots; // slot of cell j
         std::vector<float>   mask;  // [n_kv, rows.size()]
-        std::vector<float>   sinks; // [n_head], or empty
+        std::vector<float>   sinks; // [heads.size()*n_gqa], or empty
 
         float max_bias;    // ALiBi
         float soft_cap;    // 0: none

@@ -23,12 +23,23 @@ bool refreekv_store::update(llama_context * lctx) {
 
     this->lctx = lctx;
 
-    for (const auto & j : jobs) {
-        job_result = run_job(j);
+    synchronize();
+    release_stale();
+
+    for (const auto & job : jobs) {
+        job_result = job();
     }
     jobs.clear();
 
     return true;
+}
+
+int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> && job) {
+    job_result = REFREEKV_ERR_STATE;
+    jobs.push_back(std::move(job));
+    lctx->memory_update(false);
+
+    return job_result;
 }
 
 int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
@@ -36,40 +47,29 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
         return 0;
     }
 
-    job_result = REFREEKV_ERR_STATE;
-    jobs.push_back({ seq_id, -1, {} });
-    lctx->memory_update(false);
-
-    return job_result;
+    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
 int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
-    if (il_to_group.find(il) == il_to_group.end()) {
+    if (il_to_layer.find(il) == il_to_layer.end()) {
         refreekv_set_error("keep: layer %d has no KV cache", il);
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    job_result = REFREEKV_ERR_STATE;
-    jobs.push_back({ seq_id, il, pos });
-    lctx->memory_update(false);
-
-    return job_result;
+    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos); });
 }
 
-int64_t refreekv_store::run_job(const job & j) {
+int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
-    synchronize();
-    release_stale();
-
     int64_t       n_evicted = 0;
-    const int32_t status    = run(j, n_evicted);
+    const int32_t status    = evict_groups(seq_id, il, pos, n_evicted);
 
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
-        pruned[j.seq_id] = table_of_seq(j.seq_id).seq_pos_max(j.seq_id);
-        stale_layouts    = true;
+        pruned[seq_id] = table_of_seq(seq_id).seq_pos_max(seq_id);
+        stale_layouts  = true;
         n_prunes++;
         prune_us += ggml_time_us() - t_start;
     }
@@ -85,30 +85,27 @@ int64_t refreekv_store::run_job(const job & j) {
     return status == REFREEKV_OK ? n_evicted : status;
 }
 
-int32_t refreekv_store::run(const job & j, int64_t & n_evicted) {
-    for (uint32_t i = 0; i < groups.size(); ++i) {
-        auto & g = groups[i];
-
-        const bool by_hand = j.il >= 0;
-
-        if (by_hand ? g.il != j.il : i < (uint32_t) params.n_full_layers) {
+int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, int64_t & n_evicted) {
+    for (auto & g : groups) {
+        const bool skip = pos ? g.il != il : g.whole || il_to_layer.at(g.il) < (uint32_t) params.n_full_layers;
+        if (skip) {
             continue;
         }
 
-        const auto list = held_cells(j.seq_id, g);
+        const auto list = held_cells(seq_id, g);
         if (list.empty()) {
             continue;
         }
 
         std::vector<uint8_t> keep(list.size(), 1);
 
-        if (by_hand) {
+        if (pos) {
             for (size_t c = 0; c < list.size(); ++c) {
-                keep[c] = std::binary_search(j.pos.begin(), j.pos.end(), list[c].pos) || shared(list[c].cell);
+                keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || shared(list[c].cell);
             }
         } else if ((int32_t) list.size() < params.n_min) {
             continue;
-        } else if (const int32_t status = select(g, j.seq_id, list, keep)) {
+        } else if (const int32_t status = select(g, seq_id, list, keep)) {
             return status;
         }
 
@@ -150,6 +147,7 @@ static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<u
 
 int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
     const auto & hparams = kv.hparams;
+    const auto & layer   = layer_of(g);
 
     refreekv_selection sel;
 
@@ -174,7 +172,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
         return REFREEKV_ERR_COMPUTE;
     }
-    if (!g.known) {
+    if (!layer.known) {
         refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
         return REFREEKV_ERR_STATE;
     }
@@ -190,19 +188,22 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     }
 
     in.k           = g.rows.k;
-    in.ring        = g.ring;
+    in.ring        = layer.ring;
+    in.heads       = g.heads;
     in.n_embd_head = hparams.n_embd_head_k(g.il);
-    in.n_head      = hparams.n_head(g.il);
-    in.n_head_kv   = hparams.n_head_kv(g.il);
+    in.n_gqa       = hparams.n_gqa(g.il);
     in.n_kv        = g.res.n_slots();
     in.max_bias    = hparams.f_max_alibi_bias;
     in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
     in.pre_scale   = hparams.attn_soft_cap ? 1.0f/hparams.f_attn_logit_softcapping : 1.0f;
-    in.post_scale  = g.kq_scale;
+    in.post_scale  = layer.kq_scale;
 
-    if (g.sinks) {
-        in.sinks.resize(in.n_head);
-        ggml_backend_tensor_get(g.sinks, in.sinks.data(), 0, ggml_nbytes(g.sinks));
+    if (layer.sinks) {
+        in.sinks.resize(in.heads.size()*in.n_gqa);
+        for (size_t i = 0; i < in.heads.size(); ++i) {
+            const size_t size = in.n_gqa*sizeof(float);
+            ggml_backend_tensor_get(layer.sinks, in.sinks.data() + i*in.n_gqa, in.heads[i]*size, size);
+        }
     }
 
     in.mask.assign(in.n_kv*in.rows.size(), -INFINITY);

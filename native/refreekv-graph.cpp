@@ -1,5 +1,6 @@
 #include "refreekv-graph.h"
 
+#include "refreekv-heads.h"
 #include "refreekv-store.h"
 
 #include "llama-graph.h"
@@ -7,10 +8,13 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
 
-// The inputs of one layout: an llm_graph_input_attn_kv like upstream's, so that build_attn goes on unchanged. It is no
-// input of the graph by itself; refreekv_graph_input fills it.
+#include <algorithm>
+
+// The inputs of a cache with a policy: an llm_graph_input_attn_kv like upstream's, so that build_attn goes on unchanged,
+// for each kind of group. Those are no inputs of the graph by themselves; refreekv_graph_input fills them.
 //
-// One of these per layout, and with it the two index tensors of the ring, is all that a policy adds to the inputs.
+// A mask and indices per layout (and V indices per row size, when V is transposed), and with them the two index tensors of
+// the ring, are all that a policy adds to the inputs.
 class refreekv_graph_input : public llm_graph_input_attn_kv {
 public:
     refreekv_graph_input(const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx) :
@@ -30,13 +34,33 @@ public:
 
     llm_graph_input_attn_kv * layer(const refreekv_attn_call & call);
 
+    // whether this is the mask of a layer's first group
+    bool is_mask_of(int32_t il, const ggml_tensor * mask) const;
+
+    ggml_tensor * groups(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, int32_t il, const refreekv_attn_mha & mha);
+
 private:
     refreekv_store * store;
 
     const bool     reservation; // worst case: one layout of n_ctx cells
     const uint64_t generation;
 
-    std::vector<std::unique_ptr<llm_graph_input_attn_kv>> layouts;
+    struct kind {
+        uint32_t i_group; // one of them
+        uint32_t layout;
+        int64_t  n_v_idxs;
+        bool     first;   // of its layout: the others share its mask and K indices
+
+        std::unique_ptr<llm_graph_input_attn_kv> inp;
+    };
+    std::vector<kind> kinds;
+
+    kind * find(uint32_t layout, int64_t n_v_idxs);
+
+    uint32_t                  layout_of(uint32_t i_group) const { return reservation ? 0 : store->layout_of(i_group); }
+    llm_graph_input_attn_kv & inp_of   (uint32_t i_group) { return *find(layout_of(i_group), store->n_v_idxs(i_group))->inp; }
+
+    bool in_groups = false; // inside of groups(): mha gets one of them
 
     ggml_tensor * ring_src = nullptr; // I32 [n_copy], nullptr when every token has its row
     ggml_tensor * ring_dst = nullptr; // I64 [n_copy]
@@ -49,6 +73,15 @@ static ggml_tensor * refreekv_new_input(ggml_context * ctx, ggml_type type, cons
     return t;
 }
 
+refreekv_graph_input::kind * refreekv_graph_input::find(uint32_t layout, int64_t n_v_idxs) {
+    for (auto & k : kinds) {
+        if (k.layout == layout && k.n_v_idxs == n_v_idxs) {
+            return &k;
+        }
+    }
+    return nullptr;
+}
+
 void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch) {
     const int64_t n_tokens = ubatch.n_tokens;
 
@@ -58,19 +91,33 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
     // flash attention requires an f16 mask
     const auto type_mask = cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
 
-    for (uint32_t l = 0; l < (reservation ? 1 : store->n_layouts()); ++l) {
+    for (uint32_t i = 0; i < store->n_groups(); ++i) {
+        const uint32_t layout   = layout_of(i);
+        const int64_t  n_v_idxs = store->n_v_idxs(i);
+
+        if (find(layout, n_v_idxs)) {
+            continue;
+        }
+
+        const auto same = std::find_if(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout; });
+
         auto inp = std::make_unique<llm_graph_input_attn_kv>(hparams, cparams, mctx);
 
         inp->self_k_rot = self_k_rot;
         inp->self_v_rot = self_v_rot;
 
-        inp->self_k_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
-        inp->self_v_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", store->n_v_idxs(n_tokens));
-
-        inp->self_kq_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store->worst_n_kv() : store->layout_n_kv(l), n_tokens);
+        if (same == kinds.end()) {
+            inp->self_k_idxs  = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
+            inp->self_kq_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store->worst_n_kv() : store->layout_n_kv(layout), n_tokens);
+        } else {
+            inp->self_k_idxs  = same->inp->self_k_idxs;
+            inp->self_kq_mask = same->inp->self_kq_mask;
+        }
         inp->self_kq_mask_cnv = inp->self_kq_mask;
 
-        layouts.push_back(std::move(inp));
+        inp->self_v_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", n_v_idxs*n_tokens);
+
+        kinds.push_back({ i, layout, n_v_idxs, same == kinds.end(), std::move(inp) });
     }
 
     if (!store->has_rings()) {
@@ -87,17 +134,20 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
 
 void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
     // tensors that no layer used have no buffer
-    for (uint32_t l = 0; l < layouts.size(); ++l) {
-        auto & inp = *layouts[l];
+    for (const auto & k : kinds) {
+        auto & inp = *k.inp;
 
-        if (inp.self_k_idxs->buffer) {
-            store->set_input_k_idxs(inp.self_k_idxs, l, mctx);
-        }
         if (inp.self_v_idxs->buffer) {
-            store->set_input_v_idxs(inp.self_v_idxs, l, mctx);
+            store->set_input_v_idxs(inp.self_v_idxs, k.i_group, mctx);
+        }
+        if (!k.first) {
+            continue;
+        }
+        if (inp.self_k_idxs->buffer) {
+            store->set_input_k_idxs(inp.self_k_idxs, k.i_group, mctx);
         }
         if (inp.self_kq_mask->buffer) {
-            store->set_input_mask(inp.self_kq_mask, l, *ubatch, cparams.causal_attn);
+            store->set_input_mask(inp.self_kq_mask, k.i_group, *ubatch, cparams.causal_attn);
         }
     }
 
@@ -120,8 +170,8 @@ bool refreekv_graph_input::can_reuse(const llm_graph_params & params) {
 bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const llm_graph_params & params) {
     this->mctx = mctx;
 
-    for (auto & inp : layouts) {
-        inp->mctx = mctx;
+    for (auto & k : kinds) {
+        k.inp->mctx = mctx;
     }
 
     if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation()) {
@@ -130,12 +180,10 @@ bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const 
 
     bool res = true;
 
-    for (uint32_t l = 0; l < layouts.size(); ++l) {
-        const auto & inp = *layouts[l];
-
-        res &= inp.self_k_idxs->ne[0]  == params.ubatch.n_tokens;
-        res &= inp.self_kq_mask->ne[0] == store->layout_n_kv(l);
-        res &= inp.self_kq_mask->ne[1] == params.ubatch.n_tokens;
+    for (const auto & k : kinds) {
+        res &= k.inp->self_k_idxs->ne[0]  == params.ubatch.n_tokens;
+        res &= k.inp->self_kq_mask->ne[0] == store->layout_n_kv(k.layout);
+        res &= k.inp->self_kq_mask->ne[1] == params.ubatch.n_tokens;
     }
 
     return res;
@@ -158,7 +206,54 @@ llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call &
         ggml_build_forward_expand(call.gf, ggml_set_rows(call.ctx, ring, q, ring_dst));
     }
 
-    return layouts[reservation ? 0 : store->layout_of(call.il)].get();
+    // upstream stores the first group
+    for (uint32_t i : store->groups_of(call.il)) {
+        if (i != store->group_of(call.il)) {
+            auto & inp = inp_of(i);
+
+            ggml_build_forward_expand(call.gf, store->cpy_k(call.ctx, call.k_cur, inp.self_k_idxs, i, reservation));
+            ggml_build_forward_expand(call.gf, store->cpy_v(call.ctx, call.v_cur, inp.self_v_idxs, i, reservation));
+        }
+    }
+
+    return &inp_of(store->group_of(call.il));
+}
+
+bool refreekv_graph_input::is_mask_of(int32_t il, const ggml_tensor * mask) const {
+    if (!store->has_layer(il)) {
+        return false;
+    }
+    const uint32_t layout = layout_of(store->group_of(il));
+
+    return std::any_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout && k.inp->self_kq_mask == mask; });
+}
+
+ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, int32_t il, const refreekv_attn_mha & mha) {
+    const auto & ids = store->groups_of(il);
+
+    if (in_groups || ids.size() == 1) {
+        return nullptr;
+    }
+    in_groups = true;
+
+    const int64_t n_gqa = hparams.n_gqa(il);
+
+    std::vector<ggml_tensor *>         parts;
+    std::vector<std::vector<uint32_t>> heads;
+
+    for (uint32_t i : ids) {
+        heads.push_back(store->heads_of(i));
+
+        ggml_tensor * s = sinks ? refreekv_select_heads(ctx, ggml_reshape_3d(ctx, sinks, 1, ggml_nelements(sinks), 1), heads.back(), n_gqa) : nullptr;
+
+        parts.push_back(mha(refreekv_select_heads(ctx, q, heads.back(), n_gqa),
+                    store->get_k(ctx, i, reservation), store->get_v(ctx, i, reservation),
+                    inp_of(i).self_kq_mask, s ? ggml_reshape_1d(ctx, s, ggml_nelements(s)) : nullptr));
+    }
+
+    in_groups = false;
+
+    return refreekv_join_heads(ctx, parts, heads, n_gqa);
 }
 
 // iSWA: the windowed layers are upstream's
@@ -255,6 +350,31 @@ std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
     auto attn = refreekv_build_input(ctx, ubatch, hparams, cparams, mctx->get_attn());
 
     return attn ? std::make_unique<refreekv_graph_input_hybrid>(cparams, std::move(attn), std::move(inp_rs), mctx) : nullptr;
+}
+
+static refreekv_graph_input * refreekv_own_input(llm_graph_input_i * inp) {
+    if (auto * iswa = dynamic_cast<refreekv_graph_input_iswa *>(inp)) {
+        return iswa->base.get();
+    }
+    if (auto * hybrid = dynamic_cast<refreekv_graph_input_hybrid *>(inp)) {
+        return static_cast<refreekv_graph_input *>(hybrid->get_attn());
+    }
+    return dynamic_cast<refreekv_graph_input *>(inp);
+}
+
+ggml_tensor * refreekv_attn_groups(const llm_graph_result & res, ggml_context * ctx, ggml_tensor * q, ggml_tensor * kq_b,
+        ggml_tensor * kq_mask, ggml_tensor * sinks, int il, const refreekv_attn_mha & mha) {
+    for (const auto & inp : res.inputs) {
+        auto * own = refreekv_own_input(inp.get());
+
+        if (own && own->is_mask_of(il, kq_mask)) {
+            GGML_ASSERT(kq_b == nullptr);
+
+            return own->groups(ctx, q, sinks, il, mha);
+        }
+    }
+
+    return nullptr;
 }
 
 llm_graph_input_attn_kv * refreekv_attn_layer(llm_graph_input_attn_kv * inp, const refreekv_attn_call & call) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 struct ggml_cgraph;
@@ -16,6 +17,7 @@ class llm_graph_input_attn_kv;
 class llm_graph_input_attn_kv_iswa;
 class llm_graph_input_mem_hybrid;
 class llm_graph_input_rs;
+class llm_graph_result;
 
 // hook of llm_graph_context::build_attn_inp_kv: the attention inputs of a cache with a policy; nullptr: it has none
 std::unique_ptr<llm_graph_input_attn_kv> refreekv_build_attn_inp_kv(
@@ -36,13 +38,23 @@ std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
 struct refreekv_attn_call {
     ggml_context * ctx;
     ggml_cgraph  * gf;
-    ggml_tensor  * q_cur;    // [n_embd_head, n_head, n_tokens], after RoPE and rotation
+    ggml_tensor  * q_cur;    // [n_embd_head, n_head,    n_tokens], after RoPE and rotation
+    ggml_tensor  * k_cur;    // [n_embd_head, n_head_kv, n_tokens]
+    ggml_tensor  * v_cur;    // [n_embd_head, n_head_kv, n_tokens]
     ggml_tensor  * kq_b;
     ggml_tensor  * sinks;
     float          kq_scale;
     int            il;
 };
 
-// hook of llm_graph_context::build_attn: the mask and indices of the layer's layout, and a copy of its last queries into
-// the ring. Returns inp itself when the cache has no policy.
+// hook of llm_graph_context::build_attn: the mask and indices of the layer's first group, and a copy of its last queries
+// into the ring; the K and V of its other groups are stored. Returns inp itself when the cache has no policy.
 llm_graph_input_attn_kv * refreekv_attn_layer(llm_graph_input_attn_kv * inp, const refreekv_attn_call & call);
+
+// build_attn_mha on some of the heads: q, k, v, kq_mask, sinks
+using refreekv_attn_mha = std::function<ggml_tensor * (ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *)>;
+
+// hook of llm_graph_context::build_attn_mha: the attention of a layer that is divided into groups, group by group;
+// nullptr: it is not. q, kq_b, kq_mask and sinks are those that mha would get for the whole layer.
+ggml_tensor * refreekv_attn_groups(const llm_graph_result & res, ggml_context * ctx, ggml_tensor * q, ggml_tensor * kq_b,
+        ggml_tensor * kq_mask, ggml_tensor * sinks, int il, const refreekv_attn_mha & mha);

@@ -85,14 +85,15 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
     refreekv_group_info res = {};
 
     res.il          = g.il;
-    res.n_head      = kv.hparams.n_head(g.il);
-    res.n_head_kv   = kv.hparams.n_head_kv(g.il);
+    res.n_head      = kv.hparams.n_gqa(g.il)*g.heads.size();
+    res.n_head_kv   = g.heads.size();
     res.n_embd_head = kv.hparams.n_embd_head_k(g.il);
     res.n_kept      = n_kept;
     res.n_capacity  = g.rows.capacity();
     res.layout      = g.layout;
+    res.whole       = g.whole;
     res.row_bytes   = g.rows.row_bytes();
-    res.kq_scale    = g.kq_scale;
+    res.kq_scale    = layer_of(g).kq_scale;
 
     return res;
 }
@@ -105,15 +106,16 @@ std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_grou
     return res;
 }
 
-static void refreekv_read_row(const ggml_tensor * t, int64_t row, float * out) {
-    std::vector<uint8_t> bytes(ggml_row_size(t->type, t->ne[0]));
+// n elements of a row, from the i-th on (a whole number of blocks)
+static void refreekv_read_row(const ggml_tensor * t, int64_t row, int64_t i, int64_t n, float * out) {
+    std::vector<uint8_t> bytes(ggml_row_size(t->type, n));
 
-    ggml_backend_tensor_get(t, bytes.data(), row*t->nb[1], bytes.size());
+    ggml_backend_tensor_get(t, bytes.data(), row*t->nb[1] + ggml_row_size(t->type, i), bytes.size());
 
     if (t->type == GGML_TYPE_F32) {
         memcpy(out, bytes.data(), bytes.size());
     } else {
-        ggml_get_type_traits(t->type)->to_float(bytes.data(), out, t->ne[0]);
+        ggml_get_type_traits(t->type)->to_float(bytes.data(), out, n);
     }
 }
 
@@ -123,12 +125,20 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
 
     ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, rows, row_pos);
 
-    const auto * t = groups[i_group].ring;
+    const auto & g = groups[i_group];
+    const auto * t = layer_of(g).ring;
     if (!t) {
         return 0;
     }
+
+    // the queries of one KV head lie side by side
+    const int64_t n = kv.hparams.n_embd_head_k(g.il)*kv.hparams.n_gqa(g.il);
+
     for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
-        refreekv_read_row(t, rows[i], out + i*t->ne[0]);
+        for (uint32_t h : g.heads) {
+            refreekv_read_row(t, rows[i], h*n, n, out);
+            out += n;
+        }
         pos[i] = row_pos[i];
     }
 
@@ -140,7 +150,7 @@ int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float *
     const auto   list = held_cells(seq_id, g);
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
-        refreekv_read_row(g.rows.k, list[i].slot, out + i*g.rows.k->ne[0]);
+        refreekv_read_row(g.rows.k, list[i].slot, 0, g.rows.k->ne[0], out + i*g.rows.k->ne[0]);
         pos[i] = list[i].pos;
     }
 

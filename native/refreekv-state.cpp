@@ -12,7 +12,7 @@
 #include <algorithm>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
-static const uint32_t REFREEKV_STATE_VERSION = 1;
+static const uint32_t REFREEKV_STATE_VERSION = 2;
 
 // f(tensor, offset, size) for the bytes of these slots, in this order: all of K, then all of V (line by line when it is
 // transposed). Consecutive slots are one piece; how the pieces fall does not change the order of the bytes.
@@ -43,17 +43,19 @@ struct refreekv_state_header {
     uint32_t magic;
     uint32_t version;
     uint32_t v_trans;
-    uint32_t n_groups;
+    uint32_t n_layers;
     uint32_t n_cells;
 };
 
 struct refreekv_state_group {
+    int32_t  il;
+    uint32_t n_heads;
     int32_t  type_k;
     int32_t  type_v;
     uint64_t n_embd_k;
     uint64_t n_embd_v;
     uint32_t n_held;
-    uint32_t reserved;
+    uint32_t whole;
 };
 
 void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
@@ -64,7 +66,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         }
     }
 
-    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) groups.size(), (uint32_t) list.size() };
+    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size() };
     io.write(&header, sizeof(header));
 
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
@@ -75,6 +77,12 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         }
     }
     io.write(behind.data(), behind.size());
+
+    // how the layers are divided into groups
+    const auto     whole   = whole_heads();
+    const uint32_t n_whole = whole.size();
+    io.write(&n_whole, sizeof(n_whole));
+    io.write(whole.data(), whole.size()*sizeof(whole[0]));
 
     for (const auto & g : groups) {
         // (slot, index in the list), in the order of slots
@@ -89,7 +97,8 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
 
         const auto & shape = g.rows.get_shape();
 
-        const refreekv_state_group info = { shape.type_k, shape.type_v, (uint64_t) shape.n_embd_k, (uint64_t) shape.n_embd_v, (uint32_t) held.size(), 0 };
+        const refreekv_state_group info = { g.il, (uint32_t) g.heads.size(), shape.type_k, shape.type_v,
+            (uint64_t) shape.n_embd_k, (uint64_t) shape.n_embd_v, (uint32_t) held.size(), g.whole };
         io.write(&info, sizeof(info));
 
         std::vector<uint32_t> slots;
@@ -119,6 +128,40 @@ void refreekv_store::clear_rows(const slot_info & sinfo) {
     }
 }
 
+// the division into groups that the state was written with becomes this context's, if nothing stands against it
+bool refreekv_store::read_whole_heads(llama_io_read_i & io) {
+    uint32_t n = 0;
+    io.read(&n, sizeof(n));
+
+    uint32_t n_heads = 0;
+    for (const auto & layer : layers) {
+        n_heads += kv.hparams.n_head_kv(layer.il);
+    }
+    if (n > n_heads) {
+        refreekv_set_error("state: damaged, %u of %u KV heads are kept whole", n, n_heads);
+        return false;
+    }
+
+    heads_list theirs(n);
+    io.read(theirs.data(), n*sizeof(theirs[0]));
+    std::sort(theirs.begin(), theirs.end());
+
+    heads_list ours = whole_heads();
+    if (ours == theirs) {
+        return true;
+    }
+    if (!holds_nothing()) {
+        refreekv_set_error("state: it keeps other KV heads whole than this context, which is not empty");
+        return false;
+    }
+    if (!valid_heads(theirs)) {
+        return false;
+    }
+    make_groups(theirs);
+
+    return true;
+}
+
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
 bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
     std::vector<uint32_t> list;
@@ -135,8 +178,8 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         refreekv_set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", kv.v_trans ? "False" : "True");
         return false;
     }
-    if (header.n_groups != groups.size() || header.n_cells != cell_count || list.size() != cell_count) {
-        refreekv_set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_groups, header.n_cells, groups.size(), cell_count);
+    if (header.n_layers != layers.size() || header.n_cells != cell_count || list.size() != cell_count) {
+        refreekv_set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_layers, header.n_cells, layers.size(), cell_count);
         return false;
     }
 
@@ -169,12 +212,20 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
     std::vector<uint8_t> behind(cell_count);
     io.read(behind.data(), behind.size());
 
+    if (!read_whole_heads(io)) {
+        return false;
+    }
+
     for (auto & g : groups) {
         const auto & shape = g.rows.get_shape();
 
         refreekv_state_group info;
         io.read(&info, sizeof(info));
 
+        if (info.il != g.il || info.n_heads != g.heads.size() || (bool) info.whole != g.whole) {
+            refreekv_set_error("state: damaged, its groups of KV heads are not those it names");
+            return false;
+        }
         if (info.type_k != shape.type_k || info.type_v != shape.type_v || info.n_embd_k != (uint64_t) shape.n_embd_k || info.n_embd_v != (uint64_t) shape.n_embd_v) {
             refreekv_set_error("state: layer %d has other cache types or row sizes than this context", g.il);
             return false;

@@ -83,14 +83,13 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
 
         auto * buft = offload ? ggml_backend_dev_buffer_type(kv.model.dev_layer(layer.il)) : ggml_backend_cpu_buffer_type();
 
-        by_buft[buft].push_back(groups.size());
-        il_to_group[layer.il] = groups.size();
+        by_buft[buft].push_back(layers.size());
+        il_to_layer[layer.il] = layers.size();
 
-        const refreekv_rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans };
-
-        groups.push_back({ (int32_t) layer.il, 0, {}, refreekv_rows(shape, layer.il) });
-        groups.back().res.reset(n_cells);
+        layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans }, {} });
     }
+
+    make_groups({});
 
     for (const auto & [buft, ids] : by_buft) {
         if (!refreekv_policy_looks(params.policy)) {
@@ -102,10 +101,10 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         ggml_context_ptr ctx { ggml_init(ip) };
 
         for (uint32_t i : ids) {
-            const int32_t il = groups[i].il;
+            const int32_t il = layers[i].il;
 
-            groups[i].ring = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il), ring.n_rows());
-            ggml_format_name(groups[i].ring, "refreekv_ring_l%d", il);
+            layers[i].ring = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il), ring.n_rows());
+            ggml_format_name(layers[i].ring, "refreekv_ring_l%d", il);
         }
 
         ggml_backend_buffer_ptr buf { kv.hparams.no_alloc ? no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
@@ -139,6 +138,94 @@ refreekv_store * refreekv_store::of(llama_memory_t mem) {
     const auto * kv = cache_of(mem);
 
     return kv ? kv->store.get() : nullptr;
+}
+
+// drops what the groups hold
+void refreekv_store::make_groups(const heads_list & whole) {
+    groups.clear();
+
+    for (auto & layer : layers) {
+        const uint32_t n_head_kv = kv.hparams.n_head_kv(layer.il);
+
+        std::vector<uint32_t> parts[2]; // left to the policy, kept whole
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            parts[std::find(whole.begin(), whole.end(), std::make_pair(layer.il, h)) != whole.end()].push_back(h);
+        }
+
+        // where heads cannot be separated (the slope of ALiBi depends on their number; they may be no whole number of blocks
+        // of the cache's type), the layer stays whole
+        const bool separable = !kv.hparams.use_alibi &&
+                               kv.hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.shape.type_k) == 0 &&
+                               kv.hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.shape.type_v) == 0;
+        if (!separable && !parts[1].empty()) {
+            parts[0].clear();
+            parts[1].resize(n_head_kv);
+            std::iota(parts[1].begin(), parts[1].end(), 0);
+        }
+
+        layer.groups.clear();
+
+        for (int i = 0; i < 2; ++i) {
+            if (parts[i].empty()) {
+                continue;
+            }
+
+            refreekv_rows::shape shape = layer.shape;
+            if (parts[i].size() < n_head_kv) {
+                shape.n_embd_k = parts[i].size()*kv.hparams.n_embd_head_k(layer.il);
+                shape.n_embd_v = parts[i].size()*kv.hparams.n_embd_head_v(layer.il);
+            }
+
+            layer.groups.push_back(groups.size());
+            groups.push_back({ layer.il, std::move(parts[i]), i == 1, 0, {}, refreekv_rows(shape, layer.il) });
+            groups.back().res.reset(n_cells);
+        }
+    }
+
+    stale_layouts = true;
+    n_generation++;
+}
+
+bool refreekv_store::holds_nothing() const {
+    return std::all_of(groups.begin(), groups.end(), [](const group & g) { return g.res.n_used() == 0; });
+}
+
+bool refreekv_store::valid_heads(const heads_list & heads) const {
+    for (const auto & [il, h] : heads) {
+        if (il_to_layer.find(il) == il_to_layer.end() || h >= kv.hparams.n_head_kv(il)) {
+            refreekv_set_error("whole heads: layer %d has no KV head %u", il, h);
+            return false;
+        }
+    }
+    return true;
+}
+
+refreekv_store::heads_list refreekv_store::whole_heads() const {
+    heads_list res;
+    for (const auto & g : groups) {
+        for (uint32_t h : g.heads) {
+            if (g.whole) {
+                res.emplace_back(g.il, h);
+            }
+        }
+    }
+    return res;
+}
+
+int64_t refreekv_store::set_whole_heads(llama_context * lctx, const heads_list & heads) {
+    if (!valid_heads(heads)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return run_job(lctx, [this, heads]() -> int64_t {
+        if (!holds_nothing()) {
+            refreekv_set_error("whole heads: only an empty cache can be divided; clear it first");
+            return REFREEKV_ERR_STATE;
+        }
+        make_groups(heads);
+        update_layouts();
+
+        return REFREEKV_OK;
+    });
 }
 
 refreekv_store * refreekv_store::of(const llama_kv_cache_context * mctx) {

@@ -7,6 +7,7 @@
 
 #include "llama-kv-cache.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,8 +20,8 @@
 //
 // Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
 // where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
-// (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. So
-// far every layer is one group.
+// (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. A
+// layer is one group, or two where some of its heads are kept whole (set_whole_heads).
 //
 // Groups whose slots look alike to every query that may still come share a layout: one mask and one pair of index
 // inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
@@ -108,24 +109,34 @@ public:
     uint64_t generation() const { return n_generation; }
 
     uint32_t n_layouts() const { return layouts.size(); }
-    uint32_t layout_of(int32_t il) const { return groups[group_of(il)].layout; }
+    uint32_t layout_of(uint32_t i_group) const { return groups[i_group].layout; }
+
+    bool has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
+
+    // upstream's graph knows one group a layer, the first; the others are refreekv-graph's
+    uint32_t                      group_of (int32_t il)       const { return groups_of(il)[0]; }
+    const std::vector<uint32_t> & groups_of(int32_t il)       const { return layers[il_to_layer.at(il)].groups; }
+    const std::vector<uint32_t> & heads_of (uint32_t i_group) const { return groups[i_group].heads; }
     uint32_t layout_n_kv(uint32_t layout) const;
     uint32_t worst_n_kv() const { return n_cells; }
-    int64_t  n_v_idxs(uint32_t n_tokens) const;
+
+    // indices that one token of a group takes in v_idxs
+    int64_t n_v_idxs(uint32_t i_group) const;
 
     // reservation: a view of the worst case, which has no data
-    ggml_tensor * get_k(ggml_context * ctx, int32_t il, bool reservation) const;
-    ggml_tensor * get_v(ggml_context * ctx, int32_t il, bool reservation) const;
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const;
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const;
+    ggml_tensor * get_k(ggml_context * ctx, uint32_t i_group, bool reservation) const;
+    ggml_tensor * get_v(ggml_context * ctx, uint32_t i_group, bool reservation) const;
+    // k_cur, v_cur: all heads of the layer
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_group, bool reservation) const;
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation) const;
 
-    void set_input_k_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const;
-    void set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const;
-    void set_input_mask  (ggml_tensor * dst, uint32_t layout, const llama_ubatch & ubatch, bool causal) const;
+    void set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const;
+    void set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const;
+    void set_input_mask  (ggml_tensor * dst, uint32_t i_group, const llama_ubatch & ubatch, bool causal) const;
 
     const refreekv_ring & get_ring() const { return ring; }
     bool has_rings() const { return !ring_bufs.empty(); }
-    ggml_tensor * ring_of(int32_t il) const { return groups[group_of(il)].ring; }
+    ggml_tensor * ring_of(int32_t il) const { return layers[il_to_layer.at(il)].ring; }
 
     // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
     // known: it is of the kind that the eviction graph computes
@@ -138,6 +149,10 @@ public:
     // cells evicted, or a refreekv_status; both run in update()
     int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
+
+    // (layer, KV head) that policies do not touch; a refreekv_status. The cache has to be empty
+    using heads_list = std::vector<std::pair<int32_t, uint32_t>>;
+    int64_t set_whole_heads(llama_context * lctx, const heads_list & heads);
 
     llama_pos pruned_pos(llama_seq_id seq_id) const;
     bool      valid_seq (llama_seq_id seq_id) const;
@@ -156,13 +171,11 @@ public:
 private:
     llama_kv_cache & kv;
 
-    // one group of KV heads of one layer
-    struct group {
-        int32_t  il;
-        uint32_t layout = 0;
+    struct layer {
+        int32_t il;
 
-        refreekv_residency res;
-        refreekv_rows      rows;
+        refreekv_rows::shape  shape; // of all its KV heads together
+        std::vector<uint32_t> groups;
 
         ggml_tensor * ring = nullptr;
 
@@ -170,6 +183,17 @@ private:
         float         kq_scale = 0.0f;
         ggml_tensor * sinks    = nullptr;
         bool          known    = true;
+    };
+
+    // some KV heads of one layer
+    struct group {
+        int32_t               il;
+        std::vector<uint32_t> heads; // ascending
+        bool                  whole; // no policy evicts from it
+        uint32_t              layout = 0;
+
+        refreekv_residency res;
+        refreekv_rows      rows;
     };
 
     // a cell of one sequence in one group
@@ -207,8 +231,9 @@ private:
     const refreekv_params params;
     llama_context *       lctx = nullptr; // of the last update
 
-    std::vector<group>          groups;
-    std::map<int32_t, uint32_t> il_to_group;
+    std::vector<layer>          layers;
+    std::map<int32_t, uint32_t> il_to_layer;
+    std::vector<group>          groups; // in the order of layers
     std::vector<uint32_t>       layouts;  // the group that stands for each layout
 
     refreekv_ring ring;
@@ -223,19 +248,13 @@ private:
     bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
     bool     stale_layouts = true;
 
-    struct job {
-        llama_seq_id seq_id;
-        int32_t      il;                  // < 0: the policy, on every layer
-        std::vector<llama_pos> pos;
-    };
-    std::vector<job> jobs;
+    std::vector<std::function<int64_t()>> jobs; // what the next update() does
     int64_t          job_result = 0;
 
     int64_t  n_prunes    = 0;
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
-    uint32_t group_of(int32_t il) const { return il_to_group.at(il); }
     uint32_t padded(uint32_t n) const;
 
     bool may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
@@ -257,14 +276,29 @@ private:
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity);
     ggml_backend_t backend_of(const group & g) const;
 
-    int64_t run_job(const job & j);
-    int32_t run(const job & j, int64_t & n_evicted); // a refreekv_status
+    const layer & layer_of(const group & g) const { return layers[il_to_layer.at(g.il)]; }
+
+    void       make_groups(const heads_list & whole);
+    bool       valid_heads(const heads_list & heads) const;
+    heads_list whole_heads() const; // ascending
+    bool       holds_nothing() const;
+    bool       read_whole_heads(llama_io_read_i & io);
+
+    int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
+
+    // pos: what to keep of layer il; nullptr: the policy decides, in every layer
+    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);
+    int32_t evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, int64_t & n_evicted); // a refreekv_status
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
     // a refreekv_status
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
+
+    // K and V of a group as matrices; reservation: of its shape, in the worst case
+    ggml_tensor * rows_k(ggml_context * ctx, const group & g, bool reservation) const;
+    ggml_tensor * rows_v(ggml_context * ctx, const group & g, bool reservation) const;
 
     template <typename T>
     void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;

@@ -4,6 +4,8 @@
 
 #include "refreekv-store.h"
 
+#include "refreekv-heads.h"
+
 #include "llama-batch.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -11,54 +13,80 @@
 #include <algorithm>
 #include <cmath>
 
-ggml_tensor * refreekv_store::get_k(ggml_context * ctx, int32_t il, bool reservation) const {
-    const auto & g = groups[group_of(il)];
+ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool reservation) const {
+    if (!reservation) {
+        return g.rows.k;
+    }
+    const int64_t n_embd = g.rows.get_shape().n_embd_k;
+    ggml_tensor * k      = kv.layers[kv.map_layer_ids.at(g.il)].k;
 
-    const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
-    const int64_t n_embd_head = kv.hparams.n_embd_head_k(il);
+    return ggml_view_2d(ctx, k, n_embd, worst_n_kv(), ggml_row_size(k->type, n_embd), 0);
+}
+
+ggml_tensor * refreekv_store::rows_v(ggml_context * ctx, const group & g, bool reservation) const {
+    if (!reservation) {
+        return g.rows.v;
+    }
+    const int64_t n_embd = g.rows.get_shape().n_embd_v;
+    ggml_tensor * v      = kv.layers[kv.map_layer_ids.at(g.il)].v;
+
+    return kv.v_trans ? ggml_view_2d(ctx, v, worst_n_kv(), n_embd, ggml_row_size(v->type, worst_n_kv()), 0)
+                      : ggml_view_2d(ctx, v, n_embd, worst_n_kv(), ggml_row_size(v->type, n_embd), 0);
+}
+
+ggml_tensor * refreekv_store::get_k(ggml_context * ctx, uint32_t i_group, bool reservation) const {
+    const auto & g = groups[i_group];
+
+    const int64_t n_head_kv   = g.heads.size();
+    const int64_t n_embd_head = kv.hparams.n_embd_head_k(g.il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * k = reservation ? kv.layers[kv.map_layer_ids.at(il)].k : g.rows.k;
+    ggml_tensor * k = rows_k(ctx, g, reservation);
 
     return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
             ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
 }
 
-ggml_tensor * refreekv_store::get_v(ggml_context * ctx, int32_t il, bool reservation) const {
-    const auto & g = groups[group_of(il)];
+ggml_tensor * refreekv_store::get_v(ggml_context * ctx, uint32_t i_group, bool reservation) const {
+    const auto & g = groups[i_group];
 
-    const int64_t n_head_kv   = kv.hparams.n_head_kv(il);
-    const int64_t n_embd_head = kv.hparams.n_embd_head_v(il);
+    const int64_t n_head_kv   = g.heads.size();
+    const int64_t n_embd_head = kv.hparams.n_embd_head_v(g.il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * v = reservation ? kv.layers[kv.map_layer_ids.at(il)].v : g.rows.v;
+    ggml_tensor * v = rows_v(ctx, g, reservation);
 
     if (!kv.v_trans) {
         return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
                 ggml_row_size(v->type, n_embd_head), v->nb[1], v->nb[1]*n_kv, 0);
     }
 
-    const size_t line = ggml_row_size(v->type, reservation ? worst_n_kv() : g.rows.capacity());
+    const size_t line = v->nb[1];
 
     return ggml_view_4d(ctx, v, n_kv, n_head_kv, n_embd_head, 1, line*n_embd_head, line, line*n_embd_head*n_head_kv, 0);
 }
 
-ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const {
-    const auto & g = groups[group_of(il)];
+ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_group, bool reservation) const {
+    const auto & g = groups[i_group];
 
+    k_cur = refreekv_select_heads(ctx, k_cur, g.heads, 1);
     k_cur = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], k_cur->ne[2], k_cur->nb[2], 0);
 
-    return ggml_set_rows(ctx, g.rows.k, k_cur, k_idxs);
+    return ggml_set_rows(ctx, rows_k(ctx, g, reservation), k_cur, k_idxs);
 }
 
-ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const {
-    const auto & g = groups[group_of(il)];
+ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation) const {
+    const auto & g = groups[i_group];
+
+    ggml_tensor * v = rows_v(ctx, g, reservation);
+
+    v_cur = refreekv_select_heads(ctx, v_cur, g.heads, 1);
 
     const int64_t n_embd   = v_cur->ne[0]*v_cur->ne[1];
     const int64_t n_tokens = v_cur->ne[2];
 
     if (!kv.v_trans) {
-        return ggml_set_rows(ctx, g.rows.v, ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
+        return ggml_set_rows(ctx, v, ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
     }
 
     v_cur = ggml_row_size(v_cur->type, n_embd) == v_cur->nb[2] ? ggml_reshape_2d(ctx, v_cur, n_embd, n_tokens)
@@ -72,25 +100,25 @@ ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggm
 
     // each element is a row of its own
     return ggml_set_rows(ctx,
-            ggml_reshape_2d(ctx, g.rows.v, 1, ggml_nelements(g.rows.v)),
-            ggml_reshape_2d(ctx, v_cur,    1, ggml_nelements(v_cur)), v_idxs);
+            ggml_reshape_2d(ctx, v,     1, ggml_nelements(v)),
+            ggml_reshape_2d(ctx, v_cur, 1, ggml_nelements(v_cur)), v_idxs);
 }
 
-int64_t refreekv_store::n_v_idxs(uint32_t n_tokens) const {
-    return kv.v_trans ? (int64_t) n_tokens*groups[0].rows.get_shape().n_embd_v : n_tokens;
+int64_t refreekv_store::n_v_idxs(uint32_t i_group) const {
+    return kv.v_trans ? groups[i_group].rows.get_shape().n_embd_v : 1;
 }
 
-void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const {
-    const auto & res = groups[layouts[layout]].res;
+void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const {
+    const auto & res = groups[i_group].res;
 
     int64_t * data = (int64_t *) dst->data;
     for_cells(current(mctx), [&](uint32_t cell) { *data++ = res.slot(cell); });
 }
 
-void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t layout, const llama_kv_cache_context * mctx) const {
-    const auto & g = groups[layouts[layout]];
+void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const {
+    const auto & g = groups[i_group];
 
-    const int64_t n_row    = kv.v_trans ? g.rows.get_shape().n_embd_v : 1;
+    const int64_t n_row    = n_v_idxs(i_group);
     const int64_t capacity = g.rows.capacity();
 
     int64_t * data = (int64_t *) dst->data;
@@ -177,10 +205,10 @@ void refreekv_store::fill_mask(T * data, int64_t n_kv, const group & g, const ll
     }
 }
 
-void refreekv_store::set_input_mask(ggml_tensor * dst, uint32_t layout, const llama_ubatch & ubatch, bool causal) const {
+void refreekv_store::set_input_mask(ggml_tensor * dst, uint32_t i_group, const llama_ubatch & ubatch, bool causal) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const auto & g = groups[layouts[layout]];
+    const auto & g = groups[i_group];
 
     if (dst->type == GGML_TYPE_F16) {
         fill_mask((ggml_fp16_t *) dst->data, dst->ne[0], g, ubatch, causal);
@@ -190,9 +218,9 @@ void refreekv_store::set_input_mask(ggml_tensor * dst, uint32_t layout, const ll
 }
 
 void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known) {
-    auto & g = groups[group_of(il)];
+    auto & layer = layers[il_to_layer.at(il)];
 
-    g.kq_scale = kq_scale;
-    g.sinks    = sinks;
-    g.known    = known;
+    layer.kq_scale = kq_scale;
+    layer.sinks    = sinks;
+    layer.known    = known;
 }

@@ -182,6 +182,25 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
     });
 }
 
+int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (n_heads < 0) {
+        refreekv_set_error("keep_heads: n_heads must not be negative");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    return refreekv_guard([&]() -> int32_t {
+        refreekv_store::heads_list list;
+        for (int32_t i = 0; i < n_heads; ++i) {
+            list.emplace_back(il[i], heads[i]);
+        }
+        return store->set_whole_heads(ctx, list);
+    });
+}
+
 void refreekv_fail_allocation(int32_t n) {
     refreekv_rows::fail_allocation(n);
 }

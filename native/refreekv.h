@@ -116,6 +116,7 @@ struct refreekv_group_info {
     int32_t  n_kept;      // cells held
     int32_t  n_capacity;  // cells there is room for
     int32_t  layout;      // groups with equal layout share mask and indices
+    int32_t  whole;       // no policy evicts from it (refreekv_keep_heads)
     uint64_t row_bytes;   // K and V of one cell
     float    kq_scale;    // of the attention logits; 0 before the first decode
 };
@@ -144,6 +145,10 @@ REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq
 
 // keep just these positions of a sequence in one layer (il of the model). For tests and research.
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
+
+// keep these KV heads whole from now on, whatever the policy: heads[i] of layer il[i] of the model. Each layer that has
+// some is stored as two groups then. The cache has to be empty; 0 heads: layers are one group again.
+REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads);
 
 // test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_allocation(int32_t n);

@@ -7,9 +7,10 @@ import operator
 import sys
 import warnings
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import _options, native
+from refreekv_cpp import _options, induction, native
 from refreekv_cpp._options import POLICY_VARIABLE, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
@@ -79,6 +80,8 @@ class Llama(llama_cpp.Llama):
         self._prompt_of: object = None  # the generation whose prompt is still to be pruned
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
+        self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
+        self._heads_set = False
 
         try:
             self._load(model_path, options)
@@ -149,6 +152,8 @@ class Llama(llama_cpp.Llama):
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
             )
+        if self.n_tokens == 0:
+            self._keep_heads()
         if self.kv_memory_limit is None:
             self._eval(tokens)
         else:
@@ -158,6 +163,29 @@ class Llama(llama_cpp.Llama):
             # nothing was read when the whole prompt was there already, and then it may have been pruned, too
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
+
+    def _keep_heads(self) -> None:
+        """Before the first token: have the heads kept whole that the policy wants whole. Found once per model file."""
+        threshold = getattr(self.kv_policy, "induction", None)
+        if self._heads_set or threshold is None or self._n_ctx < 2 * induction.N_RANDOM:
+            return
+        self._ctx.kv_cache_clear()
+        if self._heads is None:
+            path = Path(self.model_path)
+            scores = induction.load(path)
+            if scores is None:
+                try:
+                    self._eval(induction.random_tokens(self._model.model))
+                    scores = induction.measure(self._ctx.ctx)
+                except CacheMemoryError:
+                    return  # again before the next prompt
+                finally:
+                    self._ctx.kv_cache_clear()
+                    self.reset()
+                induction.save(path, scores)
+            self._heads = [head for head, score in scores.items() if score > threshold]
+        native.keep_heads(self._ctx.ctx, self._heads)
+        self._heads_set = True
 
     def _eval(self, tokens: Sequence[int]) -> None:
         try:
@@ -233,6 +261,7 @@ class Llama(llama_cpp.Llama):
             reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
         self._queries_lost = True
+        self._heads_set = False  # the state has brought its own
 
     def close(self) -> None:
         """Free the model and the context."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,24 @@ def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:
     positions = np.ascontiguousarray(positions, dtype=np.int32)
     return _check(
         _lib.refreekv_keep(_context(ctx), seq_id, layer, ffi.from_buffer("llama_pos[]", positions), len(positions))
+    )
+
+
+def keep_heads(ctx: Any, heads: Iterable[tuple[int, int]]) -> None:
+    """Keep these (layer of the model, KV head) whole, whatever the policy. The cache has to be empty.
+
+    Where heads cannot be separated (ALiBi, or heads that are no whole blocks of the cache's type), the layer is.
+
+    Raises:
+        CacheStateError: it is not.
+        PolicyError: there is no such head.
+    """
+    pairs = np.array(list(heads), dtype=np.int32).reshape(-1, 2)
+    layers, numbers = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+    _check(
+        _lib.refreekv_keep_heads(
+            _context(ctx), ffi.from_buffer("int32_t[]", layers), ffi.from_buffer("int32_t[]", numbers), len(pairs)
+        )
     )
 
 

@@ -33,10 +33,12 @@ class KVStats:
     Attributes:
         policy: the policy's name.
         n_tokens: logical tokens in the cache.
-        cells_kept: cells held, per attention layer.
-        cells_capacity: cells there is room for, per attention layer.
-        budget: mean over layers of kept / logical; 1.0 for an empty cache.
+        cells_kept: cells held, per group of KV heads: a layer, or one part of it where some heads are kept whole.
+        cells_capacity: cells there is room for, likewise.
+        n_whole_heads: KV heads that the policy leaves whole, over all layers.
+        budget: bytes_kept / bytes_full; 1.0 for an empty cache.
         bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
+        bytes_kept: what the kept cells need.
         bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
@@ -54,8 +56,10 @@ class KVStats:
     n_tokens: int
     cells_kept: tuple[int, ...]
     cells_capacity: tuple[int, ...]
+    n_whole_heads: int
     budget: float
     bytes: int
+    bytes_kept: int
     bytes_ring: int
     bytes_other: int
     bytes_full: int
@@ -72,14 +76,16 @@ class KVStats:
         stats = native.stats(ctx)
         groups = [native.group(ctx, i) for i in range(stats.n_group)]
         kept = tuple(group.n_kept for group in groups)
-        n_tokens = stats.n_tokens
+        bytes_kept = sum(group.n_kept * group.row_bytes for group in groups)
         return cls(
             policy=policy,
-            n_tokens=n_tokens,
+            n_tokens=stats.n_tokens,
             cells_kept=kept,
             cells_capacity=tuple(group.n_capacity for group in groups),
-            budget=sum(kept) / (len(kept) * n_tokens) if kept and n_tokens else 1.0,
+            n_whole_heads=sum(group.n_head_kv for group in groups if group.whole),
+            budget=bytes_kept / stats.bytes_full if stats.bytes_full else 1.0,
             bytes=stats.bytes,
+            bytes_kept=bytes_kept,
             bytes_ring=stats.bytes_ring,
             bytes_other=stats.bytes_other,
             bytes_full=stats.bytes_full,
@@ -107,4 +113,4 @@ class KVStats:
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
-        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} layers>"
+        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} groups>"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 # before numpy is imported: on matrices as small as these its threads spend their time waiting, and ours with them
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# measured induction scores are not left in the user's folders, nor taken from there
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="refreekv-tests-")
 
 # before anything imports llama_cpp: it loads the library that llama_cpp then uses
 import refreekv_cpp  # noqa: F401, I001

@@ -10,7 +10,8 @@ from refreekv_cpp import Policy, ReFreeKV, Streaming
 
 # the presets with their own constants
 PRESETS: dict[str, Policy] = {
-    "window": ReFreeKV(),
+    "refreekv": ReFreeKV(),
+    "window": ReFreeKV.window(),
     "paper": ReFreeKV.paper(),
     "released-code": ReFreeKV.released_code(),
     "streaming": Streaming(),
@@ -19,7 +20,7 @@ PRESETS: dict[str, Policy] = {
 # ... and with constants at which each of them takes something out of every tiny model. The random models attend more
 # evenly than real ones: what loses 1 % of the norm there is nearly nothing.
 POLICIES: dict[str, Policy] = {
-    "window": ReFreeKV(),
+    "window": ReFreeKV.window(),
     "paper": ReFreeKV.paper(threshold=0.1, n_full_layers=1),
     "released-code": ReFreeKV.released_code(threshold=0.4),
     "streaming": Streaming(budget=0.3),

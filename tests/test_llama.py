@@ -119,7 +119,7 @@ def test_the_defaults_of_both_sides_agree() -> None:
 
 def test_every_name_is_a_policy_and_says_so() -> None:
     for name in REGISTRY:
-        assert as_policy(name).name == {"window": "refreekv"}.get(name, name)
+        assert as_policy(name).name == name
     for name, preset in PRESETS.items():
         assert as_policy(name) == preset
     assert as_policy(POLICY) is POLICY

@@ -18,11 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def resident_bytes() -> int:
-    """What the process has in memory now; 0 where the system does not say."""
+def resident_bytes(kind: str = "VmRSS") -> int:
+    """What the process has in memory now; 0 where the system does not say.
+
+    "RssAnon" leaves out pages of files, such as the weights, which the system may take away and bring back.
+    """
     try:
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
     except OSError:
         return 0
 
@@ -78,7 +81,8 @@ COMMANDS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {"prefill": prefill,
 
 def report(llm: Any, answer: dict[str, Any]) -> None:
     stats = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
-    print(json.dumps({**answer, "rss": resident_bytes(), "kv": stats}), flush=True)
+    resident = {"rss": resident_bytes(), "rss_anon": resident_bytes("RssAnon")}
+    print(json.dumps({**answer, **resident, "kv": stats}), flush=True)
 
 
 def main() -> None:

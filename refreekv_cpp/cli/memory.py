@@ -34,7 +34,7 @@ def memory(
     text = document_tokens(model, tokens)
     stages = Table("cache", "stage", "RSS", "KV (allocator)", "RSS - KV", "kept cells need")
     growth = Table("cache", "tokens decoded", "ms/token", "slowest", "slowest / median")
-    drift = Table("cache", "conversations", "RSS", "KV bytes after the same prompt")
+    drift = Table("cache", "conversations", "RSS", "of it anonymous", "KV bytes after the same prompt")
     for contestant in contestants_of(kv_policy, against, flash_attn=False):
         common.stderr.print(f"{contestant.name} ...", style="dim")
         worker = Worker(contestant, model, n_ctx, threads)
@@ -61,14 +61,13 @@ def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int
             if stage != "pruned":
                 table.add_row(contestant.name, stage, mebibytes(rss), "-", "-", "-")
             continue
-        needed = sum(kv["cells_kept"]) * kv["bytes_per_token"] / len(kv["cells_kept"])
         table.add_row(
             contestant.name,
             stage,
             mebibytes(rss),
             mebibytes(kv["bytes"]),
             mebibytes(rss - kv["bytes"]),
-            mebibytes(needed),
+            mebibytes(kv["bytes_kept"]),
         )
 
 
@@ -95,7 +94,8 @@ def _soak(
 
     def look(stage: str) -> None:
         answer = worker.ask(prefill=same)
-        table.add_row(contestant.name, stage, mebibytes(answer["rss"]), str(answer["kv"]["bytes"]))
+        rss = (mebibytes(answer[name]) for name in ("rss", "rss_anon"))
+        table.add_row(contestant.name, stage, *rss, str(answer["kv"]["bytes"]))
 
     look("none yet")
     for _ in track(range(turns), "chat", console=common.stderr, transient=True):

@@ -19,7 +19,7 @@ __all__ = ["REGISTRY", "Full", "Policy", "ReFreeKV", "Streaming", "as_policy"]
 REGISTRY: dict[str, Callable[[], Policy]] = {
     "full": Full,
     "refreekv": ReFreeKV,
-    "window": ReFreeKV,
+    "window": ReFreeKV.window,
     "paper": ReFreeKV.paper,
     "released-code": ReFreeKV.released_code,
     "streaming": Streaming,

@@ -19,8 +19,8 @@ class ReFreeKV(Policy):
     """ReFreeKV (arXiv 2502.16886, section 3): each layer keeps the shortest prefix of a ranking of its cells that loses
     at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
 
-    The defaults are the preset `window`. The paper's own rule is `ReFreeKV.paper()`, its released code's
-    `ReFreeKV.released_code()`.
+    The defaults are the preset `refreekv`. The paper's own rule is `ReFreeKV.paper()`, its released code's
+    `ReFreeKV.released_code()`; `ReFreeKV.window()` is the default without the heads that are kept whole.
 
     Args:
         threshold: the part of the measure that may be lost, 0 to 1.
@@ -38,6 +38,8 @@ class ReFreeKV(Policy):
         mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
             nothing to lose.
         n_min: prompts shorter than this many tokens are left whole.
+        induction: KV heads with an induction score above this are kept whole, 0 to 1 (see `refreekv_cpp.induction`);
+            None: none are.
     """
 
     threshold: float = 0.5
@@ -52,6 +54,12 @@ class ReFreeKV(Policy):
     n_pool: int = 31
     mass_floor: float = 0.05
     n_min: int = 512
+    induction: float | None = 0.1
+
+    @classmethod
+    def window(cls, **options: Any) -> ReFreeKV:
+        """The default without heads that are kept whole: smaller, and it can lose what is copied word by word."""
+        return cls(**{"induction": None, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> ReFreeKV:
@@ -76,6 +84,8 @@ class ReFreeKV(Policy):
             raise PolicyError(f"n_window={self.n_window}: valid are 1 to 256")
         if self.n_pool < 1 or self.n_pool % 2 == 0:
             raise PolicyError(f"n_pool={self.n_pool}: must be odd and positive")
+        if self.induction is not None and not 0 <= self.induction <= 1:
+            raise PolicyError(f"induction={self.induction}: valid are 0 to 1, and None")
         for option in ("n_sink", "n_recent", "n_full_layers", "n_min"):
             if getattr(self, option) < 0:
                 raise PolicyError(f"{option}={getattr(self, option)}: must not be negative")
@@ -84,6 +94,7 @@ class ReFreeKV(Policy):
     def name(self) -> str:
         for name, preset in (
             ("refreekv", ReFreeKV()),
+            ("window", ReFreeKV.window()),
             ("paper", ReFreeKV.paper()),
             ("released-code", ReFreeKV.released_code()),
         ):
@@ -93,6 +104,7 @@ class ReFreeKV(Policy):
 
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
+        del options["induction"]  # Llama's work: native code is told which heads
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
@@ -106,4 +118,5 @@ _PAPER: dict[str, Any] = {
     "sinks_in_measure": True,
     "n_recent": 0,
     "n_full_layers": 2,
+    "induction": None,
 }
