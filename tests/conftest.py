@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # before numpy is imported: on matrices as small as these its threads spend their time waiting, and ours with them
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -16,6 +17,12 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="refreekv-tests-")
 # before anything imports llama_cpp: it loads the library that llama_cpp then uses
 import refreekv_cpp  # noqa: F401, I001
 from tiny_architectures import tiny_models
+
+# the steps of each state machine (there are two of them): by default the same ones in every run
+_stateful = {"stateful_step_count": 40, "deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=6, derandomize=True, database=None, **_stateful)
+settings.register_profile("long", max_examples=125, print_blob=True, **_stateful)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="session")

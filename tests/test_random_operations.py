@@ -1,32 +1,32 @@
-"""Random operations on sequences that share a context, each step against a NumPy model of every sequence by itself."""
+"""Random operations on sequences that share a context, each step against a NumPy model of every sequence by itself.
+
+Hypothesis picks the operations and, when a step fails, looks for the shortest list that fails. A few hundred steps by
+default; `pytest tests/test_random_operations.py --hypothesis-profile=long` takes 10,000 (see conftest.py).
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
 import reference
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from support import Sequences
 from tiny import N_SPECIAL, N_VOCAB
 
 from refreekv_cpp import CacheStateError, ReFreeKV, native
 
 N_SEQ = 3
-N_STEPS = 40
 N_MAX = 900  # tokens of a sequence
 
-OPERATIONS = {
-    "read": 6,
-    "read_together": 3,
-    "keep": 4,
-    "prune": 3,
-    "rewind": 3,
-    "remove": 1,
-    "copy": 4,
-    "seq_keep": 1,
-}
+SEQ_IDS = st.integers(0, N_SEQ - 1)
+LENGTHS = st.sampled_from([1, 3, 40, 150, 300])
+SEEDS = st.integers(0, 2**16)
 
 
 class Sequence:
@@ -55,20 +55,37 @@ class Sequence:
         self.held = [{pos for pos in layer if pos < n_tokens} for layer in self.held]
 
 
-class Machine:
-    def __init__(self, path: Path, *, unified: bool, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
+class State:
+    """A state of some sequences, as llama.cpp saved it, and what they should be once it is loaded."""
+
+    def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence]) -> None:
+        self.data = data
+        self.sequences = [sequence.copy() for sequence in saved]
+        # it knows of cells which lie behind a pruning, not of which sequence
+        behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
+        for sequence in self.sequences:
+            sequence.pruned = max((pos for pos, cell in enumerate(sequence.cells) if cell in behind), default=-1)
+
+    def buffer(self) -> ctypes.Array[ctypes.c_uint8]:
+        return (ctypes.c_uint8 * len(self.data)).from_buffer_copy(self.data)
+
+
+class Operations(RuleBasedStateMachine):
+    states = Bundle("states")
+    whole_states = Bundle("whole_states")
+
+    def __init__(self, path: Path, unified: bool) -> None:
+        super().__init__()
         self.unified = unified
         self.model = reference.LlamaReference(path)
-        self.sequences = [Sequence(self.model.copy()) for _ in range(N_SEQ)]
-        self.native = Sequences(path, ReFreeKV(n_min=0), n_seq_max=N_SEQ, kv_unified=unified, n_ctx=N_SEQ * 1024)
+        self.sequences = [self.empty() for _ in range(N_SEQ)]
+        self.native = Sequences(
+            path, ReFreeKV(n_min=0), n_seq_max=N_SEQ, kv_unified=unified, n_ctx=N_SEQ * 1024, n_batch=1024
+        )
         self.n_cells = 0
-        self.log: list[str] = []
 
-    def run(self, operation: str) -> None:
-        seq_id = int(self.rng.integers(N_SEQ))
-        self.log.append(f"{operation} {seq_id} of {len(self.sequences[seq_id].cells)}")
-        getattr(self, operation)(seq_id, self.sequences[seq_id])
+    def empty(self) -> Sequence:
+        return Sequence(self.model.copy())
 
     def new_cells(self, n: int) -> list[int]:
         self.n_cells += n
@@ -77,20 +94,18 @@ class Machine:
     def shared(self, cell: int) -> bool:
         return sum(cell in sequence.cells for sequence in self.sequences) > 1
 
-    # operations
+    @rule(seq_id=SEQ_IDS, length=LENGTHS, seed=SEEDS)
+    def read(self, seq_id: int, length: int, seed: int) -> None:
+        self.read_together({seq_id: length}, seed)
 
-    def read(self, seq_id: int, sequence: Sequence) -> None:
-        self.read_batch([seq_id])
-
-    def read_together(self, seq_id: int, sequence: Sequence) -> None:
-        self.read_batch(range(N_SEQ))
-
-    def read_batch(self, seq_ids) -> None:
-        batch = {}
-        for seq_id in seq_ids:
-            n_tokens = int(self.rng.choice([1, 3, 40, 150]))
-            if len(self.sequences[seq_id].cells) + n_tokens <= N_MAX:
-                batch[seq_id] = self.rng.integers(N_SPECIAL, N_VOCAB, n_tokens).tolist()
+    @rule(lengths=st.dictionaries(SEQ_IDS, LENGTHS, min_size=2), seed=SEEDS)
+    def read_together(self, lengths: dict[int, int], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        batch = {
+            seq_id: rng.integers(N_SPECIAL, N_VOCAB, n_tokens).tolist()
+            for seq_id, n_tokens in lengths.items()
+            if len(self.sequences[seq_id].cells) + n_tokens <= N_MAX
+        }
         if not batch:
             return
         logits = self.native.read_together(batch)
@@ -101,21 +116,25 @@ class Machine:
             for layer in sequence.held:
                 layer.update(range(first, len(sequence.cells)))
             expected = sequence.model.read(tokens)[-1]
-            assert np.abs(logits[seq_id] - expected).max() < 1e-3 * expected.std(), f"logits of {seq_id}: {self.log}"
+            assert np.abs(logits[seq_id] - expected).max() < 1e-3 * expected.std(), f"logits of {seq_id}"
 
-    def keep(self, seq_id: int, sequence: Sequence) -> None:
+    @rule(seq_id=SEQ_IDS, layer=st.integers(0, 100), part=st.floats(0, 1), seed=SEEDS)
+    def keep(self, seq_id: int, layer: int, part: float, seed: int) -> None:
+        sequence = self.sequences[seq_id]
+        layer %= self.model.n_layer
         n = len(sequence.cells)
         if n == 0:
             return
-        layer = int(self.rng.integers(self.model.n_layer))
-        wanted = set(self.rng.choice(n, self.rng.integers(0, n + 1), replace=False).tolist())
+        wanted = set(np.random.default_rng(seed).choice(n, int(part * n), replace=False).tolist())
         before = sequence.held[layer]
         after = {pos for pos in before if pos in wanted or self.shared(sequence.cells[pos])}
         n_evicted = native.keep(self.native.ctx, seq_id, layer, np.array(sorted(wanted), dtype=np.int32))
-        assert n_evicted == len(before) - len(after), self.log
+        assert n_evicted == len(before) - len(after)
         sequence.keep(layer, after)
 
-    def prune(self, seq_id: int, sequence: Sequence) -> None:
+    @rule(seq_id=SEQ_IDS)
+    def prune(self, seq_id: int) -> None:
+        sequence = self.sequences[seq_id]
         if not sequence.cells:
             return
         try:
@@ -124,63 +143,90 @@ class Machine:
             return  # no query is left: checked elsewhere, here just that it changes nothing
         # which cells is checked elsewhere; none that another sequence needs
         kept = self.native.kept(seq_id)
-        assert n_evicted == sum(map(len, sequence.held)) - sum(map(len, kept)), self.log
+        assert n_evicted == sum(map(len, sequence.held)) - sum(map(len, kept))
         for layer, (before, after) in enumerate(zip(sequence.held, map(set, kept), strict=True)):
-            assert after <= before, self.log
-            assert not any(self.shared(sequence.cells[pos]) for pos in before - after), self.log
+            assert after <= before
+            assert not any(self.shared(sequence.cells[pos]) for pos in before - after)
             sequence.keep(layer, after)
 
-    def rewind(self, seq_id: int, sequence: Sequence) -> None:
+    @rule(seq_id=SEQ_IDS, back=st.integers(1, N_MAX))
+    def rewind(self, seq_id: int, back: int) -> None:
+        sequence = self.sequences[seq_id]
         n = len(sequence.cells)
         if n == 0:
             return
-        to = int(self.rng.integers(max(0, sequence.pruned - 20), n))
+        to = max(0, sequence.pruned - 20, n - back)
         allowed = to == 0 or to > sequence.pruned
-        assert self.native.remove(seq_id, to) == allowed, f"to {to}: {self.log}"
+        assert self.native.remove(seq_id, to) == allowed
         if to == 0:
-            self.sequences[seq_id] = Sequence(self.model.copy())
+            self.sequences[seq_id] = self.empty()
         elif allowed:
             sequence.rewind(to)
 
-    def remove(self, seq_id: int, sequence: Sequence) -> None:
+    @rule(seq_id=SEQ_IDS)
+    def remove(self, seq_id: int) -> None:
         assert self.native.remove(seq_id)
-        self.sequences[seq_id] = Sequence(self.model.copy())
+        self.sequences[seq_id] = self.empty()
 
-    def copy(self, seq_id: int, sequence: Sequence) -> None:
-        target = int(self.rng.integers(N_SEQ))
-        if target == seq_id or not sequence.cells:
+    @rule(seq_id=SEQ_IDS, to=SEQ_IDS)
+    def copy(self, seq_id: int, to: int) -> None:
+        sequence = self.sequences[seq_id]
+        if to == seq_id or not sequence.cells:
             return
-        occupied = bool(self.sequences[target].cells)
-        if occupied and self.sequences[target].pruned < 0 and self.unified:
+        occupied = bool(self.sequences[to].cells)
+        if occupied and self.sequences[to].pruned < 0 and self.unified:
             return  # they would be one sequence with every position twice
-        self.native.copy(seq_id, target)
-        if occupied and self.sequences[target].pruned >= 0:
-            assert "was pruned; remove it" in native.last_error(), self.log
+        self.native.copy(seq_id, to)
+        if occupied and self.sequences[to].pruned >= 0:
+            assert "was pruned; remove it" in native.last_error()
             return
-        self.sequences[target] = sequence.copy()
+        self.sequences[to] = sequence.copy()
         if not self.unified:
-            self.sequences[target].cells = self.new_cells(len(sequence.cells))
+            self.sequences[to].cells = self.new_cells(len(sequence.cells))
 
-    def seq_keep(self, seq_id: int, sequence: Sequence) -> None:
+    @rule(seq_id=SEQ_IDS)
+    def seq_keep(self, seq_id: int) -> None:
         llama_cpp.llama_memory_seq_keep(self.native.memory, seq_id)
         if self.unified:
             for other in set(range(N_SEQ)) - {seq_id}:
-                self.sequences[other] = Sequence(self.model.copy())
+                self.sequences[other] = self.empty()
 
-    def check(self) -> None:
+    @rule(target=states, seq_id=SEQ_IDS)
+    def save(self, seq_id: int) -> State:
+        ctx = self.native.ctx
+        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(ctx, seq_id))()
+        assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), seq_id) == len(buffer)
+        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences)
+
+    @rule(seq_id=SEQ_IDS, state=states)
+    def load(self, seq_id: int, state: State) -> None:
+        n_read = llama_cpp.llama_state_seq_set_data(self.native.ctx, state.buffer(), len(state.data), seq_id)
+        assert n_read == len(state.data)
+        self.sequences[seq_id] = state.sequences[0].copy()
+        self.sequences[seq_id].cells = self.new_cells(len(state.sequences[0].cells))
+
+    @rule(target=whole_states)
+    def save_all(self) -> State:
+        ctx = self.native.ctx
+        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(ctx))()
+        n_written = llama_cpp.llama_state_get_data(ctx, buffer, len(buffer))
+        return State(bytes(buffer[:n_written]), self.sequences, self.sequences)
+
+    @rule(state=whole_states)
+    def load_all(self, state: State) -> None:
+        n_read = llama_cpp.llama_state_set_data(self.native.ctx, state.buffer(), len(state.data))
+        assert n_read == len(state.data)
+        self.sequences = [sequence.copy() for sequence in state.sequences]
+
+    @invariant()
+    def every_sequence_is_as_expected(self) -> None:
         for seq_id, sequence in enumerate(self.sequences):
-            assert self.native.n_tokens(seq_id) == len(sequence.cells), self.log
-            assert native.pruned_pos(self.native.ctx, seq_id) == sequence.pruned, f"{seq_id}: {self.log}"
-            assert self.native.kept(seq_id) == [sorted(layer) for layer in sequence.held], f"{seq_id}: {self.log}"
+            assert self.native.n_tokens(seq_id) == len(sequence.cells)
+            assert native.pruned_pos(self.native.ctx, seq_id) == sequence.pruned, f"pruned_pos of {seq_id}"
+            assert self.native.kept(seq_id) == [sorted(layer) for layer in sequence.held], f"cells of {seq_id}"
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-def test_random_operations(tiny_model: Path, unified: bool, seed: int) -> None:
-    machine = Machine(tiny_model, unified=unified, seed=seed)
-    weights = np.array(list(OPERATIONS.values()))
-    for operation in machine.rng.choice(list(OPERATIONS), N_STEPS, p=weights / weights.sum()):
-        machine.run(operation)
-        machine.check()
-    # at last, what every sequence would say next
-    machine.read_batch(range(N_SEQ))
+def test_random_operations(tiny_model: Path, unified: bool) -> None:
+    machine: Callable[[], Operations] = lambda: Operations(tiny_model, unified)  # noqa: E731
+    run_state_machine_as_test(machine)
