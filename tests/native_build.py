@@ -1,0 +1,31 @@
+"""Builds of the native part next to the one that is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(folder: Path, definitions: Iterable[str], targets: Iterable[str]) -> None:
+    """Configure (with these -D definitions) and build in a folder; minutes the first time.
+
+    Raises:
+        subprocess.CalledProcessError: what failed has been printed.
+    """
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run([*configure, *(f"-D{definition}" for definition in definitions)], check=True)
+    subprocess.run(["cmake", "--build", str(folder), "--target", *targets], check=True)
+
+
+def stock_library(definitions: Iterable[str] = ()) -> Path:
+    """The folder of a stock libllama: $REFREEKV_STOCK_LIB, or built here (minutes, the first time)."""
+    if library := os.environ.get("REFREEKV_STOCK_LIB"):
+        return Path(library)
+    folder = ROOT / "build" / "stock"
+    build(folder, ["REFREEKV_STOCK=ON", *definitions], ["llama", "mtmd"])
+    return folder / "bin"
