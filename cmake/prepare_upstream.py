@@ -1,11 +1,11 @@
 """Brings the pinned llama.cpp tree into the build: download, verify, unpack, patch.
 
-    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock]
+    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests]
 
 OUT becomes the patched llama.cpp. Files that have not changed keep their time stamps, so that a changed patch rebuilds
 what it touches and nothing else. --source names an unpacked llama-cpp-python sdist to use in place of a download; it is
 read, never written to, and it gets the same patches. --stock leaves the hooks out: upstream but for mended bugs.
-Anything unexpected ends the build.
+--tests brings upstream's tests and what they are built with, too. Anything unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ HOOKS = PIN_FILE.parent / "patches" / "0001-hooks.patch"
 
 # what the build reads of vendor/llama.cpp
 NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
+NEEDED_BY_TESTS = ["common", "tests"]
 
 
 def read(path: Path) -> str:
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     parser.add_argument("--downloads", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--tests", action="store_true")
     args = parser.parse_args()
 
     logging.getLogger("patch_ng").setLevel(logging.ERROR)
@@ -108,7 +110,7 @@ def main() -> None:
             source = unpack(download(version, sha256, args.downloads), Path(scratch) / "sdist")
 
         tree = Path(scratch) / "llama.cpp"
-        for name in NEEDED:
+        for name in NEEDED + (NEEDED_BY_TESTS if args.tests else []):
             item = source / "vendor" / "llama.cpp" / name
             if item.is_dir():
                 shutil.copytree(item, tree / name)

@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 
 bool refreekv_store::begin_update(llama_context * lctx) {
@@ -48,6 +49,19 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
     }
 
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
+}
+
+void refreekv_store::prune_read(llama_context * lctx) {
+    const auto seq_ids = std::move(read);
+    read.clear();
+
+    for (llama_seq_id s : seq_ids) {
+        if (table_of_seq(s).seq_pos_max(s) >= 0) {
+            const int64_t n_evicted = prune(lctx, s); // an error is logged where it is set
+
+            LLAMA_LOG_INFO("refreekv: sequence %d: %" PRId64 " cells evicted\n", s, std::max<int64_t>(n_evicted, 0));
+        }
+    }
 }
 
 int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {

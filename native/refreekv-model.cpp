@@ -5,6 +5,7 @@
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
+#include "llama-impl.h"
 #include "llama-memory.h"
 #include "llama-model.h"
 
@@ -86,6 +87,8 @@ std::string refreekv_why_not(const llama_model & model) {
 }
 
 void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & /*cparams*/) {
+    refreekv_store::skip_forced(false);
+
     if (!refreekv_store::next_params()) {
         return;
     }
@@ -99,6 +102,11 @@ void refreekv_check_model(const llama_model & model, const llama_memory_params &
         why = "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; valid are layer, row and none";
     }
 
+    if (!why.empty() && refreekv_store::next_is_forced()) {
+        LLAMA_LOG_WARN("refreekv: REFREEKV_POLICY does not apply to this context: %s\n", why.c_str());
+        refreekv_store::skip_forced(true);
+        return;
+    }
     if (!why.empty()) {
         refreekv_set_error("%s", why.c_str());
         throw std::runtime_error(why);

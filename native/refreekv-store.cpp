@@ -1,5 +1,6 @@
 #include "refreekv-store.h"
 
+#include "refreekv-environment.h"
 #include "refreekv-error.h"
 
 #include "policies/policy.h"
@@ -32,10 +33,22 @@ void refreekv_store::hook_ran(hook h) {
 }
 
 static thread_local refreekv_params g_next_params;
-static thread_local bool            g_has_next = false;
+static thread_local bool            g_has_next    = false;
+static thread_local bool            g_skip_forced = false;
 
 const refreekv_params * refreekv_store::next_params() {
-    return g_has_next ? &g_next_params : nullptr;
+    if (g_has_next) {
+        return &g_next_params;
+    }
+    return next_is_forced() ? &refreekv_get_environment().params : nullptr;
+}
+
+bool refreekv_store::next_is_forced() {
+    return !g_has_next && !g_skip_forced && refreekv_get_environment().has_policy;
+}
+
+void refreekv_store::skip_forced(bool skip) {
+    g_skip_forced = skip;
 }
 
 void refreekv_store::set_next_params(const refreekv_params * params) {
@@ -52,11 +65,11 @@ std::shared_ptr<refreekv_store> refreekv_store::create(llama_kv_cache & kv, bool
 
     const auto * params = next_params();
 
-    if (kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.layers.empty()) {
+    if (!params || kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.layers.empty()) {
         return nullptr;
     }
 
-    return params ? std::make_shared<refreekv_store>(kv, *params, offload) : nullptr;
+    return std::make_shared<refreekv_store>(kv, *params, offload, next_is_forced() && refreekv_get_environment().prunes);
 }
 
 ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
@@ -70,8 +83,8 @@ ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_back
     return ggml_backend_buffer_ptr { buf };
 }
 
-refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload) :
-    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1) {
+refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read) :
+    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -693,6 +706,10 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
     }
 
     ring.note(ubatch);
+
+    if (prunes_read && ubatch.n_tokens > 1) {
+        read.insert(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
+    }
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() const {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -46,9 +47,13 @@ public:
     static uint32_t hooks_ran();
     static void     hook_ran(hook h);
 
-    // the policy for the next context of this thread; nullptr: none
+    // the policy for the next context of this thread, or else the environment's; nullptr: none
     static const refreekv_params * next_params();
     static void set_next_params(const refreekv_params * params);
+
+    // whether that is the environment's; a context that cannot have it goes without (skip_forced)
+    static bool next_is_forced();
+    static void skip_forced(bool skip);
 
     // a store if the context is to have a policy; the cache then needs no tensors but their shapes
     static std::shared_ptr<refreekv_store> create(llama_kv_cache & kv, bool offload);
@@ -166,7 +171,10 @@ public:
     int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
     int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
 
-    refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload);
+    // prune the sequences noted by apply() since the last call (REFREEKV_PRUNE=auto)
+    void prune_read(llama_context * lctx);
+
+    refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read);
 
 private:
     llama_kv_cache & kv;
@@ -229,6 +237,8 @@ private:
     }
 
     const refreekv_params params;
+    const bool            prunes_read;
+    std::set<llama_seq_id> read;         // sequences that batches of several tokens added to
     llama_context *       lctx = nullptr; // of the last update
 
     std::vector<layer>          layers;

@@ -12,14 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(folder: Path, definitions: Iterable[str], targets: Iterable[str]) -> None:
-    """Configure (with these -D definitions) and build in a folder; minutes the first time.
+    """Configure (with these -D definitions) and build in a folder; minutes the first time. Its output goes to stderr.
 
     Raises:
         subprocess.CalledProcessError: what failed has been printed.
     """
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run([*configure, *(f"-D{definition}" for definition in definitions)], check=True)
-    subprocess.run(["cmake", "--build", str(folder), "--target", *targets], check=True)
+    stderr = sys.__stderr__
+    subprocess.run([*configure, *(f"-D{definition}" for definition in definitions)], check=True, stdout=stderr)
+    subprocess.run(["cmake", "--build", str(folder), "--target", *targets], check=True, stdout=stderr)
 
 
 def stock_library(definitions: Iterable[str] = ()) -> Path:

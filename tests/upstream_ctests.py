@@ -1,0 +1,125 @@
+"""llama.cpp's own tests of the cache, on upstream's library and on ours with and without a policy: docs/testing.md.
+
+    python tests/upstream_ctests.py [--folder DIR] [--model GGUF] [-D NAME=VALUE ...]
+
+Builds our library with the tests, and upstream's (long the first time), runs the programs on both and prints the table.
+The exit code is 1 when a test that passes on upstream's library fails on ours. Linux, where LD_LIBRARY_PATH decides
+which library a program gets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from native_build import ROOT, build, stock_library
+from rich.console import Console
+
+from refreekv_cpp.default_model import default_model
+
+SEED = "1234"
+VARIABLES = ("REFREEKV_POLICY", "REFREEKV_PRUNE", "LD_LIBRARY_PATH")
+TIMEOUT = 1800  # seconds, of one test
+
+# REFREEKV_POLICY and REFREEKV_PRUNE of each column; None: upstream's library
+CONFIGURATIONS: dict[str, dict[str, str] | None] = {
+    "upstream": None,
+    "ours, no policy": {},
+    "`elastic`": {"REFREEKV_POLICY": "elastic"},
+    "`streaming`, prunes": {"REFREEKV_POLICY": "streaming", "REFREEKV_PRUNE": "auto"},
+    "`refreekv`, prunes": {"REFREEKV_POLICY": "refreekv", "REFREEKV_PRUNE": "auto"},
+}
+
+# the program and its arguments; {models}: a folder with a tiny model of each architecture, {model}: one real model
+TESTS: dict[str, list[str]] = {
+    "every architecture": ["test-llama-archs", "-s", SEED, "-v", "4"],
+    "states, every architecture": ["test-save-load-state", "--models", "{models}"],
+    "states": ["test-save-load-state", "-m", "{model}", "-lv", "4"],
+    "state into a fragmented cache": ["test-state-restore-fragmented", "-m", "{model}", "-lv", "4"],
+    "threads": [
+        *["test-thread-safety", "-m", "{model}", "-p", "The meaning of life is " * 12],
+        *["-n", "32", "-c", "256", "-ub", "32", "-np", "4", "-t", "1", "-lv", "4"],
+    ],
+    "operations of the backends": ["test-backend-ops", "test"],
+}
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    output: str
+
+    @property
+    def failures(self) -> list[str]:
+        """The lines of the program's table in which something failed."""
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", self.output)
+        return [line for line in plain.splitlines() if re.match(r"\s*\|?.*\bFAIL\b", line)]
+
+    def count(self, text: str) -> int:
+        return self.output.count(text)
+
+    def cell(self) -> str:
+        """Of the table: how it ended, and in how many contexts a policy was at work (where the program logs it)."""
+        ended = "passes" if self.code == 0 else f"**fails** ({len(self.failures) or f'exit code {self.code}'})"
+        with_policy = self.count("refreekv: the cache starts empty")
+        evicted = sum(map(int, re.findall(r"refreekv: sequence \d+: (\d+) cells evicted", self.output)))
+        notes = [f"{with_policy} contexts"] if with_policy else []
+        notes += [f"{evicted} cells evicted"] if evicted else []
+        return ended + (f"; {', '.join(notes)}" if notes else "")
+
+
+def run(folder: Path, command: list[str], environment: dict[str, str]) -> Outcome:
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    try:
+        done = subprocess.run(
+            [str((folder / "bin" / command[0]).resolve()), *command[1:]],
+            cwd=folder,
+            env={**clean, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as err:
+        return Outcome(-1, (err.stdout or b"").decode(errors="replace") + f"\nended after {TIMEOUT} s")
+    return Outcome(done.returncode, done.stdout.decode(errors="replace"))
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where the builds and the logs go.")] = ROOT / "build" / "upstream-tests",
+    model: Annotated[Path | None, typer.Option(help="A GGUF file; by default SmolLM2-135M, fetched once.")] = None,
+    define: Annotated[list[str] | None, typer.Option("-D", help="More CMake definitions, NAME=VALUE.")] = None,
+) -> None:
+    stock = {"LD_LIBRARY_PATH": str(stock_library(define or []))}
+    build(folder, ["REFREEKV_UPSTREAM_TESTS=ON", *(define or [])], ["refreekv_upstream_tests"])
+
+    models = folder / "models"
+    models.mkdir(exist_ok=True)
+    generated = run(folder, ["test-llama-archs", "-s", SEED, "-o", str(models)], stock)
+    if generated.code != 0:
+        raise SystemExit(f"test-llama-archs -o failed:\n{generated.output[-2000:]}")
+    places = {"models": str(models), "model": str(model or default_model())}
+
+    print(f"| | {' | '.join(CONFIGURATIONS)} |\n|{'---|' * (len(CONFIGURATIONS) + 1)}", flush=True)
+    ours_alone = False
+    for test, command in TESTS.items():
+        command = [argument.format_map(places) for argument in command]
+        outcomes = []
+        for i, (name, environment) in enumerate(CONFIGURATIONS.items()):
+            console.print(f"{test}: {name} ...")
+            outcome = run(folder, command, stock if environment is None else environment)
+            (folder / f"{test.replace(' ', '-').replace(',', '')}.{i}.log").write_text(outcome.output)
+            outcomes.append(outcome)
+        ours_alone |= outcomes[0].code == 0 and any(outcome.code != 0 for outcome in outcomes)
+        print(f"| {test}: `{command[0]}` | {' | '.join(outcome.cell() for outcome in outcomes)} |", flush=True)
+    raise SystemExit(int(ours_alone))
+
+
+if __name__ == "__main__":
+    typer.run(main)
