@@ -51,7 +51,7 @@ TESTS: dict[str, list[str]] = {
 # models whose line fails in its last column (`rf`) once cells are evicted, and why that is no fault of the cache
 KNOWN = {
     "qwen3-dense.gguf": "`rf` damages the bytes of a state from 4096 to 3/4 of it, and expects that to hit more than "
-    "keys and values. In this model's pruned state (6652 bytes) it does not; states have no checksum, upstream's neither.",
+    "keys and values. In this pruned state (6652 bytes) it does not; states have no checksum, upstream's neither.",
 }
 
 console = Console(stderr=True)
