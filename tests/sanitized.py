@@ -53,6 +53,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where the build goes.")] = ROOT / "build" / "sanitize",
     define: Annotated[list[str] | None, typer.Option("-D", help="More CMake definitions, NAME=VALUE.")] = None,
 ) -> None:
+    folder = folder.resolve()
     build(folder, ["REFREEKV_SANITIZE=address,undefined", *(define or [])], ["llama", "mtmd", "refreekv_binding"])
     package = install(folder)
 

@@ -113,6 +113,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="A GGUF file; by default SmolLM2-135M, fetched once.")] = None,
     define: Annotated[list[str] | None, typer.Option("-D", help="More CMake definitions, NAME=VALUE.")] = None,
 ) -> None:
+    folder = folder.resolve()
     stock = {"LD_LIBRARY_PATH": str(stock_library(define or []))}
     build(folder, ["REFREEKV_UPSTREAM_TESTS=ON", *(define or [])], ["refreekv_upstream_tests"])
 
