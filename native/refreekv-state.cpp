@@ -236,7 +236,9 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         }
 
         std::vector<uint32_t> idxs(info.n_held);
-        io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
+        if (!idxs.empty()) { // upstream copies with memcpy, which takes no null pointer
+            io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
+        }
 
         std::vector<uint8_t> seen(cell_count, 0);
         for (uint32_t i : idxs) {
