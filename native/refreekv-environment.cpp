@@ -22,11 +22,11 @@ static refreekv_environment refreekv_read_environment() {
         { "refreekv",  REFREEKV_POLICY_REFREEKV  },
     };
 
-    const std::string policy = refreekv_variable("REFREEKV_POLICY");
-    const std::string prune  = refreekv_variable("REFREEKV_PRUNE");
+    const std::string policy = refreekv_variable("REFREEKV_NATIVE_POLICY");
+    const std::string prune  = refreekv_variable("REFREEKV_NATIVE_PRUNE");
 
     if (!prune.empty() && prune != "auto") {
-        throw std::runtime_error("REFREEKV_PRUNE=" + prune + ": valid is auto");
+        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": valid is auto");
     }
 
     refreekv_environment res;
@@ -37,7 +37,7 @@ static refreekv_environment refreekv_read_environment() {
 
     const auto it = kinds.find(policy);
     if (it == kinds.end()) {
-        throw std::runtime_error("REFREEKV_POLICY=" + policy + ": valid are elastic, streaming and refreekv");
+        throw std::runtime_error("REFREEKV_NATIVE_POLICY=" + policy + ": valid are elastic, streaming and refreekv");
     }
 
     res.has_policy    = true;

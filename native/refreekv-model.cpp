@@ -103,7 +103,7 @@ void refreekv_check_model(const llama_model & model, const llama_memory_params &
     }
 
     if (!why.empty() && refreekv_store::next_is_forced()) {
-        LLAMA_LOG_WARN("refreekv: REFREEKV_POLICY does not apply to this context: %s\n", why.c_str());
+        LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
         refreekv_store::skip_forced(true);
         return;
     }

@@ -32,19 +32,22 @@ void refreekv_store::hook_ran(hook h) {
     }
 }
 
+// what refreekv_next_context() has said on this thread
+enum refreekv_next { REFREEKV_NEXT_UNSAID, REFREEKV_NEXT_NONE, REFREEKV_NEXT_PARAMS };
+
+static thread_local refreekv_next   g_next        = REFREEKV_NEXT_UNSAID;
 static thread_local refreekv_params g_next_params;
-static thread_local bool            g_has_next    = false;
 static thread_local bool            g_skip_forced = false;
 
 const refreekv_params * refreekv_store::next_params() {
-    if (g_has_next) {
+    if (g_next == REFREEKV_NEXT_PARAMS) {
         return &g_next_params;
     }
     return next_is_forced() ? &refreekv_get_environment().params : nullptr;
 }
 
 bool refreekv_store::next_is_forced() {
-    return !g_has_next && !g_skip_forced && refreekv_get_environment().has_policy;
+    return g_next == REFREEKV_NEXT_UNSAID && !g_skip_forced && refreekv_get_environment().has_policy;
 }
 
 void refreekv_store::skip_forced(bool skip) {
@@ -52,10 +55,14 @@ void refreekv_store::skip_forced(bool skip) {
 }
 
 void refreekv_store::set_next_params(const refreekv_params * params) {
-    g_has_next = params != nullptr;
+    g_next = params ? REFREEKV_NEXT_PARAMS : REFREEKV_NEXT_NONE;
     if (params) {
         g_next_params = *params;
     }
+}
+
+void refreekv_store::forget_next_params() {
+    g_next = REFREEKV_NEXT_UNSAID;
 }
 
 // construction

@@ -49,7 +49,8 @@ public:
 
     // the policy for the next context of this thread, or else the environment's; nullptr: none
     static const refreekv_params * next_params();
-    static void set_next_params(const refreekv_params * params);
+    static void set_next_params(const refreekv_params * params); // nullptr: none, whatever the environment says
+    static void forget_next_params();
 
     // whether that is the environment's; a context that cannot have it goes without (skip_forced)
     static bool next_is_forced();
@@ -171,7 +172,7 @@ public:
     int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
     int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
 
-    // prune the sequences noted by apply() since the last call (REFREEKV_PRUNE=auto)
+    // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
     void prune_read(llama_context * lctx);
 
     refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read);

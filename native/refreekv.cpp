@@ -142,6 +142,10 @@ int32_t refreekv_next_context(const struct refreekv_params * params) {
     return REFREEKV_OK;
 }
 
+void refreekv_forget_next_context(void) {
+    refreekv_store::forget_next_params();
+}
+
 const char * refreekv_model_refusal(const struct llama_model * model) {
     static thread_local std::string why;
 

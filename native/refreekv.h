@@ -132,9 +132,10 @@ REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
 REFREEKV_API struct refreekv_params refreekv_params_default(void);
 
-// the policy of the next context created by this thread; NULL: upstream's own cache.
-// It stays in force until it is set again: set NULL once the context is there.
+// the policy of the contexts that this thread creates from now on; NULL: upstream's own cache. It stays in force until it
+// is set again or forgotten, which leaves it to the environment (REFREEKV_NATIVE_POLICY, see refreekv-environment.h)
 REFREEKV_API int32_t refreekv_next_context(const struct refreekv_params * params);
+REFREEKV_API void    refreekv_forget_next_context(void);
 
 // NULL when the model can have a policy, else the reason why not
 REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * model);

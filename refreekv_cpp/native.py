@@ -90,12 +90,12 @@ def make_params(**options: Any) -> Any:
 
 @contextmanager
 def next_context(params: Any | None) -> Iterator[None]:
-    """Contexts that this thread creates inside get the policy; None: upstream's own cache."""
+    """Contexts that this thread creates inside get the policy; None: upstream's own cache, whatever the environment says."""
     _check(_lib.refreekv_next_context(ffi.NULL if params is None else params))
     try:
         yield
     finally:
-        _lib.refreekv_next_context(ffi.NULL)
+        _lib.refreekv_forget_next_context()
 
 
 def prune(ctx: Any, seq_id: int) -> int:

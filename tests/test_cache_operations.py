@@ -607,7 +607,8 @@ def assert_usable(llm: Llama, path: Path, policy: str | ReFreeKV, options: dict)
 # where a state with one sequence has what: native/refreekv-state.cpp
 STATE_MAGIC = b"RFKV"
 STATE_HEADER = 20
-STATE_LAYER = 32
+STATE_WHOLE_HEADS = 4  # their number: none
+STATE_GROUP = 40
 
 
 def damaged(state: bytes) -> Iterator[bytes]:
@@ -616,8 +617,8 @@ def damaged(state: bytes) -> Iterator[bytes]:
     for n in [*range(0, 200, 9), *rng.integers(200, len(state), 40), len(state) - 1]:
         yield state[:n]
     start = state.index(STATE_MAGIC)
-    layer = start + STATE_HEADER + N_PROMPT
-    for at in [*range(start, start + STATE_HEADER), *range(layer, layer + STATE_LAYER + 32)]:
+    group = start + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS
+    for at in [*range(start, start + STATE_HEADER), *range(group - STATE_WHOLE_HEADS, group + STATE_GROUP + 32)]:
         yield state[:at] + bytes([state[at] ^ 0xFF]) + state[at + 1 :]
 
 
@@ -639,7 +640,7 @@ def test_a_damaged_state_is_refused_and_does_no_harm(tiny_model: Path) -> None:
 
 def test_a_state_that_names_a_cell_twice_is_refused(tiny_model: Path) -> None:
     state = pruned(tiny_model).save_state().llama_state
-    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_LAYER
+    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS + STATE_GROUP
     llm = load(tiny_model, POLICY)
     assert set_state(llm, state[: cells + 4] + state[cells : cells + 4] + state[cells + 8 :]) == 0
     assert "names a cell that is not there" in native.last_error()

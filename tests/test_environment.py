@@ -28,7 +28,7 @@ print(json.dumps({"rings": stats.bytes_ring, "prunes": stats.n_prunes, "kept": k
 
 
 def run(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("REFREEKV_P")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("REFREEKV_NATIVE_P")}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path)], env={**clean, **environment}, capture_output=True, text=True
     )
@@ -42,7 +42,7 @@ def report(path: Path, **environment: str) -> dict[str, Any]:
 
 def test_a_context_that_asked_for_nothing_gets_the_policy(tiny_model: Path) -> None:
     assert report(tiny_model)["rings"] == 0
-    forced = report(tiny_model, REFREEKV_POLICY="refreekv")
+    forced = report(tiny_model, REFREEKV_NATIVE_POLICY="refreekv")
     assert forced["rings"] > 0
     assert forced["prunes"] == 0
     assert set(forced["kept"]) == {101}
@@ -50,7 +50,7 @@ def test_a_context_that_asked_for_nothing_gets_the_policy(tiny_model: Path) -> N
 
 @pytest.mark.parametrize("policy", ["streaming", "refreekv"])
 def test_it_prunes_what_a_batch_has_read(tiny_model: Path, policy: str) -> None:
-    pruned = report(tiny_model, REFREEKV_POLICY=policy, REFREEKV_PRUNE="auto")
+    pruned = report(tiny_model, REFREEKV_NATIVE_POLICY=policy, REFREEKV_NATIVE_PRUNE="auto")
     assert pruned["prunes"] == 1  # not after the single token
     assert min(pruned["kept"]) < 100
 
@@ -71,17 +71,23 @@ def test_a_model_that_cannot_have_it_goes_without(tiny_model: Path, tmp_path: Pa
     writer.write_tensors_to_file()
     writer.close()
 
-    done = run(path, REFREEKV_POLICY="refreekv")
+    done = run(path, REFREEKV_NATIVE_POLICY="refreekv")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rings"] == 0
-    assert "REFREEKV_POLICY does not apply to this context: llama: attention is not causal" in done.stderr
+    assert "REFREEKV_NATIVE_POLICY does not apply to this context: llama: attention is not causal" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("environment", "valid"),
     [
-        ({"REFREEKV_POLICY": "strict"}, "REFREEKV_POLICY=strict: valid are elastic, streaming and refreekv"),
-        ({"REFREEKV_POLICY": "elastic", "REFREEKV_PRUNE": "yes"}, "REFREEKV_PRUNE=yes: valid is auto"),
+        (
+            {"REFREEKV_NATIVE_POLICY": "strict"},
+            "REFREEKV_NATIVE_POLICY=strict: valid are elastic, streaming and refreekv",
+        ),
+        (
+            {"REFREEKV_NATIVE_POLICY": "elastic", "REFREEKV_NATIVE_PRUNE": "yes"},
+            "REFREEKV_NATIVE_PRUNE=yes: valid is auto",
+        ),
     ],
 )
 def test_what_is_valid_is_named(tiny_model: Path, environment: dict[str, str], valid: str) -> None:

@@ -23,16 +23,16 @@ from rich.console import Console
 from refreekv_cpp.default_model import default_model
 
 SEED = "1234"
-VARIABLES = ("REFREEKV_POLICY", "REFREEKV_PRUNE", "LD_LIBRARY_PATH")
+VARIABLES = ("REFREEKV_NATIVE_POLICY", "REFREEKV_NATIVE_PRUNE", "LD_LIBRARY_PATH")
 TIMEOUT = 1800  # seconds, of one test
 
-# REFREEKV_POLICY and REFREEKV_PRUNE of each column; None: upstream's library
+# REFREEKV_POLICY and REFREEKV_NATIVE_PRUNE of each column; None: upstream's library
 CONFIGURATIONS: dict[str, dict[str, str] | None] = {
     "upstream": None,
     "ours, no policy": {},
-    "`elastic`": {"REFREEKV_POLICY": "elastic"},
-    "`streaming`, prunes": {"REFREEKV_POLICY": "streaming", "REFREEKV_PRUNE": "auto"},
-    "`refreekv`, prunes": {"REFREEKV_POLICY": "refreekv", "REFREEKV_PRUNE": "auto"},
+    "`elastic`": {"REFREEKV_NATIVE_POLICY": "elastic"},
+    "`streaming`, prunes": {"REFREEKV_NATIVE_POLICY": "streaming", "REFREEKV_NATIVE_PRUNE": "auto"},
+    "`refreekv`, prunes": {"REFREEKV_NATIVE_POLICY": "refreekv", "REFREEKV_NATIVE_PRUNE": "auto"},
 }
 
 # the program and its arguments; {models}: a folder with a tiny model of each architecture, {model}: one real model
@@ -93,7 +93,7 @@ class Outcome:
 
 def run(folder: Path, command: list[str], environment: dict[str, str]) -> Outcome:
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    prunes = "REFREEKV_PRUNE" in environment
+    prunes = "REFREEKV_NATIVE_PRUNE" in environment
     try:
         done = subprocess.run(
             [str((folder / "bin" / command[0]).resolve()), *command[1:]],

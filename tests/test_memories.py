@@ -1,0 +1,148 @@
+"""Memories that are made of several caches: sliding windows beside full attention, recurrent layers beside attention.
+
+The policy works on one of them; what is refused there must not have happened in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Sequences, ctx_of, feed, kept, load
+from tiny import random_tokens
+
+from refreekv_cpp import ReFreeKV, UnsupportedModelError, native
+
+import llama_cpp  # isort: skip
+
+POLICY = ReFreeKV.window(n_min=0)
+PROMPT = random_tokens(900)
+MORE = random_tokens(21, seed=1)[1:]
+
+# whose attention layers 1 and 3 of 4 are the policy's
+WINDOWED = "gemma2 (soft-cap, sliding window)"
+SINKS = "gpt-oss (attention sinks, sliding window, experts)"
+HYBRID = "jamba (hybrid)"
+COMPOSITE = [WINDOWED, SINKS, HYBRID, "lfm2 (hybrid)"]
+
+Tiny = Callable[[str], Path]
+
+
+def open_sequences(path: Path, **fields: object) -> Sequences:
+    """With sequence 0 read and pruned."""
+    sequences = Sequences(path, POLICY, **fields)
+    sequences.read(0, PROMPT)
+    assert native.prune(sequences.ctx, 0) > 0
+    return sequences
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_only_layers_that_see_everything_are_pruned(tiny: Tiny, name: str) -> None:
+    llm = load(tiny(name), POLICY)
+    assert [native.group(ctx_of(llm), i).il for i in range(native.stats(ctx_of(llm)).n_group)] == [1, 3]
+    llm.eval(PROMPT)
+    before = llm.kv_stats
+    assert llm.prune_kv() > 0
+    after = llm.kv_stats
+    assert after.bytes < before.bytes
+    assert after.bytes_other == before.bytes_other > 0
+    assert sum(buffer.context for buffer in after.buffers) == after.bytes + after.bytes_ring + after.bytes_other
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_full_reports_them_too(tiny: Tiny, name: str) -> None:
+    llm = load(tiny(name), "full")
+    llm.eval(PROMPT)
+    stats = llm.kv_stats
+    assert stats.n_tokens == len(PROMPT)
+    assert stats.cells_kept == (len(PROMPT),) * 2
+    assert stats.bytes > 0 < stats.bytes_other
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_what_cannot_be_removed_stays_everywhere(tiny: Tiny, name: str) -> None:
+    expected = open_sequences(tiny(name)).read(0, MORE)
+    sequences = open_sequences(tiny(name))
+    assert not sequences.remove(0, 500)
+    assert sequences.n_tokens(0) == len(PROMPT)
+    np.testing.assert_array_equal(sequences.read(0, MORE), expected)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_a_whole_pruned_sequence_is_copied(tiny: Tiny, name: str, unified: bool) -> None:
+    sequences = open_sequences(tiny(name), kv_unified=unified)
+    sequences.copy(0, 1)
+    assert sequences.kept(1) == sequences.kept(0)
+    expected = sequences.read(0, MORE)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_a_copy_that_is_refused_copies_nothing(tiny: Tiny, name: str) -> None:
+    sequences = open_sequences(tiny(name))
+    sequences.copy(0, 1, 0, 500)
+    assert "only the whole sequence can" in native.last_error()
+    assert sequences.n_tokens(1) == 0
+    assert len(sequences.read(1, MORE)) > 0
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_a_copy_without_room_leaves_the_target_empty_everywhere(tiny: Tiny, name: str) -> None:
+    sequences = open_sequences(tiny(name), kv_unified=False)
+    sequences.read(1, MORE)
+    native.fail_allocation(1)
+    try:
+        sequences.copy(0, 1)
+    finally:
+        native.fail_allocation(0)
+    assert "no room for a copy" in native.last_error()
+    assert llama_cpp.llama_memory_seq_pos_max(sequences.memory, 1) == -1
+    expected = Sequences(tiny(name), POLICY, kv_unified=False).read(1, MORE)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_a_pruned_state_comes_back(tiny: Tiny, name: str) -> None:
+    llm = load(tiny(name), POLICY)
+    llm.eval(PROMPT)
+    assert llm.prune_kv() > 0
+    state, sets = llm.save_state(), kept(llm)
+    expected = feed(llm, MORE)
+    other = load(tiny(name), POLICY)
+    other.load_state(state)
+    assert kept(other) == sets
+    # the windowed cells come back in other places, and are summed in another order
+    np.testing.assert_allclose(feed(other, MORE), expected, atol=1e-3)
+
+
+def test_images_share_a_position(tiny: Tiny) -> None:
+    """M-RoPE: the cells of an image have one position, and see each other by row and column, as upstream has it."""
+    logits = []
+    for policy in ("full", POLICY):
+        llm = load(tiny("qwen2vl (M-RoPE)"), policy)
+        llm.eval(PROMPT[:50])
+        # a picture of 3 x 3 patches at position 50, then text at 53
+        n_embd, n = llm.n_embd(), 9
+        batch = llama_cpp.llama_batch_init(4 * n, n_embd, 1)  # four numbers to a position
+        batch.n_tokens = n
+        vectors = np.random.default_rng(0).standard_normal((n, n_embd)).astype(np.float32)
+        np.ctypeslib.as_array(batch.embd, shape=(n, n_embd))[:] = vectors
+        rows, columns = [50 + i // 3 for i in range(n)], [50 + i % 3 for i in range(n)]
+        np.ctypeslib.as_array(batch.pos, shape=(4 * n,))[:] = [50] * n + rows + columns + [0] * n
+        for i in range(n):
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i == n - 1
+        assert llama_cpp.llama_decode(ctx_of(llm), batch) == 0
+        llama_cpp.llama_batch_free(batch)
+        llm.n_tokens = 53
+        logits.append(feed(llm, MORE))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_what_is_all_windows_is_refused_by_name(tiny: Tiny) -> None:
+    with pytest.raises(UnsupportedModelError, match="gemma3: every attention layer has a sliding window"):
+        load(tiny("gemma3 (sliding window)"), "refreekv")
