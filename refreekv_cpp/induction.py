@@ -4,9 +4,9 @@ An induction head attends to what followed the previous occurrence of the curren
 with, and what it will copy is not seen in the attention of the prompt's end: a continuation that begins to repeat a
 passage needs that passage in these heads, word by word. So a policy does better to leave them whole.
 
-The test: a row of random tokens, twice. In the second half, the attention from each token to the one after its previous
-occurrence is next to nothing in most heads, and near 1 in a head that copies. The score of a KV head is the highest among
-its query heads. It belongs to the model, and is kept on disk beside others.
+The test: a row of random tokens, twice. In the second half, the attention from each token to the one after its
+previous occurrence is next to nothing in most heads, and near 1 in a head that copies. The score of a KV head is the
+highest among its query heads. It belongs to the model, and is kept on disk beside others.
 """
 
 from __future__ import annotations

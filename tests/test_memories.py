@@ -145,4 +145,4 @@ def test_images_share_a_position(tiny: Tiny) -> None:
 
 def test_what_is_all_windows_is_refused_by_name(tiny: Tiny) -> None:
     with pytest.raises(UnsupportedModelError, match="gemma3: every attention layer has a sliding window"):
-        load(tiny("gemma3 (sliding window)"), "refreekv")
+        load(tiny("gemma3 (all of it sliding window)"), "refreekv")
