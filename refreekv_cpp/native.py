@@ -90,7 +90,7 @@ def make_params(**options: Any) -> Any:
 
 @contextmanager
 def next_context(params: Any | None) -> Iterator[None]:
-    """Contexts that this thread creates inside get the policy; None: upstream's own cache, whatever the environment is."""
+    """Contexts that this thread creates inside get the policy; None: upstream's own cache in any environment."""
     _check(_lib.refreekv_next_context(ffi.NULL if params is None else params))
     try:
         yield
