@@ -14,8 +14,8 @@ refreekv_attention_host::refreekv_attention_host(const float * attn, uint32_t n_
     this->n_cells = n_cells;
 }
 
-bool refreekv_attention_host::scores(std::vector<float> & out) {
-    out.assign(n_cells, 0.0f);
+bool refreekv_attention_host::scores(join heads, std::vector<float> & out) {
+    std::vector<double> joined(n_cells, 0.0);
 
     for (uint32_t h = 0; h < n_head; ++h) {
         std::vector<double> sum(n_cells, 0.0);
@@ -26,9 +26,17 @@ bool refreekv_attention_host::scores(std::vector<float> & out) {
             }
         }
         for (uint32_t j = 0; j < n_cells; ++j) {
-            out[j] = std::max(out[j], (float) (sum[j]/n_rows));
+            const double mean = sum[j]/n_rows;
+            joined[j] = heads == join::MAX ? std::max(joined[j], mean) : joined[j] + mean/n_head;
         }
     }
+    out.assign(joined.begin(), joined.end());
+
+    return true;
+}
+
+bool refreekv_attention_host::read(float * out) {
+    std::copy_n(attn, (size_t) n_head*n_rows*n_cells, out);
 
     return true;
 }
@@ -212,31 +220,48 @@ static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
     return odd ? ggml_add(ctx, t, odd) : t;
 }
 
-bool refreekv_attention_graph::scores(std::vector<float> & out) {
+bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
     out.assign(n_cells, 0.0f);
 
-    computed max_of_heads;
+    computed joined;
 
     return for_each_slice([&]() {
-        const bool ok = compute(max_of_heads, [&](ggml_context * ctx, uploads &) {
+        const int64_t n = softmax.out->ne[2]; // heads of the slice
+
+        const bool ok = compute(joined, [&](ggml_context * ctx, uploads &) {
             ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
-            const int64_t n   = cur->ne[2];
 
             cur = refreekv_sum_dim1(ctx, cur);
             cur = ggml_scale(ctx, ggml_cont(ctx, cur), 1.0f/n_rows);
             cur = ggml_reshape_2d(ctx, cur, in.n_kv, n);
 
-            return ggml_pool_2d(ctx, cur, GGML_OP_POOL_MAX, 1, n, 1, n, 0, 0);
+            return ggml_pool_2d(ctx, cur, heads == join::MAX ? GGML_OP_POOL_MAX : GGML_OP_POOL_AVG, 1, n, 1, n, 0, 0);
         });
         if (!ok) {
             return false;
         }
 
         std::vector<float> by_slot;
-        refreekv_append(by_slot, max_of_heads.out);
+        refreekv_append(by_slot, joined.out);
 
         for (uint32_t j = 0; j < n_cells; ++j) {
-            out[j] = std::max(out[j], by_slot[in.slots[j]]);
+            const float score = by_slot[in.slots[j]];
+            out[j] = heads == join::MAX ? std::max(out[j], score) : out[j] + score*n/n_head;
+        }
+        return true;
+    });
+}
+
+bool refreekv_attention_graph::read(float * out) {
+    std::vector<float> row(in.n_kv);
+
+    return for_each_slice([&]() {
+        for (int64_t l = 0; l < softmax.out->ne[1]*softmax.out->ne[2]; ++l) {
+            ggml_backend_tensor_get(softmax.out, row.data(), l*softmax.out->nb[1], row.size()*sizeof(float));
+
+            for (uint32_t j = 0; j < n_cells; ++j) {
+                *out++ = row[in.slots[j]];
+            }
         }
         return true;
     });

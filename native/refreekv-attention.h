@@ -10,7 +10,8 @@ class refreekv_attention_host : public refreekv_attention {
 public:
     refreekv_attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells);
 
-    bool scores(std::vector<float> & out) override;
+    bool scores(join heads, std::vector<float> & out) override;
+    bool read(float * out) override;
     bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
 
 private:
@@ -19,7 +20,7 @@ private:
 
 // The attention of a group's stored queries to its stored keys, computed on the layer's backend with the semantics of
 // upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
-// float per cell (scores) and one per block, row and head (block_sums).
+// float per cell (scores) and one per block, row and head (block_sums); or, where the policy is the caller's, all (read).
 //
 // Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is. When one slice holds
 // them all, which is the usual case, the rows are computed once and kept for both questions.
@@ -50,7 +51,8 @@ public:
 
     explicit refreekv_attention_graph(inputs in);
 
-    bool scores(std::vector<float> & out) override;
+    bool scores(join heads, std::vector<float> & out) override;
+    bool read(float * out) override;
     bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
 
 private:

@@ -82,9 +82,12 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
 
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
-        pruned[seq_id] = table_of_seq(seq_id).seq_pos_max(seq_id);
+        const llama_pos last = table_of_seq(seq_id).seq_pos_max(seq_id);
+
+        n_prunes += pruned[seq_id] != last; // by hand, a pruning is a job for each layer
+
+        pruned[seq_id] = last;
         stale_layouts  = true;
-        n_prunes++;
         prune_us += ggml_time_us() - t_start;
     }
     if (stale_layouts) {
@@ -160,9 +163,6 @@ static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<u
 }
 
 int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
-    const auto & hparams = kv.hparams;
-    const auto & layer   = layer_of(g);
-
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned; // another sequence needs it too
@@ -179,6 +179,25 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         return REFREEKV_OK;
     }
 
+    std::unique_ptr<refreekv_attention> attn;
+    if (const int32_t status = look(g, seq_id, list, attn)) {
+        return status;
+    }
+
+    if (!refreekv_policy_find(params.policy)(params, *attn, pinned, sel)) {
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
+        return REFREEKV_ERR_COMPUTE;
+    }
+
+    refreekv_keep_selected(sel, keep);
+
+    return REFREEKV_OK;
+}
+
+int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const {
+    const auto & hparams = kv.hparams;
+    const auto & layer   = layer_of(g);
+
     refreekv_attention_graph::inputs in = {};
 
     in.backend = backend_of(g);
@@ -191,7 +210,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         return REFREEKV_ERR_STATE;
     }
 
-    const bool one_row = params.rows == REFREEKV_ROWS_LAST && params.ranking == REFREEKV_RANKING_POSITION;
+    const bool one_row = params.policy == REFREEKV_POLICY_REFREEKV && params.rows == REFREEKV_ROWS_LAST && params.ranking == REFREEKV_RANKING_POSITION;
 
     std::vector<llama_pos> row_pos;
     ring.rows(seq_id, list.back().pos, one_row ? 1 : params.n_window, in.rows, row_pos);
@@ -231,14 +250,10 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         }
     }
 
-    refreekv_attention_graph attn(std::move(in));
+    attn = std::make_unique<refreekv_attention_graph>(std::move(in));
 
-    if (!refreekv_policy_find(params.policy)(params, attn, pinned, sel)) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
-        return REFREEKV_ERR_COMPUTE;
-    }
-
-    refreekv_keep_selected(sel, keep);
+    attn->i_layer = il_to_layer.at(g.il);
+    attn->n_layer = layers.size();
 
     return REFREEKV_OK;
 }

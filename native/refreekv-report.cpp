@@ -2,6 +2,9 @@
 
 #include "refreekv-store.h"
 
+#include "refreekv-attention.h"
+#include "refreekv-error.h"
+
 #include "llama-model.h"
 
 #include <algorithm>
@@ -155,4 +158,34 @@ int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float *
     }
 
     return list.size();
+}
+
+int32_t refreekv_store::read_attention(llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) const {
+    const auto & g    = groups[i_group];
+    const auto   list = held_cells(seq_id, g);
+
+    if (list.empty() || !layer_of(g).ring) {
+        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layer_of(g).ring ? "cells" : "queries", seq_id);
+        return REFREEKV_ERR_STATE;
+    }
+
+    std::unique_ptr<refreekv_attention> attn;
+    if (const int32_t status = look(g, seq_id, list, attn)) {
+        return status;
+    }
+
+    shape[0] = attn->n_head;
+    shape[1] = attn->n_rows;
+    shape[2] = attn->n_cells;
+
+    if ((uint64_t) attn->n_head*attn->n_rows*attn->n_cells > n_max) {
+        return REFREEKV_OK;
+    }
+
+    if (!attn->read(out)) {
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
+        return REFREEKV_ERR_COMPUTE;
+    }
+
+    return REFREEKV_OK;
 }

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+class refreekv_attention;
+
 // The storage of a llama_kv_cache whose context has a KV policy.
 //
 // Memories that are made of several caches have a store in one of them: in an iSWA cache (sliding windows) the layers
@@ -172,6 +174,9 @@ public:
     int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
     int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
 
+    // a refreekv_status
+    int32_t read_attention(llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) const;
+
     // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
     void prune_read(llama_context * lctx);
 
@@ -303,7 +308,8 @@ private:
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
-    // a refreekv_status
+    // what a policy may see of a sequence in a group; a refreekv_status
+    int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const;
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
 

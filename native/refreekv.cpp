@@ -110,6 +110,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.ranking          = REFREEKV_RANKING_SCORE;
     res.rows             = REFREEKV_ROWS_WORST;
     res.measure          = REFREEKV_MEASURE_MASS;
+    res.pooling          = REFREEKV_POOLING_MEAN;
     res.sinks_in_measure = false;
     res.n_window         = 64;
     res.n_sink           = 4;
@@ -118,8 +119,10 @@ struct refreekv_params refreekv_params_default(void) {
     res.n_pool           = 31;
     res.n_block          = 256;
     res.n_min            = 512;
+    res.beta             = 20;
     res.threshold        = 0.5f;
     res.mass_floor       = 0.05f;
+    res.top_p            = 0.9f;
     res.budget           = 1.0;
     res.memory_limit     = 0;
     res.mask_only        = false;
@@ -310,7 +313,20 @@ int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int3
     return refreekv_guard([&]() { return store->read_keys(seq_id, i_group, out, pos, n_max); });
 }
 
-int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, uint8_t * kept) {
+int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_attention(seq_id, i_group, out, n_max, shape); });
+}
+
+int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
     refreekv_clear_error();
 
     if (const char * why = refreekv_policy_check(*params)) {
@@ -321,9 +337,16 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
         refreekv_set_error("select: n_head, n_rows and n_cells must be positive");
         return REFREEKV_ERR_ARGUMENT;
     }
+    if (i_layer < 0 || i_layer >= n_layer) {
+        refreekv_set_error("select: i_layer: valid are 0 to n_layer - 1");
+        return REFREEKV_ERR_ARGUMENT;
+    }
 
     refreekv_attention_host host(attn, n_head, n_rows, n_cells);
     refreekv_selection      sel;
+
+    host.i_layer = i_layer;
+    host.n_layer = n_layer;
 
     const auto policy = refreekv_policy_find(params->policy);
     if (!policy) {

@@ -42,6 +42,11 @@ enum refreekv_policy_kind {
     REFREEKV_POLICY_ELASTIC   = 0, // nothing is evicted; the cache only grows and shrinks with its contents
     REFREEKV_POLICY_STREAMING = 1, // sinks and recent cells, fixed budget
     REFREEKV_POLICY_REFREEKV  = 2, // arXiv 2502.16886, section 3, and its variants
+    REFREEKV_POLICY_SNAPKV    = 3, // pooled attention of the window, fixed budget
+    REFREEKV_POLICY_H2O       = 4, // accumulated attention and recent cells, fixed budget
+    REFREEKV_POLICY_PYRAMIDKV = 5, // as SnapKV, with budgets that fall over the layers
+    REFREEKV_POLICY_TOP_P     = 6, // as many cells as hold a part of the attention
+    REFREEKV_POLICY_CALLER    = 7, // queries are kept; the caller looks (refreekv_read_attention) and evicts (refreekv_keep)
 };
 
 // the order in which cells are kept
@@ -62,24 +67,33 @@ enum refreekv_measure {
     REFREEKV_MEASURE_MASS = 1, // sum of the row
 };
 
+// how SnapKV and PyramidKV smooth their scores over positions
+enum refreekv_pooling {
+    REFREEKV_POOLING_MEAN = 0,
+    REFREEKV_POOLING_MAX  = 1,
+};
+
 struct refreekv_params {
     int32_t policy;           // enum refreekv_policy_kind
     int32_t ranking;          // enum refreekv_ranking
     int32_t rows;             // enum refreekv_rows_rule
     int32_t measure;          // enum refreekv_measure
+    int32_t pooling;          // enum refreekv_pooling
     bool    sinks_in_measure; // whether the sinks count in the measure
 
     int32_t n_window;         // queries kept per sequence and layer, 1..256
     int32_t n_sink;           // first positions that are always kept
     int32_t n_recent;         // last positions that are always kept
     int32_t n_full_layers;    // leading attention layers that are kept whole
-    int32_t n_pool;           // width of the max-pool over scores, odd
+    int32_t n_pool;           // width of the pool over scores, odd
     int32_t n_block;          // cells are evicted in multiples of this; the graph's padding
     int32_t n_min;            // sequences shorter than this are left whole
+    int32_t beta;             // pyramidkv: the mean budget of a layer over that of the last one
 
     float   threshold;        // what the measure may lose, 0..1
     float   mass_floor;       // floor of the denominator of the mass measure
-    double  budget;           // streaming: fraction of the cells to keep, or a count when > 1
+    float   top_p;            // top_p: the part of the attention that has to stay, in (0, 1]
+    double  budget;           // of policies with a fixed one: fraction of the cells to keep, or a count when > 1
 
     uint64_t memory_limit;    // bytes of K and V that a decode may not grow beyond; 0: none
 
@@ -174,9 +188,14 @@ REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id 
 REFREEKV_API int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
 REFREEKV_API int32_t refreekv_read_keys   (struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
 
+// what a policy would look at: the attention of the queries in the ring to the cells that a group holds,
+// out[(h*n_rows + r)*n_cells + j], rows oldest first, cells in position order (refreekv_get_kept has their positions).
+// Sets shape to n_head, n_rows, n_cells; writes nothing when n_max, the room in floats, is less than their product.
+REFREEKV_API int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, uint64_t n_max, int32_t * shape);
+
 // the policy alone, on attention that the caller has: attn[(h*n_rows + r)*n_cells + j], rows oldest first, cells in
-// position order. kept[j] is set to 1 or 0. Returns the number kept.
-REFREEKV_API int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, uint8_t * kept);
+// position order, of layer i_layer of n_layer. kept[j] is set to 1 or 0. Returns the number kept.
+REFREEKV_API int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept);
 
 #ifdef __cplusplus
 }

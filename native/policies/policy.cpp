@@ -1,21 +1,36 @@
 #include "policy.h"
 
 #include <algorithm>
+#include <cmath>
 
 refreekv_policy_fn refreekv_policy_find(int32_t kind) {
     switch (kind) {
         case REFREEKV_POLICY_STREAMING: return refreekv_policy_streaming;
         case REFREEKV_POLICY_REFREEKV:  return refreekv_policy_refreekv;
+        case REFREEKV_POLICY_SNAPKV:    return refreekv_policy_snapkv;
+        case REFREEKV_POLICY_H2O:       return refreekv_policy_h2o;
+        case REFREEKV_POLICY_PYRAMIDKV: return refreekv_policy_pyramidkv;
+        case REFREEKV_POLICY_TOP_P:     return refreekv_policy_top_p;
         default:                        return nullptr;
     }
 }
 
 bool refreekv_policy_looks(int32_t kind) {
-    return kind == REFREEKV_POLICY_REFREEKV;
+    return kind != REFREEKV_POLICY_ELASTIC && kind != REFREEKV_POLICY_STREAMING;
+}
+
+bool refreekv_policy_has_budget(int32_t kind) {
+    switch (kind) {
+        case REFREEKV_POLICY_STREAMING:
+        case REFREEKV_POLICY_SNAPKV:
+        case REFREEKV_POLICY_H2O:
+        case REFREEKV_POLICY_PYRAMIDKV: return true;
+        default:                        return false;
+    }
 }
 
 const char * refreekv_policy_check(const refreekv_params & p) {
-    if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC) {
+    if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
         return "policy: unknown kind";
     }
     if (p.ranking < REFREEKV_RANKING_POSITION || p.ranking > REFREEKV_RANKING_SCORE) {
@@ -26,6 +41,9 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     }
     if (p.measure < REFREEKV_MEASURE_NORM || p.measure > REFREEKV_MEASURE_MASS) {
         return "measure: valid are norm and mass";
+    }
+    if (p.pooling < REFREEKV_POOLING_MEAN || p.pooling > REFREEKV_POOLING_MAX) {
+        return "pooling: valid are mean and max";
     }
     if (p.n_window < 1 || p.n_window > 256) {
         return "n_window: valid are 1 to 256";
@@ -45,7 +63,13 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (!(p.mass_floor >= 0.0f && p.mass_floor <= 1.0f)) {
         return "mass_floor: valid are 0 to 1";
     }
-    if (p.policy == REFREEKV_POLICY_STREAMING && !(p.budget > 0.0)) {
+    if (p.beta < 1) {
+        return "beta: must be 1 or more";
+    }
+    if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
+        return "top_p: valid are above 0 and up to 1";
+    }
+    if (refreekv_policy_has_budget(p.policy) && !(p.budget > 0.0)) {
         return "budget: valid are a fraction in (0, 1] or a count of cells > 1";
     }
     return nullptr;
@@ -77,6 +101,73 @@ std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32
     }
 
     return order;
+}
+
+void refreekv_order_rest(std::vector<uint32_t> & order, const std::vector<float> & score) {
+    std::vector<uint8_t> taken(score.size(), 0);
+    for (uint32_t j : order) {
+        taken[j] = 1;
+    }
+
+    const size_t n_head = order.size();
+    for (uint32_t j = 0; j < score.size(); ++j) {
+        if (!taken[j]) {
+            order.push_back(j);
+        }
+    }
+
+    std::stable_sort(order.begin() + n_head, order.end(), [&](uint32_t a, uint32_t b) { return score[a] > score[b]; });
+}
+
+// out[j] = max of in[j - n/2 .. j + n/2], in O(n_cells)
+std::vector<float> refreekv_max_pool(const std::vector<float> & in, int32_t n_pool) {
+    const int32_t n = in.size();
+    const int32_t h = n_pool/2;
+
+    std::vector<float>   out(n);
+    std::vector<int32_t> queue; // indices of falling values
+    size_t head = 0;
+
+    for (int32_t i = 0; i < n + h; ++i) {
+        if (i < n) {
+            while (queue.size() > head && in[queue.back()] <= in[i]) {
+                queue.pop_back();
+            }
+            queue.push_back(i);
+        }
+        const int32_t j = i - h;
+        if (j >= 0) {
+            while (queue[head] < j - h) {
+                ++head;
+            }
+            out[j] = in[queue[head]];
+        }
+    }
+
+    return out;
+}
+
+std::vector<float> refreekv_mean_pool(const std::vector<float> & in, int32_t n_pool) {
+    const int32_t n = in.size();
+    const int32_t h = n_pool/2;
+
+    std::vector<double> sum(n + 1, 0.0);
+    for (int32_t j = 0; j < n; ++j) {
+        sum[j + 1] = sum[j] + in[j];
+    }
+
+    std::vector<float> out(n);
+    for (int32_t j = 0; j < n; ++j) {
+        out[j] = (sum[std::min<int64_t>(n, (int64_t) j + h + 1)] - sum[std::max(0, j - h)])/n_pool;
+    }
+
+    return out;
+}
+
+uint32_t refreekv_budget(const refreekv_params & params, uint32_t n_cells) {
+    const double n = params.budget <= 1.0 ? std::ceil(params.budget*n_cells - 1e-6) : params.budget; // 0.07 of 100 is 7
+
+    return std::min<double>(n_cells, n);
 }
 
 std::vector<uint32_t> refreekv_cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min) {

@@ -15,8 +15,17 @@ public:
     uint32_t n_rows  = 0;
     uint32_t n_head  = 0;
 
-    // out[j]: the maximum over heads of the mean over rows of the attention to cell j
-    virtual bool scores(std::vector<float> & out) = 0;
+    // among the layers that have a cache
+    uint32_t i_layer = 0;
+    uint32_t n_layer = 1;
+
+    enum class join { MEAN, MAX };
+
+    // out[j]: the mean over rows of the attention to cell j, joined over heads
+    virtual bool scores(join heads, std::vector<float> & out) = 0;
+
+    // the attention itself: out[(h*n_rows + r)*n_cells + j]
+    virtual bool read(float * out) = 0;
 
     // out[(h*n_rows + r)*n_blocks + b]: the sum over cells j with block[j] == b of the attention of row r in head h to j,
     // of its square when squared; cells with block[j] < 0 are left out
@@ -35,12 +44,19 @@ using refreekv_policy_fn = bool (*)(const refreekv_params & params, refreekv_att
 
 bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 bool refreekv_policy_refreekv (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+bool refreekv_policy_snapkv   (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+bool refreekv_policy_h2o      (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+bool refreekv_policy_pyramidkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+bool refreekv_policy_top_p    (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 
 // the registry; nullptr: no such policy, or one that evicts nothing
 refreekv_policy_fn refreekv_policy_find(int32_t kind);
 
 // whether it looks at attention, and so needs the last queries to be kept
 bool refreekv_policy_looks(int32_t kind);
+
+// whether params.budget says how much it keeps
+bool refreekv_policy_has_budget(int32_t kind);
 
 // nullptr when valid, else what is wrong and what is valid
 const char * refreekv_policy_check(const refreekv_params & params);
@@ -49,6 +65,19 @@ const char * refreekv_policy_check(const refreekv_params & params);
 
 // the first n_sink, the pinned cells, then the last n_recent backwards; the rest is left to the policy
 std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned);
+
+// appends the cells that are not in the order yet, by falling score; equal scores: the earlier position first
+void refreekv_order_rest(std::vector<uint32_t> & order, const std::vector<float> & score);
+
+// over the n_pool cells around each; beyond the ends there is nothing (for the mean: zeros)
+std::vector<float> refreekv_max_pool (const std::vector<float> & in, int32_t n_pool);
+std::vector<float> refreekv_mean_pool(const std::vector<float> & in, int32_t n_pool);
+
+// params.budget in cells
+uint32_t refreekv_budget(const refreekv_params & params, uint32_t n_cells);
+
+// SnapKV's ranking with n_budget cells to keep: its own budget, or PyramidKV's for the layer
+bool refreekv_select_snapkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, uint32_t n_budget, refreekv_selection & res);
 
 // the counts at which a ranking may be cut: cells leave in whole blocks, so that all groups of a sequence stay equal
 // modulo the graph's padding and grow into the next block at the same token. Ascending, the last is n_cells.

@@ -15,34 +15,6 @@
 #include <cmath>
 #include <numeric>
 
-// out[j] = max of in[j - n/2 .. j + n/2], in O(n_cells)
-static std::vector<float> refreekv_max_pool(const std::vector<float> & in, int32_t n_pool) {
-    const int32_t n = in.size();
-    const int32_t h = n_pool/2;
-
-    std::vector<float>   out(n);
-    std::vector<int32_t> queue; // indices of falling values
-    size_t head = 0;
-
-    for (int32_t i = 0; i < n + h; ++i) {
-        if (i < n) {
-            while (queue.size() > head && in[queue.back()] <= in[i]) {
-                queue.pop_back();
-            }
-            queue.push_back(i);
-        }
-        const int32_t j = i - h;
-        if (j >= 0) {
-            while (queue[head] < j - h) {
-                ++head;
-            }
-            out[j] = in[queue[head]];
-        }
-    }
-
-    return out;
-}
-
 static bool refreekv_rank(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, std::vector<uint32_t> & order) {
     const uint32_t n = attn.n_cells;
 
@@ -52,27 +24,13 @@ static bool refreekv_rank(const refreekv_params & params, refreekv_attention & a
     }
 
     std::vector<float> score;
-    if (!attn.scores(score)) {
+    if (!attn.scores(refreekv_attention::join::MAX, score)) {
         return false;
     }
     score = refreekv_max_pool(score, params.n_pool);
 
     order = refreekv_order_head(params, n, params.n_recent, pinned);
-
-    std::vector<uint8_t> taken(n, 0);
-    for (uint32_t j : order) {
-        taken[j] = 1;
-    }
-
-    const size_t n_head = order.size();
-    for (uint32_t j = 0; j < n; ++j) {
-        if (!taken[j]) {
-            order.push_back(j);
-        }
-    }
-
-    // equal scores: the earlier position first
-    std::stable_sort(order.begin() + n_head, order.end(), [&](uint32_t a, uint32_t b) { return score[a] > score[b]; });
+    refreekv_order_rest(order, score);
 
     return true;
 }

@@ -4,17 +4,15 @@
 #include "policy.h"
 
 #include <algorithm>
-#include <cmath>
 
 bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
     const uint32_t n = attn.n_cells;
 
-    const uint32_t n_head   = refreekv_order_head(params, n, 1, pinned).size();
-    const uint32_t n_budget = std::min<double>(n, params.budget <= 1.0 ? std::ceil(params.budget*n) : params.budget);
+    const uint32_t n_head = refreekv_order_head(params, n, 1, pinned).size();
 
     res.order = refreekv_order_head(params, n, n, pinned);
 
-    res.n_keep = refreekv_cuts(params, n, std::max(n_head, n_budget)).front();
+    res.n_keep = refreekv_cuts(params, n, std::max(n_head, refreekv_budget(params, n))).front();
 
     return true;
 }
