@@ -16,10 +16,11 @@ from refreekv_cpp.errors import (
     UnsupportedModelError,
 )
 from refreekv_cpp.llama import Llama
-from refreekv_cpp.policies import Full, Policy, ReFreeKV, Streaming
+from refreekv_cpp.policies import H2O, Full, Policy, PyramidKV, PythonPolicy, ReFreeKV, SnapKV, Streaming, TopP
 from refreekv_cpp.stats import KVStats
 
 __all__ = [
+    "H2O",
     "CacheMemoryError",
     "CacheStateError",
     "ComputeError",
@@ -28,9 +29,13 @@ __all__ = [
     "Llama",
     "Policy",
     "PolicyError",
+    "PyramidKV",
+    "PythonPolicy",
     "ReFreeKV",
     "RefreeKVError",
+    "SnapKV",
     "Streaming",
+    "TopP",
     "UnsupportedModelError",
 ]
 

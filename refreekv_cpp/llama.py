@@ -30,8 +30,8 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        kv_policy: "full" (upstream's own cache), "refreekv", "paper", "released-code", "streaming", or an object such
-            as `ReFreeKV(threshold=0.4)`; see `refreekv_cpp.policies`. Default: what the environment variable
+        kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, or an
+            object such as `ReFreeKV(threshold=0.4)`; see docs/policies.md. Default: what the environment variable
             REFREEKV_POLICY says, else "full".
         kv_evicted: what happens when the next prompt goes on from a pruned cache, and may ask for what was evicted.
             "recompute": the conversation is read again, so that the new question decides what stays; "drop": it goes on
@@ -119,12 +119,13 @@ class Llama(llama_cpp.Llama):
 
         Raises:
             CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
+            PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
         """
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         before = self.kv_stats
-        n_evicted = native.prune(self._ctx.ctx, _SEQ_ID)
+        n_evicted = self.kv_policy.prune(self._ctx.ctx, _SEQ_ID)
         if self.verbose:
             after = self.kv_stats
             print(

@@ -188,14 +188,34 @@ def read_keys(ctx: Any, seq_id: int, index: int) -> tuple[Floats, Positions]:
     return _read_rows(_lib.refreekv_read_keys, ctx, seq_id, index, info.n_kept, info.n_head_kv)
 
 
-def select(params: Any, attention: Floats) -> npt.NDArray[np.bool_]:
-    """The policy alone, on attention [n_head, n_rows, n_cells] (rows oldest first): which cells it keeps."""
+def read_attention(ctx: Any, seq_id: int, index: int) -> Floats:
+    """What a policy sees of a group, [n_head, n_rows, n_cells]: softmax rows of the ring's queries, oldest first."""
+    shape = ffi.new("int32_t[3]")
+
+    def call(out: Any, n_max: int) -> None:
+        _check(_lib.refreekv_read_attention(_context(ctx), seq_id, index, out, n_max, shape))
+
+    call(ffi.NULL, 0)
+    out = np.empty(tuple(shape), dtype=np.float32)
+    call(ffi.from_buffer("float[]", out), out.size)
+    return out
+
+
+def select(params: Any, attention: Floats, *, layer: int = 0, n_layer: int = 1) -> npt.NDArray[np.bool_]:
+    """The policy alone, on attention [n_head, n_rows, n_cells] (rows oldest first) of a layer: which cells it keeps."""
     attention = np.ascontiguousarray(attention, dtype=np.float32)
     n_head, n_rows, n_cells = attention.shape
     out = np.empty(n_cells, dtype=np.uint8)
     _check(
         _lib.refreekv_select(
-            params, ffi.from_buffer("float[]", attention), n_head, n_rows, n_cells, ffi.from_buffer("uint8_t[]", out)
+            params,
+            ffi.from_buffer("float[]", attention),
+            n_head,
+            n_rows,
+            n_cells,
+            layer,
+            n_layer,
+            ffi.from_buffer("uint8_t[]", out),
         )
     )
     return out.astype(bool)

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from refreekv_cpp import Policy, ReFreeKV, Streaming
+from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP
 
 # the presets with their own constants
 PRESETS: dict[str, Policy] = {
@@ -15,6 +15,10 @@ PRESETS: dict[str, Policy] = {
     "paper": ReFreeKV.paper(),
     "released-code": ReFreeKV.released_code(),
     "streaming": Streaming(),
+    "snapkv": SnapKV(),
+    "h2o": H2O(),
+    "pyramidkv": PyramidKV(),
+    "top-p": TopP(),
 }
 
 # ... and with constants at which each of them takes something out of every tiny model. The random models attend more
@@ -24,8 +28,14 @@ POLICIES: dict[str, Policy] = {
     "paper": ReFreeKV.paper(threshold=0.1, n_full_layers=1),
     "released-code": ReFreeKV.released_code(threshold=0.4),
     "streaming": Streaming(budget=0.3),
+    "snapkv": SnapKV(budget=0.3),
+    "h2o": H2O(budget=0.3),
+    "pyramidkv": PyramidKV(budget=0.4),
+    "top-p": TopP(p=0.5),
     "score-norm-mean": ReFreeKV(measure="norm", rows="mean", threshold=0.02, n_window=32, n_pool=7),
     "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
+    "snapkv-mean": SnapKV(budget=300, pooling="mean", n_window=16, n_pool=5),
+    "pyramidkv-gentle": PyramidKV(budget=0.6, beta=2),
     "position-mass-worst": ReFreeKV(ranking="position", threshold=0.8, n_sink=1),
 }
 

@@ -1,7 +1,8 @@
 """What native/ and llama.cpp are held against: the method and the model, written down a second time.
 
 NumPy in double precision, loops where they read better than arrays, and nothing taken from the C++. The method is that
-of arXiv 2502.16886, section 3, with the variants that `refreekv_cpp.policies.ReFreeKV` describes.
+of arXiv 2502.16886, section 3, with the variants that `refreekv_cpp.policies.ReFreeKV` describes; its rivals are what
+docs/policies.md says of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from refreekv_cpp import Policy, ReFreeKV, Streaming
+from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP
 
 Array = npt.NDArray[np.float64]
 
@@ -33,19 +34,31 @@ class Selection:
     counts: list[int]  # how many of them may stay, ascending
     n_keep: int  # how many do
     losses: Array | None = None  # losses[k]: the part of the measure that is lost when order[:k] stays
-    scores: Array | None = None  # by which the score ranking sorts
+    scores: Array | None = None  # by which a ranking sorts
+    threshold: float = 0.0  # what may be lost
 
     @property
     def kept(self) -> list[int]:
         return sorted(self.order[: self.n_keep])
 
 
-def select(policy: Policy, attention: Array, n_block: int) -> Selection:
-    """The policy on attention rows [n_head, n_rows, n_cells], rows oldest first."""
+def select(policy: Policy, attention: Array, n_block: int, layer: int = 0, n_layer: int = 1) -> Selection:
+    """The policy on attention rows [n_head, n_rows, n_cells] of a layer, rows oldest first."""
+    n_cells = attention.shape[2]
     if isinstance(policy, Streaming):
-        return select_streaming(policy, attention.shape[2], n_block)
+        return select_streaming(policy, n_cells, n_block)
+
+    attention = np.asarray(attention, dtype=np.float64)
+    if isinstance(policy, PyramidKV):
+        return select_snapkv(policy, attention, pyramid_budget(policy, n_cells, layer, n_layer), n_block)
+    if isinstance(policy, SnapKV):
+        return select_snapkv(policy, attention, cells_of(policy.budget, n_cells), n_block)
+    if isinstance(policy, H2O):
+        return select_h2o(policy, attention, n_block)
+    if isinstance(policy, TopP):
+        return select_top_p(policy, attention, n_block)
     assert isinstance(policy, ReFreeKV)
-    return select_refreekv(policy, np.asarray(attention, dtype=np.float64), n_block)
+    return select_refreekv(policy, attention, n_block)
 
 
 def select_refreekv(policy: ReFreeKV, attention: Array, n_block: int) -> Selection:
@@ -58,24 +71,83 @@ def select_refreekv(policy: ReFreeKV, attention: Array, n_block: int) -> Selecti
     else:
         scores = pooled_scores(attention, policy.n_pool)
         first = sinks_then_latest(n_cells, policy.n_sink, policy.n_recent)
-        rest = sorted(set(range(n_cells)) - set(first))
-        order = first + sorted(rest, key=lambda cell: (-scores[cell], cell))  # of equals the earlier
+        order = by_score(first, scores)
 
     losses = prefix_losses(policy, attention, order)
     counts = allowed_counts(n_cells, max(1, len(first)), n_block)
 
     # the shortest prefix that loses no more than the threshold, rounded up to a count that is allowed
     shortest = min(k for k in range(n_cells + 1) if losses[k] <= policy.threshold)
-    return Selection(order, counts, min(count for count in counts if count >= shortest), losses, scores)
+    n_keep = min(count for count in counts if count >= shortest)
+    return Selection(order, counts, n_keep, losses, scores, policy.threshold)
 
 
 def select_streaming(policy: Streaming, n_cells: int, n_block: int) -> Selection:
-    budget = Fraction(str(policy.budget))  # as written: 0.4 of 1000 is 400
-    n_budget = math.ceil(budget * n_cells) if budget <= 1 else int(budget)
+    n_budget = cells_of(policy.budget, n_cells)
     n_first = len(sinks_then_latest(n_cells, policy.n_sink, n_recent=1))
     order = sinks_then_latest(n_cells, policy.n_sink, n_recent=n_cells)
     counts = allowed_counts(n_cells, max(n_first, n_budget), n_block)
     return Selection(order, counts, counts[0])
+
+
+def select_snapkv(policy: SnapKV, attention: Array, n_budget: int, n_block: int) -> Selection:
+    n_cells = attention.shape[2]
+    n_before = max(0, n_cells - policy.n_window)  # cells before the window
+    mean = attention.mean(axis=(0, 1))[:n_before]
+    reach = policy.n_pool // 2
+    scores = np.zeros(n_cells)
+    for cell in range(n_before):
+        near = mean[max(0, cell - reach) : cell + reach + 1]
+        scores[cell] = near.max() if policy.pooling == "max" else near.sum() / policy.n_pool
+    return select_the_best(sinks_then_latest(n_cells, 0, policy.n_window), scores, n_budget, n_block)
+
+
+def pyramid_budget(policy: PyramidKV, n_cells: int, layer: int, n_layer: int) -> int:
+    n_window = min(policy.n_window, n_cells)
+    mean = Fraction(max(0, cells_of(policy.budget, n_cells) - n_window))
+    last = mean / policy.beta
+    first = 2 * mean - last
+    if first > n_cells - n_window:
+        first = Fraction(n_cells - n_window)
+        last = 2 * mean - first
+    way_down = Fraction(layer, n_layer - 1) if n_layer > 1 else Fraction(1, 2)
+    return n_window + math.ceil(first + (last - first) * way_down)
+
+
+def select_h2o(policy: H2O, attention: Array, n_block: int) -> Selection:
+    n_cells = attention.shape[2]
+    n_budget = cells_of(policy.budget, n_cells)
+    recent = sinks_then_latest(n_cells, 0, max(1, n_budget // 2))
+    return select_the_best(recent, attention.sum(axis=1).mean(axis=0), n_budget, n_block)
+
+
+def select_the_best(first: list[int], scores: Array, n_budget: int, n_block: int) -> Selection:
+    counts = allowed_counts(len(scores), max(len(first), n_budget), n_block)
+    return Selection(by_score(first, scores), counts, counts[0], scores=scores)
+
+
+def select_top_p(policy: TopP, attention: Array, n_block: int) -> Selection:
+    n_cells = attention.shape[2]
+    scores = attention.mean(axis=(0, 1))
+    first = sinks_then_latest(n_cells, 0, policy.n_window)
+    order = by_score(first, scores)
+    mass = np.concatenate([[0], np.cumsum(scores[order])])
+    losses = lost_part(mass, 0)
+    threshold = float(1 - Fraction(str(policy.p)))
+    counts = allowed_counts(n_cells, len(first), n_block)
+    n_keep = min(count for count in counts if losses[count] <= threshold)
+    return Selection(order, counts, n_keep, losses, scores, threshold)
+
+
+def cells_of(budget: float, n_cells: int) -> int:
+    as_written = Fraction(str(budget))  # 0.07 of 100 is 7
+    return min(n_cells, math.ceil(as_written * n_cells) if as_written <= 1 else int(as_written))
+
+
+def by_score(first: list[int], scores: Array) -> list[int]:
+    """These cells, then the rest, the highest score first; of equals the earlier."""
+    rest = sorted(set(range(len(scores))) - set(first))
+    return first + sorted(rest, key=lambda cell: (-scores[cell], cell))
 
 
 def sinks_then_latest(n_cells: int, n_sink: int, n_recent: int) -> list[int]:

@@ -13,7 +13,21 @@ from policies import POLICIES, PRESETS
 from support import ctx_of, feed, kept, load
 from tiny import N_SPECIAL, random_tokens
 
-from refreekv_cpp import CacheStateError, Full, Llama, PolicyError, ReFreeKV, RefreeKVError, Streaming, native
+from refreekv_cpp import (
+    H2O,
+    CacheStateError,
+    Full,
+    Llama,
+    Policy,
+    PolicyError,
+    PyramidKV,
+    ReFreeKV,
+    RefreeKVError,
+    SnapKV,
+    Streaming,
+    TopP,
+    native,
+)
 from refreekv_cpp.policies import REGISTRY, as_policy
 
 import llama_cpp  # isort: skip
@@ -41,7 +55,8 @@ def generate(llm: Llama, tokens: list[int], n: int = 6, **options: Any) -> list[
     [
         ({"kv_policy": "refrekv"}, PolicyError, "did you mean 'refreekv'"),
         ({"kv_policy": "released_code"}, PolicyError, "did you mean 'released-code'"),
-        ({"kv_policy": "h2o"}, PolicyError, "valid are 'full', 'refreekv'"),
+        ({"kv_policy": "h3o"}, PolicyError, "did you mean 'h2o'"),
+        ({"kv_policy": "xyzzy"}, PolicyError, "valid are 'full', 'refreekv'"),
         ({"kv_policy": 5}, PolicyError, "kv_policy=5: unknown"),
         ({"kv_evicted": "dorp"}, PolicyError, "kv_evicted='dorp': valid are 'recompute', 'drop'"),
         ({"kv_polcy": "refreekv"}, TypeError, "'kv_polcy', did you mean 'kv_policy'"),
@@ -82,6 +97,22 @@ def test_unknown_options_name_the_nearest_valid(
         (ReFreeKV, {"n_min": -1}, "n_min=-1: must not be negative"),
         (Streaming, {"budget": 0}, "budget=0"),
         (Streaming, {"n_sink": -1}, "n_sink=-1"),
+        (SnapKV, {"budget": -0.5}, "budget=-0.5: valid are a fraction"),
+        (SnapKV, {"budget": float("nan")}, "budget=nan: valid are a fraction"),
+        (SnapKV, {"budget": "0.5"}, "budget='0.5': must be a number"),
+        (SnapKV, {"n_window": 0}, "n_window=0: valid are 1 to 256"),
+        (SnapKV, {"n_pool": 6}, "n_pool=6: must be odd"),
+        (SnapKV, {"pooling": "avg"}, "pooling='avg': valid are 'mean', 'max'"),
+        (SnapKV, {"n_min": -1}, "n_min=-1: must not be negative"),
+        (SnapKV, {"beta": 5}, "SnapKV has no option 'beta'"),
+        (PyramidKV, {"beta": 0}, "beta=0: must be 1 or more"),
+        (PyramidKV, {"beta": 1.5}, "beta=1.5: must be a number of type int"),
+        (PyramidKV, {"budget": 0}, "budget=0: valid are a fraction"),
+        (H2O, {"budget": 0}, "budget=0: valid are a fraction"),
+        (H2O, {"n_window": 257}, "n_window=257: valid are 1 to 256"),
+        (TopP, {"p": 0}, "p=0: valid are above 0"),
+        (TopP, {"p": 1.01}, "p=1.01: valid are above 0"),
+        (TopP, {"budget": 0.5}, "TopP has no option 'budget'; valid are p, n_window, n_min"),
     ],
     ids=lambda value: getattr(value, "__qualname__", None) or str(value),
 )
@@ -101,6 +132,9 @@ def test_policies_refuse_what_they_cannot_do(policy: Any, options: dict[str, Any
         ("n_window", 257),
         ("n_block", 0),
         ("threshold", 1.1),
+        ("pooling", 2),
+        ("beta", 0),
+        ("top_p", 0),
     ],
 )
 def test_the_native_side_checks_too(field: str, value: float) -> None:
@@ -109,6 +143,19 @@ def test_the_native_side_checks_too(field: str, value: float) -> None:
         pass
     with pytest.raises(PolicyError, match=f"^{field}: "):
         native.select(params, np.ones((1, 1, 8), dtype=np.float32))
+
+
+@pytest.mark.parametrize("policy", [Streaming(), SnapKV(), H2O(), PyramidKV()], ids=lambda policy: policy.name)
+def test_the_native_side_checks_budgets_too(policy: Policy) -> None:
+    params = native.make_params(**{**policy.native_options(), "budget": 0})
+    with pytest.raises(PolicyError, match=r"^budget: "), native.next_context(params):
+        pass
+
+
+def test_the_native_side_checks_layers() -> None:
+    params = native.make_params(**PyramidKV().native_options())
+    with pytest.raises(PolicyError, match="i_layer: valid are 0 to"):
+        native.select(params, np.ones((1, 1, 8), dtype=np.float32), layer=2, n_layer=2)
 
 
 def test_the_defaults_of_both_sides_agree() -> None:

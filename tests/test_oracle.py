@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +16,23 @@ from policies import COMBINATIONS, POLICIES, PRESETS
 from support import F16, Q8_0, ctx_of, load
 from tiny import random_tokens
 
-from refreekv_cpp import Policy, ReFreeKV, Streaming, native
+from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP, native
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def assert_selected(
-    kept: npt.NDArray[np.bool_], expected: reference.Selection, policy: Policy, tolerance: float
-) -> None:
+def assert_selected(kept: npt.NDArray[np.bool_], expected: reference.Selection, tolerance: float) -> None:
     """The kept set is the expected one; where a decision hangs on less than the tolerance, it may fall either way."""
     n_keep = int(kept.sum())
     if n_keep == expected.n_keep and np.flatnonzero(kept).tolist() == expected.kept:
         return
 
-    assert isinstance(policy, ReFreeKV), "streaming computes nothing that could be inexact"
     assert n_keep in expected.counts
-    assert expected.losses is not None
+    assert n_keep == expected.n_keep or expected.losses is not None, "a fixed budget is exact"
     low, high = sorted((n_keep, expected.n_keep))
     for count in expected.counts:
         if low <= count < high:
-            assert expected.losses[count] == pytest.approx(policy.threshold, abs=tolerance), (
+            assert expected.losses[count] == pytest.approx(expected.threshold, abs=tolerance), (
                 f"{n_keep} cells are kept, {expected.n_keep} expected"
             )
 
@@ -52,7 +50,7 @@ def test_the_comparison_notices_what_is_wrong() -> None:
     expected = reference.select(policy, attention, 1)
     right = np.zeros(attention.shape[2], dtype=bool)
     right[expected.kept] = True
-    assert_selected(right, expected, policy, 1e-5)
+    assert_selected(right, expected, 1e-5)
 
     one_more, one_less, another = right.copy(), right.copy(), right.copy()
     one_more[expected.order[expected.n_keep]] = True
@@ -61,7 +59,7 @@ def test_the_comparison_notices_what_is_wrong() -> None:
     another[expected.order[-1]] = True
     for wrong in (one_more, one_less, another):
         with pytest.raises(AssertionError):
-            assert_selected(wrong, expected, policy, 1e-5)
+            assert_selected(wrong, expected, 1e-5)
 
 
 # -- on attention that is given ----------------------------------------------------------------------------------------
@@ -86,10 +84,12 @@ def random_attention(seed: int, *, n_head: int = 3, n_rows: int = 64, n_cells: i
     return np.array(heads, dtype=np.float32)
 
 
-def native_select(policy: Policy, attention: npt.NDArray[np.float32], n_block: int) -> npt.NDArray[np.bool_]:
+def native_select(
+    policy: Policy, attention: npt.NDArray[np.float32], n_block: int, **layers: int
+) -> npt.NDArray[np.bool_]:
     options = policy.native_options()
     assert options is not None
-    return native.select(native.make_params(**options, n_block=n_block), attention)
+    return native.select(native.make_params(**options, n_block=n_block), attention, **layers)
 
 
 @pytest.mark.parametrize("n_block", [1, 32, 256])
@@ -100,7 +100,7 @@ def test_every_combination_selects_by_definition(name: str, n_block: int) -> Non
         policy = replace(COMBINATIONS[name], threshold=threshold)
         attention = random_attention(seed)
         expected = reference.select(policy, attention, n_block)
-        assert_selected(native_select(policy, attention, n_block), expected, policy, TOLERANCE)
+        assert_selected(native_select(policy, attention, n_block), expected, TOLERANCE)
         n_kept.add(expected.n_keep)
     # of the three counts that blocks of 256 leave, the strictest rules allow one
     assert len(n_kept) > 1 or n_block == 256, "the thresholds make no difference: nothing was tested"
@@ -113,8 +113,8 @@ def test_every_combination_selects_by_definition(name: str, n_block: int) -> Non
 def test_presets_select_by_definition(policy: Policy, n_block: int) -> None:
     for seed in range(3):
         attention = random_attention(seed, n_rows=getattr(policy, "n_window", 1))
-        expected = reference.select(policy, attention, n_block)
-        assert_selected(native_select(policy, attention, n_block), expected, policy, TOLERANCE)
+        expected = reference.select(policy, attention, n_block, seed, 3)
+        assert_selected(native_select(policy, attention, n_block, layer=seed, n_layer=3), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_options_at_their_limits(name: str, options: dict[str, float]) -> None:
     attention = random_attention(7)
     for n_block in (1, 256):
         expected = reference.select(policy, attention, n_block)
-        assert_selected(native_select(policy, attention, n_block), expected, policy, TOLERANCE)
+        assert_selected(native_select(policy, attention, n_block), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("n_cells", [1, 2, 4, 5, 36, 37, 63, 64, 65, 255, 256, 257, 511, 512, 513])
@@ -150,7 +150,7 @@ def test_prompts_of_any_length(name: str, n_cells: int) -> None:
     attention = random_attention(n_cells, n_cells=n_cells)
     for n_block in (1, 256):
         expected = reference.select(POLICIES[name], attention, n_block)
-        assert_selected(native_select(POLICIES[name], attention, n_block), expected, POLICIES[name], TOLERANCE)
+        assert_selected(native_select(POLICIES[name], attention, n_block), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -160,18 +160,84 @@ def test_rows_that_look_at_the_sinks_only(name: str) -> None:
     attention[:, :, :4] = 0.25
     policy = COMBINATIONS[name]
     expected = reference.select(policy, attention, 1)
-    assert_selected(native_select(policy, attention, 1), expected, policy, TOLERANCE)
+    assert_selected(native_select(policy, attention, 1), expected, TOLERANCE)
     n_first = 5 if policy.ranking == "position" else 36
     assert expected.n_keep == n_first
 
 
 @pytest.mark.parametrize("n_block", [1, 256])
-@pytest.mark.parametrize("budget", [0.001, 0.25, 0.4, 0.5, 1.0, 2, 300, 5000])
-def test_streaming_keeps_its_budget(budget: float, n_block: int) -> None:
-    policy = Streaming(budget=budget)
-    attention = random_attention(0, n_rows=1)
+@pytest.mark.parametrize("budget", [0.001, 0.07, 0.25, 0.4, 0.5, 1.0, 2, 300, 5000])
+@pytest.mark.parametrize("kind", [Streaming, SnapKV, H2O, PyramidKV], ids=lambda kind: kind.__name__)
+def test_fixed_budgets_are_kept(kind: type[Policy], budget: float, n_block: int) -> None:
+    policy = kind(budget=budget)
+    attention = random_attention(0, n_rows=32)
     expected = reference.select(policy, attention, n_block)
-    assert_selected(native_select(policy, attention, n_block), expected, policy, TOLERANCE)
+    kept = native_select(policy, attention, n_block)
+    assert_selected(kept, expected, TOLERANCE)
+    n_kept = {0.07: 49, 0.25: 175, 0.4: 280, 0.5: 350, 1.0: 700, 300: 300, 5000: 700}
+    if n_block == 1 and budget in n_kept:  # below these, what always stays is more
+        assert kept.sum() == n_kept[budget]
+
+
+@pytest.mark.parametrize("beta", [1, 2, 20, 1000])
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.4, 0.5, 0.51, 0.9, 1.0, 40])
+def test_pyramids_have_the_budget_as_their_mean(budget: float, beta: int) -> None:
+    policy = PyramidKV(budget=budget, beta=beta)
+    n_layer = 12
+    n_kept = []
+    for layer in range(n_layer):
+        attention = random_attention(layer, n_rows=32)
+        expected = reference.select(policy, attention, 1, layer, n_layer)
+        kept = native_select(policy, attention, 1, layer=layer, n_layer=n_layer)
+        assert_selected(kept, expected, TOLERANCE)
+        n_kept.append(int(kept.sum()))
+    mean = max(32, 700 * budget if budget <= 1 else budget)
+    assert mean <= np.mean(n_kept) < mean + 1  # each layer's is rounded up
+    steps = -np.diff(n_kept)
+    assert min(steps) >= 0
+    assert max(steps) - min(steps) <= 1
+    if beta == 1:
+        assert max(n_kept) == min(n_kept)
+    elif budget == 0.4:
+        slope = min(2 * 248 - 248 / beta, 668)  # 668 cells lie before the window, 248 of the 280 are for them
+        assert n_kept[0] == 32 + math.ceil(slope)
+        assert n_kept[-1] == 32 + math.ceil(2 * 248 - slope)
+
+
+@pytest.mark.parametrize("n_block", [1, 256])
+@pytest.mark.parametrize("p", [1e-6, 0.2, 0.5, 0.9, 0.99, 1.0])
+def test_the_nucleus_has_its_mass(p: float, n_block: int) -> None:
+    policy = TopP(p=p)
+    for seed in range(3):
+        attention = random_attention(seed, n_rows=32)
+        expected = reference.select(policy, attention, n_block)
+        kept = native_select(policy, attention, n_block)
+        assert_selected(kept, expected, TOLERANCE)
+        assert attention[:, :, kept].sum(axis=2).mean() >= p - 1e-6
+        assert kept.all() == (p == 1) or n_block > 1
+
+
+def test_attention_that_the_models_own_sinks_take_does_not_count() -> None:
+    # the rows of such a model sum to less than 1
+    attention = random_attention(5, n_rows=32)
+    np.testing.assert_array_equal(native_select(TopP(), attention / 8, 1), native_select(TopP(), attention, 1))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_attention_within_the_window_is_not_pooled_into_the_cells_before(pooling: str) -> None:
+    # the window's first cell is looked at most of all; its neighbours before the window are not
+    attention = np.full((2, 32, 400), 1e-4, dtype=np.float32)
+    attention[:, :, 368] = 0.9
+    attention[:, :, 100] = 0.01
+    kept = np.flatnonzero(native_select(SnapKV(budget=39, pooling=pooling), attention, 1)).tolist()
+    assert kept == [*range(97, 104), *range(368, 400)]
+
+
+def test_heavy_hitters_of_the_recent_half_do_not_count_twice() -> None:
+    attention = np.full((1, 4, 100), 1e-3, dtype=np.float32)
+    attention[:, :, [10, 20, 95]] = 0.2
+    kept = np.flatnonzero(native_select(H2O(budget=12), attention, 1)).tolist()
+    assert kept == [0, 1, 2, 3, 10, 20, *range(94, 100)]
 
 
 def test_equal_scores_keep_the_earlier_cell() -> None:
@@ -222,7 +288,9 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
     """Prunes; returns how many cells each layer kept."""
     n_layer = native.stats(ctx_of(llm)).n_group
     before = [native.kept(ctx_of(llm), 0, layer) for layer in range(n_layer)]
-    expected = [reference.select(policy, attention_of(llm, layer, type_k), n_block=256) for layer in range(n_layer)]
+    expected = [
+        reference.select(policy, attention_of(llm, layer, type_k), 256, layer, n_layer) for layer in range(n_layer)
+    ]
 
     n_evicted = llm.prune_kv()
 
@@ -234,7 +302,7 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
         if layer < n_full_layers:
             assert kept.all()
         else:
-            assert_selected(kept, expected[layer], policy, MODEL_TOLERANCE)
+            assert_selected(kept, expected[layer], MODEL_TOLERANCE)
     assert n_evicted == sum(map(len, before)) - sum(n_kept)
     return n_kept
 
@@ -259,12 +327,12 @@ def test_a_pruned_cache_is_pruned_again_by_definition(tiny_model: Path, name: st
     llm.prune_kv()
     llm.eval(random_tokens(601, seed=1)[1:])
     n_kept = assert_prunes_by_definition(llm, policy, F16)
-    assert len(set(n_kept)) > 1 or name == "streaming"
+    assert len(set(n_kept)) > 1 or name in ("streaming", "snapkv", "snapkv-mean", "h2o"), "layers that need the same"
 
 
-def test_a_layer_too_large_for_one_graph(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("policy", [ReFreeKV(n_window=256, threshold=0.6), H2O()], ids=["max", "mean"])
+def test_a_layer_too_large_for_one_graph(tiny: Callable[[str], Path], policy: Policy) -> None:
     # 40 heads of 256 queries over 2048 cells: 80 MiB of attention, which goes slice by slice
-    policy = ReFreeKV(n_window=256, threshold=0.6)
     llm = load(tiny("many-heads"), policy)
     llm.eval(random_tokens(1800))
     assert min(assert_prunes_by_definition(llm, policy, F16)) < 1800

@@ -1,6 +1,7 @@
 """KV policies: which cells of the cache stay once the prompt has been read.
 
-A policy is one file here (its parameters), one in native/policies (its work), and one line in `REGISTRY`.
+A policy is one file here (its parameters), one in native/policies (its work), and one line in `REGISTRY`; or a
+subclass of `PythonPolicy`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,27 @@ from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies.base import Policy
 from refreekv_cpp.policies.full import Full
+from refreekv_cpp.policies.h2o import H2O
+from refreekv_cpp.policies.pyramidkv import PyramidKV
+from refreekv_cpp.policies.python import PythonPolicy
 from refreekv_cpp.policies.refreekv import ReFreeKV
+from refreekv_cpp.policies.snapkv import SnapKV
 from refreekv_cpp.policies.streaming import Streaming
+from refreekv_cpp.policies.top_p import TopP
 
-__all__ = ["REGISTRY", "Full", "Policy", "ReFreeKV", "Streaming", "as_policy"]
+__all__ = [
+    "H2O",
+    "REGISTRY",
+    "Full",
+    "Policy",
+    "PyramidKV",
+    "PythonPolicy",
+    "ReFreeKV",
+    "SnapKV",
+    "Streaming",
+    "TopP",
+    "as_policy",
+]
 
 REGISTRY: dict[str, Callable[[], Policy]] = {
     "full": Full,
@@ -23,6 +41,10 @@ REGISTRY: dict[str, Callable[[], Policy]] = {
     "paper": ReFreeKV.paper,
     "released-code": ReFreeKV.released_code,
     "streaming": Streaming,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "pyramidkv": PyramidKV,
+    "top-p": TopP,
 }
 
 

@@ -1,4 +1,4 @@
-"""What a KV policy is to Python: parameters. The work is done in native/policies."""
+"""What a KV policy is to Python: parameters. The work is done in native/policies, but for a `PythonPolicy`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from refreekv_cpp import native
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import PolicyError
 
@@ -50,6 +51,14 @@ class Policy(ABC):
     @abstractmethod
     def native_options(self) -> dict[str, Any] | None:
         """The fields of `refreekv_params` (native/refreekv.h) it sets; None: upstream's own cache."""
+
+    def prune(self, ctx: Any, seq_id: int) -> int:
+        """Apply it to a sequence of a context that was created with it. Returns the cells evicted, over all layers.
+
+        Raises:
+            CacheStateError: the last query of the sequence is not there any more.
+        """
+        return native.prune(ctx, seq_id)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

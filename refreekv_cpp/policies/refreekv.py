@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
+from refreekv_cpp.policies._checks import check_choice, check_not_negative, check_pool, check_window
 from refreekv_cpp.policies.base import Policy
 
 Ranking = Literal["position", "score"]
@@ -74,21 +75,15 @@ class ReFreeKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, valid in _CHOICES.items():
-            value = getattr(self, option)
-            if value not in valid:
-                raise PolicyError(f"{option}={value!r}: valid are {', '.join(map(repr, valid))}")
+            check_choice(self, option, valid)
         for option in ("threshold", "mass_floor"):
             if not 0 <= getattr(self, option) <= 1:
                 raise PolicyError(f"{option}={getattr(self, option)}: valid are 0 to 1")
-        if not 1 <= self.n_window <= 256:
-            raise PolicyError(f"n_window={self.n_window}: valid are 1 to 256")
-        if self.n_pool < 1 or self.n_pool % 2 == 0:
-            raise PolicyError(f"n_pool={self.n_pool}: must be odd and positive")
+        check_window(self.n_window)
+        check_pool(self.n_pool)
+        check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
         if self.induction is not None and not 0 <= self.induction <= 1:
             raise PolicyError(f"induction={self.induction}: valid are 0 to 1, and None")
-        for option in ("n_sink", "n_recent", "n_full_layers", "n_min"):
-            if getattr(self, option) < 0:
-                raise PolicyError(f"{option}={getattr(self, option)}: must not be negative")
 
     @property
     def name(self) -> str:

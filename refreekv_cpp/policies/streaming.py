@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
+from refreekv_cpp.policies._checks import check_budget, check_not_negative
 from refreekv_cpp.policies.base import Policy
 
 
@@ -24,11 +24,8 @@ class Streaming(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.budget > 0:
-            raise PolicyError(f"budget={self.budget}: valid are a fraction in (0, 1] or a number of cells above 1")
-        for option in ("n_sink", "n_min"):
-            if getattr(self, option) < 0:
-                raise PolicyError(f"{option}={getattr(self, option)}: must not be negative")
+        check_budget(self.budget)
+        check_not_negative(self, "n_sink", "n_min")
 
     @property
     def name(self) -> str:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from refreekv_cpp import native
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.policies._checks import check_not_negative, check_window
+from refreekv_cpp.policies.base import Policy
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonPolicy(Policy):
+    """A policy of your own, written with NumPy: subclass it and define `select`. The attention is computed as for every
+    other policy and handed over as a whole, so it is slower than one in native/policies.
+
+    A subclass that has parameters is a frozen dataclass, as this one.
+
+    Args:
+        n_window: queries that are looked at, 1 to 256 (the last ones of the prompt).
+        n_min: prompts shorter than this many tokens are left whole.
+    """
+
+    n_block: ClassVar[int] = native.make_params().n_block
+    """Cells leave a layer in multiples of this."""
+
+    n_window: int = 32
+    n_min: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.n_window)
+        check_not_negative(self, "n_min")
+
+    @abstractmethod
+    def select(self, attention: native.Floats, positions: native.Positions, layer: int) -> Mask:
+        """Which cells of a layer stay: bool [n_cells], at least one of them.
+
+        What is left out is rounded down to whole blocks of `n_block`: the last ones of it stay, too. A policy that
+        has a better choice leaves out whole blocks itself.
+
+        Args:
+            attention: softmax rows of the last queries, oldest first: [n_head, n_rows, n_cells]. n_rows is n_window, or
+                less where there are not so many queries.
+            positions: of the cells, ascending: [n_cells].
+            layer: its number in the model.
+        """
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def native_options(self) -> dict[str, Any]:
+        return {"policy": native.enum_value("POLICY_CALLER"), "n_window": self.n_window, "n_min": self.n_min}
+
+    def prune(self, ctx: Any, seq_id: int) -> int:
+        """As of every policy. Nothing is evicted before `select` has answered for all layers.
+
+        Raises:
+            PolicyError: `select` did not return a mask of the cells, or one that keeps none.
+        """
+        kept = {}
+        for index in range(native.stats(ctx).n_group):
+            positions = native.kept(ctx, seq_id, index)
+            if len(positions) >= max(1, self.n_min):
+                layer = native.group(ctx, index).il
+                attention = native.read_attention(ctx, seq_id, index)
+                mask = self._checked(self.select(attention, positions.copy(), layer), len(positions), layer)
+                kept[layer] = positions[self._in_blocks(mask)]
+        return sum(native.keep(ctx, seq_id, layer, positions) for layer, positions in kept.items())
+
+    def _checked(self, answer: Mask, n_cells: int, layer: int) -> Mask:
+        mask: Mask = np.asarray(answer)
+        if mask.dtype != np.bool_ or mask.shape != (n_cells,):
+            raise PolicyError(
+                f"{self.name}.select: layer {layer}: valid is an array of bool, shape ({n_cells},); "
+                f"this is one of {mask.dtype}, shape {mask.shape}"
+            )
+        if not mask.any():
+            raise PolicyError(f"{self.name}.select: layer {layer}: at least one cell has to stay")
+        return mask
+
+    def _in_blocks(self, mask: Mask) -> Mask:
+        left_out = np.flatnonzero(~mask)
+        res = mask.copy()
+        res[left_out[len(left_out) - len(left_out) % self.n_block :]] = True
+        return res
