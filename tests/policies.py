@@ -31,7 +31,7 @@ POLICIES: dict[str, Policy] = {
     "snapkv": SnapKV(budget=0.3),
     "h2o": H2O(budget=0.3),
     "pyramidkv": PyramidKV(budget=0.4),
-    "top-p": TopP(p=0.5),
+    "top-p": TopP(p=0.8),
     "score-norm-mean": ReFreeKV(measure="norm", rows="mean", threshold=0.02, n_window=32, n_pool=7),
     "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
     "snapkv-mean": SnapKV(budget=300, pooling="mean", n_window=16, n_pool=5),

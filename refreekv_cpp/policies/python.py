@@ -88,6 +88,6 @@ class PythonPolicy(Policy):
 
     def _in_blocks(self, mask: Mask) -> Mask:
         left_out = np.flatnonzero(~mask)
-        res = mask.copy()
+        res: Mask = mask.copy()
         res[left_out[len(left_out) - len(left_out) % self.n_block :]] = True
         return res
