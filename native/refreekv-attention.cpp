@@ -253,14 +253,15 @@ bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
 }
 
 bool refreekv_attention_graph::read(float * out) {
-    std::vector<float> row(in.n_kv);
+    std::vector<float> by_slot;
 
     return for_each_slice([&]() {
-        for (int64_t l = 0; l < softmax.out->ne[1]*softmax.out->ne[2]; ++l) {
-            ggml_backend_tensor_get(softmax.out, row.data(), l*softmax.out->nb[1], row.size()*sizeof(float));
+        by_slot.clear();
+        refreekv_append(by_slot, softmax.out);
 
+        for (size_t first = 0; first < by_slot.size(); first += in.n_kv) {
             for (uint32_t j = 0; j < n_cells; ++j) {
-                *out++ = row[in.slots[j]];
+                *out++ = by_slot[first + in.slots[j]];
             }
         }
         return true;

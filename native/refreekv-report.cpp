@@ -160,7 +160,9 @@ int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float *
     return list.size();
 }
 
-int32_t refreekv_store::read_attention(llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) const {
+int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+    this->lctx = lctx;
+
     const auto & g    = groups[i_group];
     const auto   list = held_cells(seq_id, g);
 

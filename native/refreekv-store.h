@@ -175,7 +175,7 @@ public:
     int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
 
     // a refreekv_status
-    int32_t read_attention(llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) const;
+    int32_t read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape);
 
     // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
     void prune_read(llama_context * lctx);

@@ -323,7 +323,7 @@ int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id,
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_attention(seq_id, i_group, out, n_max, shape); });
+    return refreekv_guard([&]() { return store->read_attention(ctx, seq_id, i_group, out, n_max, shape); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {

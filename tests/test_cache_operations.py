@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from policies import Debug
+from policies import POLICIES, Debug
 from support import CACHE_TYPES, F32, Sequences, ctx_of, feed, kept, load, logits
 from tiny import random_tokens
 
@@ -309,6 +309,19 @@ def test_a_part_of_a_whole_sequence_can_be_copied(tiny_model: Path, unified: Seq
     unified.read(0, PROMPT)
     unified.copy(0, 1, 0, 500)
     assert_alike(unified.read(1, MORE), alone.read(0, MORE))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_policy_evicts_what_another_sequence_needs(tiny_model: Path, name: str) -> None:
+    sequences = Sequences(tiny_model, POLICIES[name])
+    tokens = random_tokens(1600)
+    sequences.read(0, tokens[:600])
+    sequences.copy(0, 1)
+    sequences.read(0, tokens[600:])
+    assert prune(sequences, 0) > 0
+    for layer in sequences.kept(0):
+        assert layer[:600] == list(range(600))
+    assert sequences.kept(1) == [list(range(600))] * 4
 
 
 def test_cells_that_another_sequence_needs_stay(unified: Sequences) -> None:

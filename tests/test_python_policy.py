@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from support import F16, F32, Q8_0, ctx_of, feed, kept, load
+from support import F16, F32, Q8_0, Sequences, ctx_of, feed, kept, load
 from test_llama import N_PROMPT, PROMPT, QUESTION, generate
 from test_oracle import CONTEXTS, MODEL_TOLERANCE, attention_of
 from tiny import random_tokens
@@ -149,6 +149,21 @@ def test_the_attention_of_a_layer_too_large_for_one_graph(tiny: Callable[[str], 
     np.testing.assert_allclose(attention, attention_of(llm, 0, F16), atol=MODEL_TOLERANCE)
 
 
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_the_attention_of_one_sequence_among_others(tiny_model: Path, kv_unified: bool) -> None:
+    # their tokens come in turn, so that the slots of a sequence are not those of its positions
+    sequences = Sequences(tiny_model, PythonStreaming(n_window=40), kv_unified=kv_unified)
+    for i in range(3):
+        sequences.read_together({seq_id: random_tokens(150, seed=10 * i + seq_id) for seq_id in range(2)})
+    for seq_id in range(2):
+        queries, query_pos = native.read_queries(sequences.ctx, seq_id, 2)
+        keys, key_pos = native.read_keys(sequences.ctx, seq_id, 2)
+        expected = reference.attention_rows(queries, query_pos, keys, key_pos, native.group(sequences.ctx, 2).kq_scale)
+        attention = native.read_attention(sequences.ctx, seq_id, 2)
+        assert attention.shape == (4, 40, 450)
+        np.testing.assert_allclose(attention, expected, atol=MODEL_TOLERANCE)
+
+
 def test_the_policy_gets_attention_positions_and_layer(tiny_model: Path) -> None:
     seen = []
 
@@ -273,6 +288,15 @@ def test_a_cache_whose_last_query_is_gone_is_not_judged(tiny_model: Path) -> Non
     llm.n_tokens = 600
     with pytest.raises(CacheStateError, match="the last query of sequence 0 is not there any more"):
         llm.prune_kv()
+
+
+@pytest.mark.parametrize("policy", [ReFreeKV(), PythonStreaming()], ids=lambda policy: policy.name)
+def test_a_restored_cache_has_no_queries_to_judge_by(tiny_model: Path, policy: Policy) -> None:
+    before, after = load(tiny_model, policy), load(tiny_model, policy)
+    before.eval(PROMPT)
+    after.load_state(before.save_state())
+    with pytest.raises(CacheStateError, match="the last query of sequence 0 is not there any more"):
+        after.prune_kv()
 
 
 def test_a_context_that_keeps_no_queries_has_no_attention_to_read(tiny_model: Path) -> None:
