@@ -1,9 +1,9 @@
-"""A long document with one planted fact, the same on every machine."""
+"""A long document with planted facts, the same on every machine."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # a quoted phrase among sentences without numbers: the smallest models find it, and copy it rightly
 SECRET = "silver heron"
@@ -27,20 +27,29 @@ _SENTENCES = [
 ]
 
 
-def write_document(n_tokens: int, count: Callable[[str], int]) -> str:
-    """About `n_tokens` tokens, as `count` counts them, of made-up chronicle; the fact follows a tenth of it."""
-    rng = random.Random(0)
+def write_document(
+    n_tokens: int,
+    count: Callable[[str], int],
+    *,
+    facts: Sequence[tuple[float, str]] = ((0.1, FACT),),
+    seed: int = 0,
+) -> str:
+    """About `n_tokens` tokens, as `count` counts them, of made-up chronicle with facts among its sentences.
+
+    Args:
+        facts: each a depth, 0 (it comes first) to 1 (last), and a sentence. By default FACT, after a tenth.
+    """
+    rng = random.Random(seed)
     sentences: list[str] = []
-    length = count(FACT)
-    planted = False
+    waiting = sorted(facts)
+    length = sum(count(fact) for _, fact in facts)
     while length < n_tokens:
-        if not planted and length >= n_tokens / 10:
-            sentences.append(FACT)
-            planted = True
+        while waiting and length >= waiting[0][0] * n_tokens:
+            sentences.append(waiting.pop(0)[1])
         sentence = _sentence(rng)
         sentences.append(sentence)
         length += count(f" {sentence}")
-    return " ".join(sentences)
+    return " ".join([*sentences, *(fact for _, fact in waiting)])
 
 
 def _sentence(rng: random.Random) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refreekv_cpp import native
+from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument, NCtxOption
@@ -19,19 +20,6 @@ from refreekv_cpp.errors import CacheStateError
 import llama_cpp  # isort: skip  (after native, which has loaded our library)
 from llama_cpp._internals import LlamaContext, LlamaModel  # isort: skip
 from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
-
-_TYPES: dict[str, int] = {
-    "f32": llama_cpp.GGML_TYPE_F32,
-    "f16": llama_cpp.GGML_TYPE_F16,
-    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
-    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
-    "q5_1": llama_cpp.GGML_TYPE_Q5_1,
-    "q5_0": llama_cpp.GGML_TYPE_Q5_0,
-    "q4_1": llama_cpp.GGML_TYPE_Q4_1,
-    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
-    "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
-}
-
 
 @dataclass(frozen=True)
 class Cache:
@@ -46,7 +34,7 @@ class Cache:
 def info(
     model: ModelArgument,
     n_ctx: NCtxOption = 0,
-    type_k: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(_TYPES)}.")] = "f16",
+    type_k: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(CACHE_TYPES)}.")] = "f16",
     type_v: Annotated[str, typer.Option(help="Type of the values.")] = "f16",
 ) -> None:
     """What a model's KV cache needs, and whether it can have a KV policy."""
@@ -117,6 +105,6 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _type(name: str) -> int:
-    if name not in _TYPES:
-        raise ValueError(f"type {name!r}: valid are {', '.join(_TYPES)}")
-    return _TYPES[name]
+    if name not in CACHE_TYPES:
+        raise ValueError(f"type {name!r}: valid are {', '.join(CACHE_TYPES)}")
+    return CACHE_TYPES[name]

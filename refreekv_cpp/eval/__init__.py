@@ -1,0 +1,1 @@
+"""What a pruned cache costs in answer quality: `refreekv eval`."""

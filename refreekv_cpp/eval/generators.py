@@ -1,0 +1,99 @@
+"""Items made up on the spot, from a seed: what `refreekv eval` runs on without any data."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.document import write_document
+from refreekv_cpp.eval.data import Item, Question
+
+Count = Callable[[str], int]
+
+# phrases, because the smallest models copy them rightly
+_COLOURS = ["silver", "crimson", "amber", "violet", "ivory", "scarlet", "golden", "purple", "emerald", "copper"]
+_ANIMALS = ["heron", "badger", "falcon", "otter", "lizard", "beaver", "raven", "walrus", "panther", "turtle"]
+_KEEPERS = ["lighthouse keeper", "harbour master", "old miller", "bell ringer", "ferryman", "clockmaker"]
+
+
+def needles(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed: int) -> Iterator[Item]:
+    """A fact at each depth of a chronicle of each length, and a question about it."""
+    for length in lengths:
+        for depth in depths:
+            name = f"needle/{length}/{depth:g}/{seed}"
+            rng = random.Random(name)
+            fact, question = _fact(rng, rng.choice(_KEEPERS))
+            document = write_document(length, count, facts=[(depth, fact)], seed=rng.randrange(2**32))
+            meta = {"depth": depth, "length": length}
+            yield Item(name, "needle", document, question, "found", meta=meta)
+
+
+def two_questions(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed: int) -> Iterator[Item]:
+    """Two facts in a chronicle; once the first has been asked for, so is the second. Depths are the second one's."""
+    for length in lengths:
+        for depth in depths:
+            name = f"two-questions/{length}/{depth:g}/{seed}"
+            rng = random.Random(name)
+            keeper, other = rng.sample(_KEEPERS, 2)
+            fact, question = _fact(rng, keeper)
+            other_fact, second = _fact(rng, other)
+            far = (depth + 0.5) % 1
+            document = write_document(
+                length, count, facts=[(far, fact), (depth, other_fact)], seed=rng.randrange(2**32)
+            )
+            meta = {"depth": depth, "length": length}
+            yield Item(name, "two-questions", document, question, "found", second, meta)
+
+
+def pairs(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed: int) -> Iterator[Item]:
+    """A JSON object of random keys and values, and a question for the value at each depth."""
+    for length in lengths:
+        for depth in depths:
+            name = f"pairs/{length}/{depth:g}/{seed}"
+            rng = random.Random(name)
+            keys_values = {_hex(rng): _hex(rng)}
+            per_pair = max(count(json.dumps(keys_values)), 1)
+            keys_values |= {_hex(rng): _hex(rng) for _ in range(max(length // per_pair, 2))}
+            key, value = list(keys_values.items())[round(depth * (len(keys_values) - 1))]
+            question = Question(f'What is the value for the key "{key}" in the JSON object?', (value,))
+            meta = {"depth": depth, "length": length}
+            yield Item(name, "pairs", json.dumps(keys_values, indent=0), question, "found", meta=meta)
+
+
+def _fact(rng: random.Random, keeper: str) -> tuple[str, Question]:
+    secret = f"{rng.choice(_COLOURS)} {rng.choice(_ANIMALS)}"
+    question = f"What is the secret password of the {keeper}? Repeat the sentence that says it."
+    return f'The secret password of the {keeper} is "{secret}".', Question(question, (secret,))
+
+
+def _hex(rng: random.Random) -> str:
+    return f"{rng.getrandbits(32):08x}"
+
+
+Generator = Callable[..., Iterator[Item]]
+GENERATORS: dict[str, Generator] = {"needle": needles, "pairs": pairs, "two-questions": two_questions}
+
+
+def generate(
+    names: Sequence[str], lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed: int
+) -> list[Item]:
+    """Items of these generators.
+
+    Args:
+        lengths: of the context, in tokens as `count` counts them.
+        depths: of what is asked for, 0 to 1.
+    """
+    return [item for name in names for item in GENERATORS[name](lengths, depths, count, seed=seed)]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: there is no such generator.
+    """
+    for name in names:
+        if name not in GENERATORS:
+            hint = did_you_mean(name, GENERATORS) or ";"
+            raise ValueError(f"generator {name!r}: unknown{hint} valid are {', '.join(GENERATORS)}")
