@@ -7,6 +7,7 @@ import typer
 from refreekv_cpp.cli.bench import bench
 from refreekv_cpp.cli.chat import chat
 from refreekv_cpp.cli.demo import demo
+from refreekv_cpp.cli.eval import eval_report, evaluate
 from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.run import run
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 for command in (run, chat, demo, info, bench, memory):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command("eval-report")(eval_report)
 # its options are those of upstream's server, which parses them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 

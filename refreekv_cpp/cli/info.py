@@ -21,6 +21,7 @@ import llama_cpp  # isort: skip  (after native, which has loaded our library)
 from llama_cpp._internals import LlamaContext, LlamaModel  # isort: skip
 from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
+
 @dataclass(frozen=True)
 class Cache:
     """The full KV cache of a model. No groups: it is not one plain KV cache (sliding window, hybrid, ...)."""

@@ -96,7 +96,9 @@ class Interval:
     high: float
 
 
-def bootstrap(values: Sequence[float] | npt.NDArray[np.float64], *, seed: int = 0, n_resamples: int = 10_000) -> Interval:
+def bootstrap(
+    values: Sequence[float] | npt.NDArray[np.float64], *, seed: int = 0, n_resamples: int = 10_000
+) -> Interval:
     """Of the mean of `values`, one per item (for two caches: their paired differences), by percentiles.
 
     With a handful of items such an interval is too narrow; it is no test.

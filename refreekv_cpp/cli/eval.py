@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
+from refreekv_cpp.eval.data import choose, read_items
+from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
+from refreekv_cpp.eval.plots import have_matplotlib, write_plots
+from refreekv_cpp.eval.prompts import Prompter
+from refreekv_cpp.eval.report import REPORT, write_report
+from refreekv_cpp.eval.runner import Mode, Run, Settings, Task
+from refreekv_cpp.eval.spec import parse_specs
+
+import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
+from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
+
+_MODES: dict[str, list[Mode]] = {"seen": ["seen"], "hidden": ["hidden"], "both": ["seen", "hidden"]}
+
+
+@common.user_errors()
+def evaluate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the run: records and report. One that is there goes on.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Caches, separated by commas: a policy, its parameters after colons, a cache type after @. "
+            "The full cache, which all are compared with, is always one of them."
+        ),
+    ] = "full,refreekv,streaming:budget=0.4,full@q8_0",
+    data: Annotated[Path | None, typer.Option(help="Folder of *.jsonl with items (docs/evaluation.md).")] = None,
+    datasets: Annotated[str, typer.Option(help="Only these of them, separated by commas.", show_default="all")] = "",
+    items: Annotated[int, typer.Option(min=1, help="Items of each dataset at most, drawn by the seed.")] = 10,
+    generators: Annotated[
+        str | None,
+        typer.Option(
+            "--generate", help=f"Made-up items: {', '.join(GENERATORS)}.", show_default="without --data: all of them"
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of made-up contexts, separated by commas.")] = "1024,2048",
+    depths: Annotated[str, typer.Option(help="Where the fact is, 0 (first) to 1 (last).")] = "0.1,0.5,0.9",
+    question: Annotated[str, typer.Option(help="seen: read before the pruning; hidden: after it; or both.")] = "both",
+    min_tokens: Annotated[int, typer.Option(min=0, help="Leave shorter prompts out.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Leave longer prompts out.")] = 4096,
+    continuation: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most; so many are compared.")] = 128,
+    template: Annotated[bool, typer.Option(help="Use the model's chat template for questions.")] = True,
+    flash_attn: FlashAttnOption = False,
+    threads: ThreadsOption = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
+) -> None:
+    """What a pruned cache costs in answer quality, compared with the full cache on the same items."""
+    specs = parse_specs(policies)
+    if question not in _MODES:
+        raise ValueError(f"--question {question}: valid are {', '.join(_MODES)}")
+    names = list(GENERATORS) if generators is None and data is None else _names(generators or "")
+    check_names(names)
+    sizes = [_number(text, "--lengths", 16, 2**20) for text in _names(lengths)]
+    places = [_number(text, "--depths", 0, 1) for text in _names(depths)]
+    common.check_file(model)
+    chosen = choose(read_items(data), _names(datasets), items, seed=seed) if data else []
+
+    settings = Settings(
+        n_continuation=continuation, n_threads=threads, flash_attn=flash_attn, template=template, seed=seed
+    )
+    with suppress_stdout_stderr(disable=False):
+        vocabulary = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
+    with closing(vocabulary):
+        prompter = Prompter(vocabulary, template=template)
+        chosen += generate(names, [int(size) for size in sizes], places, prompter.count, seed=seed)
+        tasks = [Task(item, prompter.prompt(item)) for item in chosen]
+    fitting = [task for task in tasks if min_tokens <= task.prompt.n_tokens <= max_tokens]
+    if not fitting:
+        raise ValueError(f"none of {len(tasks)} items has {min_tokens} to {max_tokens} tokens")
+    run = Run(out, model, fitting, specs, _MODES[question], settings)
+    common.stderr.print(
+        f"{len(fitting)} items ({len(tasks) - len(fitting)} more are shorter or longer), {len(specs)} caches; "
+        f"{run.n_done} records are there, {len(run.jobs)} to do",
+        style="dim",
+        highlight=False,
+    )
+    _go(run)
+    _report(out)
+
+
+@common.user_errors()
+def eval_report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What was --out of refreekv eval.")],
+) -> None:
+    """Write the report of a run again, finished or not; with pictures where matplotlib is installed."""
+    _report(folder)
+
+
+def _go(run: Run) -> None:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=common.stderr, transient=True) as progress:
+        bar = progress.add_task("", total=run.n_done + len(run.jobs), completed=run.n_done)
+        run.go(
+            lambda what: progress.update(bar, description=what),
+            lambda job: progress.advance(bar),
+        )
+
+
+def _report(folder: Path) -> None:
+    print(write_report(folder))
+    paths = [folder / REPORT, *(write_plots(folder) if have_matplotlib() else [])]
+    common.stderr.print("written: " + ", ".join(map(str, paths)), style="dim", highlight=False, soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _number(text: str, option: str, low: float, high: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:
+        raise ValueError(f"{option} {text}: valid are numbers from {low} to {high}")
+    return number

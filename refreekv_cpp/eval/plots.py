@@ -1,0 +1,101 @@
+"""Pictures of a run, with matplotlib (the extra `eval`)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refreekv_cpp.eval.records import Record, read_records
+from refreekv_cpp.eval.report import Row, bytes_part, layer_budgets, retrieval_map, rows_of
+
+
+def have_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write_plots(folder: Path) -> list[Path]:
+    """Writes quality.png (KL and scores against budget and bytes), layers.png and, for planted facts, retrieval.png."""
+    rows = rows_of(read_records(folder))
+    figures = {"quality": _quality(rows), "layers": _layers(rows), "retrieval": _retrieval(rows)}
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=120)
+            paths.append(path)
+    return paths
+
+
+def _figure(**options: Any) -> Any:
+    from matplotlib.figure import Figure  # of itself without a display
+
+    return Figure(layout="constrained", **options)
+
+
+def _quality(rows: list[Row]) -> Any:
+    figure = _figure(figsize=(11, 8))
+    qualities: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("KL(full || cache), mean, nats", _mean_kl),
+        ("score", _mean_score),
+    ]
+    sizes: list[tuple[str, Callable[[Record], float]]] = [
+        ("cells kept", lambda record: float(record["budget"])),
+        ("bytes, full cache = 1", bytes_part),
+    ]
+    axes = figure.subplots(len(qualities), len(sizes), squeeze=False)
+    for line, (quality, value) in zip(axes, qualities, strict=True):
+        for axis, (size, of_record) in zip(line, sizes, strict=True):
+            for row in rows:
+                y = value(row)
+                if y is not None:
+                    x = row.mean(of_record)
+                    axis.scatter(x, y, marker="o" if row.mode == "seen" else "x", color=_colour(rows, row))
+                    axis.annotate(f"{row.cache}, {row.mode}", (x, y), fontsize=7)
+            axis.set(xlabel=size, ylabel=quality, xlim=(0, None))
+    return figure
+
+
+def _colour(rows: list[Row], row: Row) -> str:
+    return f"C{list(dict.fromkeys(other.cache for other in rows)).index(row.cache) % 10}"
+
+
+def _mean_kl(row: Row) -> float | None:
+    values = [kl for record in row.records for kl in record["greedy"]["kl"]]
+    return float(np.mean(values)) if values else None
+
+
+def _mean_score(row: Row) -> float | None:
+    values = [record["score"] for record in row.records if record["score"] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _layers(rows: list[Row]) -> Any:
+    figure = _figure(figsize=(9, 5))
+    axis = figure.subplots()
+    for row in rows:
+        style = "-" if row.mode == "seen" else "--"
+        axis.plot(layer_budgets(row), style, color=_colour(rows, row), label=f"{row.cache}, {row.mode}")
+    axis.set(xlabel="layer", ylabel="cells kept", ylim=(0, 1.05))
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _retrieval(rows: list[Row]) -> Any | None:
+    maps = {f"{row.cache}, {row.mode}": retrieval_map(row) for row in rows}
+    maps = {name: found for name, found in maps.items() if found}
+    if not maps:
+        return None
+    figure = _figure(figsize=(3 * len(maps), 3.5))
+    for axis, (name, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        depths, lengths = (sorted({place[i] for place in found}) for i in range(2))
+        image = np.array([[found.get((depth, int(length)), np.nan) for length in lengths] for depth in depths])
+        axis.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_title(name, fontsize=8)
+        axis.set_xticks(range(len(lengths)), [f"{length:.0f}" for length in lengths])
+        axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axis.set(xlabel="tokens", ylabel="depth")
+    return figure

@@ -1,0 +1,73 @@
+"""The folder of a run: settings.json, and records.jsonl with a line for each (item, cache, mode)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+RECORDS = "records.jsonl"
+SETTINGS = "settings.json"
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The whole lines; the last one is left out when the run was stopped in the middle of it.
+
+    Raises:
+        ValueError: another line is no record.
+    """
+    path = folder / RECORDS
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: no record ({error})") from error
+    return records
+
+
+def cut_broken_line(folder: Path) -> None:
+    """Takes away a last line that is not whole, so that lines can be added."""
+    path = folder / RECORDS
+    if path.exists():
+        text = path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            path.write_bytes(text[:whole])
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes them, or checks that they are those of the run that is there.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return
+    before = read_settings(folder)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} {before.get(name)}, not {value}; go on with the same settings, or "
+                "take another --out"
+            )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: there is no run.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        raise ValueError(f"{folder}: there is no {SETTINGS} in it, so no run of refreekv eval")
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings

@@ -1,0 +1,263 @@
+"""Runs items with caches. The first cache is the reference: for every item it answers first, and each cache is then
+compared on what it said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from refreekv_cpp.eval.data import Item
+from refreekv_cpp.eval.fidelity import Logits, compare, first_divergence
+from refreekv_cpp.eval.prompts import Prompt
+from refreekv_cpp.eval.records import RECORDS, Record, cut_broken_line, keep_settings, read_records
+from refreekv_cpp.eval.scores import score
+from refreekv_cpp.eval.session import Session
+from refreekv_cpp.eval.spec import Spec
+
+Mode = Literal["seen", "hidden"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on besides its items and caches.
+
+    Attributes:
+        n_continuation: tokens of an answer at most; so many are compared.
+        n_second: tokens of a second answer at most.
+        flash_attn: of caches that are not quantised.
+        template: whether the model's chat template is used.
+        seed: items were drawn and made with it, intervals are.
+    """
+
+    n_continuation: int = 128
+    n_second: int = 32
+    n_threads: int | None = None
+    flash_attn: bool = False
+    template: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    item: Item
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Job:
+    task: Task
+    spec: Spec
+    mode: Mode
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.task.item.id, self.spec.text, self.mode
+
+
+def modes_of(item: Item, modes: Sequence[Mode]) -> list[Mode]:
+    """A question can be hidden only where there is one, and a context to compress without it."""
+    return list(modes) if item.context and not item.is_continuation else ["seen"]
+
+
+class Run:
+    """A folder with the records of one model on some items.
+
+    A run that was stopped goes on where it was. Its records are the same as if it had not been, but for their seconds.
+
+    Args:
+        specs: caches; the first one is the reference. They may be others when a run goes on.
+
+    Raises:
+        ValueError: the folder holds a run of another model, of other items or settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        tasks: Sequence[Task],
+        specs: Sequence[Spec],
+        modes: Sequence[Mode],
+        settings: Settings,
+    ) -> None:
+        self.folder, self.model, self.tasks, self.specs, self.settings = folder, model, tasks, specs, settings
+        texts = json.dumps([task.item.as_dict() for task in tasks])
+        keep_settings(
+            folder,
+            {
+                "model": model.name,
+                "model_bytes": model.stat().st_size,
+                "items": len(tasks),
+                "items_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+                **asdict(settings),
+            },
+        )
+        done = {(record["item"], record["cache"], record["mode"]) for record in read_records(folder)}
+        jobs = [Job(task, spec, mode) for task in tasks for spec in specs for mode in modes_of(task.item, modes)]
+        self.jobs = [job for job in jobs if job.key not in done]
+        self.n_done = len(jobs) - len(self.jobs)
+
+    def go(self, working: Callable[[str], None], done: Callable[[Job], None]) -> None:
+        """Does what is left. `working` is told what comes next, for a person; `done` each job that has been written.
+
+        Raises:
+            ValueError: the model cannot have one of the caches.
+        """
+        n_ctx = max(task.prompt.n_tokens for task in self.tasks) + self.settings.n_continuation
+        n_ctx += self.settings.n_second
+        cut_broken_line(self.folder)
+        with ExitStack() as stack, (self.folder / RECORDS).open("a", encoding="utf-8") as out:
+            sessions: dict[str, Session] = {}
+            for spec in dict.fromkeys([self.specs[0], *(job.spec for job in self.jobs)] if self.jobs else []):
+                working(f"loading the model for {spec.text}")
+                session = Session(
+                    self.model,
+                    spec,
+                    n_ctx=n_ctx,
+                    n_threads=self.settings.n_threads,
+                    flash_attn=self.settings.flash_attn,
+                )
+                stack.callback(session.close)
+                sessions[spec.text] = session
+            for task in self.tasks:
+                jobs = [job for job in self.jobs if job.task is task]
+                if jobs:
+                    self._run_item(task, jobs, sessions, working, lambda job, record: _write(out, record, job, done))
+
+    def _run_item(
+        self,
+        task: Task,
+        jobs: Sequence[Job],
+        sessions: dict[str, Session],
+        working: Callable[[str], None],
+        write: Callable[[Job, Record], None],
+    ) -> None:
+        working(f"{task.item.id}: {self.specs[0].text}")
+        reference = Turn(sessions[self.specs[0].text], task.prompt, "seen", self.settings)
+        said = reference.answer()
+        for job in jobs:
+            working(f"{task.item.id}: {job.spec.text}, question {job.mode}")
+            if job.spec == self.specs[0]:
+                # once more: a difference from itself would show that something is wrong
+                write(job, _record(job, reference, reference, said, reference.answer_again(said)))
+            else:
+                turn = Turn(sessions[job.spec.text], task.prompt, job.mode, self.settings)
+                write(job, _record(job, turn, reference, said, turn.answer(said)))
+
+
+def _write(out: Any, record: Record, job: Job, done: Callable[[Job], None]) -> None:
+    out.write(json.dumps(record) + "\n")
+    out.flush()
+    done(job)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a cache said.
+
+    Attributes:
+        tokens: of the greedy answer.
+        logits: what predicts each token of the reference's answer: [n, n_vocab].
+        real_logits: ... of the text that really follows.
+        second_tokens: of the second answer; None: there was no second question.
+    """
+
+    tokens: list[int]
+    logits: Logits
+    real_logits: Logits
+    second_tokens: list[int] | None
+
+
+class Turn:
+    """One prompt, read and pruned by one cache."""
+
+    def __init__(self, session: Session, prompt: Prompt, mode: Mode, settings: Settings) -> None:
+        self.session, self.prompt, self.settings = session, prompt, settings
+        self.real = prompt.real[: settings.n_continuation]
+        session.forget()
+        prune_ms = session.stats.prune_ms
+        start = time.perf_counter()
+        first = session.read(prompt.context)
+        if mode == "hidden":
+            session.prune()
+        # in two batches in both modes, so that nothing but the pruning differs
+        if prompt.question:
+            first = session.read(prompt.question)
+        if mode == "seen":
+            session.prune()
+        self.stats = session.stats
+        self.prune_s = (self.stats.prune_ms - prune_ms) / 1000
+        self.prefill_s = time.perf_counter() - start - self.prune_s
+        self.decode_s: list[float] = []
+        self._first, self._start = first, session.n_tokens
+
+    def answer(self, reference: Answer | None = None) -> Answer:
+        """Answers, then reads what the reference said; without one: what it said itself."""
+        tokens, self.decode_s = self.session.greedy(self._first, self.settings.n_continuation)
+        said = reference.tokens if reference else tokens
+        return Answer(tokens, self._follow(said), self._follow(self.real), self._second(said))
+
+    def answer_again(self, answer: Answer) -> Answer:
+        """The same answer, with its logits computed once more."""
+        return Answer(answer.tokens, self._follow(answer.tokens), self._follow(self.real), answer.second_tokens)
+
+    def _follow(self, tokens: Sequence[int]) -> Logits:
+        self.session.rewind(self._start)
+        return self.session.follow(self._first, tokens)
+
+    def _second(self, said: Sequence[int]) -> list[int] | None:
+        """After the same first answer with all caches, and without another pruning."""
+        if self.prompt.second is None:
+            return None
+        ended = self.session.ends(said[-1])
+        self.session.rewind(self._start)
+        first = self.session.read([*(said[:-1] if ended else said), *self.prompt.second])
+        return self.session.greedy(first, self.settings.n_second)[0]
+
+
+def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer) -> Record:
+    """A line of records.jsonl; docs/evaluation.md describes it."""
+    item, session, stats = job.task.item, turn.session, turn.stats
+    # a pruning that comes after the question leaves the first prediction as it was
+    skip = 1 if job.mode == "seen" else 0
+
+    def fidelity(full: Logits, pruned: Logits, tokens: Sequence[int]) -> dict[str, Any]:
+        return asdict(compare(full[skip:], pruned[skip:], tokens[skip:]))
+
+    text = session.text(answer.tokens)
+    record: Record = {
+        "item": item.id,
+        "dataset": item.dataset,
+        "cache": job.spec.text,
+        "mode": job.mode,
+        "meta": {name: item.meta[name] for name in ("depth", "length") if name in item.meta},
+        "n_tokens": stats.n_tokens,
+        "budget": stats.budget,
+        "cells_kept": stats.cells_kept,
+        "bytes": stats.bytes,
+        "bytes_reference": reference.stats.bytes,
+        "greedy": fidelity(said.logits, answer.logits, said.tokens),
+        "real": fidelity(said.real_logits, answer.real_logits, turn.real),
+        "divergence": first_divergence(answer.tokens, said.tokens),
+        "n_answer": len(answer.tokens),
+        "answer": text,
+        "score_name": None if item.is_continuation else item.score,
+        "score": None if item.is_continuation else score(item.score, text, item.question.answers),
+        "seconds": {
+            "prefill": turn.prefill_s,
+            "prune": turn.prune_s,
+            "decode": statistics.median(turn.decode_s) if turn.decode_s else None,
+        },
+    }
+    if item.second is not None and answer.second_tokens is not None:
+        second = session.text(answer.second_tokens)
+        record |= {"second_answer": second, "second_score": score(item.score, second, item.second.answers)}
+    return record

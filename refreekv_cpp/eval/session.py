@@ -1,0 +1,106 @@
+"""One model with one cache, driven step by step: read, prune, decode, score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refreekv_cpp.eval.fidelity import Logits
+from refreekv_cpp.eval.spec import Spec
+from refreekv_cpp.llama import Llama
+from refreekv_cpp.stats import KVStats
+
+import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
+from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
+
+
+class Session:
+    """
+    Raises:
+        ValueError: no such file, or the model cannot have this cache.
+    """
+
+    def __init__(self, model: Path, spec: Spec, *, n_ctx: int, n_threads: int | None, flash_attn: bool) -> None:
+        options = {
+            "n_ctx": -(-n_ctx // 256) * 256,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads,
+            "flash_attn": flash_attn,
+            "verbose": False,
+        }
+        with suppress_stdout_stderr(disable=False):
+            self.llm = Llama(str(model), **{**options, **spec.llama_options()})
+
+    def close(self) -> None:
+        self.llm.close()
+
+    @property
+    def n_tokens(self) -> int:
+        """In the cache, as the conversation goes; pruned ones among them."""
+        return self.llm.n_tokens
+
+    @property
+    def stats(self) -> KVStats:
+        return self.llm.kv_stats
+
+    def forget(self) -> None:
+        self.llm.reset()
+
+    def rewind(self, n_tokens: int) -> None:
+        """Back to so many tokens: not further than the last pruning."""
+        self.llm.n_tokens = n_tokens
+
+    def prune(self) -> None:
+        self.llm.prune_kv()
+
+    def read(self, tokens: Sequence[int]) -> Logits:
+        """Returns the logits after the last of them: [n_vocab]."""
+        self.llm.eval(tokens)
+        pointer = llama_cpp.llama_get_logits_ith(self.llm._ctx.ctx, -1)
+        logits: Logits = np.ctypeslib.as_array(pointer, shape=(self.llm.n_vocab(),)).copy()
+        return logits
+
+    def score(self, tokens: Sequence[int]) -> Logits:
+        """Reads tokens in batches, and returns the logits after each: [n, n_vocab]."""
+        llm = self.llm
+        llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # as eval would: what lies behind is as good as gone
+        rows = np.empty((len(tokens), llm.n_vocab()), dtype=np.float32)
+        for i in range(0, len(tokens), llm.n_batch):
+            batch = tokens[i : i + llm.n_batch]
+            # not with eval: logits_all of a Llama holds rows for the whole context
+            llm._batch.set_batch(batch, n_past=llm.n_tokens, logits_all=True)
+            llm._ctx.decode(llm._batch)
+            rows[i : i + len(batch)] = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), rows.shape[1]))
+            llm.input_ids[llm.n_tokens : llm.n_tokens + len(batch)] = batch
+            llm.n_tokens += len(batch)
+        return rows
+
+    def follow(self, first: Logits, tokens: Sequence[int]) -> Logits:
+        """The logits that predict each of these tokens, `first` those before them: [n, n_vocab]."""
+        return np.concatenate([first[np.newaxis], self.score(tokens[:-1])])[: len(tokens)]
+
+    def greedy(self, first: Logits, n_max: int) -> tuple[list[int], list[float]]:
+        """The likeliest tokens, from the logits `first` on, until the model ends its answer (with the token that does).
+
+        Returns:
+            The tokens, and the seconds that each but the last took to decode.
+        """
+        tokens, seconds = [int(first.argmax())], []
+        while len(tokens) < n_max and not self.ends(tokens[-1]):
+            start = time.perf_counter()
+            logits = self.read(tokens[-1:])
+            seconds.append(time.perf_counter() - start)
+            tokens.append(int(logits.argmax()))
+        return tokens, seconds
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, token))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Of an answer, without the token that ends it."""
+        ended = bool(tokens) and self.ends(tokens[-1])
+        return self.llm.detokenize(list(tokens[:-1] if ended else tokens)).decode(errors="replace").strip()
