@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
-from refreekv_cpp.eval.data import choose, read_items
+from refreekv_cpp.eval.data import Item, draw, of_datasets, read_items
 from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
 from refreekv_cpp.eval.plots import have_matplotlib, write_plots
 from refreekv_cpp.eval.prompts import Prompter
@@ -63,7 +63,7 @@ def evaluate(
     sizes = [_number(text, "--lengths", 16, 2**20) for text in _names(lengths)]
     places = [_number(text, "--depths", 0, 1) for text in _names(depths)]
     common.check_file(model)
-    chosen = choose(read_items(data), _names(datasets), items, seed=seed) if data else []
+    written = of_datasets(read_items(data), _names(datasets)) if data else []
 
     settings = Settings(
         n_continuation=continuation, n_threads=threads, flash_attn=flash_attn, template=template, seed=seed
@@ -72,15 +72,18 @@ def evaluate(
         vocabulary = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
     with closing(vocabulary):
         prompter = Prompter(vocabulary, template=template)
-        chosen += generate(names, [int(size) for size in sizes], places, prompter.count, seed=seed)
+
+        def fits(item: Item) -> bool:
+            return min_tokens <= prompter.prompt(item).n_tokens <= max_tokens
+
+        made_up = generate(names, [int(size) for size in sizes], places, prompter.count, seed=seed)
+        chosen = [*draw(list(filter(fits, written)), items, seed=seed), *filter(fits, made_up)]
         tasks = [Task(item, prompter.prompt(item)) for item in chosen]
-    fitting = [task for task in tasks if min_tokens <= task.prompt.n_tokens <= max_tokens]
-    if not fitting:
-        raise ValueError(f"none of {len(tasks)} items has {min_tokens} to {max_tokens} tokens")
-    run = Run(out, model, fitting, specs, _MODES[question], settings)
+    if not tasks:
+        raise ValueError(f"none of {len(written) + len(made_up)} items has {min_tokens} to {max_tokens} tokens")
+    run = Run(out, model, tasks, specs, _MODES[question], settings)
     common.stderr.print(
-        f"{len(fitting)} items ({len(tasks) - len(fitting)} more are shorter or longer), {len(specs)} caches; "
-        f"{run.n_done} records are there, {len(run.jobs)} to do",
+        f"{len(tasks)} items, {len(specs)} caches; {run.n_done} records are there, {len(run.jobs)} to do",
         style="dim",
         highlight=False,
     )

@@ -116,25 +116,27 @@ def _question(data: Any) -> Question:
     return Question(data["question"], tuple(answers))
 
 
-def choose(items: Sequence[Item], datasets: Sequence[str], n: int, *, seed: int) -> list[Item]:
-    """At most `n` items of each dataset, drawn by `seed` (the same ones whatever the other datasets are).
-
-    Args:
-        datasets: their names; none: all.
+def of_datasets(items: Sequence[Item], names: Sequence[str]) -> list[Item]:
+    """The items of these datasets; without names: all.
 
     Raises:
         ValueError: there is no such dataset.
     """
+    valid = dict.fromkeys(item.dataset for item in items)
+    for name in names:
+        if name not in valid:
+            hint = did_you_mean(name, valid) or ";"
+            raise ValueError(f"dataset {name!r}: not there{hint} there are {', '.join(valid)}")
+    return [item for item in items if not names or item.dataset in names]
+
+
+def draw(items: Sequence[Item], n: int, *, seed: int) -> list[Item]:
+    """At most `n` items of each dataset; which ones, does not depend on the other datasets."""
     by_dataset: dict[str, list[Item]] = {}
     for item in items:
         by_dataset.setdefault(item.dataset, []).append(item)
-    for name in datasets:
-        if name not in by_dataset:
-            hint = did_you_mean(name, by_dataset) or ";"
-            raise ValueError(f"dataset {name!r}: not there{hint} there are {', '.join(by_dataset)}")
-    chosen: list[Item] = []
-    for name in datasets or by_dataset:
-        rows = by_dataset[name]
+    drawn: list[Item] = []
+    for name, rows in by_dataset.items():
         indices = random.Random(f"{seed} {name}").sample(range(len(rows)), min(n, len(rows)))
-        chosen += [rows[i] for i in sorted(indices)]
-    return chosen
+        drawn += [rows[i] for i in sorted(indices)]
+    return drawn

@@ -16,6 +16,7 @@ Count = Callable[[str], int]
 _COLOURS = ["silver", "crimson", "amber", "violet", "ivory", "scarlet", "golden", "purple", "emerald", "copper"]
 _ANIMALS = ["heron", "badger", "falcon", "otter", "lizard", "beaver", "raven", "walrus", "panther", "turtle"]
 _KEEPERS = ["lighthouse keeper", "harbour master", "old miller", "bell ringer", "ferryman", "clockmaker"]
+_HOUSES = ["town hall", "customs house", "school", "fish market", "brewery", "library"]
 
 
 def needles(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed: int) -> Iterator[Item]:
@@ -24,7 +25,7 @@ def needles(lengths: Sequence[int], depths: Sequence[float], count: Count, *, se
         for depth in depths:
             name = f"needle/{length}/{depth:g}/{seed}"
             rng = random.Random(name)
-            fact, question = _fact(rng, rng.choice(_KEEPERS))
+            fact, question = _password(rng)
             document = write_document(length, count, facts=[(depth, fact)], seed=rng.randrange(2**32))
             meta = {"depth": depth, "length": length}
             yield Item(name, "needle", document, question, "found", meta=meta)
@@ -36,9 +37,8 @@ def two_questions(lengths: Sequence[int], depths: Sequence[float], count: Count,
         for depth in depths:
             name = f"two-questions/{length}/{depth:g}/{seed}"
             rng = random.Random(name)
-            keeper, other = rng.sample(_KEEPERS, 2)
-            fact, question = _fact(rng, keeper)
-            other_fact, second = _fact(rng, other)
+            fact, question = _password(rng)
+            other_fact, second = _motto(rng)
             far = (depth + 0.5) % 1
             document = write_document(
                 length, count, facts=[(far, fact), (depth, other_fact)], seed=rng.randrange(2**32)
@@ -62,10 +62,20 @@ def pairs(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed
             yield Item(name, "pairs", json.dumps(keys_values, indent=0), question, "found", meta=meta)
 
 
-def _fact(rng: random.Random, keeper: str) -> tuple[str, Question]:
-    secret = f"{rng.choice(_COLOURS)} {rng.choice(_ANIMALS)}"
+def _password(rng: random.Random) -> tuple[str, Question]:
+    keeper, secret = rng.choice(_KEEPERS), _phrase(rng)
     question = f"What is the secret password of the {keeper}? Repeat the sentence that says it."
     return f'The secret password of the {keeper} is "{secret}".', Question(question, (secret,))
+
+
+def _motto(rng: random.Random) -> tuple[str, Question]:
+    house, motto = rng.choice(_HOUSES), _phrase(rng)
+    question = f"Which words are carved above the door of the {house}? Repeat the sentence that says it."
+    return f'The words carved above the door of the {house} are "{motto}".', Question(question, (motto,))
+
+
+def _phrase(rng: random.Random) -> str:
+    return f"{rng.choice(_COLOURS)} {rng.choice(_ANIMALS)}"
 
 
 def _hex(rng: random.Random) -> str:
