@@ -41,24 +41,22 @@ class Fidelity:
 
 def compare(full: Logits, pruned: Logits, tokens: Sequence[int]) -> Fidelity:
     """Distributions [n, n_vocab] with either cache; row i predicts tokens[i]."""
-    columns: list[list[float]] = [[], [], [], [], []]
+    rows: list[tuple[float, bool, float, float, float]] = []
     # row by row: a batch of them in float64 would be large for large vocabularies
     for full_row, pruned_row, token in zip(full, pruned, tokens, strict=True):
         p, q = log_softmax(full_row), log_softmax(pruned_row)
         probabilities = np.exp(p)
-        # where p is 0 in float64, so is its share
-        kl = float(np.sum(probabilities * (p - q), where=probabilities > 0))
+        possible = probabilities > 0
+        kl = float(np.sum(probabilities[possible] * (p[possible] - q[possible])))
         row = (
             max(kl, 0.0),
             bool(np.argmax(p) == np.argmax(q)),
-            np.exp(q[token]) - np.exp(p[token]),
-            -q[token],
-            -p[token],
+            float(np.exp(q[token]) - np.exp(p[token])),
+            -float(q[token]),
+            -float(p[token]),
         )
-        for column, value in zip(columns, row, strict=True):
-            column.append(value if isinstance(value, bool) else float(f"{value:.9g}"))
-    kl_all, same_top, delta_p, nll, nll_full = map(tuple, columns)
-    return Fidelity(kl_all, tuple(map(bool, same_top)), delta_p, nll, nll_full)
+        rows.append(row)
+    return Fidelity(*zip(*rows, strict=True)) if rows else Fidelity((), (), (), (), ())
 
 
 def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refreekv_cpp.eval.records import Record, read_records
-from refreekv_cpp.eval.report import Row, bytes_part, layer_budgets, retrieval_map, rows_of
+from refreekv_cpp.eval.report import Row, bytes_part, layer_budgets, reference_once, retrieval_map, rows_of, title
 
 
 def have_matplotlib() -> bool:
@@ -19,7 +19,7 @@ def have_matplotlib() -> bool:
 
 def write_plots(folder: Path) -> list[Path]:
     """Writes quality.png (KL and scores against budget and bytes), layers.png and, for planted facts, retrieval.png."""
-    rows = rows_of(read_records(folder))
+    rows = reference_once(rows_of(read_records(folder)))
     figures = {"quality": _quality(rows), "layers": _layers(rows), "retrieval": _retrieval(rows)}
     paths = []
     for name, figure in figures.items():
@@ -52,10 +52,12 @@ def _quality(rows: list[Row]) -> Any:
             for row in rows:
                 y = value(row)
                 if y is not None:
-                    x = row.mean(of_record)
-                    axis.scatter(x, y, marker="o" if row.mode == "seen" else "x", color=_colour(rows, row))
-                    axis.annotate(f"{row.cache}, {row.mode}", (x, y), fontsize=7)
-            axis.set(xlabel=size, ylabel=quality, xlim=(0, None))
+                    marker = "o" if row.mode == "seen" else "x"
+                    axis.scatter(
+                        row.mean(of_record), y, marker=marker, color=_colour(rows, row), label=title(*row.name)
+                    )
+            axis.set(xlabel=size, ylabel=quality, xlim=(0, 1.05))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     return figure
 
 
@@ -78,14 +80,14 @@ def _layers(rows: list[Row]) -> Any:
     axis = figure.subplots()
     for row in rows:
         style = "-" if row.mode == "seen" else "--"
-        axis.plot(layer_budgets(row), style, color=_colour(rows, row), label=f"{row.cache}, {row.mode}")
+        axis.plot(layer_budgets(row), style, color=_colour(rows, row), label=title(*row.name))
     axis.set(xlabel="layer", ylabel="cells kept", ylim=(0, 1.05))
     axis.legend(fontsize=7)
     return figure
 
 
 def _retrieval(rows: list[Row]) -> Any | None:
-    maps = {f"{row.cache}, {row.mode}": retrieval_map(row) for row in rows}
+    maps = {title(*row.name): retrieval_map(row) for row in rows}
     maps = {name: found for name, found in maps.items() if found}
     if not maps:
         return None

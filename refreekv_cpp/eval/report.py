@@ -56,6 +56,12 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     return rows
 
 
+def reference_once(rows: Sequence[Row]) -> list[Row]:
+    """Without the reference's second mode: it never prunes, and the question makes no difference to it."""
+    reference = next(row for row in rows if row.cache == REFERENCE)
+    return [reference, *(row for row in rows if row.cache != REFERENCE)]
+
+
 def bytes_part(record: Record) -> float:
     """The cache's bytes over the reference's."""
     return float(record["bytes"] / record["bytes_reference"])
@@ -78,15 +84,17 @@ def write_report(folder: Path) -> str:
     if not rows:
         raise ValueError(f"{folder}: nothing has been recorded yet")
     datasets = list(dict.fromkeys(record["dataset"] for row in rows for record in row.records))
+    others = [row for row in rows if row.cache != REFERENCE]
+    once = reference_once(rows)
     sections = [
         ("", _head(settings, rows, datasets)),
         ("Fidelity: along the full cache's greedy answer", _fidelity(rows, "greedy")),
         ("Fidelity: along the text that really follows", _fidelity(rows, "real")),
-        ("Tasks", _tasks(rows, datasets, settings["seed"], "score")),
-        ("A second question about another fact", _tasks(rows, datasets, settings["seed"], "second_score")),
-        ("Where a fact was found", _maps(rows, datasets)),
-        ("Cells kept, per layer", _layers(rows)),
-        ("Speed", _speed(rows)),
+        ("Tasks", _tasks(others, datasets, settings["seed"], "score")),
+        ("A second question about another fact", _tasks(others, datasets, settings["seed"], "second_score")),
+        ("Where a fact was found", _maps(once, datasets)),
+        ("Cells kept, per layer", _layers(others)),
+        ("Speed", _speed(once)),
     ]
     text = "\n".join(f"## {title}\n\n{body}" if title else body for title, body in sections if body)
     (folder / REPORT).write_text(text, encoding="utf-8")
@@ -149,7 +157,8 @@ def _tasks(rows: Sequence[Row], datasets: Sequence[str], seed: int, field: str) 
     """Scores of the same items with the full cache and another one."""
     header = "dataset|score|cache|question|items|full|this cache|difference|95 % interval|budget|KV bytes"
     cells = []
-    for dataset in [*datasets, None]:
+    scored_datasets = [name for name in datasets if any(record.get(field) is not None for record in _all(rows, name))]
+    for dataset in [*scored_datasets, *([None] if len(scored_datasets) > 1 else [])]:
         for row in rows:
             part = row if dataset is None else row.of(dataset)
             pairs = [pair for pair in part.pairs if pair[1].get(field) is not None]
@@ -174,6 +183,10 @@ def _tasks(rows: Sequence[Row], datasets: Sequence[str], seed: int, field: str) 
     return markdown(header.split("|"), cells) if cells else ""
 
 
+def _all(rows: Sequence[Row], dataset: str) -> list[Record]:
+    return [record for row in rows for record in row.of(dataset).records]
+
+
 def retrieval_map(row: Row) -> dict[tuple[float, int], float]:
     """Mean score at each (depth, length)."""
     scores: dict[tuple[float, int], list[float]] = {}
@@ -196,7 +209,7 @@ def _maps(rows: Sequence[Row], datasets: Sequence[str]) -> str:
             for depth in sorted({depth for depth, _ in places})
             for length in sorted({length for at, length in places if at == depth})
         ]
-        header = [f"{cache}, {mode}" for cache, mode in maps]
+        header = [title(*name) for name in maps]
         tables.append(f"{dataset}:\n\n" + markdown(["depth", "tokens", *header], cells))
     return "\n".join(tables)
 
@@ -206,16 +219,17 @@ def _score(score: float | None) -> str:
 
 
 def _layers(rows: Sequence[Row]) -> str:
+    """Mean over the items."""
     columns = [layer_budgets(row) for row in rows]
     cells = [
         [str(layer), *(f"{budget:.0%}" for budget in budgets)]
         for layer, budgets in enumerate(zip(*columns, strict=True))
     ]
-    return markdown(["layer", *(f"{row.cache}, {row.mode}" for row in rows)], cells)
+    return markdown(["layer", *(title(*row.name) for row in rows)], cells) if cells else ""
 
 
 def _speed(rows: Sequence[Row]) -> str:
-    """Medians over the items; the reference's prefill is another record of the same reading in each mode."""
+    """Medians over the items."""
     cells = []
     for row in rows:
         seconds = [record["seconds"] for record in row.records]
@@ -223,7 +237,8 @@ def _speed(rows: Sequence[Row]) -> str:
         decode = [part["decode"] for part in seconds if part["decode"] is not None]
         cells.append(
             [
-                *row.name,
+                row.cache,
+                "-" if row.cache == REFERENCE else row.mode,
                 f"{statistics.median(prefill):.0f}",
                 f"{statistics.median(part['prune'] for part in seconds) * 1000:.0f}",
                 f"{statistics.median(decode) * 1000:.1f}" if decode else "-",
@@ -233,6 +248,11 @@ def _speed(rows: Sequence[Row]) -> str:
     return markdown(
         ["cache", "question", "prefill, tokens/s", "pruning, ms", "decode, ms per token", "budget", "KV bytes"], cells
     )
+
+
+def title(cache: str, mode: str) -> str:
+    """Of a row, for a person."""
+    return cache if cache == REFERENCE else f"{cache}, {mode}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
