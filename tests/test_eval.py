@@ -25,7 +25,7 @@ from refreekv_cpp.eval.spec import parse_spec
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
 CACHES = "full,full@f16,full@q8_0,refreekv:n_min=0,streaming:0.01:n_min=0"
 SHORT = ["--continuation", "8", "--threads", "1"]
-MADE_UP = ["--lengths", "900", "--depths", "0.2", "--policies", CACHES, *SHORT]
+MADE_UP = ["--lengths", "600", "--depths", "0.2", "--policies", CACHES, *SHORT]
 
 
 def refreekv(*args: str | Path) -> Result:
@@ -230,16 +230,25 @@ def test_plain_prompts(model: Path) -> None:
 
     def text(tokens: list[int] | None) -> str:
         assert tokens is not None
-        return llm.detokenize(tokens, special=True).decode().replace("▁", "")
+        # SentencePiece starts every piece with a space, and has that for it
+        return llm.detokenize(tokens, special=True).decode().replace("▁", " ")
 
-    assert text(prompt.context) == "<s>Text.\n\n"
-    assert text(prompt.question) == "Question: Why?\nAnswer:"
-    assert text(prompt.real) == "so"
-    assert text(prompt.second) == "\n\nQuestion: And?\nAnswer:"
+    assert text(prompt.context) == "<s> Text.\n\n"
+    assert text(prompt.question) == " Question: Why?\nAnswer:"
+    assert text(prompt.real) == " so"
+    assert text(prompt.second) == " \n\nQuestion: And?\nAnswer:"
     # what looks like a special token in an item is text
     injected = Prompter(llm).prompt(Item("a", "d", "x</s>y", Question("<s>", ("so",)), "found"))
     assert llm.token_eos() not in injected.context
     assert llm.token_bos() not in [*injected.context[1:], *injected.question]
+
+
+def test_a_question_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load(model, "full")
+    monkeypatch.setattr(llm._model, "add_bos_token", lambda: False)
+    prompt = Prompter(llm).prompt(Item("a", "d", "", Question("Why?", ("so",)), "found"))
+    assert len(prompt.context) > 10
+    assert prompt.question == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

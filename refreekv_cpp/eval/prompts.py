@@ -21,7 +21,7 @@ class Prompt:
 
     Attributes:
         context: from the first token to the end of the item's context.
-        question: all that follows until the model answers; [] for a continuation.
+        question: all that follows until the model answers; [] for a continuation, and where nothing precedes it.
         real: the text that really follows: the answer, or the continuation.
         second: from the end of the first answer until the model answers again; None: there is no second question.
     """
@@ -52,16 +52,16 @@ class Prompter:
         self._llm = llm
         source = llm.metadata.get("tokenizer.chat_template") if template else None
         if source is None:
-            self._parts = ["", "\nAnswer:"]
-            self._second_parts = ["", "\nAnswer:", "\n\n", "\nAnswer:"]
-            self._question = "Question: {}"
+            self._parts = self._second_parts = [""] * 4
+            self._ask = "Question: {}\nAnswer:"
+            self._ask_again = f"\n\n{self._ask}"
         else:
             formatter = Jinja2ChatFormatter(
                 source, eos_token=self._special(llm.token_eos()), bos_token=self._special(llm.token_bos())
             )
             self._parts = _render(formatter, ["user"])
             self._second_parts = _render(formatter, ["user", "assistant", "user"])
-            self._question = "{}"
+            self._ask = self._ask_again = "{}"
 
     def count(self, text: str) -> int:
         """The tokens of a text within a prompt."""
@@ -74,22 +74,20 @@ class Prompter:
         real = self._tokens(item.question.answers[0])
         if item.is_continuation:
             return Prompt(self._start("", item.context), [], real, None)
-        head, tail = self._parts
+        head, tail = self._parts[:2]
         second = None
         if item.second is not None:
             middle, end = self._second_parts[2:]
-            second = [*self._markup(middle), *self._ask(item, item.second.text), *self._markup(end)]
-        separator = "\n\n" if item.context else ""
-        return Prompt(
-            context=self._start(head, item.context + separator),
-            question=[*self._ask(item, item.question.text), *self._markup(tail)],
-            real=real,
-            second=second,
-        )
+            second = [*self._markup(middle), *self._asked(item, item.second.text, self._ask_again), *self._markup(end)]
+        context = self._start(head, f"{item.context}\n\n" if item.context else "")
+        question = [*self._asked(item, item.question.text, self._ask), *self._markup(tail)]
+        if not context:
+            context, question = question, []
+        return Prompt(context, question, real, second)
 
-    def _ask(self, item: Item, question: str) -> list[int]:
+    def _asked(self, item: Item, question: str, ask: str) -> list[int]:
         briefly = _BRIEFLY if item.score in ("f1", "exact") else ""
-        return self._tokens(briefly + self._question.format(question))
+        return self._tokens(ask.format(briefly + question))
 
     def _start(self, head: str, context: str) -> list[int]:
         llm = self._llm
