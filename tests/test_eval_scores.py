@@ -327,5 +327,6 @@ def test_report_by_hand(tmp_path: Path) -> None:
         *["3", "50%", "1.0 MiB (50%)", "0.5", "0.5", "0.5", "0.5", "0.5", "100.0%", "10.0%"],
         *["× 2.718", "2 of 3", "token 4"],
     ]
+    assert rows_of(report, "Mean KL along the full cache's greedy answer, per dataset") == [["d", "0.5"]]
     assert rows_of(report, "Cells kept, per layer") == [["0", "27%"], ["1", "87%"]]
     assert rows_of(report, "Speed")[1][2:5] == ["50", "250", "10.0"]

@@ -90,6 +90,7 @@ def write_report(folder: Path) -> str:
         ("", _head(settings, rows, datasets)),
         ("Fidelity: along the full cache's greedy answer", _fidelity(rows, "greedy")),
         ("Fidelity: along the text that really follows", _fidelity(rows, "real")),
+        ("Mean KL along the full cache's greedy answer, per dataset", _kl_per_dataset(others, datasets)),
         ("Tasks", _tasks(others, datasets, settings["seed"], "score")),
         ("A second question about another fact", _tasks(others, datasets, settings["seed"], "second_score")),
         ("Where a fact was found", _maps(once, datasets)),
@@ -136,6 +137,14 @@ def _fidelity(rows: Sequence[Row], continuation: str) -> str:
         )
     divergence = ["same answer", "first difference"] if continuation == "greedy" else []
     return markdown([*header.split("|"), *divergence], cells) if cells else ""
+
+
+def _kl_per_dataset(rows: Sequence[Row], datasets: Sequence[str]) -> str:
+    cells = []
+    for dataset in datasets:
+        summaries = [summarise([Fidelity(**record["greedy"]) for record in row.of(dataset).records]) for row in rows]
+        cells.append([dataset, *("-" if summary is None else f"{summary.kl_mean:.2g}" for summary in summaries)])
+    return markdown(["dataset", *(title(*row.name) for row in rows)], cells) if rows else ""
 
 
 def _divergence(row: Row) -> tuple[str, str]:
