@@ -14,9 +14,10 @@ from support import feed, load, logits
 from tiny import random_tokens
 from typer.testing import CliRunner, Result
 
-from refreekv_cpp import Streaming
+from refreekv_cpp import Llama, Streaming
 from refreekv_cpp.cli import app
 from refreekv_cpp.eval.data import Item, Question
+from refreekv_cpp.eval.generators import generate
 from refreekv_cpp.eval.prompts import Prompter, _render
 from refreekv_cpp.eval.records import RECORDS, SETTINGS, read_records
 from refreekv_cpp.eval.session import Session
@@ -194,11 +195,41 @@ def test_a_continuation_is_text_without_a_question(model: Path, tmp_path: Path) 
     assert "## Tasks" not in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_the_second_question_is_asked_on_what_is_left(finished: Path) -> None:
-    second = [record for record in read_records(finished) if record["dataset"] == "two-questions"]
+def test_the_second_question_is_asked_on_what_is_left(model: Path, finished: Path) -> None:
+    second = {
+        (record["cache"], record["mode"]): record
+        for record in read_records(finished)
+        if record["dataset"] == "two-questions"
+    }
     assert len(second) == 10
-    assert all("second_score" in record for record in second)
+    assert all(record["second_score"] == 0 for record in second.values())
     assert "## A second question about another fact" in (finished / "report.md").read_text()
+
+    # by hand: what the full cache said first, then the question, and no pruning after it
+    cache = "streaming:0.01:n_min=0"
+    first, then = (load(model, parse_spec(name).policy) for name in ("full", cache))
+    prompter = Prompter(first)
+    (item,) = generate(["two-questions"], [600], [0.2], prompter.count, seed=0)
+    prompt = prompter.prompt(item)
+    assert prompt.second is not None
+    first.eval([*prompt.context, *prompt.question])
+    said = greedy(first, 8)
+    then.eval(prompt.context)
+    then.eval(prompt.question)
+    then.prune_kv()
+    then.eval([*said, *prompt.second])
+    answer = then.detokenize(greedy(then, 32)).decode(errors="replace").strip()
+    assert second[cache, "seen"]["second_answer"] == answer
+    assert len(answer) > 5
+
+
+def greedy(llm: Llama, n_tokens: int) -> list[int]:
+    tokens = []
+    for _ in range(n_tokens):
+        tokens.append(int(logits(llm).argmax()))
+        llm.eval(tokens[-1:])
+    assert not {llm.token_eos()} & set(tokens)
+    return tokens
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
