@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from support import feed, load, logits
+from support import ctx_of, feed, load, logits
 from tiny import random_tokens
 from typer.testing import CliRunner, Result
 
-from refreekv_cpp import Llama, Streaming
+from refreekv_cpp import Streaming, native
 from refreekv_cpp.cli import app
 from refreekv_cpp.eval.data import Item, Question
 from refreekv_cpp.eval.generators import generate
 from refreekv_cpp.eval.prompts import Prompter, _render
 from refreekv_cpp.eval.records import RECORDS, SETTINGS, read_records
+from refreekv_cpp.eval.runner import Settings, Turn
 from refreekv_cpp.eval.session import Session
 from refreekv_cpp.eval.spec import parse_spec
 
@@ -100,6 +101,7 @@ def test_cost_stands_beside_quality(finished: Path) -> None:
     pruned = by_cache["streaming:0.01:n_min=0"]
     assert pruned["budget"] < 0.35
     assert sum(pruned["cells_kept"]) / len(pruned["cells_kept"]) == pytest.approx(pruned["budget"] * pruned["n_tokens"])
+    assert pruned["bytes"] < pruned["bytes_reference"] == by_cache["full"]["bytes"]
     assert pruned["seconds"]["prune"] > 0
 
 
@@ -196,40 +198,29 @@ def test_a_continuation_is_text_without_a_question(model: Path, tmp_path: Path) 
 
 
 def test_the_second_question_is_asked_on_what_is_left(model: Path, finished: Path) -> None:
-    second = {
-        (record["cache"], record["mode"]): record
-        for record in read_records(finished)
-        if record["dataset"] == "two-questions"
-    }
+    second = [record for record in read_records(finished) if record["dataset"] == "two-questions"]
     assert len(second) == 10
-    assert all(record["second_score"] == 0 for record in second.values())
+    assert all(record["second_score"] == 0 for record in second)
     assert "## A second question about another fact" in (finished / "report.md").read_text()
 
-    # by hand: what the full cache said first, then the question, and no pruning after it
-    cache = "streaming:0.01:n_min=0"
-    first, then = (load(model, parse_spec(name).policy) for name in ("full", cache))
-    prompter = Prompter(first)
+    sessions = [
+        Session(model, parse_spec(cache), n_ctx=1024, n_threads=1, flash_attn=False)
+        for cache in ("full", "streaming:0.01:n_min=0")
+    ]
+    prompter = Prompter(sessions[0].llm)
     (item,) = generate(["two-questions"], [600], [0.2], prompter.count, seed=0)
-    prompt = prompter.prompt(item)
+    prompt, settings = prompter.prompt(item), Settings(n_continuation=8, n_second=5)
     assert prompt.second is not None
-    first.eval([*prompt.context, *prompt.question])
-    said = greedy(first, 8)
-    then.eval(prompt.context)
-    then.eval(prompt.question)
-    then.prune_kv()
-    then.eval([*said, *prompt.second])
-    answer = then.detokenize(greedy(then, 32)).decode(errors="replace").strip()
-    assert second[cache, "seen"]["second_answer"] == answer
-    assert len(answer) > 5
+    said = Turn(sessions[0], prompt, "seen", settings).answer()
+    answer = Turn(sessions[1], prompt, "seen", settings).answer(said)
+    assert answer.second_tokens is not None
 
-
-def greedy(llm: Llama, n_tokens: int) -> list[int]:
-    tokens = []
-    for _ in range(n_tokens):
-        tokens.append(int(logits(llm).argmax()))
-        llm.eval(tokens[-1:])
-    assert not {llm.token_eos()} & set(tokens)
-    return tokens
+    # read after what the full cache said first, on what the pruning after the first question left
+    llm = sessions[1].llm
+    asked = [*prompt.context, *prompt.question]
+    read = [*asked, *said.tokens, *prompt.second, *answer.second_tokens[:-1]]
+    assert llm.input_ids[: llm.n_tokens].tolist() == read
+    assert native.pruned_pos(ctx_of(llm), 0) == len(asked) - 1
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
