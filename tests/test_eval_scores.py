@@ -330,3 +330,20 @@ def test_report_by_hand(tmp_path: Path) -> None:
     assert rows_of(report, "Mean KL along the full cache's greedy answer, per dataset") == [["d", "0.5"]]
     assert rows_of(report, "Cells kept, per layer") == [["0", "27%"], ["1", "87%"]]
     assert rows_of(report, "Speed")[1][2:5] == ["50", "250", "10.0"]
+
+
+def test_a_retrieval_map_by_hand(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
+    places = {"a": (0.5, 100), "b": (0.5, 100), "c": (0.5, 200), "e": (0, 100)}
+    records = [
+        record(item, cache, score, meta={"depth": places[item][0], "length": places[item][1]})
+        for cache in ("full", "paper")
+        for item, score in (("a", 1.0), ("b", 0.0), ("c", 0.25), ("e", 0.75))
+        if (cache, item) != ("paper", "e")
+    ]
+    second = record("f", "full", 0.0, second_score=1.0, dataset="two", meta={"depth": 0.1, "length": 50})
+    (tmp_path / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in [*records, second]))
+    d, two = write_report(tmp_path).split("## Where a fact was found\n\n")[1].split("\n## ")[0].split("two:\n")
+    cells = [line.strip("| ").split(" | ") for line in d.splitlines()[4:] if line]
+    assert cells == [["0", "100", "0.75", "-"], ["0.5", "100", "0.50", "0.50"], ["0.5", "200", "0.25", "0.25"]]
+    assert "| 0.1 | 50 | 1.00 | - |" in two

@@ -197,11 +197,12 @@ def _all(rows: Sequence[Row], dataset: str) -> list[Record]:
 
 
 def retrieval_map(row: Row) -> dict[tuple[float, int], float]:
-    """Mean score at each (depth, length)."""
+    """Mean score at each (depth, length); of the second question where there is one: the place is its fact's."""
     scores: dict[tuple[float, int], list[float]] = {}
     for record in row.records:
-        if {"depth", "length"} <= record["meta"].keys() and record["score"] is not None:
-            scores.setdefault((record["meta"]["depth"], record["meta"]["length"]), []).append(record["score"])
+        score = record.get("second_score", record["score"])
+        if {"depth", "length"} <= record["meta"].keys() and score is not None:
+            scores.setdefault((record["meta"]["depth"], record["meta"]["length"]), []).append(score)
     return {place: statistics.fmean(values) for place, values in scores.items()}
 
 
