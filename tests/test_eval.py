@@ -131,9 +131,10 @@ def test_more_caches_join_a_run(model: Path, tmp_path: Path) -> None:
 def test_a_folder_holds_one_run(model: Path, finished: Path) -> None:
     before = (finished / RECORDS).read_bytes()
     for options, message in (
-        (["--seed", "1"], "items_sha256"),
+        (["--seed", "1"], "seed 0, not 1"),
         (["--continuation", "9"], "n_continuation 8, not 9"),
         (["--generate", "needle"], "items 3, not 1"),
+        (["--lengths", "601"], "items_sha256"),
     ):
         result = refreekv("eval", model, "--out", finished, *MADE_UP, *options)
         assert result.exit_code == 2

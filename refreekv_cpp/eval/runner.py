@@ -95,9 +95,9 @@ class Run:
             {
                 "model": model.name,
                 "model_bytes": model.stat().st_size,
+                **asdict(settings),
                 "items": len(tasks),
                 "items_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-                **asdict(settings),
             },
         )
         done = {(record["item"], record["cache"], record["mode"]) for record in read_records(folder)}
