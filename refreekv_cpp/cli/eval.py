@@ -100,7 +100,7 @@ def eval_report(
 
 
 def _go(run: Run) -> None:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=common.stderr, transient=True) as progress:
         bar = progress.add_task("", total=run.n_done + len(run.jobs), completed=run.n_done)
         run.go(
