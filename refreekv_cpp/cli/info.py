@@ -24,10 +24,11 @@ from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 @dataclass(frozen=True)
 class Cache:
-    """The full KV cache of a model. No groups: it is not one plain KV cache (sliding window, hybrid, ...)."""
+    """The full memory of a context. No groups: it has nothing that a policy could work on."""
 
     n_ctx: int
     bytes: int
+    bytes_other: int  # layers with a sliding window, recurrent states
     groups: tuple[Any, ...]
 
 
@@ -80,7 +81,12 @@ def _read_cache(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> Cach
         return None
     groups = [native.group(ctx.ctx, i) for i in range(stats.n_group)]
     # some models have layers without attention, which hold no bytes
-    return Cache(n_ctx=ctx.n_ctx(), bytes=stats.bytes, groups=tuple(group for group in groups if group.n_head_kv > 0))
+    return Cache(
+        n_ctx=ctx.n_ctx(),
+        bytes=stats.bytes,
+        bytes_other=stats.bytes_other,
+        groups=tuple(group for group in groups if group.n_head_kv > 0),
+    )
 
 
 def _cache_rows(model: LlamaModel, cache: Cache | None) -> Iterator[tuple[str, str]]:
@@ -97,6 +103,8 @@ def _cache_rows(model: LlamaModel, cache: Cache | None) -> Iterator[tuple[str, s
     else:
         yield "layers", str(n_layer)
     yield f"KV cache of {cache.n_ctx} tokens (full)", mebibytes(cache.bytes)
+    if cache.bytes_other:
+        yield "  and sliding windows, recurrent states", mebibytes(cache.bytes_other)
 
 
 def _range(values: Iterable[int]) -> str:
