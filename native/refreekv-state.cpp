@@ -82,7 +82,9 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
     const auto     whole   = whole_heads();
     const uint32_t n_whole = whole.size();
     io.write(&n_whole, sizeof(n_whole));
-    io.write(whole.data(), whole.size()*sizeof(whole[0]));
+    if (!whole.empty()) { // upstream copies with memcpy, which takes no null pointer
+        io.write(whole.data(), whole.size()*sizeof(whole[0]));
+    }
 
     for (const auto & g : groups) {
         // (slot, index in the list), in the order of slots
@@ -143,7 +145,9 @@ bool refreekv_store::read_whole_heads(llama_io_read_i & io) {
     }
 
     heads_list theirs(n);
-    io.read(theirs.data(), n*sizeof(theirs[0]));
+    if (!theirs.empty()) {
+        io.read(theirs.data(), n*sizeof(theirs[0]));
+    }
     std::sort(theirs.begin(), theirs.end());
 
     heads_list ours = whole_heads();
@@ -236,7 +240,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         }
 
         std::vector<uint32_t> idxs(info.n_held);
-        if (!idxs.empty()) { // upstream copies with memcpy, which takes no null pointer
+        if (!idxs.empty()) {
             io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
         }
 
