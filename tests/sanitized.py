@@ -20,7 +20,15 @@ import typer
 from native_build import ROOT, build
 
 # the tests that go through native/ most, and need neither a real model nor a second process
-TESTS = ["test_random_operations.py", "test_cache_operations.py", "test_sequence_states.py", "test_memory.py"]
+TESTS = [
+    "test_random_operations.py",
+    "test_cache_operations.py",
+    "test_sequence_states.py",
+    "test_memory.py",
+    "test_memories.py",
+    "test_heads.py",
+    "test_python_policy.py",
+]
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
 
