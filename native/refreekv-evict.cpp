@@ -104,8 +104,8 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
 
 int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, int64_t & n_evicted) {
     for (auto & g : groups) {
-        const bool skip = pos ? g.il != il : g.whole || il_to_layer.at(g.il) < (uint32_t) params.n_full_layers;
-        if (skip) {
+        const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) params.n_full_layers;
+        if (!asked || g.whole) {
             continue;
         }
 

@@ -158,7 +158,8 @@ REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * mode
 // Logits of the last decode stay readable.
 REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
 
-// keep just these positions of a sequence in one layer (il of the model). For tests and research.
+// keep just these positions of a sequence in one layer (il of the model), but for heads that are kept whole. For tests and
+// research.
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
 
 // keep these KV heads whole from now on, whatever the policy: heads[i] of layer il[i] of the model. Each layer that has

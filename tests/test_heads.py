@@ -96,6 +96,15 @@ def test_moved_is_the_same_as_masked(tiny: Tiny, name: str, flash_attn: bool, de
     np.testing.assert_allclose(*logits, atol=2e-3 * np.std(logits))
 
 
+def test_by_hand_whole_heads_stay_whole(tiny: Tiny) -> None:
+    llm = load_divided(tiny("gqa"), [(1, 0), (2, 0), (2, 1)])
+    llm.eval(PROMPT)
+    for layer in range(4):
+        native.keep(ctx_of(llm), 0, layer, np.arange(10))
+    everything = len(PROMPT)
+    assert [len(positions) for positions in kept(llm)] == [10, 10, everything, everything, 10]
+
+
 def test_heads_with_alibi_are_not_separated(tiny: Tiny) -> None:
     llm = load_divided(tiny("mpt (ALiBi)"), [(1, 2)])
     assert groups(llm) == [(0, 4, False), (1, 4, True), (2, 4, False), (3, 4, False)]

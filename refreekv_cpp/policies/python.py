@@ -68,8 +68,9 @@ class PythonPolicy(Policy):
         kept = {}
         for index in range(native.stats(ctx).n_group):
             positions = native.kept(ctx, seq_id, index)
-            if len(positions) >= max(1, self.n_min):
-                layer = native.group(ctx, index).il
+            group = native.group(ctx, index)
+            if len(positions) >= max(1, self.n_min) and not group.whole:
+                layer = group.il
                 attention = native.read_attention(ctx, seq_id, index)
                 mask = self._checked(self.select(attention, positions.copy(), layer), len(positions), layer)
                 kept[layer] = positions[self._in_blocks(mask)]
