@@ -27,10 +27,13 @@ bool refreekv_store::update(llama_context * lctx) {
     synchronize();
     release_stale();
 
-    for (const auto & job : jobs) {
+    // one that throws is not done again
+    const auto todo = std::move(jobs);
+    jobs.clear();
+
+    for (const auto & job : todo) {
         job_result = job();
     }
-    jobs.clear();
 
     return true;
 }

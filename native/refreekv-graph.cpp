@@ -352,6 +352,14 @@ std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
     return attn ? std::make_unique<refreekv_graph_input_hybrid>(cparams, std::move(attn), std::move(inp_rs), mctx) : nullptr;
 }
 
+// Per KV head at most one run of it in each of q, k and v (view, concat), and in the join (view, concat, reshape); beside them
+// a second attention call, its rows and indices, and the ring.
+uint32_t refreekv_graph_extra_nodes(llama_memory_i * mem) {
+    const auto * store = refreekv_store::of(mem);
+
+    return store ? 9*store->n_heads_kv() + 64*store->n_layers() : 0;
+}
+
 static refreekv_graph_input * refreekv_own_input(llm_graph_input_i * inp) {
     if (auto * iswa = dynamic_cast<refreekv_graph_input_iswa *>(inp)) {
         return iswa->base.get();

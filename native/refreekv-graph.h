@@ -9,6 +9,7 @@ struct ggml_context;
 struct ggml_tensor;
 struct llama_cparams;
 struct llama_hparams;
+struct llama_memory_i;
 struct llama_ubatch;
 
 class llama_kv_cache_context;
@@ -34,6 +35,10 @@ llm_graph_input_attn_kv * refreekv_attn_inp_base(llm_graph_input_attn_kv_iswa * 
 std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
         ggml_context * ctx, const llama_ubatch & ubatch, const llama_hparams & hparams, const llama_cparams & cparams,
         const llama_memory_hybrid_context * mctx, std::unique_ptr<llm_graph_input_rs> & inp_rs);
+
+// hook of llama_context::graph_max_nodes: nodes that a graph may have beyond upstream's, when every layer is divided in the
+// most scattered way
+uint32_t refreekv_graph_extra_nodes(llama_memory_i * mem);
 
 struct refreekv_attn_call {
     ggml_context * ctx;

@@ -21,7 +21,10 @@ std::vector<std::pair<uint32_t, int64_t>> refreekv_ring::wanted(const llama_ubat
     for (uint32_t i = ubatch.n_tokens; i-- > 0 && res.size() < n_copy(ubatch);) {
         const llama_seq_id seq_id = ubatch.seq_id[i][0];
 
-        if ((uint32_t) seq_id < n_seq && n_taken[seq_id] < n_window) {
+        // the cells of an image share a position: the last one takes its row
+        const bool again = !res.empty() && ubatch.seq_id[res.back().first][0] == seq_id && ubatch.pos[res.back().first] == ubatch.pos[i];
+
+        if ((uint32_t) seq_id < n_seq && n_taken[seq_id] < n_window && !again) {
             n_taken[seq_id]++;
             res.emplace_back(i, row(seq_id, ubatch.pos[i]));
         }

@@ -135,12 +135,8 @@ bool refreekv_store::read_whole_heads(llama_io_read_i & io) {
     uint32_t n = 0;
     io.read(&n, sizeof(n));
 
-    uint32_t n_heads = 0;
-    for (const auto & layer : layers) {
-        n_heads += kv.hparams.n_head_kv(layer.il);
-    }
-    if (n > n_heads) {
-        refreekv_set_error("state: damaged, %u of %u KV heads are kept whole", n, n_heads);
+    if (n > n_heads_kv()) {
+        refreekv_set_error("state: damaged, %u of %u KV heads are kept whole", n, n_heads_kv());
         return false;
     }
 

@@ -206,6 +206,14 @@ void refreekv_store::make_groups(const heads_list & whole) {
     n_generation++;
 }
 
+uint32_t refreekv_store::n_heads_kv() const {
+    uint32_t res = 0;
+    for (const auto & layer : layers) {
+        res += kv.hparams.n_head_kv(layer.il);
+    }
+    return res;
+}
+
 bool refreekv_store::holds_nothing() const {
     return std::all_of(groups.begin(), groups.end(), [](const group & g) { return g.res.n_used() == 0; });
 }
@@ -298,6 +306,9 @@ void refreekv_store::clear() {
 }
 
 bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (seq_id >= n_seq_ids()) {
+        return true; // upstream's to refuse
+    }
     p0 = std::max(p0, 0);
 
     const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
@@ -319,6 +330,10 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 
 bool refreekv_store::may_seq_rm(const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return !kv->store || kv->store->may_seq_rm(seq_id, p0, p1);
+}
+
+bool refreekv_store::may_shift(const llama_kv_cache * kv, const char * op, llama_seq_id seq_id) {
+    return !kv->store || kv->store->on_seq_shift(op, seq_id);
 }
 
 bool refreekv_store::refused_seq_cp(const llama_kv_cache * kv) {

@@ -83,6 +83,7 @@ public:
 
     static bool may_seq_rm    (const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     static bool refused_seq_cp(const llama_kv_cache * kv); // the last one
+    static bool may_shift     (const llama_kv_cache * kv, const char * op, llama_seq_id seq_id);
 
     //
     // hooks of llama_kv_cache; false: refused, and refreekv_last_error() says why
@@ -118,6 +119,9 @@ public:
 
     uint32_t n_layouts() const { return layouts.size(); }
     uint32_t layout_of(uint32_t i_group) const { return groups[i_group].layout; }
+
+    uint32_t n_layers()   const { return layers.size(); }
+    uint32_t n_heads_kv() const; // over all layers
 
     bool has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
 

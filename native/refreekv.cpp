@@ -15,7 +15,7 @@
 #include <new>
 #include <stdexcept>
 
-static const int32_t REFREEKV_ABI_VERSION = 1;
+static const int32_t REFREEKV_ABI_VERSION = 2;
 
 static thread_local std::string g_error;
 
@@ -96,6 +96,10 @@ int32_t refreekv_abi_version(void) {
 
 const char * refreekv_last_error(void) {
     return g_error.c_str();
+}
+
+void refreekv_forget_last_error(void) {
+    refreekv_clear_error();
 }
 
 uint32_t refreekv_hooks_ran(void) {

@@ -141,6 +141,9 @@ REFREEKV_API int32_t refreekv_abi_version(void);
 // the last error of this thread, "" when there was none
 REFREEKV_API const char * refreekv_last_error(void);
 
+// before a call of llama.h that may leave an error here
+REFREEKV_API void refreekv_forget_last_error(void);
+
 // a mask of the hooks that have run in this process, see refreekv_store::hook in refreekv-store.h
 REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
@@ -158,8 +161,8 @@ REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * mode
 // Logits of the last decode stay readable.
 REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
 
-// keep just these positions of a sequence in one layer (il of the model), but for heads that are kept whole. For tests and
-// research.
+// keep just these positions of a sequence in one layer (il of the model), but for heads that are kept whole. For
+// policies of the caller's
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
 
 // keep these KV heads whole from now on, whatever the policy: heads[i] of layer il[i] of the model. Each layer that has

@@ -36,13 +36,14 @@ _FORMAT = 1
 def random_tokens(model: Any) -> list[int]:
     """N_RANDOM ordinary tokens of the vocabulary, twice; always the same ones."""
     vocab = llama_cpp.llama_model_get_vocab(model)
-    n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
-    rng = np.random.default_rng(0)
-    tokens: list[int] = []
-    while len(tokens) < N_RANDOM:
-        token = int(rng.integers(n_vocab))
-        if not llama_cpp.llama_vocab_is_control(vocab, token) and not llama_cpp.llama_vocab_is_eog(vocab, token):
-            tokens.append(token)
+    ordinary = np.arange(llama_cpp.llama_vocab_n_tokens(vocab))
+    if llama_cpp.llama_vocab_type(vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        special = [
+            llama_cpp.llama_vocab_is_control(vocab, token) or llama_cpp.llama_vocab_is_eog(vocab, token)
+            for token in ordinary.tolist()
+        ]
+        ordinary = ordinary if all(special) else ordinary[~np.array(special)]
+    tokens: list[int] = np.random.default_rng(0).choice(ordinary, N_RANDOM).tolist()
     return tokens * 2
 
 
@@ -52,29 +53,21 @@ def measure(ctx: Any) -> Scores:
     next_head: dict[int, int] = {}
     for index in range(native.stats(ctx).n_group):
         info = native.group(ctx, index)
-        queries, query_pos = native.read_queries(ctx, 0, index)
-        keys, key_pos = native.read_keys(ctx, 0, index)
-        second = query_pos >= N_RANDOM
-        hidden = key_pos[None, :] > query_pos[second, None]
-        target = query_pos[second] - N_RANDOM + 1
-        n_gqa = info.n_head // info.n_head_kv
-        for head in range(info.n_head_kv):
-            best = 0.0
-            for query in queries[second, head * n_gqa : (head + 1) * n_gqa].swapaxes(0, 1):
-                logits = np.where(hidden, -np.inf, query @ keys[:, head].T * info.kq_scale)
-                weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-                weights /= weights.sum(axis=1, keepdims=True)
-                best = max(best, float(weights[np.arange(len(target)), target].mean()))
+        attention = native.read_attention(ctx, 0, index)  # of the last queries, to all 2 * N_RANDOM tokens
+        n_rows = min(attention.shape[1], N_RANDOM)
+        positions = np.arange(2 * N_RANDOM - n_rows, 2 * N_RANDOM)
+        copied = attention[:, np.arange(-n_rows, 0), positions - N_RANDOM + 1].mean(axis=1)
+        for score in copied.reshape(info.n_head_kv, -1).max(axis=1).tolist():
             number = next_head.get(info.il, 0)
             next_head[info.il] = number + 1
-            scores[info.il, number] = best
+            scores[info.il, number] = score
     return scores
 
 
-def load(model_path: Path) -> Scores | None:
-    """What an earlier measurement of this model file has left; None: there is none."""
+def load(model_path: Path, n_window: int) -> Scores | None:
+    """What an earlier measurement of this file, with a window of so many queries, has left; None: there is none."""
     try:
-        content = json.loads(_file_of(model_path).read_text())
+        content = json.loads(_file_of(model_path, n_window).read_text())
         if content["format"] != _FORMAT:
             return None
         return {(int(layer), int(head)): float(score) for layer, head, score in content["scores"]}
@@ -82,11 +75,11 @@ def load(model_path: Path) -> Scores | None:
         return None
 
 
-def save(model_path: Path, scores: Mapping[Head, float]) -> None:
+def save(model_path: Path, n_window: int, scores: Mapping[Head, float]) -> None:
     """For the next time; where the cache folder cannot be written, nothing happens."""
     content = {"format": _FORMAT, "scores": [[layer, head, score] for (layer, head), score in scores.items()]}
     try:
-        file = _file_of(model_path)
+        file = _file_of(model_path, n_window)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(content))
@@ -95,10 +88,10 @@ def save(model_path: Path, scores: Mapping[Head, float]) -> None:
         pass
 
 
-def _file_of(model_path: Path) -> Path:
+def _file_of(model_path: Path, n_window: int) -> Path:
     """Named by the model's size, beginning and end: enough to tell files apart, and quick for large ones."""
     size = model_path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(f"{size} {n_window}".encode())
     with model_path.open("rb") as file:
         digest.update(file.read(2**20))
         file.seek(max(0, size - 2**20))

@@ -14,7 +14,7 @@ from refreekv_cpp import _options, induction, native
 from refreekv_cpp._options import POLICY_VARIABLE, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
-from refreekv_cpp.policies import Full, Policy
+from refreekv_cpp.policies import Full, Policy, ReFreeKV
 from refreekv_cpp.stats import KVStats
 
 import llama_cpp  # isort: skip  (after native, which has loaded our library)
@@ -90,7 +90,7 @@ class Llama(llama_cpp.Llama):
                 raise
             warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
             self.close()
-            Llama.__init__(self, model_path, kv_policy="full", **options)
+            Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with native.next_context(self._native_params()):
@@ -166,27 +166,39 @@ class Llama(llama_cpp.Llama):
                 self.prune_kv()
 
     def _keep_heads(self) -> None:
-        """Before the first token: have the heads kept whole that the policy wants whole. Found once per model file."""
-        threshold = getattr(self.kv_policy, "induction", None)
-        if self._heads_set or threshold is None or self._n_ctx < 2 * induction.N_RANDOM:
+        """Before the first token: have the heads kept whole that the policy wants whole, and no others.
+
+        They are found once per model file. (Cells of other sequences, which this class knows nothing of, are lost.)
+        """
+        if self._heads_set or self._n_ctx < 2 * induction.N_RANDOM:
             return
-        self._ctx.kv_cache_clear()
         if self._heads is None:
-            path = Path(self.model_path)
-            scores = induction.load(path)
-            if scores is None:
-                try:
-                    self._eval(induction.random_tokens(self._model.model))
-                    scores = induction.measure(self._ctx.ctx)
-                except CacheMemoryError:
-                    return  # again before the next prompt
-                finally:
-                    self._ctx.kv_cache_clear()
-                    self.reset()
-                induction.save(path, scores)
-            self._heads = [head for head, score in scores.items() if score > threshold]
-        native.keep_heads(self._ctx.ctx, self._heads)
+            try:
+                self._heads = self._find_heads()
+            except CacheMemoryError:
+                return  # again before the next prompt
+        if self._heads or self.kv_stats.n_whole_heads:
+            self._ctx.kv_cache_clear()
+            native.keep_heads(self._ctx.ctx, self._heads)
         self._heads_set = True
+
+    def _find_heads(self) -> list[induction.Head]:
+        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None:
+            return []
+        path, n_window = Path(self.model_path), self.kv_policy.n_window
+        scores = induction.load(path, n_window)
+        if scores is None or self.lora_path:
+            self._ctx.kv_cache_clear()
+            try:
+                self._eval(induction.random_tokens(self._model.model))
+                scores = induction.measure(self._ctx.ctx)
+            finally:
+                self._ctx.kv_cache_clear()
+                self.reset()
+                llama_cpp.llama_perf_context_reset(self._ctx.ctx)
+            if not self.lora_path:  # those of the model itself
+                induction.save(path, n_window, scores)
+        return [head for head, score in scores.items() if score > self.kv_policy.induction]
 
     def _eval(self, tokens: Sequence[int]) -> None:
         try:
@@ -254,6 +266,7 @@ class Llama(llama_cpp.Llama):
                 is left in the cache then.
         """
         native.clear_error()
+        self._heads_set = False  # the state brings its own
         try:
             super().load_state(state)
         except RuntimeError as error:
@@ -262,7 +275,6 @@ class Llama(llama_cpp.Llama):
             reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
         self._queries_lost = True
-        self._heads_set = False  # the state has brought its own
 
     def close(self) -> None:
         """Free the model and the context."""

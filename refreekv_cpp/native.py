@@ -14,7 +14,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._library import import_llama_cpp
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 _library = import_llama_cpp()
 _lib: Any = ffi.dlopen(_library._name)
@@ -47,7 +47,7 @@ def last_error() -> str:
 
 def clear_error() -> None:
     """Before a call of llama.cpp's that may leave a new one."""
-    _lib.refreekv_next_context(ffi.NULL)
+    _lib.refreekv_forget_last_error()
 
 
 def _check(code: int) -> int:

@@ -48,7 +48,7 @@ class KVStats:
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
         prune_ms: the time they took together, in milliseconds.
-        n_layouts: distinct layouts among the layers: masks that a graph needs.
+        n_layouts: distinct layouts among the groups: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
 

@@ -10,9 +10,11 @@ import pytest
 import reference
 from policies import Debug
 from support import F32, ctx_of, feed, kept, load
-from tiny import BOS, random_tokens
+from tiny import BOS, TinyModel, random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, induction, native
+
+import llama_cpp  # isort: skip
 
 PROMPT = random_tokens(1060)
 DECODED = random_tokens(41, seed=1)[1:]
@@ -31,6 +33,7 @@ Tiny = Callable[[str], Path]
 
 def load_divided(path: Path, heads: list[induction.Head], policy=POLICY, **options) -> Llama:
     llm = load(path, policy, **options)
+    llm._heads = heads  # what it would find; set before its first prompt
     native.keep_heads(ctx_of(llm), heads)
     return llm
 
@@ -137,6 +140,41 @@ def test_a_state_brings_its_division(tiny_model: Path) -> None:
     np.testing.assert_array_equal(feed(other, DECODED), expected)
 
 
+def test_the_division_of_a_state_ends_with_its_conversation(tiny_model: Path) -> None:
+    llm = load_divided(tiny_model, WHOLE["gqa"])
+    llm.eval(PROMPT)
+    other = load(tiny_model, POLICY)
+    other.load_state(llm.save_state())
+    assert other.kv_stats.n_whole_heads == len(WHOLE["gqa"])
+    other.reset()
+    other.eval(PROMPT)
+    assert other.kv_stats.n_whole_heads == 0
+
+
+def test_a_state_that_fails_leaves_no_division(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(induction, "load", lambda path, n_window: {(1, 1): 1.0})
+    llm = load(tiny_model, ReFreeKV())
+    llm.eval(PROMPT)
+    state = load_divided(tiny_model, WHOLE["gqa"])
+    state.eval(PROMPT)
+    damaged = state.save_state()
+    damaged.llama_state = damaged.llama_state[: len(damaged.llama_state) // 2]
+    damaged.llama_state_size = len(damaged.llama_state)
+    with pytest.raises(CacheStateError):
+        llm.load_state(damaged)
+    llm.eval(PROMPT)
+    assert [group for group in groups(llm) if group[2]] == [(1, 1, True)]
+
+
+def test_heads_may_be_as_scattered_as_they_like(tmp_path: Path) -> None:
+    """... in as many layers: the graph has room for it."""
+    path = tmp_path / "wide.gguf"
+    TinyModel(n_layer=32, n_embd=64, n_head=16, n_head_kv=16, n_embd_head=8, n_ff=32).write(path)
+    llm = load_divided(path, [(layer, head) for layer in range(32) for head in range(0, 16, 2)], n_ctx=512)
+    llm.eval(PROMPT[:300])
+    assert np.isfinite(feed(llm, DECODED[:2])).all()
+
+
 # -- induction heads ---------------------------------------------------------------------------------------------------
 
 
@@ -161,20 +199,32 @@ def test_the_score_is_the_attention_to_what_followed_the_previous_occurrence(tin
         np.testing.assert_allclose([scores[layer, 0], scores[layer, 1]], expected, rtol=0.02)
 
 
+@pytest.mark.parametrize("what", ["llama_vocab_is_control", "llama_vocab_type"])
+def test_any_vocabulary_will_do(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """... one of special tokens only, and none at all."""
+    llm = load(tiny_model, POLICY)
+    monkeypatch.setattr(llama_cpp, what, lambda *_: what == "llama_vocab_is_control")
+    tokens = induction.random_tokens(llm._model.model)
+    assert len(tokens) == 2 * induction.N_RANDOM
+    assert len(set(tokens)) > 20
+
+
 def test_heads_above_the_threshold_are_kept_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(layer, head): 0.05 for layer in range(4) for head in range(2)} | {(1, 1): 0.2, (2, 0): 0.11}
-    monkeypatch.setattr(induction, "load", lambda path: scores)
+    monkeypatch.setattr(induction, "load", lambda path, n_window: scores)
     llm = load(tiny_model, ReFreeKV())
     llm.eval(PROMPT)
     assert [group for group in groups(llm) if group[2]] == [(1, 1, True), (2, 1, True)]
-    assert load(tiny_model, ReFreeKV(induction=0.3)).kv_stats.n_whole_heads == 0
+    few = load(tiny_model, ReFreeKV(induction=0.15))
+    few.eval(PROMPT)
+    assert few.kv_stats.n_whole_heads == 1
 
 
 def test_scores_are_measured_once_per_model_file(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert induction.load(tiny_model) is None
+    assert induction.load(tiny_model, 64) is None
     expected = None
     for _ in range(2):
         llm = load(tiny_model, ReFreeKV())
@@ -184,7 +234,7 @@ def test_scores_are_measured_once_per_model_file(
         expected = logits if expected is None else expected
         np.testing.assert_array_equal(logits, expected)
         monkeypatch.setattr(induction, "measure", lambda ctx: pytest.fail("measured twice"))
-    assert len(induction.load(tiny_model) or {}) == 8
+    assert len(induction.load(tiny_model, 64) or {}) == 8
 
 
 def test_a_damaged_or_unwritable_store_of_scores_does_no_harm(
@@ -194,10 +244,10 @@ def test_a_damaged_or_unwritable_store_of_scores_does_no_harm(
     (tmp_path / "file").write_text("no folder")
     llm = load(tiny_model, ReFreeKV())
     llm.eval(PROMPT)
-    assert induction.load(tiny_model) is None
+    assert induction.load(tiny_model, 64) is None
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    induction.save(tiny_model, {(0, 0): 0.5})
-    assert induction.load(tiny_model) == {(0, 0): 0.5}
+    induction.save(tiny_model, 64, {(0, 0): 0.5})
+    assert induction.load(tiny_model, 64) == {(0, 0): 0.5}
     next((tmp_path / "refreekv-cpp" / "induction").iterdir()).write_text('{"format": 1, "scores": [[1]]}')
-    assert induction.load(tiny_model) is None
+    assert induction.load(tiny_model, 64) is None

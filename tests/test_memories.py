@@ -70,6 +70,16 @@ def test_what_cannot_be_removed_stays_everywhere(tiny: Tiny, name: str) -> None:
     np.testing.assert_array_equal(sequences.read(0, MORE), expected)
 
 
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_what_cannot_be_shifted_stays_everywhere(tiny: Tiny, name: str) -> None:
+    expected = open_sequences(tiny(name)).read(0, MORE)
+    sequences = open_sequences(tiny(name))
+    llama_cpp.llama_memory_seq_add(sequences.memory, 0, 0, -1, 7)
+    llama_cpp.llama_memory_seq_div(sequences.memory, 0, 0, -1, 2)
+    assert sequences.n_tokens(0) == len(PROMPT)
+    np.testing.assert_array_equal(sequences.read(0, MORE), expected)
+
+
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_a_whole_pruned_sequence_is_copied(tiny: Tiny, name: str, unified: bool) -> None:
