@@ -12,30 +12,36 @@
 #include <algorithm>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
-static const uint32_t REFREEKV_STATE_VERSION = 2;
+static const uint32_t REFREEKV_STATE_VERSION = 3;
+static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K and V: states have no checksum
 
-// f(tensor, offset, size) for the bytes of these slots, in this order: all of K, then all of V (line by line when it is
-// transposed). Consecutive slots are one piece; how the pieces fall does not change the order of the bytes.
+// f(tensor, offset, size) for the bytes of these slots, in this order. Consecutive slots are one piece; how the pieces fall
+// does not change the order of the bytes.
 template <typename F>
-static void refreekv_for_bytes(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
-    const auto pieces = [&](ggml_tensor * t, size_t start, size_t stride) {
-        for (size_t i = 0, n = 0; i < slots.size(); i += n) {
-            n = 1;
-            while (i + n < slots.size() && slots[i + n] == slots[i] + n) {
-                ++n;
-            }
-            f(t, start + slots[i]*stride, n*stride);
+static void refreekv_for_pieces(ggml_tensor * t, const std::vector<uint32_t> & slots, size_t start, size_t stride, F && f) {
+    for (size_t i = 0, n = 0; i < slots.size(); i += n) {
+        n = 1;
+        while (i + n < slots.size() && slots[i + n] == slots[i] + n) {
+            ++n;
         }
-    };
+        f(t, start + slots[i]*stride, n*stride);
+    }
+}
 
-    pieces(rows.k, 0, rows.k->nb[1]);
+template <typename F>
+static void refreekv_for_k(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
+    refreekv_for_pieces(rows.k, slots, 0, rows.k->nb[1], f);
+}
 
+// line by line when it is transposed
+template <typename F>
+static void refreekv_for_v(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
     if (!rows.get_shape().v_trans) {
-        pieces(rows.v, 0, rows.v->nb[1]);
+        refreekv_for_pieces(rows.v, slots, 0, rows.v->nb[1], f);
         return;
     }
     for (int64_t j = 0; j < rows.v->ne[1]; ++j) {
-        pieces(rows.v, j*rows.v->nb[1], rows.v->nb[0]);
+        refreekv_for_pieces(rows.v, slots, j*rows.v->nb[1], rows.v->nb[0], f);
     }
 }
 
@@ -110,7 +116,11 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         }
 
         if (!slots.empty()) {
-            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
+            const auto write = [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); };
+
+            refreekv_for_k(g.rows, slots, write);
+            io.write(&REFREEKV_STATE_V, sizeof(REFREEKV_STATE_V));
+            refreekv_for_v(g.rows, slots, write);
         }
     }
 }
@@ -125,8 +135,18 @@ void refreekv_store::clear_rows(const slot_info & sinfo) {
             }
         });
         if (!slots.empty()) {
-            refreekv_for_bytes(g.rows, slots, [&](ggml_tensor * t, size_t offset, size_t size) { ggml_backend_tensor_memset(t, 0, offset, size); });
+            const auto zero = [](ggml_tensor * t, size_t offset, size_t size) { ggml_backend_tensor_memset(t, 0, offset, size); };
+
+            refreekv_for_k(g.rows, slots, zero);
+            refreekv_for_v(g.rows, slots, zero);
         }
+    }
+}
+
+// the other part of a composite memory could not be restored
+void refreekv_store::undo_restore(llama_kv_cache * kv, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (kv->store && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        kv->state_clear(seq_id);
     }
 }
 
@@ -265,7 +285,16 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
             slots.push_back(g.res.assign(list[i]));
         }
         if (!slots.empty()) {
-            refreekv_for_bytes(g.rows, slots, read_bytes);
+            refreekv_for_k(g.rows, slots, read_bytes);
+
+            uint32_t mark = 0;
+            io.read(&mark, sizeof(mark));
+            if (mark != REFREEKV_STATE_V) {
+                refreekv_set_error("state: damaged, layer %d has no V where it should be", g.il);
+                return false;
+            }
+
+            refreekv_for_v(g.rows, slots, read_bytes);
         }
     }
 

@@ -128,6 +128,15 @@ def test_a_pruned_state_comes_back(tiny: Tiny, name: str) -> None:
     np.testing.assert_allclose(feed(other, MORE), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_a_state_that_fails_in_its_second_part_leaves_nothing(tiny: Tiny, name: str) -> None:
+    sequences = open_sequences(tiny(name))
+    state = sequences.save(0)
+    assert sequences.restore(state[:-4], 1) == 0
+    assert sequences.n_tokens(1) == 0
+    assert sequences.kept(1) == [[], []]
+
+
 def test_images_share_a_position(tiny: Tiny) -> None:
     """M-RoPE: the cells of an image have one position, and see each other by row and column, as upstream has it."""
     logits = []

@@ -26,7 +26,7 @@ SEED = "1234"
 VARIABLES = ("REFREEKV_NATIVE_POLICY", "REFREEKV_NATIVE_PRUNE", "LD_LIBRARY_PATH")
 TIMEOUT = 1800  # seconds, of one test
 
-# REFREEKV_POLICY and REFREEKV_NATIVE_PRUNE of each column; None: upstream's library
+# REFREEKV_NATIVE_POLICY and REFREEKV_NATIVE_PRUNE of each column; None: upstream's library
 CONFIGURATIONS: dict[str, dict[str, str] | None] = {
     "upstream": None,
     "ours, no policy": {},
