@@ -25,6 +25,12 @@ settings.register_profile("long", max_examples=125, print_blob=True, **_stateful
 settings.load_profile("short")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs that tests start import the package that is installed, not the folder of a clone."""
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES`, by its name; written when first asked for."""
