@@ -20,6 +20,6 @@ struct refreekv_environment {
 // throws std::runtime_error, naming what is valid
 const refreekv_environment & refreekv_get_environment();
 
-// hook at the end of llama_context::decode: with REFREEKV_NATIVE_PRUNE=auto, prune the sequences that the batch added to, unless
-// it was one token. What cannot be pruned is logged.
+// hook at the end of llama_context::decode: with REFREEKV_NATIVE_PRUNE=auto, prune the sequences that the batch added to,
+// unless it was one token. What cannot be pruned is logged.
 void refreekv_after_decode(llama_context * lctx);
