@@ -10,6 +10,8 @@
 #include "llama-io.h"
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
 static const uint32_t REFREEKV_STATE_VERSION = 3;
@@ -150,8 +152,8 @@ void refreekv_store::undo_restore(llama_kv_cache * kv, llama_seq_id seq_id, llam
     }
 }
 
-// the division into groups that the state was written with becomes this context's, if nothing stands against it
-bool refreekv_store::read_whole_heads(llama_io_read_i & io) {
+// the heads kept whole where the state was written
+bool refreekv_store::read_whole_heads(llama_io_read_i & io, heads_list & heads) const {
     uint32_t n = 0;
     io.read(&n, sizeof(n));
 
@@ -160,24 +162,203 @@ bool refreekv_store::read_whole_heads(llama_io_read_i & io) {
         return false;
     }
 
-    heads_list theirs(n);
-    if (!theirs.empty()) {
-        io.read(theirs.data(), n*sizeof(theirs[0]));
+    heads.resize(n);
+    if (!heads.empty()) {
+        io.read(heads.data(), n*sizeof(heads[0]));
     }
-    std::sort(theirs.begin(), theirs.end());
+    std::sort(heads.begin(), heads.end());
 
-    heads_list ours = whole_heads();
-    if (ours == theirs) {
+    return valid_heads(heads);
+}
+
+// room for n cells more
+bool refreekv_store::make_room(group & g, uint32_t n) {
+    const uint32_t n_need = padded(g.res.n_slots_after(n));
+
+    if (n_need <= g.rows.capacity()) {
         return true;
     }
-    if (!holds_nothing()) {
-        refreekv_set_error("state: it keeps other KV heads whole than this context, which is not empty");
+    if (!within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
         return false;
     }
-    if (!valid_heads(theirs)) {
+    if (!move(g, all_slots(g), n_need)) {
+        refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
         return false;
     }
-    make_groups(theirs);
+    return true;
+}
+
+// what comes before the rows of a group; cells: indices of the list, in the order of the rows
+bool refreekv_store::read_group_head(llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape,
+        uint32_t cell_count, std::vector<uint32_t> & cells) {
+    refreekv_state_group info;
+    io.read(&info, sizeof(info));
+
+    if (info.il != il || info.n_heads != n_heads || (bool) info.whole != whole) {
+        refreekv_set_error("state: damaged, its groups of KV heads are not those it names");
+        return false;
+    }
+    if (info.type_k != shape.type_k || info.type_v != shape.type_v || info.n_embd_k != (uint64_t) shape.n_embd_k || info.n_embd_v != (uint64_t) shape.n_embd_v) {
+        refreekv_set_error("state: layer %d has other cache types or row sizes than this context", il);
+        return false;
+    }
+    if (info.n_held > cell_count) {
+        refreekv_set_error("state: damaged, layer %d holds more cells than there are", il);
+        return false;
+    }
+
+    cells.resize(info.n_held);
+    if (!cells.empty()) {
+        io.read(cells.data(), cells.size()*sizeof(uint32_t));
+    }
+
+    std::vector<uint8_t> seen(cell_count, 0);
+    for (uint32_t i : cells) {
+        if (i >= cell_count || seen[i]) {
+            refreekv_set_error("state: damaged, layer %d names a cell that is not there", il);
+            return false;
+        }
+        seen[i] = 1;
+    }
+
+    return true;
+}
+
+static bool refreekv_read_mark(llama_io_read_i & io, int32_t il) {
+    uint32_t mark = 0;
+    io.read(&mark, sizeof(mark));
+    if (mark != REFREEKV_STATE_V) {
+        refreekv_set_error("state: damaged, layer %d has no V where it should be", il);
+        return false;
+    }
+    return true;
+}
+
+// K or V of all heads of a layer as bytes, cells in the order of a list. As in the tensors: by cell, or by element where it
+// is transposed.
+class refreekv_layer_bytes {
+public:
+    refreekv_layer_bytes(ggml_type type, size_t n_embd_head, size_t n_heads, size_t n_cells, bool trans) :
+        trans(trans), n_heads(n_heads), n_cells(n_cells),
+        n_parts(trans ? n_embd_head : 1), part(trans ? ggml_type_size(type) : ggml_row_size(type, n_embd_head)), bytes(n_heads*n_cells*n_parts*part) {}
+
+    // of some heads, with cells in another order: cells[i] is the place in the list of the i-th
+    void put(const std::vector<uint8_t> & src, const std::vector<uint32_t> & heads, const std::vector<uint32_t> & cells) {
+        for_parts(heads, cells, [&](size_t ours, size_t theirs) { memcpy(bytes.data() + ours, src.data() + theirs, part); });
+    }
+    void get(std::vector<uint8_t> & dst, const std::vector<uint32_t> & heads, const std::vector<uint32_t> & cells) const {
+        for_parts(heads, cells, [&](size_t ours, size_t theirs) { memcpy(dst.data() + theirs, bytes.data() + ours, part); });
+    }
+
+private:
+    const bool   trans;
+    const size_t n_heads;
+    const size_t n_cells;
+    const size_t n_parts; // of one head in one cell that do not lie side by side
+    const size_t part;    // bytes
+
+    std::vector<uint8_t> bytes;
+
+    size_t place(size_t n, size_t head, size_t p, size_t cell) const {
+        return part*(trans ? (head*n_parts + p)*n_cells + cell : cell*n + head);
+    }
+
+    template <typename F>
+    void for_parts(const std::vector<uint32_t> & heads, const std::vector<uint32_t> & cells, F && f) const {
+        for (size_t h = 0; h < heads.size(); ++h) {
+            for (size_t p = 0; p < n_parts; ++p) {
+                for (size_t i = 0; i < cells.size(); ++i) {
+                    f(place(n_heads, heads[h], p, cells[i]), place(heads.size(), h, p, i));
+                }
+            }
+        }
+    }
+};
+
+// a state in which nothing was evicted, of a context with other heads kept whole
+bool refreekv_store::read_divided_anew(llama_io_read_i & io, const heads_list & theirs, const std::vector<uint32_t> & list) {
+    std::vector<uint32_t> in_order(list.size());
+    std::iota(in_order.begin(), in_order.end(), 0);
+
+    for (const auto & layer : layers) {
+        const auto parts = divide(layer, theirs);
+
+        // undivided here and there: its heads may not be separable
+        const bool one           = parts.size() == 1 && layer.groups.size() == 1;
+        const auto heads_of_part = [&](const std::vector<uint32_t> & heads) { return one ? std::vector<uint32_t> { 0 } : heads; };
+
+        const int64_t n_heads       = one ? 1                    : kv.hparams.n_head_kv(layer.il);
+        const int64_t n_embd_head_k = one ? layer.shape.n_embd_k : kv.hparams.n_embd_head_k(layer.il);
+        const int64_t n_embd_head_v = one ? layer.shape.n_embd_v : kv.hparams.n_embd_head_v(layer.il);
+
+        refreekv_layer_bytes k(layer.shape.type_k, n_embd_head_k, n_heads, list.size(), false);
+        refreekv_layer_bytes v(layer.shape.type_v, n_embd_head_v, n_heads, list.size(), layer.shape.v_trans);
+
+        std::vector<uint8_t> bytes;
+
+        for (const auto & p : parts) {
+            const auto shape = shape_of(layer, p.heads);
+
+            std::vector<uint32_t> cells;
+            if (!read_group_head(io, layer.il, p.heads.size(), p.whole, shape, list.size(), cells)) {
+                return false;
+            }
+            if (cells.size() != list.size()) {
+                refreekv_set_error("state: damaged, layer %d lacks cells that were never evicted", layer.il);
+                return false;
+            }
+            if (cells.empty()) {
+                continue;
+            }
+
+            bytes.resize(cells.size()*ggml_row_size(shape.type_k, shape.n_embd_k));
+            io.read(bytes.data(), bytes.size());
+            k.put(bytes, heads_of_part(p.heads), cells);
+
+            if (!refreekv_read_mark(io, layer.il)) {
+                return false;
+            }
+
+            bytes.resize(cells.size()*ggml_row_size(shape.type_v, shape.n_embd_v));
+            io.read(bytes.data(), bytes.size());
+            v.put(bytes, heads_of_part(p.heads), cells);
+        }
+
+        for (uint32_t i_group : layer.groups) {
+            auto & g = groups[i_group];
+
+            if (!make_room(g, list.size())) {
+                return false;
+            }
+
+            std::vector<uint32_t> slots;
+            for (uint32_t cell : list) {
+                slots.push_back(g.res.assign(cell));
+            }
+            if (slots.empty()) {
+                continue;
+            }
+
+            const uint8_t * next = nullptr;
+            const auto write = [&](ggml_tensor * t, size_t offset, size_t size) {
+                ggml_backend_tensor_set(t, next, offset, size);
+                next += size;
+            };
+
+            // more than its heads where V is padded to the widest layer (cpy_v)
+            bytes.assign(slots.size()*ggml_row_size(g.rows.get_shape().type_k, g.rows.get_shape().n_embd_k), 0);
+            k.get(bytes, heads_of_part(g.heads), in_order);
+            next = bytes.data();
+            refreekv_for_k(g.rows, slots, write);
+
+            bytes.assign(slots.size()*ggml_row_size(g.rows.get_shape().type_v, g.rows.get_shape().n_embd_v), 0);
+            v.get(bytes, heads_of_part(g.heads), in_order);
+            next = bytes.data();
+            refreekv_for_v(g.rows, slots, write);
+        }
+    }
+
+    stale_layouts = true;
 
     return true;
 }
@@ -232,52 +413,30 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
     std::vector<uint8_t> behind(cell_count);
     io.read(behind.data(), behind.size());
 
-    if (!read_whole_heads(io)) {
+    heads_list theirs;
+    if (!read_whole_heads(io, theirs)) {
         return false;
     }
 
+    const heads_list ours         = whole_heads();
+    const bool       pruned_state = std::find(behind.begin(), behind.end(), 1) != behind.end();
+
+    if (ours != theirs) {
+        if (!pruned_state && (!ours.empty() || !holds_nothing())) {
+            return read_divided_anew(io, theirs, list);
+        }
+        // which cells a head has lost is in the state: its division goes with it
+        if (!holds_nothing()) {
+            refreekv_set_error("state: it keeps other KV heads whole than this context, which is not empty");
+            return false;
+        }
+        make_groups(theirs);
+    }
+
     for (auto & g : groups) {
-        const auto & shape = g.rows.get_shape();
-
-        refreekv_state_group info;
-        io.read(&info, sizeof(info));
-
-        if (info.il != g.il || info.n_heads != g.heads.size() || (bool) info.whole != g.whole) {
-            refreekv_set_error("state: damaged, its groups of KV heads are not those it names");
+        std::vector<uint32_t> idxs;
+        if (!read_group_head(io, g.il, g.heads.size(), g.whole, g.rows.get_shape(), cell_count, idxs) || !make_room(g, idxs.size())) {
             return false;
-        }
-        if (info.type_k != shape.type_k || info.type_v != shape.type_v || info.n_embd_k != (uint64_t) shape.n_embd_k || info.n_embd_v != (uint64_t) shape.n_embd_v) {
-            refreekv_set_error("state: layer %d has other cache types or row sizes than this context", g.il);
-            return false;
-        }
-        if (info.n_held > cell_count) {
-            refreekv_set_error("state: damaged, layer %d holds more cells than there are", g.il);
-            return false;
-        }
-
-        std::vector<uint32_t> idxs(info.n_held);
-        if (!idxs.empty()) {
-            io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
-        }
-
-        std::vector<uint8_t> seen(cell_count, 0);
-        for (uint32_t i : idxs) {
-            if (i >= cell_count || seen[i]) {
-                refreekv_set_error("state: damaged, layer %d names a cell that is not there", g.il);
-                return false;
-            }
-            seen[i] = 1;
-        }
-
-        const uint32_t n_need = padded(g.res.n_slots_after(info.n_held));
-        if (n_need > g.rows.capacity()) {
-            if (!within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
-                return false;
-            }
-            if (!move(g, all_slots(g), n_need)) {
-                refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
-                return false;
-            }
         }
 
         std::vector<uint32_t> slots;
@@ -286,14 +445,9 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         }
         if (!slots.empty()) {
             refreekv_for_k(g.rows, slots, read_bytes);
-
-            uint32_t mark = 0;
-            io.read(&mark, sizeof(mark));
-            if (mark != REFREEKV_STATE_V) {
-                refreekv_set_error("state: damaged, layer %d has no V where it should be", g.il);
+            if (!refreekv_read_mark(io, g.il)) {
                 return false;
             }
-
             refreekv_for_v(g.rows, slots, read_bytes);
         }
     }

@@ -160,44 +160,50 @@ refreekv_store * refreekv_store::of(llama_memory_t mem) {
     return kv ? kv->store.get() : nullptr;
 }
 
+// the heads of a layer that policies may evict from, and those that are kept whole; either may be missing
+std::vector<refreekv_store::part> refreekv_store::divide(const layer & layer, const heads_list & whole) const {
+    std::vector<part> res { { {}, false }, { {}, true } };
+    for (uint32_t h = 0; h < kv.hparams.n_head_kv(layer.il); ++h) {
+        res[std::find(whole.begin(), whole.end(), std::make_pair(layer.il, h)) != whole.end()].heads.push_back(h);
+    }
+
+    // where heads cannot be separated (the slope of ALiBi depends on their number; they may be no whole number of blocks
+    // of the cache's type), the layer stays whole
+    const bool separable = !kv.hparams.use_alibi &&
+                           kv.hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.shape.type_k) == 0 &&
+                           kv.hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.shape.type_v) == 0;
+    if (!separable && !res[1].heads.empty()) {
+        res[0].heads.clear();
+        res[1].heads.resize(kv.hparams.n_head_kv(layer.il));
+        std::iota(res[1].heads.begin(), res[1].heads.end(), 0);
+    }
+
+    res.erase(std::remove_if(res.begin(), res.end(), [](const part & p) { return p.heads.empty(); }), res.end());
+
+    return res;
+}
+
+refreekv_rows::shape refreekv_store::shape_of(const layer & layer, const std::vector<uint32_t> & heads) const {
+    refreekv_rows::shape res = layer.shape;
+    if (heads.size() < kv.hparams.n_head_kv(layer.il)) {
+        res.n_embd_k = heads.size()*kv.hparams.n_embd_head_k(layer.il);
+        res.n_embd_v = heads.size()*kv.hparams.n_embd_head_v(layer.il);
+    }
+    return res;
+}
+
 // drops what the groups hold
 void refreekv_store::make_groups(const heads_list & whole) {
     groups.clear();
 
     for (auto & layer : layers) {
-        const uint32_t n_head_kv = kv.hparams.n_head_kv(layer.il);
-
-        std::vector<uint32_t> parts[2]; // left to the policy, kept whole
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            parts[std::find(whole.begin(), whole.end(), std::make_pair(layer.il, h)) != whole.end()].push_back(h);
-        }
-
-        // where heads cannot be separated (the slope of ALiBi depends on their number; they may be no whole number of blocks
-        // of the cache's type), the layer stays whole
-        const bool separable = !kv.hparams.use_alibi &&
-                               kv.hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.shape.type_k) == 0 &&
-                               kv.hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.shape.type_v) == 0;
-        if (!separable && !parts[1].empty()) {
-            parts[0].clear();
-            parts[1].resize(n_head_kv);
-            std::iota(parts[1].begin(), parts[1].end(), 0);
-        }
-
         layer.groups.clear();
 
-        for (int i = 0; i < 2; ++i) {
-            if (parts[i].empty()) {
-                continue;
-            }
-
-            refreekv_rows::shape shape = layer.shape;
-            if (parts[i].size() < n_head_kv) {
-                shape.n_embd_k = parts[i].size()*kv.hparams.n_embd_head_k(layer.il);
-                shape.n_embd_v = parts[i].size()*kv.hparams.n_embd_head_v(layer.il);
-            }
+        for (auto & p : divide(layer, whole)) {
+            const auto shape = shape_of(layer, p.heads);
 
             layer.groups.push_back(groups.size());
-            groups.push_back({ layer.il, std::move(parts[i]), i == 1, 0, {}, refreekv_rows(shape, layer.il) });
+            groups.push_back({ layer.il, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il) });
             groups.back().res.reset(n_cells);
         }
     }

@@ -299,11 +299,24 @@ private:
 
     const layer & layer_of(const group & g) const { return layers[il_to_layer.at(g.il)]; }
 
+    // heads of a layer that are stored together
+    struct part {
+        std::vector<uint32_t> heads;
+        bool                  whole;
+    };
+    std::vector<part>    divide  (const layer & layer, const heads_list & whole) const;
+    refreekv_rows::shape shape_of(const layer & layer, const std::vector<uint32_t> & heads) const;
+
     void       make_groups(const heads_list & whole);
     bool       valid_heads(const heads_list & heads) const;
     heads_list whole_heads() const; // ascending
     bool       holds_nothing() const;
-    bool       read_whole_heads(llama_io_read_i & io);
+
+    bool make_room(group & g, uint32_t n);
+
+    bool read_whole_heads (llama_io_read_i & io, heads_list & heads) const;
+    bool read_group_head  (llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape, uint32_t cell_count, std::vector<uint32_t> & cells);
+    bool read_divided_anew(llama_io_read_i & io, const heads_list & theirs, const std::vector<uint32_t> & list);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
 

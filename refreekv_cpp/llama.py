@@ -265,8 +265,10 @@ class Llama(llama_cpp.Llama):
             CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
                 is left in the cache then.
         """
+        if self.kv_elastic:
+            self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
-        self._heads_set = False  # the state brings its own
+        self._heads_set = False
         try:
             super().load_state(state)
         except RuntimeError as error:

@@ -140,6 +140,40 @@ def test_a_state_brings_its_division(tiny_model: Path) -> None:
     np.testing.assert_array_equal(feed(other, DECODED), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": 8, "type_v": 6}], ids=str)
+@pytest.mark.parametrize("name", [*WHOLE, "mpt (ALiBi)"])
+def test_a_state_of_a_whole_cache_is_divided_as_the_context_is(tiny: Tiny, name: str, options: dict) -> None:
+    path = tiny("gqa64" if name == "gqa" and "type_k" in options else name)
+    if "type_k" in options and name != "gqa":
+        pytest.skip("heads of this model cannot be quantised")
+    divisions = [WHOLE.get(name, [(1, 2)]), [(0, 0)], []]
+    states, expected = [], []
+    for heads in divisions:
+        llm = load_divided(path, heads, "streaming" if "mpt" in name else POLICY, **options)
+        llm.eval(PROMPT[:300])
+        llm.eval(PROMPT[300:])
+        llm.n_tokens -= 50  # a hole before the last tokens
+        llm.eval(PROMPT[-50:])
+        states.append(llm.save_state())
+        expected.append(feed(llm, DECODED))
+    for heads, logits in zip(divisions[:2], expected, strict=False):
+        for state in states:
+            llm = load_divided(path, heads, "streaming" if "mpt" in name else POLICY, **options)
+            division = groups(llm)
+            llm.load_state(state)
+            assert groups(llm) == division
+            np.testing.assert_allclose(feed(llm, DECODED), logits, atol=1e-5 * np.std(logits))
+
+
+def test_a_pruned_state_is_not_divided_anew(tiny_model: Path) -> None:
+    llm = load_divided(tiny_model, WHOLE["gqa"])
+    llm.eval(PROMPT)
+    assert llm.prune_kv() > 0
+    other = load_divided(tiny_model, [(0, 0)])
+    other.load_state(llm.save_state())
+    assert groups(other) == groups(llm)
+
+
 def test_the_division_of_a_state_ends_with_its_conversation(tiny_model: Path) -> None:
     llm = load_divided(tiny_model, WHOLE["gqa"])
     llm.eval(PROMPT)

@@ -243,13 +243,14 @@ def _speed(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         seconds = [record["seconds"] for record in row.records]
-        prefill = [record["n_tokens"] / record["seconds"]["prefill"] for record in row.records]
+        # of caches that have read the prompts themselves
+        prefill = [r["n_tokens"] / r["seconds"]["prefill"] for r in row.records if r["seconds"]["prefill"] is not None]
         decode = [part["decode"] for part in seconds if part["decode"] is not None]
         cells.append(
             [
                 row.cache,
                 "-" if row.cache == REFERENCE else row.mode,
-                f"{statistics.median(prefill):.0f}",
+                f"{statistics.median(prefill):.0f}" if prefill else "-",
                 f"{statistics.median(part['prune'] for part in seconds) * 1000:.0f}",
                 f"{statistics.median(decode) * 1000:.1f}" if decode else "-",
                 *_size(row),

@@ -21,6 +21,9 @@ from refreekv_cpp.eval.records import RECORDS, Record, cut_broken_line, keep_set
 from refreekv_cpp.eval.scores import score
 from refreekv_cpp.eval.session import Session
 from refreekv_cpp.eval.spec import Spec
+from refreekv_cpp.policies import Full
+
+import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
 
 Mode = Literal["seen", "hidden"]
 
@@ -104,6 +107,11 @@ class Run:
         jobs = [Job(task, spec, mode) for task in tasks for spec in specs for mode in modes_of(task.item, modes)]
         self.jobs = [job for job in jobs if job.key not in done]
         self.n_done = len(jobs) - len(self.jobs)
+        # who reads a prompt for all caches of its type; a list that goes on must not depend on what was done before
+        self._sources: dict[str, Spec] = {}
+        for spec in specs:
+            if isinstance(spec.policy, Full):
+                self._sources.setdefault(spec.cache_type, spec)
 
     def go(self, working: Callable[[str], None], done: Callable[[Job], None]) -> None:
         """Does what is left. `working` is told what comes next, for a person; `done` each job that has been written.
@@ -116,7 +124,7 @@ class Run:
         cut_broken_line(self.folder)
         with ExitStack() as stack, (self.folder / RECORDS).open("a", encoding="utf-8") as out:
             sessions: dict[str, Session] = {}
-            for spec in dict.fromkeys([self.specs[0], *(job.spec for job in self.jobs)] if self.jobs else []):
+            for spec in dict.fromkeys([*self._sources.values(), *(job.spec for job in self.jobs)] if self.jobs else []):
                 working(f"loading the model for {spec.text}")
                 session = Session(
                     self.model,
@@ -140,17 +148,27 @@ class Run:
         working: Callable[[str], None],
         write: Callable[[Job, Record], None],
     ) -> None:
-        working(f"{task.item.id}: {self.specs[0].text}")
-        reference = Turn(sessions[self.specs[0].text], task.prompt, "seen", self.settings)
+        modes = list({job.mode for job in jobs})
+        read: dict[str, Turn] = {}  # by type
+        for cache_type, spec in self._sources.items():
+            if spec == self.specs[0] or any(job.spec.cache_type == cache_type for job in jobs):
+                working(f"{task.item.id}: {spec.text}")
+                read[cache_type] = Turn(sessions[spec.text], task.prompt, "seen", self.settings, save=modes)
+        reference = read[self.specs[0].cache_type]
         said = reference.answer()
         for job in jobs:
             working(f"{task.item.id}: {job.spec.text}, question {job.mode}")
             if job.spec == self.specs[0]:
                 # once more: a difference from itself would show that something is wrong
                 write(job, _record(job, reference, reference, said, reference.answer_again(said)))
+                continue
+            source = read.get(job.spec.cache_type)
+            if source is not None and source.session is sessions[job.spec.text]:
+                turn = source  # nothing is pruned: whether a question is seen makes no difference
+                turn.go_back()
             else:
-                turn = Turn(sessions[job.spec.text], task.prompt, job.mode, self.settings)
-                write(job, _record(job, turn, reference, said, turn.answer(said)))
+                turn = Turn(sessions[job.spec.text], task.prompt, job.mode, self.settings, source=source)
+            write(job, _record(job, turn, reference, said, turn.answer(said)))
 
 
 def _write(out: Any, record: Record, job: Job, done: Callable[[Job], None]) -> None:
@@ -179,25 +197,47 @@ class Answer:
 class Turn:
     """One prompt, read and pruned by one cache."""
 
-    def __init__(self, session: Session, prompt: Prompt, mode: Mode, settings: Settings) -> None:
+    def __init__(
+        self,
+        session: Session,
+        prompt: Prompt,
+        mode: Mode,
+        settings: Settings,
+        *,
+        source: Turn | None = None,
+        save: Sequence[Mode] = (),
+    ) -> None:
+        """
+        Args:
+            source: has read the prompt with a full cache, and its states are taken over.
+            save: keep the states that caches of these modes are pruned in.
+        """
         self.session, self.prompt, self.settings = session, prompt, settings
         self.real = prompt.real[: settings.n_continuation]
+        self.states: dict[Mode, llama_cpp.LlamaState] = {}
         session.forget()
         prune_ms = session.stats.prune_ms
         start = time.perf_counter()
-        first = session.read(prompt.context)
-        if mode == "hidden":
-            session.prune()
         # in two batches in both modes, so that nothing but the pruning differs
-        if prompt.question:
-            first = session.read(prompt.question)
-        if mode == "seen":
-            session.prune()
+        parts: dict[Mode, list[int]] = {"hidden": prompt.context, "seen": prompt.question}
+        for part, tokens in parts.items():
+            if source is not None and part == mode:
+                first = session.take_over(source.states[mode])
+            elif tokens and (source is None or mode == "hidden"):
+                first = session.read(tokens)
+            if part in save:
+                self.states[part] = session.save()
+            if part == mode:
+                session.prune()
         self.stats = session.stats
         self.prune_s = (self.stats.prune_ms - prune_ms) / 1000
-        self.prefill_s = time.perf_counter() - start - self.prune_s
+        # None: another cache has read the prompt
+        self.prefill_s = time.perf_counter() - start - self.prune_s if source is None else None
         self.decode_s: list[float] = []
         self._first, self._start = first, session.n_tokens
+
+    def go_back(self) -> None:
+        self.session.rewind(self._start)
 
     def answer(self, reference: Answer | None = None) -> Answer:
         """Answers, then reads what the reference said; without one: what it said itself."""
@@ -210,7 +250,7 @@ class Turn:
         return Answer(answer.tokens, self._follow(answer.tokens), self._follow(self.real), answer.second_tokens)
 
     def _follow(self, tokens: Sequence[int]) -> Logits:
-        self.session.rewind(self._start)
+        self.go_back()
         return self.session.follow(self._first, tokens)
 
     def _second(self, said: Sequence[int]) -> list[int] | None:
@@ -218,7 +258,7 @@ class Turn:
         if self.prompt.second is None:
             return None
         ended = self.session.ends(said[-1])
-        self.session.rewind(self._start)
+        self.go_back()
         first = self.session.read([*(said[:-1] if ended else said), *self.prompt.second])
         return self.session.greedy(first, self.settings.n_second)[0]
 

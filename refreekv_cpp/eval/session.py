@@ -33,6 +33,7 @@ class Session:
         }
         with suppress_stdout_stderr(disable=False):
             self.llm = Llama(str(model), **{**options, **spec.llama_options()})
+        self.spec = spec
 
     def close(self) -> None:
         self.llm.close()
@@ -48,6 +49,20 @@ class Session:
 
     def forget(self) -> None:
         self.llm.reset()
+
+    def save(self) -> llama_cpp.LlamaState:
+        return self.llm.save_state()
+
+    def take_over(self, state: llama_cpp.LlamaState) -> Logits:
+        """What a full cache of the same type has read counts as read here, and the policy may judge it.
+
+        The last tokens are read again, since no state holds their queries. Returns the last logits: [n_vocab].
+        """
+        self.llm.load_state(state)
+        tokens = state.input_ids[: state.n_tokens].tolist()
+        n_window = (self.spec.policy.native_options() or {}).get("n_window", 0)
+        self.llm.n_tokens = max(0, len(tokens) - max(n_window, 1))
+        return self.read(tokens[self.llm.n_tokens :])
 
     def rewind(self, n_tokens: int) -> None:
         """Back to so many tokens: not further than the last pruning."""
