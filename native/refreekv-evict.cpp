@@ -277,11 +277,16 @@ bool refreekv_store::evict(group & g, const std::vector<held> & list, const std:
     }
 
     std::vector<uint32_t> slots;
+    std::vector<uint32_t> cells_out;
     for (uint32_t s = 0; s < out.size(); ++s) {
-        if (!out[s] && g.res.cell(s) >= 0) {
+        if (out[s]) {
+            cells_out.push_back(g.res.cell(s));
+        } else if (g.res.cell(s) >= 0) {
             slots.push_back(s);
         }
     }
+
+    stash(g, std::move(cells_out));
 
     if (!move(g, slots, padded(slots.size()))) {
         return false;

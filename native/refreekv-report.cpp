@@ -3,6 +3,7 @@
 #include "refreekv-store.h"
 
 #include "refreekv-attention.h"
+#include "refreekv-cold.h"
 #include "refreekv-error.h"
 
 #include "llama-model.h"
@@ -62,6 +63,11 @@ refreekv_stats refreekv_store::stats() const {
     res.n_prunes    = n_prunes;
     res.prune_us    = prune_us;
     res.bytes_freed = bytes_freed;
+    res.bytes_cold  = bytes_cold;
+    res.cold        = !cold ? REFREEKV_COLD_NONE : cold->is_file() ? REFREEKV_COLD_FILE : REFREEKV_COLD_MEMORY;
+    res.cold_full   = cold_full;
+    res.n_restores  = n_restores;
+    res.restore_us  = restore_us;
 
     for (const auto & table : kv.v_cells) {
         res.n_tokens += table.get_used();

@@ -45,6 +45,25 @@ uint32_t refreekv_residency::assign(uint32_t cell) {
     return s;
 }
 
+void refreekv_residency::arrange(const std::vector<uint32_t> & cells) {
+    std::vector<int32_t> hidden;
+    for (uint32_t s = 0; s < is_hidden.size(); ++s) {
+        if (is_hidden[s] && cell_of[s] >= 0) {
+            hidden.push_back(cell_of[s]);
+        }
+    }
+
+    reset(slot_of.size());
+
+    for (uint32_t cell : cells) {
+        slot_of[cell] = cell_of.size();
+        cell_of.push_back(cell);
+    }
+    for (int32_t cell : hidden) {
+        hide(slot_of[cell]);
+    }
+}
+
 void refreekv_residency::compact(const std::vector<uint32_t> & slots) {
     std::vector<int32_t> cell_new(slots.size());
     std::vector<uint8_t> hidden_new;

@@ -46,6 +46,9 @@ public:
         return any;
     }
 
+    // slot i is that of cells[i], and there are no others
+    void arrange(const std::vector<uint32_t> & cells);
+
     // slot i becomes what slots[i] was; everything else is evicted
     void compact(const std::vector<uint32_t> & slots);
 

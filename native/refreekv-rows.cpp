@@ -16,7 +16,10 @@ static std::vector<refreekv_run> refreekv_runs(const std::vector<uint32_t> & slo
     std::vector<refreekv_run> res;
 
     for (size_t i = 0; i < slots.size(); ++i) {
-        if (!res.empty() && slots[i] == res.back().src + res.back().n) {
+        if (slots[i] == refreekv_rows::none) {
+            continue;
+        }
+        if (!res.empty() && i == res.back().dst + res.back().n && slots[i] == res.back().src + res.back().n) {
             res.back().n++;
         } else {
             res.push_back({ slots[i], i, 1 });
@@ -93,7 +96,11 @@ static bool refreekv_copy_graph(ggml_backend_t backend, const std::vector<uint32
         return false;
     }
 
-    ggml_backend_tensor_set(idxs, slots.data(), 0, ggml_nbytes(idxs));
+    std::vector<int32_t> sources;
+    for (uint32_t slot : slots) {
+        sources.push_back(slot == refreekv_rows::none ? 0 : slot);
+    }
+    ggml_backend_tensor_set(idxs, sources.data(), 0, ggml_nbytes(idxs));
 
     return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
 }
@@ -186,9 +193,9 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
         return false;
     }
 
-    if (!slots.empty()) {
-        const auto runs = refreekv_runs(slots);
+    const auto runs = refreekv_runs(slots);
 
+    if (!runs.empty()) {
         if (ggml_backend_buffer_is_host(st.buf.get()) && !force_graph) {
             refreekv_copy_host(st.k, dst.k, runs, false);
             refreekv_copy_host(st.v, dst.v, runs, s.v_trans);

@@ -37,7 +37,11 @@ public:
     size_t   row_bytes() const;             // K and V of one cell
     const shape & get_shape() const { return s; }
 
-    // afterwards row i holds what row slots[i] held, and there is room for capacity rows; the rest is zero.
+    // a row without a source
+    static constexpr uint32_t none = UINT32_MAX;
+
+    // afterwards row i holds what row slots[i] held (none: nothing to rely on), and there is room for capacity rows; the
+    // rest is zero.
     // backend: gathers the rows where they are not in host memory; without it, or when it cannot, they go through the host
     // false when the memory cannot be had: nothing has changed then
     bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph);

@@ -171,23 +171,6 @@ bool refreekv_store::read_whole_heads(llama_io_read_i & io, heads_list & heads) 
     return valid_heads(heads);
 }
 
-// room for n cells more
-bool refreekv_store::make_room(group & g, uint32_t n) {
-    const uint32_t n_need = padded(g.res.n_slots_after(n));
-
-    if (n_need <= g.rows.capacity()) {
-        return true;
-    }
-    if (!within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
-        return false;
-    }
-    if (!move(g, all_slots(g), n_need)) {
-        refreekv_set_error("state: no memory for %u cells in layer %d", n_need, g.il);
-        return false;
-    }
-    return true;
-}
-
 // what comes before the rows of a group; cells: indices of the list, in the order of the rows
 bool refreekv_store::read_group_head(llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape,
         uint32_t cell_count, std::vector<uint32_t> & cells) {
@@ -394,6 +377,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
     }
     for (auto & g : groups) {
         g.res.release([&](uint32_t cell) { return in_list[cell]; });
+        forget_cold(g, list);
     }
 
     // read_tensor writes when io is done. A state of several streams grows the rows once per stream, so there they are

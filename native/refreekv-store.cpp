@@ -1,5 +1,6 @@
 #include "refreekv-store.h"
 
+#include "refreekv-cold.h"
 #include "refreekv-environment.h"
 #include "refreekv-error.h"
 
@@ -14,7 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cinttypes>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 
@@ -109,6 +110,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans }, {} });
     }
 
+    make_cold();
     make_groups({});
 
     for (const auto & [buft, ids] : by_buft) {
@@ -203,10 +205,11 @@ void refreekv_store::make_groups(const heads_list & whole) {
             const auto shape = shape_of(layer, p.heads);
 
             layer.groups.push_back(groups.size());
-            groups.push_back({ layer.il, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il) });
+            groups.push_back({ layer.il, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), 0, {} });
             groups.back().res.reset(n_cells);
         }
     }
+    place_cold();
 
     stale_layouts = true;
     n_generation++;
@@ -302,6 +305,7 @@ void refreekv_store::clear() {
         g.rows.clear();
         g.res.reset(n_cells);
     }
+    place_cold();
     std::fill(pruned.begin(), pruned.end(), -1);
     ring.forget(-1);
 
@@ -311,7 +315,9 @@ void refreekv_store::clear() {
     n_generation++;
 }
 
-bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+// f(sequence, whether all of it) for the sequences that positions p0.. are about to be removed from; stops at false
+template <typename F>
+bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const {
     if (seq_id >= n_seq_ids()) {
         return true; // upstream's to refuse
     }
@@ -322,11 +328,8 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 
     for (llama_seq_id s = s0; s < s1; ++s) {
         const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
-        const bool      whole   = p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max);
 
-        if (pos_max >= p0 && !whole && p0 <= pruned[s] && (p1 < 0 || p1 > p0)) {
-            refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
-                    "only later positions or the whole sequence can", p0, s, pruned[s]);
+        if (pos_max >= p0 && (p1 < 0 || p1 > p0) && !f(s, p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max))) {
             return false;
         }
     }
@@ -334,8 +337,27 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     return true;
 }
 
-bool refreekv_store::may_seq_rm(const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    return !kv->store || kv->store->may_seq_rm(seq_id, p0, p1);
+bool refreekv_store::may_seq_rm(llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    auto * store = kv->store.get();
+
+    // all of it: the other part of the memory may still refuse
+    return !store || store->for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
+        return whole || std::max(p0, 0) > store->pruned[s] || store->can_remove(s, p0, -1, -1);
+    });
+}
+
+// part of a pruned sequence, from p0 on. keep0, keep1: what need not come back of it, because it goes
+bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
+    const llama_pos pos = pruned[seq_id];
+
+    if (restore_now(seq_id, gone0, gone1) >= 0) {
+        return true;
+    }
+    const std::string why = refreekv_last_error();
+    refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
+            "only later positions or the whole sequence can (%s)", p0, seq_id, pos, why.c_str());
+
+    return false;
 }
 
 bool refreekv_store::may_shift(const llama_kv_cache * kv, const char * op, llama_seq_id seq_id) {
@@ -347,48 +369,42 @@ bool refreekv_store::refused_seq_cp(const llama_kv_cache * kv) {
 }
 
 bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (!may_seq_rm(seq_id, p0, p1)) {
+    p0 = std::max(p0, 0);
+
+    const bool allowed = for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
+        return whole || p0 > pruned[s] || can_remove(s, p0, p0, p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
+    });
+    if (!allowed) {
         return false;
     }
 
-    p0 = std::max(p0, 0);
-
-    const llama_seq_id s0 = seq_id < 0 ? 0 : seq_id;
-    const llama_seq_id s1 = seq_id < 0 ? n_seq_ids() : seq_id + 1;
-
-    bool removes = false;
-
-    for (llama_seq_id s = s0; s < s1; ++s) {
-        removes |= table_of_seq(s).seq_pos_max(s) >= p0;
-    }
-
-    for (llama_seq_id s = s0; removes && s < s1; ++s) {
-        const llama_pos pos_max = table_of_seq(s).seq_pos_max(s);
-        if (pos_max >= p0 && p0 <= table_of_seq(s).seq_pos_min(s) && (p1 < 0 || p1 > pos_max)) {
+    for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
+        if (whole) {
             pruned[s] = -1;
             ring.forget(s);
             idle_rows = true;
         }
-    }
-
-    stale_slots |= removes;
+        stale_slots = true;
+        return true;
+    });
 
     return true;
 }
 
-bool refreekv_store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) const {
+bool refreekv_store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
     const bool whole = p0 <= table_of_seq(src).seq_pos_min(src) && (p1 < 0 || p1 > table_of_seq(src).seq_pos_max(src));
 
-    if (!whole && pruned[src] >= 0) {
-        refreekv_set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can", src, pruned[src]);
-        return false;
-    }
     if (pruned[dst] >= 0 && table_of_seq(dst).seq_pos_max(dst) >= 0) {
         refreekv_set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
         return false;
     }
     if (kv.seq_to_stream[src] != kv.seq_to_stream[dst] && (p0 > 0 || p1 >= 0)) { // upstream would abort
         refreekv_set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
+        return false;
+    }
+    if (!whole && pruned[src] >= 0 && restore_now(src) < 0) {
+        const std::string why = refreekv_last_error();
+        refreekv_set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can (%s)", src, pruned[src], why.c_str());
         return false;
     }
 
@@ -430,8 +446,12 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
 
     stale_layouts = true;
 
+    std::vector<uint32_t> cells_dst(kv_size);
+    std::iota(cells_dst.begin(), cells_dst.end(), first_dst);
+
     for (auto & g : groups) {
         g.res.release(in_dst);
+        forget_cold(g, cells_dst);
     }
 
     const auto fail = [&]() {
@@ -471,6 +491,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
             g.res.assign(cell); // no holes are left: the slots behind, in this order
         }
     }
+    copy_cold(first_src, first_dst);
 
     return true;
 }
@@ -501,6 +522,17 @@ void refreekv_store::release_stale() {
     }
     for (auto & g : groups) {
         stale_layouts |= g.res.release([&](uint32_t cell) { return is_empty(cell); });
+    }
+    if (bytes_cold > 0) {
+        std::vector<uint32_t> empty;
+        for (uint32_t cell = 0; cell < n_cells; ++cell) {
+            if (is_empty(cell)) {
+                empty.push_back(cell);
+            }
+        }
+        for (auto & g : groups) {
+            forget_cold(g, empty);
+        }
     }
     stale_slots = false;
 }
@@ -563,161 +595,6 @@ uint32_t refreekv_store::layout_n_kv(uint32_t layout) const {
     return padded(std::max(1u, groups[layouts[layout]].res.n_slots()));
 }
 
-// memory
-
-ggml_backend_t refreekv_store::backend_of(const group & g) const {
-    if (!lctx) {
-        return nullptr;
-    }
-
-    auto * sched = lctx->get_sched();
-    auto * buft  = g.rows.get_shape().buft;
-    auto * dev   = ggml_backend_buft_get_device(buft); // nullptr for plain host memory
-
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        auto * backend = ggml_backend_sched_get_backend(sched, i);
-        auto * owner   = ggml_backend_get_device(backend);
-
-        if (owner == dev || (!dev && ggml_backend_dev_buffer_type(owner) == buft)) {
-            return backend;
-        }
-    }
-
-    return nullptr;
-}
-
-bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity) {
-    n_generation++;
-
-    return g.rows.move(slots, capacity, backend_of(g), params.graph_gather);
-}
-
-bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
-    hook_ran(HOOK_RESERVE);
-
-    release_stale();
-
-    restoring = false;
-
-    if (grow(sinfos)) {
-        return true;
-    }
-
-    give_back();
-
-    if (grow(sinfos)) {
-        return true;
-    }
-
-    give_back(); // what the other groups have got for this batch
-
-    return false;
-}
-
-bool refreekv_store::within_limit(uint64_t bytes) const {
-    if (params.memory_limit == 0 || bytes <= params.memory_limit) {
-        return true;
-    }
-    refreekv_set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
-
-    return false;
-}
-
-// the room that removed sequences left behind
-void refreekv_store::give_back() {
-    synchronize();
-
-    for (auto & g : groups) {
-        const auto slots = used_slots(g);
-
-        if (padded(slots.size()) < g.rows.capacity() && move(g, slots, padded(slots.size()))) {
-            g.res.compact(slots);
-            stale_layouts = true;
-        }
-    }
-}
-
-bool refreekv_store::grow(const slot_info_vec_t & sinfos) {
-    struct plan {
-        uint32_t n_need;  // room for the batch
-        uint32_t n_tight; // without the holes that removed sequences left
-        bool     shrink;
-    };
-    std::vector<plan> plans;
-
-    uint64_t bytes = 0;
-
-    for (const auto & g : groups) {
-        uint32_t n_new = 0;
-        for (const auto & sinfo : sinfos) {
-            for_cells(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
-        }
-
-        plan p;
-        p.n_need  = padded(g.res.n_slots_after(n_new));
-        p.n_tight = padded(g.res.n_used() + n_new);
-        p.shrink  = g.rows.capacity() >= 2*p.n_tight || (idle_rows && g.rows.capacity() > p.n_tight);
-
-        plans.push_back(p);
-        bytes += (uint64_t) (p.shrink ? p.n_tight : std::max(p.n_need, g.rows.capacity()))*g.rows.row_bytes();
-    }
-
-    if (!within_limit(bytes)) {
-        return false;
-    }
-
-    bool synced = false;
-
-    for (size_t i = 0; i < groups.size(); ++i) {
-        auto & g = groups[i];
-
-        const auto & p = plans[i];
-
-        if (p.n_need <= g.rows.capacity() && !p.shrink) {
-            continue;
-        }
-        if (!synced) {
-            synchronize();
-            synced = true;
-        }
-
-        const auto slots = p.shrink ? used_slots(g) : all_slots(g);
-
-        if (!move(g, slots, p.shrink ? p.n_tight : p.n_need)) {
-            if (p.n_need <= g.rows.capacity()) {
-                continue; // there is room, only not less
-            }
-            refreekv_set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
-                    g.il, g.rows.capacity(), p.shrink ? p.n_tight : p.n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
-            return false;
-        }
-        if (p.shrink) {
-            g.res.compact(slots);
-        }
-        stale_layouts = true;
-    }
-
-    idle_rows = false;
-
-    return true;
-}
-
-std::vector<uint32_t> refreekv_store::all_slots(const group & g) const {
-    std::vector<uint32_t> res(g.res.n_slots());
-    std::iota(res.begin(), res.end(), 0);
-    return res;
-}
-
-std::vector<uint32_t> refreekv_store::used_slots(const group & g) const {
-    std::vector<uint32_t> res;
-    for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-        if (g.res.cell(s) >= 0) {
-            res.push_back(s);
-        }
-    }
-    return res;
-}
-
 void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
     hook_ran(HOOK_APPLY);
 
@@ -739,6 +616,8 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
         read.insert(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
     }
 }
+
+refreekv_store::~refreekv_store() = default;
 
 std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> res;

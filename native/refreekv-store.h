@@ -15,6 +15,7 @@
 #include <vector>
 
 class refreekv_attention;
+class refreekv_cold;
 
 // The storage of a llama_kv_cache whose context has a KV policy.
 //
@@ -81,7 +82,7 @@ public:
     // hooks of memories that have a cache with a store and another beside it, which must not go out of step
     //
 
-    static bool may_seq_rm    (const llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    static bool may_seq_rm    (llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     static bool refused_seq_cp(const llama_kv_cache * kv); // the last one
     static void undo_restore  (llama_kv_cache * kv, llama_seq_id seq_id, llama_state_seq_flags flags);
     static bool may_shift     (const llama_kv_cache * kv, const char * op, llama_seq_id seq_id);
@@ -163,6 +164,9 @@ public:
     int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
+    // what was evicted comes back from the cold store; cells, or a refreekv_status
+    int64_t restore(llama_context * lctx, llama_seq_id seq_id);
+
     // (layer, KV head) that policies do not touch; a refreekv_status. The cache has to be empty
     using heads_list = std::vector<std::pair<int32_t, uint32_t>>;
     int64_t set_whole_heads(llama_context * lctx, const heads_list & heads);
@@ -186,6 +190,7 @@ public:
     void prune_read(llama_context * lctx);
 
     refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read);
+    ~refreekv_store();
 
 private:
     llama_kv_cache & kv;
@@ -213,6 +218,9 @@ private:
 
         refreekv_residency res;
         refreekv_rows      rows;
+
+        uint64_t             cold_place = 0; // of its rows in the cold store: K by cell, then V by cell
+        std::vector<uint8_t> is_cold;        // [n_cells] whether it has the row of a cell
     };
 
     // a cell of one sequence in one group
@@ -276,10 +284,18 @@ private:
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
+    std::unique_ptr<refreekv_cold> cold; // nullptr: what is evicted is gone
+    uint64_t bytes_cold = 0;
+    bool     cold_full  = false;
+    int64_t  n_restores = 0;
+    int64_t  restore_us = 0;
+
     uint32_t padded(uint32_t n) const;
 
-    bool may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
-    bool may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) const;
+    template <typename F>
+    bool for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const;
+    bool can_remove (llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1);
+    bool may_seq_cp (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 
     void synchronize() const; // a graph may still read what is about to be freed
     void release_stale();
@@ -317,6 +333,17 @@ private:
     bool read_whole_heads (llama_io_read_i & io, heads_list & heads) const;
     bool read_group_head  (llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape, uint32_t cell_count, std::vector<uint32_t> & cells);
     bool read_divided_anew(llama_io_read_i & io, const heads_list & theirs, const std::vector<uint32_t> & list);
+
+    void make_cold();
+    void place_cold();
+    void forget_cold(group & g, const std::vector<uint32_t> & cells);
+    void copy_cold  (uint32_t first_src, uint32_t first_dst);
+    void stash      (group & g, std::vector<uint32_t> cells);
+
+    std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
+
+    bool    bring_back (group & g, const std::vector<uint32_t> & cells);
+    int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
 

@@ -1,6 +1,7 @@
 #include "refreekv.h"
 
 #include "refreekv-attention.h"
+#include "refreekv-cold.h"
 #include "refreekv-error.h"
 #include "refreekv-model.h"
 #include "refreekv-store.h"
@@ -15,7 +16,7 @@
 #include <new>
 #include <stdexcept>
 
-static const int32_t REFREEKV_ABI_VERSION = 2;
+static const int32_t REFREEKV_ABI_VERSION = 3;
 
 static thread_local std::string g_error;
 
@@ -129,6 +130,9 @@ struct refreekv_params refreekv_params_default(void) {
     res.top_p            = 0.9f;
     res.budget           = 1.0;
     res.memory_limit     = 0;
+    res.cold             = REFREEKV_COLD_NONE;
+    res.cold_limit       = 0;
+    res.cold_dir         = nullptr;
     res.mask_only        = false;
     res.graph_gather     = false;
 
@@ -210,6 +214,21 @@ int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, cons
         }
         return store->set_whole_heads(ctx, list);
     });
+}
+
+int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv_guard([&]() { return store->restore(ctx, seq_id); });
+}
+
+void refreekv_fail_cold(int32_t n) {
+    refreekv_cold::fail(n);
 }
 
 void refreekv_fail_allocation(int32_t n) {

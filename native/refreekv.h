@@ -73,6 +73,14 @@ enum refreekv_pooling {
     REFREEKV_POOLING_MAX  = 1,
 };
 
+// where evicted rows go
+enum refreekv_cold_kind {
+    REFREEKV_COLD_NONE   = 0, // nowhere: they are gone
+    REFREEKV_COLD_AUTO   = 1, // a file when all of the cache is in host memory, else host memory
+    REFREEKV_COLD_MEMORY = 2, // host memory
+    REFREEKV_COLD_FILE   = 3, // a file without a name in cold_dir
+};
+
 struct refreekv_params {
     int32_t policy;           // enum refreekv_policy_kind
     int32_t ranking;          // enum refreekv_ranking
@@ -97,6 +105,10 @@ struct refreekv_params {
 
     uint64_t memory_limit;    // bytes of K and V that a decode may not grow beyond; 0: none
 
+    int32_t      cold;        // enum refreekv_cold_kind
+    uint64_t     cold_limit;  // bytes that the cold store may hold; 0: no limit
+    const char * cold_dir;    // of the file; has to stay valid until the context is there
+
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    graph_gather;     // debug: move rows with a graph even where the host could copy them
 };
@@ -112,6 +124,11 @@ struct refreekv_stats {
     uint64_t bytes_other; // the rest of the context's memory: layers with a sliding window, recurrent states
     uint64_t bytes_full;  // what the full cache of n_tokens needs
     uint64_t bytes_freed; // given back by evictions so far
+    uint64_t bytes_cold;  // evicted rows that are kept in the cold store
+    int32_t  cold;        // enum refreekv_cold_kind, what it is
+    bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk
+    int32_t  n_restores;
+    int64_t  restore_us;  // of all restores
 };
 
 // one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it
@@ -168,6 +185,16 @@ REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_
 // keep these KV heads whole from now on, whatever the policy: heads[i] of layer il[i] of the model. Each layer that has
 // some is stored as two groups then. The cache has to be empty; 0 heads: layers are one group again.
 REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads);
+
+// bring back what was evicted of a sequence, bit for bit, from the cold store. Returns the cells brought back, over all
+// layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
+// sequence (llama_memory_seq_rm), or copying one, does this by itself.
+// REFREEKV_ERR_STATE: rows are not there any more (no cold store, or it was full); REFREEKV_ERR_MEMORY: no memory, or not
+// within memory_limit. The cache is as it was then.
+REFREEKV_API int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id);
+
+// test hook: let the n-th write to a cold store from now on fail, and all after it, in this process; 0: none
+REFREEKV_API void refreekv_fail_cold(int32_t n);
 
 // test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_allocation(int32_t n);

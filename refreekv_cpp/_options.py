@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast, get_args
+
+import platformdirs
 
 from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
 
-Evicted = Literal["recompute", "drop"]
+Evicted = Literal["restore", "recompute", "drop"]
+Cold = Literal["auto", "memory", "file"]
 
 POLICY_VARIABLE = "REFREEKV_POLICY"
 EVICTED_VARIABLE = "REFREEKV_EVICTED"
@@ -23,6 +29,7 @@ class KVOptions:
 
     Attributes:
         memory_limit: bytes of K and V; None: no limit.
+        cold_limit: bytes of evicted rows that are kept; None: no limit.
         from_environment: the environment chose the policy, the program did not.
     """
 
@@ -30,7 +37,29 @@ class KVOptions:
     evicted: Evicted
     elastic: bool
     memory_limit: int | None
+    cold: Cold
+    cold_dir: Path | None
+    cold_limit: int | None
     from_environment: bool = False
+
+    def make_cold_dir(self) -> Path:
+        """The folder of the cold store's file: `cold_dir`, or the user's cache folder, or that of temporary files.
+
+        Raises:
+            PolicyError: `cold_dir` is no folder that can be written.
+        """
+        if self.cold_dir is not None:
+            if not _can_write(self.cold_dir):
+                raise PolicyError(f"kv_cold_dir={str(self.cold_dir)!r}: not a folder that can be written")
+            return self.cold_dir
+        folder = platformdirs.user_cache_path("refreekv-cpp") / "cold"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if _can_write(folder) else Path(tempfile.gettempdir())
+
+
+def _can_write(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def check(
@@ -38,6 +67,9 @@ def check(
     evicted: str | None = None,
     elastic: bool | None = None,
     memory_limit: int | str | None = None,
+    cold: str | None = None,
+    cold_dir: str | os.PathLike[str] | None = None,
+    cold_limit: int | str | None = None,
     *,
     from_environment: bool = False,
 ) -> KVOptions:
@@ -47,9 +79,12 @@ def check(
         PolicyError: one of them is not valid, or they contradict each other.
     """
     policy = as_policy(policy)
-    evicted = "recompute" if evicted is None else evicted
+    evicted = "restore" if evicted is None else evicted
     if evicted not in get_args(Evicted):
         raise PolicyError(f"kv_evicted={evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
+    cold = "auto" if cold is None else cold
+    if cold not in get_args(Cold):
+        raise PolicyError(f"kv_cold={cold!r}: valid are {', '.join(map(repr, get_args(Cold)))}")
     evicts = not isinstance(policy, Full)
     if evicts and elastic is False:
         raise PolicyError(f"kv_elastic=False: only with kv_policy='full'; {policy.name!r} gives memory back")
@@ -59,7 +94,16 @@ def check(
         raise PolicyError(
             "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
         )
-    return KVOptions(policy, cast(Evicted, evicted), elastic, n_bytes, from_environment)
+    return KVOptions(
+        policy,
+        cast(Evicted, evicted),
+        elastic,
+        n_bytes,
+        cast(Cold, cold),
+        None if cold_dir is None else Path(cold_dir),
+        None if cold_limit is None else parse_bytes(cold_limit),
+        from_environment,
+    )
 
 
 def from_environment() -> KVOptions | None:
@@ -80,7 +124,13 @@ def from_environment() -> KVOptions | None:
 
 
 def resolve(
-    policy: str | Policy | None, evicted: str | None, elastic: bool | None, memory_limit: int | str | None
+    policy: str | Policy | None,
+    evicted: str | None,
+    elastic: bool | None,
+    memory_limit: int | str | None,
+    cold: str | None,
+    cold_dir: str | os.PathLike[str] | None,
+    cold_limit: int | str | None,
 ) -> KVOptions:
     """The options of a `Llama` that was passed these, None for those that it was not.
 
@@ -90,12 +140,18 @@ def resolve(
     Raises:
         PolicyError: one of them is not valid, or they contradict each other.
     """
-    if policy is None and elastic is not False and (environment := from_environment()):
-        return check(
-            environment.policy,
-            environment.evicted if evicted is None else evicted,
-            elastic,
-            environment.memory_limit if memory_limit is None else memory_limit,
-            from_environment=True,
-        )
-    return check("full" if policy is None else policy, evicted, elastic, memory_limit)
+    chosen = from_environment() if policy is None and elastic is not False else None
+    if chosen is not None:
+        policy = chosen.policy
+        evicted = chosen.evicted if evicted is None else evicted
+        memory_limit = chosen.memory_limit if memory_limit is None else memory_limit
+    return check(
+        "full" if policy is None else policy,
+        evicted,
+        elastic,
+        memory_limit,
+        cold,
+        cold_dir,
+        cold_limit,
+        from_environment=chosen is not None,
+    )

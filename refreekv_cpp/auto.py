@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--kv-policy", metavar="NAME", help=f"default: {POLICY_VARIABLE}, else refreekv")
-    parser.add_argument("--kv-evicted", metavar="WHAT", help=f"recompute or drop; default: {EVICTED_VARIABLE}")
+    parser.add_argument("--kv-evicted", metavar="WHAT", help=f"restore, recompute or drop; default: {EVICTED_VARIABLE}")
     parser.add_argument("--kv-memory-limit", metavar="SIZE", help=f"such as 512MiB; default: {MEMORY_LIMIT_VARIABLE}")
     parser.add_argument("-m", dest="module", action="store_true", help="the program is a module")
     parser.add_argument("program", help="a script, or after -m a module")

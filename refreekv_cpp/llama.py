@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import sys
 import warnings
 from collections.abc import Generator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
 from refreekv_cpp import _options, induction, native
-from refreekv_cpp._options import POLICY_VARIABLE, Evicted
+from refreekv_cpp._options import POLICY_VARIABLE, Cold, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy, ReFreeKV
@@ -33,9 +34,16 @@ class Llama(llama_cpp.Llama):
         kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, or an
             object such as `ReFreeKV(threshold=0.4)`; see docs/policies.md. Default: what the environment variable
             REFREEKV_POLICY says, else "full".
-        kv_evicted: what happens when the next prompt goes on from a pruned cache, and may ask for what was evicted.
-            "recompute": the conversation is read again, so that the new question decides what stays; "drop": it goes on
-            from what is left (arXiv 2502.16886 says nothing of a second turn). Default: "recompute".
+        kv_evicted: what happens when the next prompt goes on from a pruned cache, or from an earlier place in it, and
+            may ask for what was evicted. "restore": evicted rows wait in a cold store and come back, bit for bit,
+            before the prompt is read, so that the new question decides what stays; where they cannot, as "recompute":
+            the conversation is read again; "drop": it goes on from what is left (arXiv 2502.16886 says nothing of a
+            second turn). Default: "restore".
+        kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
+            takes the file where the cache itself is in host memory. Default: "auto".
+        kv_cold_dir: folder of the file. Default: the user's cache folder.
+        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; what does not fit is lost, and
+            read again when it is wanted. Default: none (it cannot hold more than the full cache of n_ctx).
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
@@ -60,9 +68,12 @@ class Llama(llama_cpp.Llama):
         kv_evicted: Evicted | None = None,
         kv_elastic: bool | None = None,
         kv_memory_limit: int | str | None = None,
+        kv_cold: Cold | None = None,
+        kv_cold_dir: str | os.PathLike[str] | None = None,
+        kv_cold_limit: int | str | None = None,
         **options: Any,
     ) -> None:
-        kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit)
+        kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
@@ -76,6 +87,10 @@ class Llama(llama_cpp.Llama):
         self.kv_evicted = kv.evicted
         self.kv_elastic = kv.elastic
         self.kv_memory_limit = kv.memory_limit
+        self.kv_cold = kv.cold
+        self.kv_cold_dir = kv.cold_dir
+        self.kv_cold_limit = kv.cold_limit
+        self._cold_options = _cold_options(kv)
         self._evicts = not isinstance(kv.policy, Full)
         self._prompt_of: object = None  # the generation whose prompt is still to be pruned
         self._queries_lost = False  # a state was loaded, and nothing generated since
@@ -105,7 +120,7 @@ class Llama(llama_cpp.Llama):
         if not self.kv_elastic:
             return None
         options = self.kv_policy.native_options() or {"policy": native.ELASTIC}
-        return native.make_params(**options, memory_limit=self.kv_memory_limit or 0)
+        return native.make_params(**options, memory_limit=self.kv_memory_limit or 0, **self._cold_options)
 
     @property
     def kv_stats(self) -> KVStats:
@@ -139,7 +154,8 @@ class Llama(llama_cpp.Llama):
         """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
 
         Raises:
-            CacheStateError: `n_tokens` was set back into what a pruning has looked at.
+            CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
+                cannot be restored.
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
                 batch that failed.
         """
@@ -148,7 +164,8 @@ class Llama(llama_cpp.Llama):
             return
 
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
-        if 0 < self.n_tokens <= pruned_pos:
+        # removing the rest brings back what was evicted of it, where that was kept
+        if 0 < self.n_tokens <= pruned_pos and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
             raise CacheStateError(
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
@@ -232,7 +249,7 @@ class Llama(llama_cpp.Llama):
         generation = object()
         if self._evicts:
             reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if reset and self._must_recompute(tokens):
+            if reset and self._goes_on_otherwise(tokens) and not self._restore(tokens):
                 self.reset()
             elif reset and self._queries_lost:
                 self._rewind_for_queries(tokens)
@@ -245,11 +262,25 @@ class Llama(llama_cpp.Llama):
             if self._prompt_of is generation:
                 self._prompt_of = None
 
-    def _must_recompute(self, tokens: Sequence[int]) -> bool:
-        if self.kv_evicted == "drop" or native.pruned_pos(self._ctx.ctx, _SEQ_ID) < 0:
+    def _goes_on_otherwise(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt may ask for what was evicted. The one that was read last can be sampled from at once."""
+        pruned = native.pruned_pos(self._ctx.ctx, _SEQ_ID) >= 0
+        return self.kv_evicted != "drop" and pruned and list(prompt) != list(self._input_ids)
+
+    def _restore(self, prompt: Sequence[int]) -> bool:
+        """Bring back what was evicted of the tokens that a prompt begins with. False: they have to be read again."""
+        if self.kv_evicted != "restore":
             return False
-        # the very prompt that was read last can be sampled from at once
-        return list(tokens) != list(self._input_ids)
+        n_common = self.longest_token_prefix(self._input_ids.tolist(), prompt[:-1])
+        try:
+            if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
+                self.n_tokens = n_common
+                native.restore(self._ctx.ctx, _SEQ_ID)
+                return True
+        except (CacheStateError, CacheMemoryError) as error:
+            if self.verbose:
+                print(f"refreekv: {error}; the conversation is read again", file=sys.stderr)
+        return False
 
     def _rewind_for_queries(self, prompt: Sequence[int]) -> None:
         """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
@@ -285,8 +316,18 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        names = ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit")
+        names = ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit", "kv_cold", "kv_cold_dir", "kv_cold_limit")
         return {**state, **{name: getattr(self, name) for name in names}}
+
+
+def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:
+    if isinstance(kv.policy, Full) or kv.evicted != "restore":
+        return {}
+    return {
+        "cold": native.enum_value(f"COLD_{kv.cold}".upper()),
+        "cold_dir": "" if kv.cold == "memory" else str(kv.make_cold_dir()),
+        "cold_limit": kv.cold_limit or 0,
+    }
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)

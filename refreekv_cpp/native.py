@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._library import import_llama_cpp
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 
 _library = import_llama_cpp()
 _lib: Any = ffi.dlopen(_library._name)
@@ -34,6 +36,9 @@ def enum_value(name: str) -> int:
     value: int = getattr(_lib, f"REFREEKV_{name}")
     return value
 
+
+# what params point to
+_texts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int32]
@@ -84,6 +89,9 @@ def make_params(**options: Any) -> Any:
     """A `refreekv_params`: the native defaults with these fields set. Enum fields take their number."""
     params = ffi.new("struct refreekv_params *", _lib.refreekv_params_default())
     for name, value in options.items():
+        if isinstance(value, str):
+            value = ffi.new("char[]", os.fsencode(value))
+            _texts[params] = value
         setattr(params, name, value)
     return params
 
@@ -101,6 +109,21 @@ def next_context(params: Any | None) -> Iterator[None]:
 def prune(ctx: Any, seq_id: int) -> int:
     """Apply the context's policy to a sequence. Returns the cells evicted, over all layers."""
     return _check(_lib.refreekv_prune(_context(ctx), seq_id))
+
+
+def restore(ctx: Any, seq_id: int) -> int:
+    """Bring back what was evicted of a sequence, bit for bit. Returns the cells brought back, over all layers.
+
+    Raises:
+        CacheStateError: it is not there (any more): no cold store, or it was full.
+        CacheMemoryError: no memory for it, or not within the limit.
+    """
+    return _check(_lib.refreekv_restore(_context(ctx), seq_id))
+
+
+def fail_cold(n: int) -> None:
+    """Test hook: let the n-th write to a cold store from now on fail, and all after it, in this process; 0: none."""
+    _lib.refreekv_fail_cold(n)
 
 
 def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 from refreekv_cpp import native
 from refreekv_cpp._units import mebibytes
 
+_COLD_MEMORY, _COLD_FILE = native.enum_value("COLD_MEMORY"), native.enum_value("COLD_FILE")
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -48,6 +50,11 @@ class KVStats:
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
         prune_ms: the time they took together, in milliseconds.
+        bytes_cold: evicted rows in the cold store.
+        cold: where that is: "memory", "file", or "" when there is none.
+        cold_full: rows were lost that should have gone there, for want of room.
+        n_restores: times that evicted rows were brought back.
+        restore_ms: the time that took altogether, in milliseconds.
         n_layouts: distinct layouts among the groups: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -68,6 +75,11 @@ class KVStats:
     n_prunes: int
     n_limit_prunes: int
     prune_ms: float
+    bytes_cold: int
+    cold: str
+    cold_full: bool
+    n_restores: int
+    restore_ms: float
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
@@ -94,6 +106,11 @@ class KVStats:
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,
             prune_ms=stats.prune_us / 1000,
+            bytes_cold=stats.bytes_cold,
+            cold={_COLD_MEMORY: "memory", _COLD_FILE: "file"}.get(stats.cold, ""),
+            cold_full=stats.cold_full,
+            n_restores=stats.n_restores,
+            restore_ms=stats.restore_us / 1000,
             n_layouts=stats.n_layout,
             buffers=tuple(
                 Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute)

@@ -53,10 +53,12 @@ def kept(llm: Llama, seq_id: int = 0) -> list[list[int]]:
 class Sequences:
     """A context with several sequences, which llama-cpp-python's Llama does not have.
 
-    Keyword arguments are fields of llama_context_params.
+    Args:
+        cold: fields of refreekv_params that say where evicted rows go.
+        fields: of llama_context_params.
     """
 
-    def __init__(self, path: Path, policy: Policy, **fields: Any) -> None:
+    def __init__(self, path: Path, policy: Policy, *, cold: dict[str, Any] | None = None, **fields: Any) -> None:
         params = llama_cpp.llama_context_default_params()
         defaults = {
             "n_ctx": 4096,
@@ -74,7 +76,7 @@ class Sequences:
             path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
         )
         options = policy.native_options()
-        with native.next_context(options and native.make_params(**options)):
+        with native.next_context(options and native.make_params(**options, **(cold or {}))):
             self.context = llama_cpp._internals.LlamaContext(model=self.model, params=params, verbose=False)
         self.ctx = self.context.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)

@@ -116,7 +116,7 @@ def test_importing_refreekv_cpp_is_enough_where_the_variable_is_set(program: Pat
     ("variables", "message"),
     [
         ({"REFREEKV_POLICY": "refrekv"}, "REFREEKV_POLICY=refrekv: .*unknown, did you mean 'refreekv'"),
-        ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*valid are 'recompute', 'drop'"),
+        ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*valid are 'restore', 'recompute', 'drop'"),
         ({"REFREEKV_MEMORY_LIMIT": "1x"}, "REFREEKV_MEMORY_LIMIT=1x: .*valid are a positive number of bytes"),
         ({"REFREEKV_POLICY": "full", "REFREEKV_MEMORY_LIMIT": "1GB"}, "REFREEKV_MEMORY_LIMIT=1GB: .*evicting"),
     ],
@@ -154,8 +154,8 @@ def test_the_variables_decide_where_no_policy_was_passed(tiny_model: Path) -> No
 
     assert options() == (Streaming(), "drop", 2**20)
     assert options(kv_evicted="recompute", kv_memory_limit="2MiB") == (Streaming(), "recompute", 2**21)
-    assert options(kv_policy="refreekv") == (ReFreeKV(), "recompute", None)
-    assert options(kv_policy="full") == options(kv_elastic=False) == (Full(), "recompute", None)
+    assert options(kv_policy="refreekv") == (ReFreeKV(), "restore", None)
+    assert options(kv_policy="full") == options(kv_elastic=False) == (Full(), "restore", None)
     assert options(embedding=True) == (Full(), "drop", None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def assert_alike(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float
     [(N_PROMPT - 1, -1), (500, -1), (1, -1), (500, 501), (0, N_PROMPT - 1), (-1, 10), (N_PROMPT - 1, N_PROMPT + 5)],
 )
 def test_removing_what_was_pruned_is_refused_and_changes_nothing(tiny_model: Path, start: int, end: int) -> None:
-    llm, untouched = pruned(tiny_model), pruned(tiny_model)
+    llm, untouched = (pruned(tiny_model, kv_evicted="drop") for _ in range(2))
     for each in (llm, untouched):
         feed(each, MORE)
     assert not remove(llm, start, end)
@@ -293,7 +294,7 @@ def test_a_part_of_a_pruned_sequence_cannot_be_copied(sequences: Sequences) -> N
     sequences.read(0, MORE)
     for start, end in ((0, 500), (500, -1), (-1, N_PROMPT), (N_PROMPT, -1)):
         sequences.copy(0, 1, start, end)
-        assert "seq_cp: a part of sequence 0 cannot be copied" in native.last_error()
+        assert re.search("a part of sequence 0 cannot be copied|only whole sequences", native.last_error())
         assert sequences.n_tokens(1) == 0
     # nor can anything be copied to where something was pruned
     sequences.read(1, PROMPT[:300])

@@ -58,7 +58,7 @@ def generate(llm: Llama, tokens: list[int], n: int = 6, **options: Any) -> list[
         ({"kv_policy": "h3o"}, PolicyError, "did you mean 'h2o'"),
         ({"kv_policy": "xyzzy"}, PolicyError, "valid are 'full', 'refreekv'"),
         ({"kv_policy": 5}, PolicyError, "kv_policy=5: unknown"),
-        ({"kv_evicted": "dorp"}, PolicyError, "kv_evicted='dorp': valid are 'recompute', 'drop'"),
+        ({"kv_evicted": "dorp"}, PolicyError, "kv_evicted='dorp': valid are 'restore', 'recompute', 'drop'"),
         ({"kv_polcy": "refreekv"}, TypeError, "'kv_polcy', did you mean 'kv_policy'"),
         ({"kv_evict": "drop"}, TypeError, "did you mean 'kv_evicted'"),
         ({"n_ctxt": 5}, TypeError, "did you mean 'n_ctx'"),
@@ -243,8 +243,7 @@ def conversation(llm: Llama) -> list[int]:
 
 @pytest.mark.parametrize("name", ["window", "paper", "streaming"])
 def test_recompute_lets_the_new_question_decide(tiny_model: Path, name: str) -> None:
-    llm, fresh = load(tiny_model, POLICIES[name]), load(tiny_model, POLICIES[name])
-    assert llm.kv_evicted == "recompute"
+    llm, fresh = (load(tiny_model, POLICIES[name], kv_evicted="recompute") for _ in range(2))
     tokens = conversation(llm)
     assert generate(llm, tokens) == generate(fresh, tokens)
     assert kept(llm) == kept(fresh)
@@ -381,7 +380,7 @@ def test_speculative_decoding_rewinds_what_it_drafted(tiny_model: Path) -> None:
 
 
 def test_going_back_into_the_pruned_range_is_an_error(tiny_model: Path) -> None:
-    llm = load(tiny_model, POLICY)
+    llm = load(tiny_model, POLICY, kv_evicted="recompute")
     llm.eval(PROMPT)
     llm.prune_kv()
     after = kept(llm)

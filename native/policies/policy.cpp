@@ -33,6 +33,9 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
         return "policy: unknown kind";
     }
+    if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
+        return "cold: valid are none, auto, memory and file";
+    }
     if (p.ranking < REFREEKV_RANKING_POSITION || p.ranking > REFREEKV_RANKING_SCORE) {
         return "ranking: valid are position and score";
     }

@@ -29,7 +29,7 @@ def chat(
     max_tokens: MaxTokensOption = 512,
     n_ctx: NCtxOption = 0,
     kv_policy: PolicyOption = "refreekv",
-    kv_evicted: EvictedOption = "recompute",
+    kv_evicted: EvictedOption = "restore",
     kv_memory_limit: MemoryLimitOption = None,
     flash_attn: FlashAttnOption = False,
     threads: ThreadsOption = None,

@@ -40,7 +40,11 @@ PolicyOption = Annotated[
     str, typer.Option(help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...")
 ]
 EvictedOption = Annotated[
-    str, typer.Option(help="When the next turn follows a pruned one: recompute (read it all again) or drop (go on).")
+    str,
+    typer.Option(
+        help="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute (read "
+        "it all again) or drop (go on)."
+    ),
 ]
 MemoryLimitOption = Annotated[
     str | None, typer.Option(help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.")

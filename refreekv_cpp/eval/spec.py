@@ -26,7 +26,7 @@ class Spec:
 
     def llama_options(self) -> dict[str, Any]:
         """For `Llama`. A quantised cache needs flash attention (llama.cpp stores V transposed without it)."""
-        options: dict[str, Any] = {"kv_policy": self.policy, "kv_elastic": True}
+        options: dict[str, Any] = {"kv_policy": self.policy, "kv_elastic": True, "kv_evicted": "drop"}
         if self.cache_type != "f16":
             number = CACHE_TYPES[self.cache_type]
             options |= {"type_k": number, "type_v": number, "flash_attn": True}

@@ -17,6 +17,16 @@ from typing_extensions import Self
 
 from refreekv_cpp import _options
 
+_KV_OPTIONS = (
+    "kv_policy",
+    "kv_evicted",
+    "kv_elastic",
+    "kv_memory_limit",
+    "kv_cold",
+    "kv_cold_dir",
+    "kv_cold_limit",
+)
+
 
 class ModelSettings(upstream.ModelSettings):
     """What to load a model with."""
@@ -25,9 +35,19 @@ class ModelSettings(upstream.ModelSettings):
         default="refreekv",
         description="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
     )
-    kv_evicted: Literal["recompute", "drop"] = Field(
-        default="recompute",
-        description="When the next turn follows a pruned one: recompute (read it all again) or drop (go on).",
+    kv_evicted: Literal["restore", "recompute", "drop"] = Field(
+        default="restore",
+        description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
+        "(read it all again) or drop (go on).",
+    )
+    kv_cold: Literal["auto", "memory", "file"] = Field(
+        default="auto", description="Where evicted rows wait to be restored."
+    )
+    kv_cold_dir: Optional[str] = Field(  # noqa: UP045
+        default=None, description="Folder of their file; by default the user's cache folder."
+    )
+    kv_cold_limit: Union[str, int, None] = Field(  # noqa: UP007
+        default=None, description="A cap on them, such as 4GiB; what does not fit is read again when it is wanted."
     )
     kv_elastic: Optional[bool] = Field(  # noqa: UP045
         default=None, description="With kv_policy full: let memory follow the contents."
@@ -43,12 +63,20 @@ class ModelSettings(upstream.ModelSettings):
 
     @model_validator(mode="after")
     def _check_kv_options(self) -> Self:
-        _options.check(self.kv_policy, self.kv_evicted, self.kv_elastic, self.kv_memory_limit)
+        _options.check(
+            self.kv_policy,
+            self.kv_evicted,
+            self.kv_elastic,
+            self.kv_memory_limit,
+            self.kv_cold,
+            self.kv_cold_dir,
+            self.kv_cold_limit,
+        )
         return self
 
     def kv_options(self) -> dict[str, Any]:
         """Those that are arguments of `Llama`, by name."""
-        return {name: getattr(self, name) for name in ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit")}
+        return {name: getattr(self, name) for name in _KV_OPTIONS}
 
 
 class Settings(ServerSettings, ModelSettings):

@@ -1,0 +1,205 @@
+#include "refreekv-cold.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+static const uint64_t REFREEKV_COLD_PAGE = 1 << 20;
+
+static std::atomic<int32_t> g_fail_in { 0 };
+
+void refreekv_cold::fail(int32_t n_writes) {
+    g_fail_in = n_writes;
+}
+
+static bool refreekv_fails_now() {
+    if (g_fail_in == 1) {
+        return true;
+    }
+    if (g_fail_in > 1) {
+        --g_fail_in;
+    }
+    return false;
+}
+
+// a file without a name; -1: errno says why not
+static int     refreekv_open_unnamed(const std::string & dir);
+static bool    refreekv_truncate    (int fd);
+static int64_t refreekv_write_at    (int fd, const void * data, size_t size, uint64_t offset);
+static int64_t refreekv_read_at     (int fd, void * data, size_t size, uint64_t offset);
+static void    refreekv_close       (int fd);
+
+refreekv_cold::refreekv_cold() = default;
+
+refreekv_cold::refreekv_cold(const std::string & dir) : fd(refreekv_open_unnamed(dir)) {
+    if (fd < 0) {
+        throw std::runtime_error("cold store: no file can be made in " + dir + ": " + strerror(errno));
+    }
+}
+
+refreekv_cold::~refreekv_cold() {
+    if (fd >= 0) {
+        refreekv_close(fd);
+    }
+}
+
+bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
+    if (refreekv_fails_now()) {
+        return false;
+    }
+
+    const char * src = (const char *) data;
+
+    while (size > 0) {
+        int64_t n;
+
+        if (fd >= 0) {
+            n = refreekv_write_at(fd, src, size, offset);
+            if (n <= 0) {
+                return false;
+            }
+        } else {
+            auto it = pages.find(offset/REFREEKV_COLD_PAGE);
+            if (it == pages.end()) {
+                auto page = refreekv_pages_alloc(REFREEKV_COLD_PAGE);
+                if (!page) {
+                    return false;
+                }
+                it = pages.emplace(offset/REFREEKV_COLD_PAGE, std::move(page)).first;
+            }
+            n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
+            memcpy((char *) it->second.get() + offset%REFREEKV_COLD_PAGE, src, n);
+        }
+
+        src    += n;
+        offset += n;
+        size   -= n;
+    }
+
+    return true;
+}
+
+bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
+    char * dst = (char *) data;
+
+    while (size > 0) {
+        int64_t n;
+
+        if (fd >= 0) {
+            n = refreekv_read_at(fd, dst, size, offset);
+            if (n <= 0) {
+                return false;
+            }
+        } else {
+            const auto it = pages.find(offset/REFREEKV_COLD_PAGE);
+            if (it == pages.end()) {
+                return false;
+            }
+            n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
+            memcpy(dst, (const char *) it->second.get() + offset%REFREEKV_COLD_PAGE, n);
+        }
+
+        dst    += n;
+        offset += n;
+        size   -= n;
+    }
+
+    return true;
+}
+
+void refreekv_cold::clear() {
+    pages.clear();
+    if (fd >= 0) {
+        refreekv_truncate(fd); // where it cannot, the room comes back at the end
+    }
+}
+
+#if defined(_WIN32)
+
+#include <fcntl.h>
+#include <io.h>
+#include <share.h>
+#include <sys/stat.h>
+
+#include <random>
+
+static int refreekv_open_unnamed(const std::string & dir) {
+    const std::string path = dir + "\\refreekv-" + std::to_string(std::random_device{}()) + ".cold";
+
+    int fd = -1;
+    // deleted when it is closed, which the system does for a process that dies
+    errno = _sopen_s(&fd, path.c_str(), _O_RDWR | _O_CREAT | _O_EXCL | _O_BINARY | _O_TEMPORARY | _O_NOINHERIT, _SH_DENYRW, _S_IREAD | _S_IWRITE);
+
+    return errno == 0 ? fd : -1;
+}
+
+static bool refreekv_truncate(int fd) {
+    return _chsize_s(fd, 0) == 0;
+}
+
+static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _write(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
+}
+
+static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+    return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
+}
+
+static void refreekv_close(int fd) {
+    _close(fd);
+}
+
+#else
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+static int refreekv_open_unnamed(const std::string & dir) {
+#if defined(O_TMPFILE)
+    const int res = open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (res >= 0) {
+        return res;
+    }
+#endif
+    // file systems that cannot: it has a name for a moment
+    std::string path = dir + "/refreekv-XXXXXX";
+
+    const int fd = mkstemp(&path[0]);
+    if (fd >= 0) {
+        unlink(path.c_str());
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    return fd;
+}
+
+static bool refreekv_truncate(int fd) {
+    return ftruncate(fd, 0) == 0;
+}
+
+template <typename F>
+static int64_t refreekv_again(F && f) {
+    int64_t n;
+    do {
+        n = f();
+    } while (n < 0 && errno == EINTR);
+
+    return n;
+}
+
+static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    return refreekv_again([&]() { return pwrite(fd, data, size, offset); });
+}
+
+static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+    return refreekv_again([&]() { return pread(fd, data, size, offset); });
+}
+
+static void refreekv_close(int fd) {
+    close(fd);
+}
+
+#endif

@@ -1,0 +1,389 @@
+"""What was evicted comes back: bit for bit, or the conversation is read again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from policies import POLICIES
+from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load
+from tiny import random_tokens
+
+from refreekv_cpp import CacheMemoryError, CacheStateError, Llama, PolicyError, ReFreeKV, native
+
+Tiny = Callable[[str], Path]
+
+PROMPT = random_tokens(700)
+MORE = random_tokens(40, seed=1)
+QUESTION = random_tokens(60, seed=2)
+POLICY = ReFreeKV.window(n_min=0)
+COLD = ["memory", "file"]
+CACHES = [
+    {},
+    {"flash_attn": True},
+    {"flash_attn": True, "type_k": CACHE_TYPES["q8_0"], "type_v": CACHE_TYPES["q4_0"]},
+    {"type_k": CACHE_TYPES["f32"], "type_v": CACHE_TYPES["f32"]},
+]
+
+
+@pytest.fixture(autouse=True)
+def all_writes_work() -> Iterator[None]:
+    yield
+    native.fail_cold(0)
+    native.fail_allocation(0)
+
+
+def read(path: Path, *, prune: bool = True, policy: Any = POLICY, **options: Any) -> Llama:
+    llm = load(path, policy, **options)
+    llm.eval(PROMPT)
+    if prune:
+        assert llm.prune_kv() > 0
+    return llm
+
+
+def restore(llm: Llama) -> int:
+    return native.restore(ctx_of(llm), 0)
+
+
+def cache_of(llm: Llama) -> bytes:
+    """All that is in it, and where."""
+    size = llama_cpp.llama_state_seq_get_size(ctx_of(llm), 0)
+    buffer = (llama_cpp.ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(ctx_of(llm), buffer, size, 0) == size
+    return bytes(buffer)
+
+
+def generate(llm: Llama, tokens: list[int], n: int = 6) -> list[int]:
+    return list(itertools.islice(llm.generate(tokens, temp=0.0), n))
+
+
+# -- bit for bit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", CACHES, ids=str)
+@pytest.mark.parametrize("cold", COLD)
+@pytest.mark.parametrize("heads", [[], [(0, 1), (2, 0), (2, 1)]], ids=["undivided", "divided"])
+def test_a_restored_cache_is_the_one_that_was_pruned(tiny: Tiny, heads: list, cold: str, options: dict) -> None:
+    llms = []
+    for prune in (True, False):
+        llm = load(tiny("gqa64"), POLICY, kv_cold=cold, **options)
+        llm._heads_set = True
+        native.keep_heads(ctx_of(llm), heads)
+        llm.eval(PROMPT)
+        if prune:
+            n_evicted = llm.prune_kv()
+            assert n_evicted > 0
+            assert llm.kv_stats.bytes_cold == llm.kv_stats.bytes_full - llm.kv_stats.bytes_kept
+            assert llm.kv_stats.cold == cold
+            assert restore(llm) == n_evicted
+        llms.append(llm)
+    back, never = llms
+    assert cache_of(back) == cache_of(never)
+    assert back.kv_stats.bytes == never.kv_stats.bytes
+    assert back.kv_stats.n_layouts == 1
+    assert back.kv_stats.n_restores == 1
+    np.testing.assert_array_equal(feed(back, MORE), feed(never, MORE))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_evicts_to_the_cold_store(tiny_model: Path, name: str) -> None:
+    if name == "full":
+        pytest.skip("evicts nothing")
+    llm, never = read(tiny_model, policy=POLICIES[name]), read(tiny_model, prune=False)
+    restore(llm)
+    np.testing.assert_array_equal(feed(llm, MORE), feed(never, MORE))
+
+
+def test_rows_that_a_graph_moves_come_back_too(tiny_model: Path) -> None:
+    from policies import Debug
+
+    llm, never = read(tiny_model, policy=Debug(policy=POLICY, graph_gather=True)), read(tiny_model, prune=False)
+    assert restore(llm) > 0
+    assert cache_of(llm) == cache_of(never)
+
+
+def test_hidden_cells_are_seen_again(tiny_model: Path) -> None:
+    from policies import Debug
+
+    llm, never = read(tiny_model, policy=Debug(policy=POLICY, mask_only=True)), read(tiny_model, prune=False)
+    assert restore(llm) > 0
+    np.testing.assert_array_equal(feed(llm, MORE), feed(never, MORE))
+
+
+def test_what_was_decoded_since_stays(tiny_model: Path) -> None:
+    llm = read(tiny_model)
+    feed(llm, MORE)
+    before = [set(layer) for layer in kept(llm)]
+    restore(llm)
+    everything = list(range(len(PROMPT) + len(MORE)))
+    assert kept(llm) == [everything] * len(before)
+    assert native.pruned_pos(ctx_of(llm), 0) == -1
+
+
+def test_nothing_to_restore_is_no_error(tiny_model: Path) -> None:
+    llm = read(tiny_model, prune=False)
+    assert restore(llm) == 0
+    assert llm.kv_stats.n_restores == 0
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+def test_the_next_turn_has_everything_and_is_pruned_again(tiny_model: Path, name: str) -> None:
+    llm, by_hand = (load(tiny_model, POLICIES[name]) for _ in range(2))
+    assert llm.kv_evicted == "restore"
+    answer = generate(llm, PROMPT)
+    tokens = [*PROMPT, *answer, *QUESTION]
+    second = generate(llm, tokens)
+
+    by_hand.eval(PROMPT)
+    by_hand.prune_kv()
+    feed(by_hand, answer[:-1])  # the last one was sampled and not read
+    restore(by_hand)
+    by_hand.eval(tokens[by_hand.n_tokens :])
+    by_hand.prune_kv()
+    assert [layer[: len(positions)] for layer, positions in zip(kept(llm), kept(by_hand), strict=True)] == kept(by_hand)
+    assert generate(by_hand, tokens) == second
+    assert llm.kv_stats.n_prunes == 2
+    assert llm.kv_stats.n_restores == 1
+
+
+@pytest.mark.parametrize("n_same", [1, 300, 699])
+def test_an_earlier_message_can_be_edited(tiny_model: Path, n_same: int) -> None:
+    llm, fresh = load(tiny_model, POLICY), load(tiny_model, POLICY)
+    generate(llm, PROMPT)
+    prompt = [*PROMPT[:n_same], *QUESTION, *MORE]
+    fresh.eval(PROMPT[:n_same])  # batches as they were
+    assert generate(llm, prompt) == generate(fresh, prompt)
+    assert kept(llm) == kept(fresh)
+
+
+def test_rewinding_into_the_pruned_range(tiny_model: Path) -> None:
+    llm, never = read(tiny_model), read(tiny_model, prune=False)
+    feed(llm, MORE)
+    for each in (llm, never):
+        each.n_tokens = 500
+    np.testing.assert_array_equal(feed(llm, MORE), feed(never, MORE))
+
+
+def test_the_same_prompt_again_is_sampled_from_at_once(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    answer = generate(llm, PROMPT, n=1)
+    assert generate(llm, PROMPT, n=1) == answer
+    assert llm.kv_stats.n_restores == 0
+
+
+def test_a_new_conversation_forgets_the_old_one(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    generate(llm, PROMPT)
+    assert llm.kv_stats.bytes_cold > 0
+    generate(llm, MORE)
+    assert llm.kv_stats.bytes_cold == 0
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_not_held_twice(tiny_model: Path) -> None:
+    llm = read(tiny_model, kv_cold="memory")
+    assert llm.kv_stats.bytes_cold > 0
+    restore(llm)
+    assert llm.kv_stats.bytes_cold == 0
+
+
+def test_what_is_in_the_file_is_not_written_again(tiny_model: Path) -> None:
+    llm = read(tiny_model, kv_cold="file")
+    n_bytes, after = llm.kv_stats.bytes_cold, kept(llm)
+    restore(llm)
+    native.fail_cold(1)
+    llm.prune_kv()
+    assert kept(llm) == after
+    assert llm.kv_stats.bytes_cold == n_bytes
+    assert not llm.kv_stats.cold_full
+    restore(llm)
+    assert cache_of(llm) == cache_of(read(tiny_model, prune=False))
+
+
+def test_rows_of_removed_tokens_are_not_taken_for_those_in_their_place(tiny_model: Path) -> None:
+    llm = read(tiny_model, kv_cold="file")
+    llm.n_tokens = 100
+    other = random_tokens(600, seed=9)
+    llm.eval(other)
+    llm.prune_kv()
+    restore(llm)
+    never = load(tiny_model, POLICY)
+    never.eval(PROMPT)
+    never.n_tokens = 100
+    never.eval(other)
+    assert cache_of(llm) == cache_of(never)
+
+
+def test_drop_and_recompute_keep_nothing(tiny_model: Path) -> None:
+    for kv_evicted in ("drop", "recompute"):
+        llm = read(tiny_model, kv_evicted=kv_evicted)
+        assert (llm.kv_stats.cold, llm.kv_stats.bytes_cold) == ("", 0)
+        with pytest.raises(CacheStateError, match="no cold store"):
+            restore(llm)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kv_cold": "disk"}, "kv_cold='disk': valid are 'auto', 'memory', 'file'"),
+        ({"kv_cold_limit": "much"}, "'much': valid are a positive number of bytes"),
+        ({"kv_cold_dir": "/nowhere/at/all"}, "not a folder that can be written"),
+    ],
+)
+def test_what_is_not_valid_is_said_before_any_work(options: dict[str, str], reason: str) -> None:
+    with pytest.raises(PolicyError, match=reason):
+        Llama("no such model", kv_policy="refreekv", **options)  # type: ignore[arg-type]
+
+
+def test_the_file_has_no_name(tiny_model: Path, tmp_path: Path) -> None:
+    llm = read(tiny_model, kv_cold="file", kv_cold_dir=tmp_path)
+    assert llm.kv_stats.bytes_cold > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+SPILL = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from support import load
+from test_restore import POLICY, PROMPT, restore
+llm = load(sys.argv[1], POLICY, kv_cold="file", kv_cold_dir=sys.argv[2])
+while True:
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    print("spilled", flush=True)
+    llm.reset()
+"""
+
+
+def test_a_process_that_is_killed_leaves_no_file(tiny_model: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(3):
+        command = [sys.executable, "-c", SPILL, str(tiny_model), str(tmp_path), str(Path(__file__).parent)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"spilled\n"
+            time.sleep(rng.random() * 0.1)
+            os.kill(process.pid, signal.SIGKILL)
+        assert list(tmp_path.iterdir()) == []
+
+
+# -- when rows are lost ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"kv_cold_limit": 50_000}, {"kv_cold_limit": 1}], ids=str)
+def test_what_does_not_fit_is_read_again(tiny_model: Path, options: dict[str, Any]) -> None:
+    llm, recompute = load(tiny_model, POLICY, **options), load(tiny_model, POLICY, kv_evicted="recompute")
+    prompts = [PROMPT, [*PROMPT, *generate(recompute, PROMPT), *QUESTION]]
+    assert generate(llm, PROMPT) == prompts[1][len(PROMPT) : -len(QUESTION)]
+    assert llm.kv_stats.cold_full
+    assert llm.kv_stats.bytes_cold <= options["kv_cold_limit"]
+    with pytest.raises(CacheStateError, match="no room"):
+        restore(llm)
+    assert generate(llm, prompts[1]) == generate(recompute, prompts[1])
+    assert kept(llm) == kept(recompute)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("cold", COLD)
+def test_a_write_that_fails(tiny_model: Path, cold: str, n: int) -> None:
+    """... as on a full disk: the turn goes on, nothing is wrong afterwards."""
+    llm, other = load(tiny_model, POLICY, kv_cold=cold), load(tiny_model, POLICY, kv_evicted="recompute")
+    native.fail_cold(n)
+    answer = generate(llm, PROMPT)
+    native.fail_cold(0)
+    assert answer == generate(other, PROMPT)
+    assert llm.kv_stats.cold_full
+    tokens = [*PROMPT, *answer, *QUESTION]
+    assert generate(llm, tokens) == generate(other, tokens)
+
+
+def test_no_memory_for_what_comes_back(tiny_model: Path) -> None:
+    never = read(tiny_model, prune=False)
+    for n in range(1, 4):
+        llm = read(tiny_model)
+        native.fail_allocation(n)
+        with pytest.raises(CacheMemoryError, match="no memory"):
+            restore(llm)
+        native.fail_allocation(0)
+        assert native.pruned_pos(ctx_of(llm), 0) == len(PROMPT) - 1
+        assert np.isfinite(feed(llm, MORE[:2])).all()
+        llm._ctx.kv_cache_seq_rm(0, len(PROMPT), -1)
+        restore(llm)
+        assert cache_of(llm) == cache_of(never)
+
+
+def test_the_memory_limit_holds_for_what_comes_back(tiny_model: Path) -> None:
+    limit = read(tiny_model, prune=False).kv_stats.bytes * 19 // 20
+    llm = load(tiny_model, POLICY, kv_memory_limit=limit)
+    answer = generate(llm, PROMPT)
+    with pytest.raises(CacheMemoryError, match="the limit is"):
+        restore(llm)
+    assert len(generate(llm, [*PROMPT, *answer, *QUESTION])) == 6
+    assert llm.kv_stats.bytes <= limit
+
+
+# -- several sequences -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["unified", "streams"])
+def sequences(request: pytest.FixtureRequest, tiny_model: Path) -> Sequences:
+    unified = request.param == "unified"
+    cold = {"cold": native.enum_value("COLD_MEMORY")}
+    return Sequences(tiny_model, POLICY, cold=cold, kv_unified=unified, n_ctx=2048 if unified else 4096)
+
+
+def test_one_sequence_comes_back_and_the_other_stays_pruned(sequences: Sequences) -> None:
+    sequences.read(0, PROMPT)
+    sequences.read(1, PROMPT[:600])
+    assert native.prune(sequences.ctx, 0) > 0
+    assert native.prune(sequences.ctx, 1) > 0
+    after = sequences.kept(1)
+    native.restore(sequences.ctx, 0)
+    assert sequences.kept(0) == [list(range(len(PROMPT)))] * 4
+    assert sequences.kept(1) == after
+    assert native.pruned_pos(sequences.ctx, 1) == 599
+
+
+def test_a_copy_can_be_restored_when_the_original_is_gone(sequences: Sequences, tiny_model: Path) -> None:
+    alone = Sequences(tiny_model, POLICY)
+    alone.read(0, PROMPT)
+    sequences.read(0, PROMPT)
+    native.prune(sequences.ctx, 0)
+    sequences.copy(0, 1)
+    assert sequences.remove(0)
+    native.restore(sequences.ctx, 1)
+    assert sequences.kept(1) == [list(range(len(PROMPT)))] * 4
+    expected = alone.read(0, MORE)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4 * expected.std())
+
+
+def test_a_part_of_a_pruned_sequence_can_be_copied_and_removed(tiny_model: Path) -> None:
+    cold = {"cold": native.enum_value("COLD_MEMORY")}
+    sequences, alone = Sequences(tiny_model, POLICY, cold=cold), Sequences(tiny_model, POLICY)
+    sequences.read(0, PROMPT)
+    native.prune(sequences.ctx, 0)
+    sequences.copy(0, 1, 0, 500)
+    assert sequences.n_tokens(1) == 500
+    alone.read(0, PROMPT[:500])
+    expected = alone.read(0, MORE)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4 * expected.std())
+
+    native.prune(sequences.ctx, 1)
+    assert sequences.remove(1, 500)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4 * expected.std())
