@@ -331,7 +331,7 @@ def test_no_memory_for_what_comes_back(tiny_model: Path) -> None:
 def test_the_memory_limit_holds_for_what_comes_back(tiny_model: Path) -> None:
     prompt = random_tokens(1500)
     limit = 600_000  # of 786,432 for all of them
-    llm = load(tiny_model, Streaming(0.3, n_min=0), kv_memory_limit=limit)
+    llm = load(tiny_model, Streaming(budget=0.3, n_min=0), kv_memory_limit=limit)
     answer = generate(llm, prompt)
     with pytest.raises(CacheMemoryError, match="the limit is"):
         restore(llm)
