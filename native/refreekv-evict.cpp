@@ -121,7 +121,7 @@ int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std:
 
         if (pos) {
             for (size_t c = 0; c < list.size(); ++c) {
-                keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || shared(list[c].cell);
+                keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || has_to_stay(seq_id, list[c]);
             }
         } else if ((int32_t) list.size() < params.n_min) {
             continue;
@@ -158,6 +158,24 @@ std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id
     return res;
 }
 
+int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    auto & list = spans[seq_id];
+
+    const auto span = std::make_pair(p0, p1);
+    if (std::find(list.begin(), list.end(), span) == list.end()) {
+        list.push_back(span);
+    }
+
+    return REFREEKV_OK;
+}
+
+// another sequence needs it too, or it is protected
+bool refreekv_store::has_to_stay(llama_seq_id seq_id, const held & c) const {
+    const auto & list = spans[seq_id];
+
+    return shared(c.cell) || std::any_of(list.begin(), list.end(), [&](const auto & span) { return c.pos >= span.first && c.pos < span.second; });
+}
+
 static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
     std::fill(keep.begin(), keep.end(), 0);
     for (uint32_t r = 0; r < sel.n_keep; ++r) {
@@ -168,9 +186,9 @@ static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<u
 int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
-    std::vector<uint8_t> pinned; // another sequence needs it too
+    std::vector<uint8_t> pinned;
     for (const auto & c : list) {
-        pinned.push_back(shared(c.cell));
+        pinned.push_back(has_to_stay(seq_id, c));
     }
 
     if (!refreekv_policy_looks(params.policy)) {

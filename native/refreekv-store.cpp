@@ -92,7 +92,7 @@ ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_back
 }
 
 refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read) :
-    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1) {
+    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1), spans(kv.seq_to_stream.size()) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -299,6 +299,13 @@ void refreekv_store::synchronize() const {
     }
 }
 
+// a sequence that has no cells any more
+void refreekv_store::forget_seq(llama_seq_id seq_id) {
+    pruned[seq_id] = -1;
+    spans[seq_id].clear();
+    ring.forget(seq_id);
+}
+
 void refreekv_store::clear() {
     synchronize();
     for (auto & g : groups) {
@@ -306,8 +313,9 @@ void refreekv_store::clear() {
         g.res.reset(n_cells);
     }
     place_cold();
-    std::fill(pruned.begin(), pruned.end(), -1);
-    ring.forget(-1);
+    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+        forget_seq(s);
+    }
 
     stale_slots   = false;
     stale_layouts = true;
@@ -380,8 +388,7 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
 
     for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
         if (whole) {
-            pruned[s] = -1;
-            ring.forget(s);
+            forget_seq(s);
             idle_rows = true;
         }
         stale_slots = true;
@@ -426,6 +433,7 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
     }
 
     pruned[dst] = pruned[src];
+    spans[dst]  = spans[src];
     ring.forget(dst);
 
     stale_layouts = true;
@@ -500,8 +508,7 @@ void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         // upstream keeps to the stream of the sequence
         if (s != seq_id && kv.seq_to_stream[s] == kv.seq_to_stream[seq_id]) {
-            pruned[s] = -1;
-            ring.forget(s);
+            forget_seq(s);
         }
     }
     stale_slots   = true;

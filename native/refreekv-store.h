@@ -164,6 +164,9 @@ public:
     int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
+    // these positions stay, whatever the policy; a refreekv_status
+    int32_t protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
     // what was evicted comes back from the cold store; cells, or a refreekv_status
     int64_t restore(llama_context * lctx, llama_seq_id seq_id);
 
@@ -270,6 +273,8 @@ private:
 
     std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
 
+    std::vector<std::vector<std::pair<llama_pos, llama_pos>>> spans; // [LLAMA_MAX_SEQ] protected positions, ends excluded
+
     uint64_t n_generation  = 0;
     bool     stale_slots   = false;       // cells may have become empty
     bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
@@ -297,6 +302,7 @@ private:
     bool can_remove (llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1);
     bool may_seq_cp (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 
+    void forget_seq(llama_seq_id seq_id);
     void synchronize() const; // a graph may still read what is about to be freed
     void release_stale();
     bool copy_stream(llama_seq_id src, llama_seq_id dst);
@@ -354,6 +360,8 @@ private:
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
     // what a policy may see of a sequence in a group; a refreekv_status
+    bool has_to_stay(llama_seq_id seq_id, const held & c) const;
+
     int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const;
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);

@@ -216,6 +216,18 @@ int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, cons
     });
 }
 
+int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || p0 < 0 || p1 < p0) {
+        refreekv_set_error("protect: sequence %d, positions %d to %d: valid are a sequence of this context and 0 <= p0 <= p1", seq_id, p0, p1);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv_guard([&]() { return store->protect(seq_id, p0, p1); });
+}
+
 int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {

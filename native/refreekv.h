@@ -186,6 +186,10 @@ REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_
 // some is stored as two groups then. The cache has to be empty; 0 heads: layers are one group again.
 REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads);
 
+// positions p0 to p1 - 1 of a sequence are kept whatever the policy, in all layers, until the whole sequence is removed.
+// They need not be there yet.
+REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
 // bring back what was evicted of a sequence, bit for bit, from the cold store. Returns the cells brought back, over all
 // layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
 // sequence (llama_memory_seq_rm), or copying one, does this by itself.

@@ -11,11 +11,12 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import _options, induction, native
+from refreekv_cpp import _options, induction, native, spans
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy, ReFreeKV
+from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
 import llama_cpp  # isort: skip  (after native, which has loaded our library)
@@ -39,6 +40,10 @@ class Llama(llama_cpp.Llama):
             before the prompt is read, so that the new question decides what stays; where they cannot, as "recompute":
             the conversation is read again; "drop": it goes on from what is left (arXiv 2502.16886 says nothing of a
             second turn). Default: "restore".
+        kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
+            system message of a chat completion. Default: none but what the policy keeps.
+        kv_prune_every: prune again after so many generated tokens, so that a long answer does not grow without bound.
+            Default: only the prompt is pruned.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -68,12 +73,16 @@ class Llama(llama_cpp.Llama):
         kv_evicted: Evicted | None = None,
         kv_elastic: bool | None = None,
         kv_memory_limit: int | str | None = None,
+        kv_protect: Protect | None = None,
+        kv_prune_every: int | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
         **options: Any,
     ) -> None:
         kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit)
+        self.kv_protect = spans.check(kv_protect)
+        self.kv_prune_every = _options.check_every(kv_prune_every)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
@@ -95,6 +104,8 @@ class Llama(llama_cpp.Llama):
         self._prompt_of: object = None  # the generation whose prompt is still to be pruned
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
+        self._n_generated = 0  # since the last pruning
+        self._system: str | None = None  # message of the chat that is being answered
         self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
         self._heads_set = False
 
@@ -139,6 +150,8 @@ class Llama(llama_cpp.Llama):
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
+        for start, end in spans.resolve(self.kv_protect, self, self._system):
+            native.protect(self._ctx.ctx, _SEQ_ID, start, end)
         before = self.kv_stats
         n_evicted = self.kv_policy.prune(self._ctx.ctx, _SEQ_ID)
         if self.verbose:
@@ -178,9 +191,20 @@ class Llama(llama_cpp.Llama):
             self._eval_within(tokens, self.kv_memory_limit)
         if self._prompt_of is not None:
             self._prompt_of = None
+            self._n_generated = 0
             # nothing was read when the whole prompt was there already, and then it may have been pruned, too
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
+        elif self.kv_prune_every is not None and len(tokens) == 1:
+            self._n_generated += 1
+            if self._n_generated == self.kv_prune_every:
+                self._n_generated = 0
+                self.prune_kv()
+
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's."""
+        self._system = spans.system_text(messages)
+        return super().create_chat_completion(messages, *args, **kwargs)
 
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.
@@ -316,8 +340,7 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        names = ("kv_policy", "kv_evicted", "kv_elastic", "kv_memory_limit", "kv_cold", "kv_cold_dir", "kv_cold_limit")
-        return {**state, **{name: getattr(self, name) for name in names}}
+        return {**state, **{name: getattr(self, name) for name in _OWN_OPTIONS}}
 
 
 def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:

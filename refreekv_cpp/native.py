@@ -111,6 +111,11 @@ def prune(ctx: Any, seq_id: int) -> int:
     return _check(_lib.refreekv_prune(_context(ctx), seq_id))
 
 
+def protect(ctx: Any, seq_id: int, start: int, end: int) -> None:
+    """Positions start to end - 1 of a sequence stay, whatever the policy, until the whole sequence is removed."""
+    _check(_lib.refreekv_protect(_context(ctx), seq_id, start, end))
+
+
 def restore(ctx: Any, seq_id: int) -> int:
     """Bring back what was evicted of a sequence, bit for bit. Returns the cells brought back, over all layers.
 

@@ -1,0 +1,86 @@
+"""Positions of the prompt that no policy may evict (`Llama(kv_protect=...)`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from refreekv_cpp.errors import PolicyError
+
+import llama_cpp  # isort: skip
+
+if TYPE_CHECKING:
+    from refreekv_cpp.llama import Llama
+
+Span = tuple[int, int]  # positions, end excluded
+Protect = Literal["system"] | Sequence[Span]
+
+_VALID = '"system", or a list of (start, end) with 0 <= start <= end'
+
+
+def check(protect: Any) -> Literal["system"] | tuple[Span, ...]:
+    """
+    Raises:
+        PolicyError: it says no positions.
+    """
+    if protect is None:
+        return ()
+    if protect == "system":
+        return "system"
+    try:
+        found = tuple((int(start), int(end)) for start, end in protect)
+    except (TypeError, ValueError):
+        found = ((1, 0),)
+    if not all(0 <= start <= end < 2**31 for start, end in found):
+        raise PolicyError(f"kv_protect={protect!r}: valid are {_VALID}")
+    return found
+
+
+def system_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the system message says; None: there is none, or it is no text."""
+    for message in messages[:1]:
+        content = message.get("content")
+        if message.get("role") in ("system", "developer") and isinstance(content, str):
+            return content.strip() or None
+    return None
+
+
+def resolve(protect: Literal["system"] | tuple[Span, ...], llm: Llama, system: str | None) -> Sequence[Span]:
+    """Positions, for what a cache holds now."""
+    if protect != "system":
+        return protect
+    span = find_text(llm, system) if system else None
+    return [] if span is None else [span]
+
+
+def find_text(llm: Llama, text: str) -> Span | None:
+    """The tokens from the first to the last that has a part of a text, where it is first in the cache.
+
+    The template may have changed it; None then.
+    """
+    tokens = llm._input_ids.tolist()
+    pieces = [_piece(llm, token) for token in tokens]
+    at = b"".join(pieces).find(text.encode())
+    if at < 0:
+        return None
+    start = end = -1
+    offset = 0
+    for i, piece in enumerate(pieces):
+        offset += len(piece)
+        if start < 0 and offset > at:
+            start = i
+        if offset >= at + len(text.encode()):
+            end = i + 1
+            break
+    return start, end
+
+
+def _piece(llm: Llama, token: int) -> bytes:
+    size = 64
+    while True:
+        buffer = (ctypes.c_char * size)()
+        n = llama_cpp.llama_token_to_piece(llm._model.vocab, token, buffer, size, 0, True)
+        if n >= 0:
+            return bytes(buffer[:n])
+        size = -n

@@ -1,0 +1,122 @@
+"""Protected positions, and prunings while an answer is being generated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from policies import POLICIES
+from support import Sequences, ctx_of, kept, load
+from tiny import random_tokens
+
+from refreekv_cpp import Llama, PolicyError, ReFreeKV, Streaming, native, spans
+
+Tiny = Callable[[str], Path]
+
+PROMPT = random_tokens(700)
+SPANS = [(40, 90), (300, 301)]
+PROTECTED = {*range(40, 90), 300}
+POLICY = ReFreeKV.window(n_min=0)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])
+def test_no_policy_evicts_what_is_protected(tiny_model: Path, name: str) -> None:
+    free, llm = load(tiny_model, POLICIES[name]), load(tiny_model, POLICIES[name], kv_protect=SPANS)
+    for each in (free, llm):
+        each.eval(PROMPT)
+        assert each.prune_kv() > 0
+    assert not all(set(layer) >= PROTECTED for layer in kept(free))
+    assert all(set(layer) >= PROTECTED for layer in kept(llm))
+
+
+def test_they_stay_protected_in_later_turns_and_not_in_another_conversation(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    native.protect(ctx_of(llm), 0, 40, 90)
+    llm.prune_kv()
+    llm.eval(random_tokens(300, seed=3))
+    llm.prune_kv()
+    assert all(set(layer) >= set(range(40, 90)) for layer in kept(llm))
+    llm.reset()
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    assert not all(set(layer) >= set(range(40, 90)) for layer in kept(llm))
+
+
+def test_a_copy_is_protected_too(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, POLICY)
+    sequences.read(0, PROMPT)
+    native.protect(sequences.ctx, 0, 40, 90)
+    sequences.copy(0, 1)
+    sequences.remove(0)
+    sequences.read(1, [5])
+    native.prune(sequences.ctx, 1)
+    assert all(set(layer) >= set(range(40, 90)) for layer in sequences.kept(1))
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
+
+
+def chat(llm: Llama, system: Any) -> None:
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    llm.chat_handler = Jinja2ChatFormatter(TEMPLATE, eos_token="", bos_token="").to_chat_handler()
+    text = " ".join(f"word{i}" for i in range(120))
+    llm.create_chat_completion(
+        [{"role": "system", "content": system}, {"role": "user", "content": text}], max_tokens=2, temperature=0.0
+    )
+
+
+def test_the_system_message(tiny_model: Path) -> None:
+    system = f"  Always-answer-like-a-pirate!{'Arr!' * 30} "  # no spaces inside: this vocabulary has none
+    llm = load(tiny_model, Streaming(budget=0.3, n_min=0), kv_protect="system")
+    chat(llm, system)
+    assert llm.kv_stats.budget < 1
+    pieces = [spans._piece(llm, token) for token in llm._input_ids.tolist()]
+    start, end = spans.find_text(llm, system.strip()) or (0, 0)
+    assert b"".join(pieces[start:end]) == system.strip().encode()
+    assert all(set(layer) >= set(range(start, end)) for layer in kept(llm))
+
+    free = load(tiny_model, Streaming(budget=0.3, n_min=0))
+    chat(free, system)
+    assert not any(set(layer) >= set(range(start, end)) for layer in kept(free))
+
+
+def test_no_system_message_is_no_error(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY, kv_protect="system")
+    chat(llm, [{"type": "text", "text": "parts"}])
+    llm.create_completion("hello", max_tokens=1)
+
+
+@pytest.mark.parametrize("protect", ["user", [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
+def test_what_is_no_span_is_refused_before_any_work(protect: Any) -> None:
+    with pytest.raises(PolicyError, match=r"kv_protect=.*valid are"):
+        Llama("no such model", kv_policy="refreekv", kv_protect=protect)
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5, "often"])
+def test_what_is_no_number_of_tokens_is_refused(every: Any) -> None:
+    with pytest.raises(PolicyError, match=r"kv_prune_every=.*valid are"):
+        Llama("no such model", kv_policy="refreekv", kv_prune_every=every)
+
+
+@pytest.mark.parametrize("kv_evicted", ["restore", "drop"])
+def test_a_long_answer_is_pruned_again_and_again(tiny_model: Path, kv_evicted: str) -> None:
+    policy = Streaming(budget=300, n_min=0)
+    llm = load(tiny_model, policy, kv_prune_every=300, kv_evicted=kv_evicted)
+    once = load(tiny_model, policy)
+    for each in (llm, once):
+        assert len(list(itertools.islice(each.generate(PROMPT, temp=0.0), 1000))) == 1000
+    assert once.kv_stats.n_prunes == 1
+    assert llm.kv_stats.n_prunes == 4
+    assert max(llm.kv_stats.cells_kept) < 300 + 256 + 300 < min(once.kv_stats.cells_kept)
+
+
+def test_each_answer_counts_anew(tiny_model: Path) -> None:
+    llm = load(tiny_model, Streaming(budget=300, n_min=0), kv_prune_every=50)
+    for i in range(3):
+        list(itertools.islice(llm.generate([*PROMPT, i], temp=0.0), 40))
+    assert llm.kv_stats.n_prunes == 3
