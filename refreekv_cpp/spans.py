@@ -79,8 +79,8 @@ def find_text(llm: Llama, text: str) -> Span | None:
 def _piece(llm: Llama, token: int) -> bytes:
     size = 64
     while True:
-        buffer = (ctypes.c_char * size)()
+        buffer = ctypes.create_string_buffer(size)
         n = llama_cpp.llama_token_to_piece(llm._model.vocab, token, buffer, size, 0, True)
         if n >= 0:
-            return bytes(buffer[:n])
+            return buffer.raw[:n]
         size = -n

@@ -171,3 +171,14 @@ def test_chat_goes_on_after_a_message_that_is_too_long(default_model: Path) -> N
     too_long, receipt = result.stderr.splitlines()
     assert "exceed context window of 512" in too_long
     assert receipt.startswith("refreekv: ")
+
+
+def test_turns_asks_for_another_fact_each_time(tiny_model: Path) -> None:
+    result = refreekv(
+        "turns", tiny_model, "--tokens", "700", "--turns", "3", "--max-tokens", "2", "--threads", "1",
+        "--kv-policy", "streaming", "--kv-evicted", "restore,recompute",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.output.splitlines() if line.startswith(("full ", "restore ", "recompute "))]
+    assert len(rows) == 3
+    assert refreekv("turns", tiny_model, "--kv-evicted", "restor").exit_code == 1

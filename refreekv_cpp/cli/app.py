@@ -12,6 +12,7 @@ from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.run import run
 from refreekv_cpp.cli.serve import serve
+from refreekv_cpp.cli.turns import turns
 
 app = typer.Typer(
     help="llama.cpp with a KV cache that keeps what the model still looks at, and gives the rest back.",
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (run, chat, demo, info, bench, memory):
+for command in (run, chat, demo, info, bench, memory, turns):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-report")(eval_report)

@@ -62,14 +62,23 @@ def pairs(lengths: Sequence[int], depths: Sequence[float], count: Count, *, seed
             yield Item(name, "pairs", json.dumps(keys_values, indent=0), question, "found", meta=meta)
 
 
-def _password(rng: random.Random) -> tuple[str, Question]:
-    keeper, secret = rng.choice(_KEEPERS), _phrase(rng)
+def facts(n: int, *, seed: int) -> list[tuple[str, Question]]:
+    """So many different facts as sentences, each with a question about it; 12 at most."""
+    rng = random.Random(f"facts/{seed}")
+    made = [_password(rng, keeper) for keeper in _KEEPERS] + [_motto(rng, house) for house in _HOUSES]
+    return rng.sample(made, n)
+
+
+def _password(rng: random.Random, keeper: str | None = None) -> tuple[str, Question]:
+    keeper = keeper or rng.choice(_KEEPERS)
+    secret = _phrase(rng)
     question = f"What is the secret password of the {keeper}? Repeat the sentence that says it."
     return f'The secret password of the {keeper} is "{secret}".', Question(question, (secret,))
 
 
-def _motto(rng: random.Random) -> tuple[str, Question]:
-    house, motto = rng.choice(_HOUSES), _phrase(rng)
+def _motto(rng: random.Random, house: str | None = None) -> tuple[str, Question]:
+    house = house or rng.choice(_HOUSES)
+    motto = _phrase(rng)
     question = f"Which words are carved above the door of the {house}? Repeat the sentence that says it."
     return f'The words carved above the door of the {house} are "{motto}".', Question(question, (motto,))
 
