@@ -1,5 +1,7 @@
 """Random operations on sequences that share a context, each step against a NumPy model of every sequence by itself.
 
+Layers are divided, too: some of their KV heads are kept whole, and no policy evicts from these.
+
 Hypothesis picks the operations and, when a step fails, looks for the shortest list that fails. A few hundred steps by
 default; `pytest tests/test_random_operations.py --hypothesis-profile=long` takes 10,000 (see conftest.py).
 """
@@ -19,22 +21,28 @@ from hypothesis.stateful import (
     Bundle,
     MultipleResults,
     RuleBasedStateMachine,
+    initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
 from support import Sequences
-from tiny import N_SPECIAL, N_VOCAB
+from tiny import N_SPECIAL, N_VOCAB, TinyModel
 
 from refreekv_cpp import CacheStateError, ReFreeKV, native
 
 N_SEQ = 3
 N_MAX = 900  # tokens of a sequence
+MODEL = TinyModel(n_layer=3, n_head=6, n_head_kv=3)
 
 SEQ_IDS = st.integers(0, N_SEQ - 1)
 LENGTHS = st.sampled_from([1, 3, 40, 150, 300])
 SEEDS = st.integers(0, 2**16)
+HEADS = st.lists(st.tuples(st.integers(0, MODEL.n_layer - 1), st.integers(0, MODEL.n_head_kv - 1)))
+
+Heads = frozenset[tuple[int, int]]  # (layer, KV head)
 
 
 class Sequence:
@@ -43,7 +51,7 @@ class Sequence:
     def __init__(self, model: reference.LlamaReference) -> None:
         self.model = model
         self.cells: list[int] = []  # one for each token; a copy within a table has the original's
-        self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions
+        self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions, but of heads that are kept whole
         self.pruned = -1
 
     def copy(self) -> Sequence:
@@ -51,11 +59,12 @@ class Sequence:
         res.cells, res.held, res.pruned = list(self.cells), [set(layer) for layer in self.held], self.pruned
         return res
 
-    def keep(self, layer: int, positions: set[int]) -> None:
+    def keep(self, layer: int, positions: set[int], heads: list[int]) -> None:
+        """Of these KV heads of a layer, all that are not kept whole."""
         if positions != self.held[layer]:
             self.pruned = len(self.cells) - 1
         self.held[layer] = positions
-        self.model.keep(layer, sorted(positions))
+        self.model.keep(layer, sorted(positions), heads)
 
     def rewind(self, n_tokens: int) -> None:
         self.model.rewind(n_tokens)
@@ -66,8 +75,9 @@ class Sequence:
 class State:
     """A state of some sequences, as llama.cpp saved it, and what they should be once it is loaded."""
 
-    def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence]) -> None:
+    def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence], whole: Heads) -> None:
         self.data = data
+        self.whole = whole
         self.sequences = [sequence.copy() for sequence in saved]
         # it knows of cells which lie behind a pruning, not of which sequence
         behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
@@ -76,6 +86,10 @@ class State:
 
     def buffer(self) -> ctypes.Array[ctypes.c_uint8]:
         return (ctypes.c_uint8 * len(self.data)).from_buffer_copy(self.data)
+
+
+# without it most steps would find nothing to work on
+filled = precondition(lambda machine: not machine.is_empty)
 
 
 class Operations(RuleBasedStateMachine):
@@ -91,16 +105,53 @@ class Operations(RuleBasedStateMachine):
             path, ReFreeKV(n_min=0), n_seq_max=N_SEQ, kv_unified=unified, n_ctx=N_SEQ * 1024, n_batch=1024
         )
         self.n_cells = 0
+        self.whole: Heads = frozenset()
+        self.used_since_divided = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(sequence.cells for sequence in self.sequences)
+
+    @property
+    def groups(self) -> list[tuple[int, bool]]:
+        """The layer of each, and whether it is of the heads that are kept whole."""
+        res = []
+        for layer in range(MODEL.n_layer):
+            n_whole = len([il for il, _ in self.whole if il == layer])
+            res += [(layer, False)] * (n_whole < MODEL.n_head_kv) + [(layer, True)] * (n_whole > 0)
+        return res
+
+    def evictable(self, layer: int) -> list[int]:
+        """The KV heads of a layer that are not kept whole."""
+        return [head for head in range(MODEL.n_head_kv) if (layer, head) not in self.whole]
 
     def empty(self) -> Sequence:
         return Sequence(self.model.copy())
 
     def new_cells(self, n: int) -> list[int]:
         self.n_cells += n
+        self.used_since_divided = True
         return list(range(self.n_cells - n, self.n_cells))
 
     def shared(self, cell: int) -> bool:
         return sum(cell in sequence.cells for sequence in self.sequences) > 1
+
+    @initialize(heads=HEADS)
+    def divide_first(self, heads: list[tuple[int, int]]) -> None:
+        self.divide(heads)
+
+    @precondition(lambda self: self.is_empty and self.used_since_divided)
+    @rule(heads=HEADS)
+    def divide(self, heads: list[tuple[int, int]]) -> None:
+        native.keep_heads(self.native.ctx, heads)
+        self.whole = frozenset(heads)
+        self.used_since_divided = False
+
+    @filled
+    @rule(data=st.booleans())
+    def clear(self, data: bool) -> None:
+        llama_cpp.llama_memory_clear(self.native.memory, data)
+        self.sequences = [self.empty() for _ in range(N_SEQ)]
 
     @rule(seq_id=SEQ_IDS, length=LENGTHS, seed=SEEDS)
     def read(self, seq_id: int, length: int, seed: int) -> None:
@@ -126,6 +177,7 @@ class Operations(RuleBasedStateMachine):
             expected = sequence.model.read(tokens)[-1]
             assert np.abs(logits[seq_id] - expected).max() < 1e-3 * expected.std(), f"logits of {seq_id}"
 
+    @filled
     @rule(seq_id=SEQ_IDS, layer=st.integers(0, 100), part=st.floats(0, 1), seed=SEEDS)
     def keep(self, seq_id: int, layer: int, part: float, seed: int) -> None:
         sequence = self.sequences[seq_id]
@@ -135,11 +187,13 @@ class Operations(RuleBasedStateMachine):
             return
         wanted = set(np.random.default_rng(seed).choice(n, int(part * n), replace=False).tolist())
         before = sequence.held[layer]
-        after = {pos for pos in before if pos in wanted or self.shared(sequence.cells[pos])}
+        heads = self.evictable(layer)
+        after = {pos for pos in before if not heads or pos in wanted or self.shared(sequence.cells[pos])}
         n_evicted = native.keep(self.native.ctx, seq_id, layer, np.array(sorted(wanted), dtype=np.int32))
         assert n_evicted == len(before) - len(after)
-        sequence.keep(layer, after)
+        sequence.keep(layer, after, heads)
 
+    @filled
     @rule(seq_id=SEQ_IDS)
     def prune(self, seq_id: int) -> None:
         sequence = self.sequences[seq_id]
@@ -150,13 +204,18 @@ class Operations(RuleBasedStateMachine):
         except CacheStateError:
             return  # no query is left: checked elsewhere, here just that it changes nothing
         # which cells is checked elsewhere; none that another sequence needs
-        kept = self.native.kept(seq_id)
-        assert n_evicted == sum(map(len, sequence.held)) - sum(map(len, kept))
-        for layer, (before, after) in enumerate(zip(sequence.held, map(set, kept), strict=True)):
+        n_expected = 0
+        for (layer, whole), after in zip(self.groups, map(set, self.native.kept(seq_id)), strict=True):
+            if whole:
+                continue  # every_sequence_is_as_expected
+            before = sequence.held[layer]
             assert after <= before
             assert not any(self.shared(sequence.cells[pos]) for pos in before - after)
-            sequence.keep(layer, after)
+            n_expected += len(before - after)
+            sequence.keep(layer, after, self.evictable(layer))
+        assert n_evicted == n_expected
 
+    @filled
     @rule(seq_id=SEQ_IDS, back=st.integers(1, N_MAX))
     def rewind(self, seq_id: int, back: int) -> None:
         sequence = self.sequences[seq_id]
@@ -171,11 +230,13 @@ class Operations(RuleBasedStateMachine):
         elif allowed:
             sequence.rewind(to)
 
+    @filled
     @rule(seq_id=SEQ_IDS)
     def remove(self, seq_id: int) -> None:
         assert self.native.remove(seq_id)
         self.sequences[seq_id] = self.empty()
 
+    @filled
     @rule(seq_id=SEQ_IDS, to=SEQ_IDS)
     def copy(self, seq_id: int, to: int) -> None:
         sequence = self.sequences[seq_id]
@@ -192,6 +253,7 @@ class Operations(RuleBasedStateMachine):
         if not self.unified:
             self.sequences[to].cells = self.new_cells(len(sequence.cells))
 
+    @filled
     @rule(seq_id=SEQ_IDS)
     def seq_keep(self, seq_id: int) -> None:
         llama_cpp.llama_memory_seq_keep(self.native.memory, seq_id)
@@ -199,6 +261,7 @@ class Operations(RuleBasedStateMachine):
             for other in set(range(N_SEQ)) - {seq_id}:
                 self.sequences[other] = self.empty()
 
+    @filled
     @rule(target=states, seq_id=SEQ_IDS)
     def save(self, seq_id: int) -> State | MultipleResults[State]:
         if not self.sequences[seq_id].cells:
@@ -206,12 +269,18 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(ctx, seq_id))()
         assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), seq_id) == len(buffer)
-        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences)
+        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences, self.whole)
 
     @rule(seq_id=SEQ_IDS, state=states)
     def load(self, seq_id: int, state: State) -> None:
         n_read = llama_cpp.llama_state_seq_set_data(self.native.ctx, state.buffer(), len(state.data), seq_id)
+        self.sequences[seq_id] = self.empty()
+        if state.whole != self.whole and not self.is_empty:
+            assert n_read == 0
+            assert "keeps other KV heads whole" in native.last_error()
+            return
         assert n_read == len(state.data)
+        self.whole = state.whole
         self.sequences[seq_id] = state.sequences[0].copy()
         self.sequences[seq_id].cells = self.new_cells(len(state.sequences[0].cells))
 
@@ -220,23 +289,29 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(ctx))()
         n_written = llama_cpp.llama_state_get_data(ctx, buffer, len(buffer))
-        return State(bytes(buffer[:n_written]), self.sequences, self.sequences)
+        return State(bytes(buffer[:n_written]), self.sequences, self.sequences, self.whole)
 
     @rule(state=whole_states)
     def load_all(self, state: State) -> None:
         n_read = llama_cpp.llama_state_set_data(self.native.ctx, state.buffer(), len(state.data))
         assert n_read == len(state.data)
         self.sequences = [sequence.copy() for sequence in state.sequences]
+        if not self.is_empty:  # a state of an empty cache says nothing of it
+            self.whole = state.whole
 
     @invariant()
     def every_sequence_is_as_expected(self) -> None:
         for seq_id, sequence in enumerate(self.sequences):
             assert self.native.n_tokens(seq_id) == len(sequence.cells)
             assert native.pruned_pos(self.native.ctx, seq_id) == sequence.pruned, f"pruned_pos of {seq_id}"
-            assert self.native.kept(seq_id) == [sorted(layer) for layer in sequence.held], f"cells of {seq_id}"
+            everything = list(range(len(sequence.cells)))
+            expected = [everything if whole else sorted(sequence.held[layer]) for layer, whole in self.groups]
+            assert self.native.kept(seq_id) == expected, f"cells of {seq_id}"
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-def test_random_operations(tiny_model: Path, unified: bool) -> None:
-    machine: Callable[[], Operations] = lambda: Operations(tiny_model, unified)  # noqa: E731
+def test_random_operations(tmp_path: Path, unified: bool) -> None:
+    path = tmp_path / "model.gguf"
+    MODEL.write(path)
+    machine: Callable[[], Operations] = lambda: Operations(path, unified)  # noqa: E731
     run_state_machine_as_test(machine)
