@@ -333,6 +333,26 @@ class Llama(llama_cpp.Llama):
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
         self._queries_lost = True
 
+    def reset(self) -> None:
+        """As upstream's."""
+        super().reset()
+        self._queries_lost = False  # what comes is read from its beginning
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's.
+
+        Raises:
+            CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. An image is not read in parts
+                with prunings between them, as text is.
+        """
+        native.clear_error()
+        try:
+            return super().create_chat_completion(*args, **kwargs)
+        except ValueError as error:  # of a handler that reads an image itself, past `eval`
+            if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
+                raise CacheMemoryError(reason) from error
+            raise
+
     def close(self) -> None:
         """Free the model and the context."""
         if hasattr(self, "_stack"):  # not there yet when an argument was refused

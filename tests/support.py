@@ -82,6 +82,11 @@ class Sequences:
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self.n_batch = params.n_batch
 
+    def close(self) -> None:
+        """Free the context, and then the model, which the context needs until then."""
+        self.context.close()
+        self.model.close()
+
     def n_tokens(self, seq_id: int) -> int:
         """Positions so far."""
         return llama_cpp.llama_memory_seq_pos_max(self.memory, seq_id) + 1

@@ -5,13 +5,13 @@ The test suite runs them (test_compatibility.py), and write_compatibility.py mak
 
 from __future__ import annotations
 
-from compatibility import architectures, completions, objects, options, sampling, sequences, states
+from compatibility import architectures, completions, images, objects, options, sampling, sequences, states
 from compatibility.check import POLICIES, Check, Outcome, registered_in
 
 __all__ = ["CHECKS", "POLICIES", "Check", "Outcome"]
 
 CHECKS: list[Check] = [
     check
-    for module in (completions, sampling, states, objects, sequences, options, architectures)
+    for module in (completions, images, sampling, states, objects, sequences, options, architectures)
     for check in registered_in(module)
 ]
