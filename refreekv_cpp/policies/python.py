@@ -48,7 +48,8 @@ class PythonPolicy(Policy):
         Args:
             attention: softmax rows of the last queries, oldest first: [n_head, n_rows, n_cells]. n_rows is n_window, or
                 less where there are not so many queries.
-            positions: of the cells, ascending: [n_cells].
+            positions: of the cells, ascending: [n_cells]. With M-RoPE the cells of an image share one, and all of them
+                stay where one does.
             layer: its number in the model.
         """
 
