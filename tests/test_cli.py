@@ -180,4 +180,4 @@ def test_turns_asks_for_another_fact_each_time(tiny_model: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.output.count(" of 3") == 2 * 3  # facts and answers, of three caches
-    assert refreekv("turns", tiny_model, "--kv-evicted", "restor").exit_code == 1
+    assert_one_error_line(refreekv("turns", tiny_model, "--kv-evicted", "restor"), "restor", "restore, recompute, drop")
