@@ -14,7 +14,7 @@
 #include <numeric>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
-static const uint32_t REFREEKV_STATE_VERSION = 3;
+static const uint32_t REFREEKV_STATE_VERSION = 4;
 static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K and V: states have no checksum
 
 // f(tensor, offset, size) for the bytes of these slots, in this order. Consecutive slots are one piece; how the pieces fall
@@ -53,6 +53,7 @@ struct refreekv_state_header {
     uint32_t v_trans;
     uint32_t n_layers;
     uint32_t n_cells;
+    uint32_t pruned; // anything in the context
 };
 
 struct refreekv_state_group {
@@ -74,7 +75,8 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         }
     }
 
-    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size() };
+    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size(),
+        std::any_of(pruned.begin(), pruned.end(), [](llama_pos pos) { return pos >= 0; }) };
     io.write(&header, sizeof(header));
 
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
@@ -402,11 +404,10 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         return false;
     }
 
-    const heads_list ours         = whole_heads();
-    const bool       pruned_state = std::find(behind.begin(), behind.end(), 1) != behind.end();
+    const heads_list ours = whole_heads();
 
     if (ours != theirs) {
-        if (!pruned_state && (!ours.empty() || !holds_nothing())) {
+        if (!header.pruned && (!ours.empty() || !holds_nothing())) {
             return read_divided_anew(io, theirs, list);
         }
         // which cells a head has lost is in the state: its division goes with it

@@ -201,11 +201,6 @@ class Llama(llama_cpp.Llama):
                 self._n_generated = 0
                 self.prune_kv()
 
-    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's."""
-        self._system = spans.system_text(messages)
-        return super().create_chat_completion(messages, *args, **kwargs)
-
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.
 
@@ -338,16 +333,17 @@ class Llama(llama_cpp.Llama):
         super().reset()
         self._queries_lost = False  # what comes is read from its beginning
 
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.
 
         Raises:
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. An image is not read in parts
                 with prunings between them, as text is.
         """
+        self._system = spans.system_text(messages)
         native.clear_error()
         try:
-            return super().create_chat_completion(*args, **kwargs)
+            return super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
             if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
                 raise CacheMemoryError(reason) from error

@@ -279,6 +279,11 @@ class LlamaReference:
         self.hidden[layer] = self.hidden[layer].copy()
         self.hidden[layer][:, list(range(self.n_head_kv) if heads is None else heads)] |= hidden[:, None]
 
+    def bring_back(self, layer: int, positions: Iterable[int]) -> None:
+        """From now on queries see these again."""
+        self.hidden[layer] = self.hidden[layer].copy()
+        self.hidden[layer][list(positions)] = False
+
     def rewind(self, n_tokens: int) -> None:
         """To what had been read when there were n_tokens."""
         for per_layer in (self.keys, self.values, self.hidden):

@@ -53,11 +53,24 @@ class Sequence:
         self.cells: list[int] = []  # one for each token; a copy within a table has the original's
         self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions, but of heads that are kept whole
         self.pruned = -1
+        self.lost: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions that no cold store has
 
     def copy(self) -> Sequence:
         res = Sequence(self.model.copy())
         res.cells, res.held, res.pruned = list(self.cells), [set(layer) for layer in self.held], self.pruned
+        res.lost = [set(layer) for layer in self.lost]
         return res
+
+    @property
+    def missing(self) -> list[set[int]]:
+        return [set(range(len(self.cells))) - layer for layer in self.held]
+
+    def bring_back(self, cells: set[int]) -> None:
+        """Those of these that it has, in every layer."""
+        positions = {pos for pos, cell in enumerate(self.cells) if cell in cells}
+        for layer, held in enumerate(self.held):
+            held |= positions
+            self.model.bring_back(layer, positions)
 
     def keep(self, layer: int, positions: set[int], heads: list[int]) -> None:
         """Of these KV heads of a layer, all that are not kept whole."""
@@ -70,6 +83,7 @@ class Sequence:
         self.model.rewind(n_tokens)
         del self.cells[n_tokens:]
         self.held = [{pos for pos in layer if pos < n_tokens} for layer in self.held]
+        self.lost = [{pos for pos in layer if pos < n_tokens} for layer in self.lost]
 
 
 class State:
@@ -78,10 +92,12 @@ class State:
     def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence], whole: Heads) -> None:
         self.data = data
         self.whole = whole
+        self.is_pruned = any(sequence.pruned >= 0 for sequence in context)
         self.sequences = [sequence.copy() for sequence in saved]
         # it knows of cells which lie behind a pruning, not of which sequence
         behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
         for sequence in self.sequences:
+            sequence.lost = sequence.missing  # the cold store is not in it
             sequence.pruned = max((pos for pos, cell in enumerate(sequence.cells) if cell in behind), default=-1)
 
     def buffer(self) -> ctypes.Array[ctypes.c_uint8]:
@@ -96,13 +112,20 @@ class Operations(RuleBasedStateMachine):
     states = Bundle("states")
     whole_states = Bundle("whole_states")
 
-    def __init__(self, path: Path, unified: bool) -> None:
+    def __init__(self, path: Path, unified: bool, cold: str | None) -> None:
         super().__init__()
         self.unified = unified
+        self.has_cold = cold is not None
         self.model = reference.LlamaReference(path)
         self.sequences = [self.empty() for _ in range(N_SEQ)]
         self.native = Sequences(
-            path, ReFreeKV(n_min=0), n_seq_max=N_SEQ, kv_unified=unified, n_ctx=N_SEQ * 1024, n_batch=N_SEQ * 1024
+            path,
+            ReFreeKV(n_min=0),
+            cold={} if cold is None else {"cold": native.enum_value(cold), "cold_dir": str(path.parent)},
+            n_seq_max=N_SEQ,
+            kv_unified=unified,
+            n_ctx=N_SEQ * 1024,
+            n_batch=N_SEQ * 1024,
         )
         self.n_cells = 0
         self.whole: Heads = frozenset()
@@ -226,12 +249,44 @@ class Operations(RuleBasedStateMachine):
         if n == 0:
             return
         to = max(0, sequence.pruned - 20, n - back)
-        allowed = to == 0 or to > sequence.pruned
+        allowed = to == 0 or to > sequence.pruned or self.can_restore(seq_id, to)
         assert self.native.remove(seq_id, to) == allowed
         if to == 0:
             self.sequences[seq_id] = self.empty()
         elif allowed:
+            if to <= sequence.pruned:
+                self.restored(seq_id, to)
             sequence.rewind(to)
+
+    def can_restore(self, seq_id: int, n_tokens: int) -> bool:
+        """The first tokens of a sequence."""
+        sequence = self.sequences[seq_id]
+        missing = [{pos for pos in layer if pos < n_tokens} for layer in sequence.missing]
+        if not self.has_cold:
+            return not any(missing)
+        return not any(layer & lost for layer, lost in zip(missing, sequence.lost, strict=True))
+
+    def restored(self, seq_id: int, n_tokens: int) -> None:
+        cells = set(self.sequences[seq_id].cells[:n_tokens])
+        for sequence in self.sequences:
+            sequence.bring_back(cells)
+        self.sequences[seq_id].pruned = -1
+        for sequence in self.sequences:
+            if (self.unified or sequence is self.sequences[seq_id]) and not any(sequence.missing):
+                sequence.pruned = -1
+
+    @filled
+    @rule(seq_id=SEQ_IDS)
+    def restore(self, seq_id: int) -> None:
+        n_tokens = len(self.sequences[seq_id].cells)
+        if n_tokens == 0:
+            return
+        if not self.can_restore(seq_id, n_tokens):
+            with pytest.raises(CacheStateError, match="were not kept"):
+                native.restore(self.native.ctx, seq_id)
+            return
+        native.restore(self.native.ctx, seq_id)
+        self.restored(seq_id, n_tokens)
 
     @filled
     @rule(seq_id=SEQ_IDS)
@@ -278,12 +333,14 @@ class Operations(RuleBasedStateMachine):
     def load(self, seq_id: int, state: State) -> None:
         n_read = llama_cpp.llama_state_seq_set_data(self.native.ctx, state.buffer(), len(state.data), seq_id)
         self.sequences[seq_id] = self.empty()
-        if state.whole != self.whole and not self.is_empty:
+        # where nothing was evicted, it is divided as this context is
+        whole = self.whole if not state.is_pruned and (self.whole or not self.is_empty) else state.whole
+        if whole != self.whole and not self.is_empty:
             assert n_read == 0
             assert "keeps other KV heads whole" in native.last_error()
             return
         assert n_read == len(state.data)
-        self.whole = state.whole
+        self.whole = whole
         self.sequences[seq_id] = state.sequences[0].copy()
         self.sequences[seq_id].cells = self.new_cells(len(state.sequences[0].cells))
 
@@ -299,7 +356,8 @@ class Operations(RuleBasedStateMachine):
         n_read = llama_cpp.llama_state_set_data(self.native.ctx, state.buffer(), len(state.data))
         assert n_read == len(state.data)
         self.sequences = [sequence.copy() for sequence in state.sequences]
-        if not self.is_empty:  # a state of an empty cache says nothing of it
+        # a state of an empty cache says nothing of it
+        if not self.is_empty and (state.is_pruned or not self.whole):
             self.whole = state.whole
 
     @invariant()
@@ -312,9 +370,12 @@ class Operations(RuleBasedStateMachine):
             assert self.native.kept(seq_id) == expected, f"cells of {seq_id}"
 
 
-@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-def test_random_operations(tmp_path: Path, unified: bool) -> None:
+@pytest.mark.parametrize(
+    ("unified", "cold"),
+    [(True, None), (False, None), (True, "COLD_MEMORY"), (True, "COLD_FILE"), (False, "COLD_FILE")],
+)
+def test_random_operations(tmp_path: Path, unified: bool, cold: str | None) -> None:
     path = tmp_path / "model.gguf"
     MODEL.write(path)
-    machine: Callable[[], Operations] = lambda: Operations(path, unified)  # noqa: E731
+    machine: Callable[[], Operations] = lambda: Operations(path, unified, cold)  # noqa: E731
     run_state_machine_as_test(machine)
