@@ -107,7 +107,7 @@ uint32_t refreekv_hooks_ran(void) {
     return refreekv_store::hooks_ran();
 }
 
-// the `window` preset: the rule that held on real models; see docs/policies.md
+// the `refreekv` preset, but for the heads that refreekv_keep_heads() is told of; see docs/policies.md
 struct refreekv_params refreekv_params_default(void) {
     refreekv_params res = {};
 
@@ -121,11 +121,11 @@ struct refreekv_params refreekv_params_default(void) {
     res.n_sink           = 4;
     res.n_recent         = 32;
     res.n_full_layers    = 0;
-    res.n_pool           = 31;
+    res.n_pool           = 7;
     res.n_block          = 256;
     res.n_min            = 512;
     res.beta             = 20;
-    res.threshold        = 0.5f;
+    res.threshold        = 0.35f;
     res.mass_floor       = 0.05f;
     res.top_p            = 0.9f;
     res.budget           = 1.0;

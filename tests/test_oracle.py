@@ -244,7 +244,7 @@ def test_equal_scores_keep_the_earlier_cell() -> None:
     # one attended cell in the middle: the max-pool spreads its score over 31 cells, all of them alike
     attention = np.full((1, 1, 200), 1e-6, dtype=np.float32)
     attention[0, 0, 100] = 1 - 199e-6
-    policy = ReFreeKV(rows="last", threshold=0.5, n_recent=0)
+    policy = ReFreeKV(rows="last", threshold=0.5, n_pool=31, n_recent=0)
     kept = np.flatnonzero(native_select(policy, attention, 1)).tolist()
     # from the left edge of the pooled region up to the cell itself
     assert kept == [0, 1, 2, 3, *range(85, 101)]

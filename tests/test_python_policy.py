@@ -40,13 +40,13 @@ class PythonStreaming(PythonPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class PythonWindow(PythonPolicy):
-    """`ReFreeKV` a second time: it leaves out whole blocks by itself, by its own ranking."""
+    """`ReFreeKV.window` a second time: it leaves out whole blocks by itself, by its own ranking."""
 
     threshold: float = 0.5
     n_window: int = 64
 
     def select(self, attention: Any, positions: Any, layer: int) -> Any:
-        rule = ReFreeKV(threshold=self.threshold)
+        rule = ReFreeKV.window(threshold=self.threshold)
         selection = reference.select_refreekv(rule, attention.astype(np.float64), self.n_block)
         return np.isin(np.arange(len(positions)), selection.kept)
 
@@ -76,8 +76,8 @@ def cells(*which: int) -> Callable[[int, int], Any]:
     [
         (Streaming(budget=0.3), PythonStreaming()),
         (Streaming(budget=0.7, n_sink=20), PythonStreaming(budget=0.7, n_sink=20)),
-        (ReFreeKV(), PythonWindow()),
-        (ReFreeKV(threshold=0.7), PythonWindow(threshold=0.7)),
+        (ReFreeKV.window(), PythonWindow()),
+        (ReFreeKV.window(threshold=0.7), PythonWindow(threshold=0.7)),
     ],
     ids=["streaming", "streaming-0.7", "window", "window-0.7"],
 )
@@ -97,7 +97,7 @@ def test_it_keeps_what_the_same_policy_in_native_keeps(
 
 
 def test_it_sees_and_prunes_a_pruned_cache(tiny_model: Path) -> None:
-    by_native, by_python = load(tiny_model, ReFreeKV()), load(tiny_model, PythonWindow())
+    by_native, by_python = load(tiny_model, ReFreeKV.window()), load(tiny_model, PythonWindow())
     for llm in (by_native, by_python):
         llm.eval(PROMPT)
         llm.prune_kv()

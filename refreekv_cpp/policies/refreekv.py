@@ -21,7 +21,7 @@ class ReFreeKV(Policy):
     at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
 
     The defaults are the preset `refreekv`. The paper's own rule is `ReFreeKV.paper()`, its released code's
-    `ReFreeKV.released_code()`; `ReFreeKV.window()` is the default without the heads that are kept whole.
+    `ReFreeKV.released_code()`; `ReFreeKV.window()` keeps no heads whole.
 
     Args:
         threshold: the part of the measure that may be lost, 0 to 1.
@@ -43,7 +43,7 @@ class ReFreeKV(Policy):
             None: none are.
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.35
     ranking: Ranking = "score"
     rows: Rows = "worst"
     measure: Measure = "mass"
@@ -52,15 +52,15 @@ class ReFreeKV(Policy):
     n_sink: int = 4
     n_recent: int = 32
     n_full_layers: int = 0
-    n_pool: int = 31
+    n_pool: int = 7
     mass_floor: float = 0.05
     n_min: int = 512
-    induction: float | None = 0.1
+    induction: float | None = 0.3
 
     @classmethod
     def window(cls, **options: Any) -> ReFreeKV:
-        """The default without heads that are kept whole: smaller, and it can lose what is copied word by word."""
-        return cls(**{"induction": None, **options})
+        """No heads are kept whole, and wider neighbourhoods: it can lose what is copied word by word."""
+        return cls(**{"induction": None, "threshold": 0.5, "n_pool": 31, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> ReFreeKV:
