@@ -28,6 +28,7 @@ TESTS = [
     "test_memories.py",
     "test_heads.py",
     "test_python_policy.py",
+    "test_images.py",
 ]
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
