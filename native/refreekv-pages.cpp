@@ -10,7 +10,27 @@ void refreekv_pages_trim() {
 #endif
 }
 
-#if defined(_WIN32)
+#if defined(__SANITIZE_ADDRESS__)
+
+// AddressSanitizer watches what malloc gives, and not what comes from the system
+
+#include <cstdlib>
+#include <cstring>
+
+refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+    void * ptr = nullptr;
+    if (posix_memalign(&ptr, 4096, size) == 0) {
+        memset(ptr, 0, size);
+    }
+
+    return { ptr, { size } };
+}
+
+void refreekv_pages_deleter::operator()(void * ptr) const {
+    std::free(ptr);
+}
+
+#elif defined(_WIN32)
 
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>

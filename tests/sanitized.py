@@ -27,6 +27,8 @@ TESTS = [
     "test_memory.py",
     "test_memories.py",
     "test_heads.py",
+    "test_restore.py",
+    "test_spans.py",
     "test_python_policy.py",
     "test_images.py",
 ]
