@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import _options, induction, native, spans
+from refreekv_cpp import _flash_attn, _options, induction, native, spans
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
@@ -53,6 +53,7 @@ class Llama(llama_cpp.Llama):
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
             prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
+        flash_attn: True, False, or "auto": the faster setting for the backend and the type of V. Default: "auto".
         **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error (not in the drop-in, see
             `refreekv_cpp.dropin`).
 
@@ -84,6 +85,7 @@ class Llama(llama_cpp.Llama):
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
+        options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from refreekv_cpp._units import mebibytes
+from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
 from refreekv_cpp.bench.runner import Contestant, Result, run
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
@@ -49,7 +51,12 @@ def bench(
         results += run(contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds)
         if json_path:
             json_path.write_text(json.dumps([result.as_dict() for result in results], indent=1))
-    common.print_tables(_table(results))
+    bandwidth, n_weights = read_bandwidth(threads), weight_bytes(model)
+    common.print_tables(_table(results, n_weights, bandwidth))
+    common.stderr.print(
+        f"bound: {mebibytes(n_weights)} of weights and the cells kept, read once at {bandwidth / 1e9:.1f} GB/s",
+        style="dim",
+    )
 
 
 def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:
@@ -76,7 +83,7 @@ def document_tokens(model: Path, n_tokens: int) -> list[int]:
     return tokens[:n_tokens]
 
 
-def _table(results: list[Result]) -> Table:
+def _table(results: list[Result], n_weights: int, bandwidth: float) -> Table:
     table = Table()
     for column in (
         "tokens",
@@ -87,6 +94,7 @@ def _table(results: list[Result]) -> Table:
         "decode ms",
         "slowest",
         "ratio",
+        "/ bound",
         "KV MiB",
         "kept",
         "RSS MiB",
@@ -97,6 +105,9 @@ def _table(results: list[Result]) -> Table:
         # decode time over the faster setting of stock (of full, without stock)
         baseline = [r.decode_ms for r in same if r.contestant.name == same[0].contestant.name]
         kv = result.kv
+        # stock says nothing of its cache, which is full's
+        n_cells = kv["bytes_kept"] if kv else max((r.kv["bytes_full"] for r in same if r.kv), default=0)
+        bound_ms = (n_weights + n_cells) / bandwidth * 1000
         table.add_row(
             str(result.n_tokens),
             result.contestant.name,
@@ -106,6 +117,7 @@ def _table(results: list[Result]) -> Table:
             f"{result.decode_ms:.1f}",
             f"{max(result.decode_s) * 1000:.1f}",
             f"{result.decode_ms / min(baseline):.2f}",
+            f"{result.decode_ms / bound_ms:.1f}",
             f"{kv['bytes'] / 2**20:.1f}" if kv else "-",
             f"{kv['budget']:.0%}" if kv else "-",
             f"{result.rss / 2**20:.0f}",

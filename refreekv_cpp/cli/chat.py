@@ -31,7 +31,7 @@ def chat(
     kv_policy: PolicyOption = "refreekv",
     kv_evicted: EvictedOption = "restore",
     kv_memory_limit: MemoryLimitOption = None,
-    flash_attn: FlashAttnOption = False,
+    flash_attn: FlashAttnOption = None,
     threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
 ) -> None:

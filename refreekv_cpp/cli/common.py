@@ -49,7 +49,10 @@ EvictedOption = Annotated[
 MemoryLimitOption = Annotated[
     str | None, typer.Option(help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.")
 ]
-FlashAttnOption = Annotated[bool, typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.")]
+FlashAttnOption = Annotated[
+    bool | None,
+    typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.", show_default="the faster setting"),
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="by the number of cores")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
@@ -96,7 +99,7 @@ class ReadingLlama(Llama):
 
 
 def load(
-    model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool, threads: int | None, **kv_options: Any
+    model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool | None, threads: int | None, **kv_options: Any
 ) -> ReadingLlama:
     """The model, ready to read a prompt. kv_options: further options of `Llama` that start with kv_.
 
@@ -113,7 +116,7 @@ def load(
             str(model),
             kv_policy=policy,
             n_ctx=n_ctx,
-            flash_attn=flash_attn,
+            flash_attn="auto" if flash_attn is None else flash_attn,
             n_threads=threads,
             n_threads_batch=threads,
             verbose=False,

@@ -37,7 +37,7 @@ def demo(
     ] = None,
     kv_policy: PolicyOption = "refreekv",
     tokens: Annotated[int, typer.Option(min=2000, help="Length of the document.")] = 4000,
-    flash_attn: FlashAttnOption = False,
+    flash_attn: FlashAttnOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Find a fact in a long document, with the full KV cache and with a pruned one, side by side."""
@@ -53,7 +53,7 @@ def demo(
     common.print_tables(_table(results))
 
 
-def _answer(path: Path, policy: str, tokens: int, *, flash_attn: bool, threads: int | None) -> Result:
+def _answer(path: Path, policy: str, tokens: int, *, flash_attn: bool | None, threads: int | None) -> Result:
     common.stderr.print(f"{policy} ...", style="dim")
     with closing(
         common.load(path, n_ctx=tokens + _ROOM, kv_policy=policy, flash_attn=flash_attn, threads=threads)

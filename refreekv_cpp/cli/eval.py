@@ -8,7 +8,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
+from refreekv_cpp.cli.common import ModelArgument, ThreadsOption
 from refreekv_cpp.eval.data import Item, draw, of_datasets, read_items
 from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
 from refreekv_cpp.eval.plots import have_matplotlib, write_plots
@@ -50,7 +50,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Leave longer prompts out.")] = 4096,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most; so many are compared.")] = 128,
     template: Annotated[bool, typer.Option(help="Use the model's chat template for questions.")] = True,
-    flash_attn: FlashAttnOption = False,
+    flash_attn: Annotated[bool, typer.Option(help="Use flash attention for caches that do not need it.")] = False,
     threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
 ) -> None:

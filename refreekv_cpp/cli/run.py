@@ -34,7 +34,7 @@ def run(
     n_ctx: NCtxOption = 0,
     kv_policy: PolicyOption = "refreekv",
     kv_memory_limit: MemoryLimitOption = None,
-    flash_attn: FlashAttnOption = False,
+    flash_attn: FlashAttnOption = None,
     threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
     raw: RawOption = False,

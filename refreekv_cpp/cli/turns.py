@@ -27,7 +27,7 @@ def turns(
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with at most.")] = 40,
-    flash_attn: FlashAttnOption = False,
+    flash_attn: FlashAttnOption = None,
     threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(help="Of the document and the questions.")] = 0,
 ) -> None:
