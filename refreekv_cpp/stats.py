@@ -37,6 +37,8 @@ class KVStats:
         n_tokens: logical tokens in the cache.
         cells_kept: cells held, per group of KV heads: a layer, or one part of it where some heads are kept whole.
         cells_capacity: cells there is room for, likewise.
+        group_layers: the layer of the model that each group belongs to.
+        group_heads: the KV heads of each group.
         n_whole_heads: KV heads that the policy leaves whole, over all layers.
         budget: bytes_kept / bytes_full; 1.0 for an empty cache.
         bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
@@ -63,6 +65,8 @@ class KVStats:
     n_tokens: int
     cells_kept: tuple[int, ...]
     cells_capacity: tuple[int, ...]
+    group_layers: tuple[int, ...]
+    group_heads: tuple[int, ...]
     n_whole_heads: int
     budget: float
     bytes: int
@@ -94,6 +98,8 @@ class KVStats:
             n_tokens=stats.n_tokens,
             cells_kept=kept,
             cells_capacity=tuple(group.n_capacity for group in groups),
+            group_layers=tuple(group.il for group in groups),
+            group_heads=tuple(group.n_head_kv for group in groups),
             n_whole_heads=sum(group.n_head_kv for group in groups if group.whole),
             budget=bytes_kept / stats.bytes_full if stats.bytes_full else 1.0,
             bytes=stats.bytes,
@@ -117,6 +123,15 @@ class KVStats:
                 for name, info in native.buffers(ctx)
             ),
         )
+
+    def cells_per_layer(self) -> list[float]:
+        """Cells that each layer holds: the mean over its KV heads, in the order of layers."""
+        cells: dict[int, float] = {}
+        heads: dict[int, int] = {}
+        for layer, n_heads, n_kept in zip(self.group_layers, self.group_heads, self.cells_kept, strict=True):
+            cells[layer] = cells.get(layer, 0) + n_heads * n_kept
+            heads[layer] = heads.get(layer, 0) + n_heads
+        return [cells[layer] / heads[layer] for layer in cells]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

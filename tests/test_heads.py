@@ -99,6 +99,15 @@ def test_moved_is_the_same_as_masked(tiny: Tiny, name: str, flash_attn: bool, de
     np.testing.assert_allclose(*logits, atol=2e-3 * np.std(logits))
 
 
+def test_a_layer_counts_the_heads_of_its_groups(tiny: Tiny) -> None:
+    llm = load_divided(tiny("gqa"), [(1, 0), (2, 0), (2, 1)])
+    llm.eval(PROMPT)
+    for layer in range(4):
+        native.keep(ctx_of(llm), 0, layer, np.arange(10))
+    everything = len(PROMPT)
+    assert llm.kv_stats.cells_per_layer() == [10, (10 + everything) / 2, everything, 10]
+
+
 def test_by_hand_whole_heads_stay_whole(tiny: Tiny) -> None:
     llm = load_divided(tiny("gqa"), [(1, 0), (2, 0), (2, 1)])
     llm.eval(PROMPT)
