@@ -7,7 +7,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
@@ -103,7 +103,8 @@ class Llama(llama_cpp.Llama):
         self.kv_cold_limit = kv.cold_limit
         self._cold_options = _cold_options(kv)
         self._evicts = not isinstance(kv.policy, Full)
-        self._prompt_of: object = None  # the generation whose prompt is still to be pruned
+        self._prompt_of: object = None  # the generation whose prompt is still to be read
+        self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
         self._n_generated = 0  # since the last pruning
@@ -138,6 +139,7 @@ class Llama(llama_cpp.Llama):
     @property
     def kv_stats(self) -> KVStats:
         """What the KV cache holds now."""
+        self._prune_prompt()
         return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes)
 
     def prune_kv(self) -> int:
@@ -149,6 +151,7 @@ class Llama(llama_cpp.Llama):
             CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
             PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
         """
+        self._unpruned_of = None
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
@@ -178,6 +181,7 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens)
             return
 
+        self._prune_prompt()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
         if 0 < self.n_tokens <= pruned_pos and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
@@ -192,16 +196,22 @@ class Llama(llama_cpp.Llama):
         else:
             self._eval_within(tokens, self.kv_memory_limit)
         if self._prompt_of is not None:
-            self._prompt_of = None
+            self._unpruned_of, self._prompt_of = self._prompt_of, None
             self._n_generated = 0
-            # nothing was read when the whole prompt was there already, and then it may have been pruned, too
-            if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
-                self.prune_kv()
         elif self.kv_prune_every is not None and len(tokens) == 1:
             self._n_generated += 1
             if self._n_generated == self.kv_prune_every:
                 self._n_generated = 0
                 self.prune_kv()
+
+    def _prune_prompt(self) -> None:
+        """Before whatever comes after the first token, which needs no pruning: its logits are there."""
+        if self._unpruned_of is None:
+            return
+        self._unpruned_of = None
+        # nothing was read when the whole prompt was there already, and then it may have been pruned, too
+        if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
+            self.prune_kv()
 
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.
@@ -266,9 +276,10 @@ class Llama(llama_cpp.Llama):
                 self._eval(batch)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As upstream's; the cache is pruned once `tokens` have been read."""
+        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out."""
         generation = object()
         if self._evicts:
+            self._prune_prompt()
             reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if reset and self._goes_on_otherwise(tokens) and not self._restore(tokens):
                 self.reset()
@@ -278,6 +289,7 @@ class Llama(llama_cpp.Llama):
             self._prompt_of = generation
         try:
             yield from super().generate(tokens, *args, **kwargs)
+            self._prune_prompt()
         finally:
             # one that was given up may be closed, by another thread, while the next one reads its prompt
             if self._prompt_of is generation:
@@ -310,6 +322,24 @@ class Llama(llama_cpp.Llama):
         if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             self.n_tokens = n_tokens
 
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's."""
+        completion: Any = super().create_completion(*args, **kwargs)
+        if kwargs.get("stream"):
+            return self._prune_after(completion)
+        self._prune_prompt()
+        return completion
+
+    def _prune_after(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """An answer of one token leaves the pruning to be done."""
+        yield from chunks
+        self._prune_prompt()
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """As upstream's."""
+        self._prune_prompt()
+        return super().save_state()
+
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As upstream's.
 
@@ -329,11 +359,13 @@ class Llama(llama_cpp.Llama):
             reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
         self._queries_lost = True
+        self._unpruned_of = None
 
     def reset(self) -> None:
         """As upstream's."""
         super().reset()
         self._queries_lost = False  # what comes is read from its beginning
+        self._unpruned_of = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.
