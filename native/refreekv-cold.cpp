@@ -30,10 +30,11 @@ static bool    refreekv_truncate    (int fd);
 static int64_t refreekv_write_at    (int fd, const void * data, size_t size, uint64_t offset);
 static int64_t refreekv_read_at     (int fd, void * data, size_t size, uint64_t offset);
 static void    refreekv_close       (int fd);
+static int64_t refreekv_process     ();
 
 refreekv_cold::refreekv_cold() = default;
 
-refreekv_cold::refreekv_cold(const std::string & dir) : fd(refreekv_open_unnamed(dir)) {
+refreekv_cold::refreekv_cold(const std::string & dir) : fd(refreekv_open_unnamed(dir)), owner(refreekv_process()) {
     if (fd < 0) {
         throw std::runtime_error("cold store: no file can be made in " + dir + ": " + strerror(errno));
     }
@@ -46,7 +47,7 @@ refreekv_cold::~refreekv_cold() {
 }
 
 bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
-    if (refreekv_fails_now()) {
+    if (refreekv_fails_now() || (fd >= 0 && refreekv_process() != owner)) {
         return false;
     }
 
@@ -82,6 +83,10 @@ bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
 }
 
 bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
+    if (fd >= 0 && refreekv_process() != owner) {
+        return false;
+    }
+
     char * dst = (char *) data;
 
     while (size > 0) {
@@ -111,12 +116,19 @@ bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
 
 void refreekv_cold::clear() {
     pages.clear();
-    if (fd >= 0) {
+    if (fd >= 0 && refreekv_process() == owner) {
         refreekv_truncate(fd); // where it cannot, the room comes back at the end
     }
 }
 
 #if defined(_WIN32)
+
+#define WIN32_LEAN_AND_MEAN
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#include <winioctl.h>
 
 #include <fcntl.h>
 #include <io.h>
@@ -126,13 +138,27 @@ void refreekv_cold::clear() {
 #include <random>
 
 static int refreekv_open_unnamed(const std::string & dir) {
-    const std::string path = dir + "\\refreekv-" + std::to_string(std::random_device{}()) + ".cold";
+    const std::wstring name = L"\\refreekv-" + std::to_wstring(std::random_device{}()) + L".cold";
+
+    std::wstring path(dir.size(), L'\0'); // dir is UTF-8
+    path.resize(MultiByteToWideChar(CP_UTF8, 0, dir.data(), (int) dir.size(), &path[0], (int) path.size()));
 
     int fd = -1;
     // deleted when it is closed, which the system does for a process that dies
-    errno = _sopen_s(&fd, path.c_str(), _O_RDWR | _O_CREAT | _O_EXCL | _O_BINARY | _O_TEMPORARY | _O_NOINHERIT, _SH_DENYRW, _S_IREAD | _S_IWRITE);
+    errno = _wsopen_s(&fd, (path + name).c_str(), _O_RDWR | _O_CREAT | _O_EXCL | _O_BINARY | _O_TEMPORARY | _O_NOINHERIT, _SH_DENYRW, _S_IREAD | _S_IWRITE);
 
-    return errno == 0 ? fd : -1;
+    if (errno != 0) {
+        return -1;
+    }
+
+    DWORD n = 0; // what was not written takes no room
+    DeviceIoControl((HANDLE) _get_osfhandle(fd), FSCTL_SET_SPARSE, nullptr, 0, nullptr, 0, &n, nullptr);
+
+    return fd;
+}
+
+static int64_t refreekv_process() {
+    return 0; // there is no fork
 }
 
 static bool refreekv_truncate(int fd) {
@@ -174,6 +200,10 @@ static int refreekv_open_unnamed(const std::string & dir) {
         fcntl(fd, F_SETFD, FD_CLOEXEC);
     }
     return fd;
+}
+
+static int64_t refreekv_process() {
+    return getpid();
 }
 
 static bool refreekv_truncate(int fd) {

@@ -11,6 +11,8 @@
 // room. In host memory, or in a file that has no name: no other process can open it (it is readable by its owner alone
 // while it has one), and it is gone when the process ends, however it ends.
 //
+// A process that was forked off from this one finds nothing in it, and writes nothing.
+//
 // The file is written and read, not mapped: a full disk or a file that was cut is an error then, and no signal.
 class refreekv_cold {
 public:
@@ -39,7 +41,8 @@ public:
     static void fail(int32_t n_writes);
 
 private:
-    int fd = -1;
+    int     fd    = -1;
+    int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
 
     std::map<uint64_t, refreekv_pages_ptr> pages; // by offset/page_size
 };

@@ -16,7 +16,15 @@
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
 
-    return !jobs.empty();
+    release_stale();
+
+    // ggml's allocator takes a graph with as many nodes and leafs as the last one for the same graph. One with other layouts
+    // is not: the update reserves anew.
+    const bool others = (stale_layouts && update_layouts()) || regrouped;
+
+    regrouped = false;
+
+    return others || !jobs.empty();
 }
 
 bool refreekv_store::update(llama_context * lctx) {

@@ -23,8 +23,12 @@ void refreekv_store::make_cold() {
     try {
         cold = file ? std::make_unique<refreekv_cold>(params.cold_dir ? params.cold_dir : ".") : std::make_unique<refreekv_cold>();
     } catch (const std::exception & err) {
-        refreekv_set_error("%s", err.what());
-        throw;
+        if (params.cold == REFREEKV_COLD_FILE) {
+            refreekv_set_error("%s", err.what());
+            throw;
+        }
+        LLAMA_LOG_WARN("refreekv: %s; evicted rows are kept in memory\n", err.what());
+        cold = std::make_unique<refreekv_cold>();
     }
 }
 
@@ -37,6 +41,7 @@ void refreekv_store::place_cold() {
         place += n_cells*(uint64_t) g.rows.row_bytes();
     }
     bytes_cold = 0;
+    cold_full  = false;
     if (cold) {
         cold->clear();
     }
@@ -188,7 +193,7 @@ std::vector<uint32_t> refreekv_store::missing(llama_seq_id seq_id, const group &
     return res;
 }
 
-bool refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) {
+int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) {
     std::vector<uint32_t> absent; // those that are not just hidden
     for (uint32_t cell : cells) {
         if (g.res.slot(cell) < 0) {
@@ -198,7 +203,7 @@ bool refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) 
         }
     }
     if (absent.empty()) {
-        return true;
+        return REFREEKV_OK;
     }
 
     const auto & shape = g.rows.get_shape();
@@ -216,7 +221,7 @@ bool refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) 
     });
     if (!ok) {
         refreekv_set_error("restore: the cold store cannot be read any more");
-        return false;
+        return REFREEKV_ERR_STATE;
     }
 
     // in the order of cells, as if nothing had been evicted
@@ -238,7 +243,7 @@ bool refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) 
 
     if (!move(g, slots, padded(slots.size()))) {
         refreekv_set_error("restore: no memory for %zu cells in layer %d", slots.size(), g.il);
-        return false;
+        return REFREEKV_ERR_MEMORY;
     }
     g.res.arrange(order_cells);
 
@@ -253,7 +258,7 @@ bool refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) 
     k.send();
     v.send();
 
-    return true;
+    return REFREEKV_OK;
 }
 
 int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
@@ -266,8 +271,17 @@ int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
     });
 }
 
-// but for positions that are about to go: p0 to p1 - 1
+// but for positions that are about to go: p0 to p1 - 1. Called from upstream's functions, which nothing may be thrown through
 int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    try {
+        return bring_back(seq_id, p0, p1);
+    } catch (const std::exception & err) {
+        refreekv_set_error("restore: %s", err.what());
+        return REFREEKV_ERR_MEMORY;
+    }
+}
+
+int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const auto where = [&](llama_pos pos) { return pos < p0 || pos >= p1; };
 
     const int64_t t_start = ggml_time_us();
@@ -289,7 +303,7 @@ int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos
                 continue;
             }
             if (!cold || !g.is_cold[cell]) {
-                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, cold ? "the cold store had no room for them" : "this context has no cold store");
+                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, !cold ? "this context has no cold store" : cold_full ? "the cold store had no room for all" : "they were evicted before the state was saved");
                 return REFREEKV_ERR_STATE;
             }
             n_absent++;
@@ -304,18 +318,17 @@ int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos
     }
 
     for (uint32_t i = 0; i < groups.size() && n_restored > 0; ++i) {
-        if (!bring_back(groups[i], cells[i])) {
-            stale_layouts = true;
-            return REFREEKV_ERR_MEMORY;
+        stale_layouts = true;
+        if (const int32_t status = bring_back(groups[i], cells[i])) {
+            return status;
         }
     }
 
     if (n_restored > 0) {
         n_restores++;
         restore_us += ggml_time_us() - t_start;
-        stale_layouts = true;
 
-        if (!cold->is_file()) {
+        if (cold && !cold->is_file()) {
             for (uint32_t i = 0; i < groups.size(); ++i) {
                 forget_cold(groups[i], cells[i]); // in memory they would be there twice
             }
@@ -331,7 +344,8 @@ int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos
             return missing(s, g, [&](llama_pos pos) { return s != seq_id || where(pos); }).empty();
         });
         if (whole) {
-            pruned[s] = -1;
+            pruned[s]     = -1;
+            stale_layouts = true;
         }
     }
 
@@ -356,12 +370,15 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
         };
 
         for (uint32_t i = 0; i < kv_size; ++i) {
-            if (!g.is_cold[first_src + i] || (params.cold_limit > 0 && bytes_cold + g.rows.row_bytes() > params.cold_limit)) {
+            if (!g.is_cold[first_src + i]) {
                 continue;
             }
-            if (copy(g.cold_place, row_k, i) && copy(g.cold_place + n_cells*(uint64_t) row_k, row_v, i)) {
+            const bool fits = params.cold_limit == 0 || bytes_cold + g.rows.row_bytes() <= params.cold_limit;
+            if (fits && copy(g.cold_place, row_k, i) && copy(g.cold_place + n_cells*(uint64_t) row_k, row_v, i)) {
                 g.is_cold[first_dst + i] = 1;
                 bytes_cold += g.rows.row_bytes();
+            } else {
+                cold_full = true;
             }
         }
     }

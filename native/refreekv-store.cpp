@@ -212,6 +212,7 @@ void refreekv_store::make_groups(const heads_list & whole) {
     place_cold();
 
     stale_layouts = true;
+    regrouped     = true;
     n_generation++;
 }
 
@@ -354,7 +355,7 @@ bool refreekv_store::may_seq_rm(llama_kv_cache * kv, llama_seq_id seq_id, llama_
     });
 }
 
-// part of a pruned sequence, from p0 on. keep0, keep1: what need not come back of it, because it goes
+// part of a pruned sequence, from p0 on. gone0, gone1: what need not come back of it, because it goes
 bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
     const llama_pos pos = pruned[seq_id];
 
@@ -380,6 +381,9 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     p0 = std::max(p0, 0);
 
     const bool allowed = for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
+        if (seq_id < 0) {
+            return whole || p0 > pruned[s] || can_remove(s, p0, -1, -1); // another sequence may still refuse
+        }
         return whole || p0 > pruned[s] || can_remove(s, p0, p0, p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
     });
     if (!allowed) {
@@ -390,6 +394,10 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         if (whole) {
             forget_seq(s);
             idle_rows = true;
+        } else if (p1 < 0) {
+            for (auto & [start, end] : spans[s]) {
+                end = std::min(end, std::max(start, p0)); // what comes there next is something else
+            }
         }
         stale_slots = true;
         return true;
@@ -433,7 +441,7 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
     }
 
     pruned[dst] = pruned[src];
-    spans[dst]  = spans[src];
+    spans[dst].insert(spans[dst].end(), spans[src].begin(), spans[src].end());
     ring.forget(dst);
 
     stale_layouts = true;
@@ -568,7 +576,8 @@ bool refreekv_store::same_layout(const group & a, const group & b, const std::ve
     return true;
 }
 
-void refreekv_store::update_layouts() {
+// true when groups share masks in another way than before
+bool refreekv_store::update_layouts() {
     // a cell is settled once it lies behind the position at which its sequences were pruned: every query to come sees it
     // (with ALiBi the distance still matters)
     std::vector<uint8_t> settled(n_cells, !kv.hparams.use_alibi);
@@ -583,6 +592,8 @@ void refreekv_store::update_layouts() {
 
     layouts.clear();
 
+    bool others = false;
+
     for (uint32_t i = 0; i < groups.size(); ++i) {
         uint32_t l = 0;
         while (l < layouts.size() && !same_layout(groups[layouts[l]], groups[i], settled)) {
@@ -591,11 +602,15 @@ void refreekv_store::update_layouts() {
         if (l == layouts.size()) {
             layouts.push_back(i);
         }
+        others |= groups[i].layout != l;
+
         groups[i].layout = l;
     }
 
     stale_layouts = false;
     n_generation++;
+
+    return others;
 }
 
 uint32_t refreekv_store::layout_n_kv(uint32_t layout) const {

@@ -281,6 +281,7 @@ private:
     bool     refused_copy  = false;
     bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
     bool     stale_layouts = true;
+    bool     regrouped     = false;       // layers were divided anew
 
     std::vector<std::function<int64_t()>> jobs; // what the next update() does
     int64_t          job_result = 0;
@@ -306,7 +307,7 @@ private:
     void synchronize() const; // a graph may still read what is about to be freed
     void release_stale();
     bool copy_stream(llama_seq_id src, llama_seq_id dst);
-    void update_layouts();
+    bool update_layouts();
     bool same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const;
 
     std::vector<uint32_t> all_slots (const group & g) const;
@@ -348,7 +349,8 @@ private:
 
     std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
 
-    bool    bring_back (group & g, const std::vector<uint32_t> & cells);
+    int32_t bring_back (group & g, const std::vector<uint32_t> & cells); // a refreekv_status
+    int64_t bring_back (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
@@ -359,9 +361,9 @@ private:
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
-    // what a policy may see of a sequence in a group; a refreekv_status
     bool has_to_stay(llama_seq_id seq_id, const held & c) const;
 
+    // what a policy may see of a sequence in a group; a refreekv_status
     int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const;
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);

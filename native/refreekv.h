@@ -194,7 +194,7 @@ REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id s
 // layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
 // sequence (llama_memory_seq_rm), or copying one, does this by itself.
 // REFREEKV_ERR_STATE: rows are not there any more (no cold store, or it was full); REFREEKV_ERR_MEMORY: no memory, or not
-// within memory_limit. The cache is as it was then.
+// within memory_limit. The sequence stays pruned then, though some layers may have been brought back.
 REFREEKV_API int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id);
 
 // test hook: let the n-th write to a cold store from now on fail, and all after it, in this process; 0: none
@@ -203,7 +203,7 @@ REFREEKV_API void refreekv_fail_cold(int32_t n);
 // test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_allocation(int32_t n);
 
-// the last position that a pruning of this sequence looked at: what lies at or before it cannot be rewound into.
+// the last position that a pruning of this sequence looked at: rewinding to or before it needs what was evicted back
 // -1 when the sequence is whole, < -1 on error
 REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id);
 

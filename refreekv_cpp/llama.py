@@ -308,6 +308,7 @@ class Llama(llama_cpp.Llama):
         try:
             if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
                 self.n_tokens = n_common
+                self._requires_eval = True
                 native.restore(self._ctx.ctx, _SEQ_ID)
                 return True
         except (CacheStateError, CacheMemoryError) as error:
@@ -321,6 +322,7 @@ class Llama(llama_cpp.Llama):
         n_tokens = max(0, len(prompt) - n_window)
         if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             self.n_tokens = n_tokens
+            self._requires_eval = True
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's."""

@@ -41,6 +41,8 @@ def system_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
     """What the system message says; None: there is none, or it is no text."""
     for message in messages[:1]:
         content = message.get("content")
+        if isinstance(content, list):  # OpenAI's parts
+            content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
         if message.get("role") in ("system", "developer") and isinstance(content, str):
             return content.strip() or None
     return None

@@ -113,10 +113,12 @@ def test_rows_that_a_graph_moves_come_back_too(tiny_model: Path) -> None:
     assert cache_of(llm) == cache_of(never)
 
 
-def test_hidden_cells_are_seen_again(tiny_model: Path) -> None:
+@pytest.mark.parametrize("kv_evicted", ["restore", "drop"])
+def test_hidden_cells_are_seen_again(tiny_model: Path, kv_evicted: str) -> None:
     from policies import Debug
 
-    llm, never = read(tiny_model, policy=Debug(policy=POLICY, mask_only=True)), read(tiny_model, prune=False)
+    policy = Debug(policy=POLICY, mask_only=True)
+    llm, never = read(tiny_model, policy=policy, kv_evicted=kv_evicted), read(tiny_model, prune=False)
     assert restore(llm) > 0
     np.testing.assert_array_equal(feed(llm, MORE), feed(never, MORE))
 
@@ -283,6 +285,28 @@ def test_a_process_that_is_killed_leaves_no_file(tiny_model: Path, tmp_path: Pat
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_that_was_forked_off_leaves_the_file_alone(tiny_model: Path) -> None:
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import support
+from test_restore import *
+llm = read(Path(sys.argv[1]), kv_cold="file")
+never = read(Path(sys.argv[1]), prune=False)
+if os.fork() == 0:
+    llm.reset()
+    llm.eval(random_tokens(700, seed=5))
+    llm.prune_kv()
+    os._exit(0 if llm.kv_stats.cold_full else 1)
+assert os.wait()[1] == 0
+restore(llm)
+assert cache_of(llm) == cache_of(never)
+"""
+    command = [sys.executable, "-c", script, str(tiny_model), str(Path(__file__).parent)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)
+
+
 # -- when rows are lost ------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +397,20 @@ def test_a_copy_can_be_restored_when_the_original_is_gone(sequences: Sequences, 
     assert sequences.kept(1) == [list(range(len(PROMPT)))] * 4
     expected = alone.read(0, MORE)
     np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4 * expected.std())
+
+
+def test_a_removal_that_one_sequence_refuses_leaves_all_as_whole_as_they_say(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, POLICY, cold={"cold": native.enum_value("COLD_MEMORY")})
+    sequences.read(0, PROMPT)
+    sequences.read(1, PROMPT[:600])
+    native.prune(sequences.ctx, 0)
+    native.fail_cold(1)
+    native.prune(sequences.ctx, 1)
+    native.fail_cold(0)
+    assert not sequences.remove(-1, 100, 650)
+    for seq_id, n_tokens in ((0, 700), (1, 600)):
+        whole = sequences.kept(seq_id) == [list(range(n_tokens))] * 4
+        assert whole == (native.pruned_pos(sequences.ctx, seq_id) == -1)
 
 
 def test_a_part_of_a_pruned_sequence_can_be_copied_and_removed(tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from support import Sequences
 
-from refreekv_cpp import Streaming, native
+from refreekv_cpp import ReFreeKV, Streaming, native
 
 import llama_cpp  # isort: skip
 
@@ -115,3 +115,24 @@ def test_a_part_cannot_be_copied_to_another_stream(tiny_model: Path) -> None:
     streams.copy(0, 1, 10, 50)
     assert "only whole sequences" in native.last_error()
     assert streams.n_tokens(1) == 0
+
+
+def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None:
+    """As many layouts, in other layers: ggml's allocator must not take the one graph for the other."""
+    for first, second in [([3], [0]), ([0], [3]), ([1], [2]), ([1, 3], [1, 2])]:
+        sequences = Sequences(tiny_model, ReFreeKV.window(n_min=0))
+        states = []
+        for layers in (first, second):
+            sequences.read(0, random_tokens(300))
+            for layer in layers:
+                native.keep(sequences.ctx, 0, layer, np.delete(np.arange(300, dtype=np.int32), 50))
+            states.append(sequences.save(0))
+            sequences.remove(0)
+        for tokens in ([77], random_tokens(64, seed=7)):
+            for state in states:
+                sequences.remove(0)
+                assert sequences.restore(state, 0)
+                logits = sequences.read(0, tokens)
+            alone = Sequences(tiny_model, ReFreeKV.window(n_min=0))
+            alone.restore(states[1], 0)
+            np.testing.assert_array_equal(logits, alone.read(0, tokens))

@@ -46,6 +46,28 @@ def test_they_stay_protected_in_later_turns_and_not_in_another_conversation(tiny
     assert not all(set(layer) >= set(range(40, 90)) for layer in kept(llm))
 
 
+def test_a_conversation_that_parts_early_forgets_what_lay_behind(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    llm.eval(PROMPT)
+    native.protect(ctx_of(llm), 0, 3, 600)
+    llm.n_tokens = 20
+    llm.eval(random_tokens(680, seed=4))
+    llm.prune_kv()
+    assert all(set(layer) >= set(range(3, 20)) for layer in kept(llm))
+    assert not all(set(layer) >= set(range(20, 600)) for layer in kept(llm))
+
+
+def test_a_copy_keeps_what_was_named_before(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, POLICY)
+    native.protect(sequences.ctx, 1, 100, 400)
+    sequences.read(0, PROMPT)
+    sequences.copy(0, 1)
+    sequences.remove(0)
+    sequences.read(1, [5])
+    native.prune(sequences.ctx, 1)
+    assert all(set(layer) >= set(range(100, 400)) for layer in sequences.kept(1))
+
+
 def test_a_copy_is_protected_too(tiny_model: Path) -> None:
     sequences = Sequences(tiny_model, POLICY)
     sequences.read(0, PROMPT)
@@ -87,7 +109,8 @@ def test_the_system_message(tiny_model: Path) -> None:
 
 def test_no_system_message_is_no_error(tiny_model: Path) -> None:
     llm = load(tiny_model, POLICY, kv_protect="system")
-    chat(llm, [{"type": "text", "text": "parts"}])
+    assert spans.system_text([{"role": "user", "content": "x"}]) is None
+    assert spans.system_text([{"role": "system", "content": [{"type": "text", "text": "a part"}]}]) == "a part"
     llm.create_completion("hello", max_tokens=1)
 
 
