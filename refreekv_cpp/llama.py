@@ -305,6 +305,9 @@ class Llama(llama_cpp.Llama):
         if self.kv_evicted != "restore":
             return False
         n_common = self.longest_token_prefix(self._input_ids.tolist(), prompt[:-1])
+        if n_common < self.n_tokens:
+            # what was generated has taken the place of the prompt's last queries
+            n_common = min(n_common, max(0, len(prompt) - self._n_window))
         try:
             if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
                 self.n_tokens = n_common
@@ -316,10 +319,15 @@ class Llama(llama_cpp.Llama):
                 print(f"refreekv: {error}; the conversation is read again", file=sys.stderr)
         return False
 
+    @property
+    def _n_window(self) -> int:
+        """Queries that the policy judges by."""
+        n_window: int = (self.kv_policy.native_options() or {}).get("n_window", 0)
+        return n_window
+
     def _rewind_for_queries(self, prompt: Sequence[int]) -> None:
         """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
-        n_window = (self.kv_policy.native_options() or {}).get("n_window", 0)
-        n_tokens = max(0, len(prompt) - n_window)
+        n_tokens = max(0, len(prompt) - self._n_window)
         if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             self.n_tokens = n_tokens
             self._requires_eval = True

@@ -18,7 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="refreekv-tests-")
 import refreekv_cpp  # noqa: F401, I001
 from tiny_architectures import tiny_models
 
-# the steps of each state machine (there are two of them): by default the same ones in every run
+# the steps of each state machine: by default the same ones in every run
 _stateful = {"stateful_step_count": 40, "deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=8, derandomize=True, database=None, **_stateful)
 settings.register_profile("long", max_examples=125, print_blob=True, **_stateful)

@@ -172,6 +172,16 @@ def test_an_earlier_message_can_be_edited(tiny_model: Path, n_same: int) -> None
     assert kept(llm) == kept(fresh)
 
 
+@pytest.mark.parametrize("n_answer", [6, 150])
+def test_an_answer_generated_again_is_pruned_by_the_same_queries(tiny_model: Path, n_answer: int) -> None:
+    llm = load(tiny_model, POLICY)
+    answer = generate(llm, PROMPT, n=n_answer)
+    after = [[pos for pos in layer if pos < len(PROMPT)] for layer in kept(llm)]
+    assert generate(llm, PROMPT, n=6) == answer[:6]
+    assert [[pos for pos in layer if pos < len(PROMPT)] for layer in kept(llm)] == after
+    assert llm.kv_stats.n_restores == 1
+
+
 def test_rewinding_into_the_pruned_range(tiny_model: Path) -> None:
     llm, never = read(tiny_model), read(tiny_model, prune=False)
     feed(llm, MORE)

@@ -123,7 +123,7 @@ def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None
         sequences = Sequences(tiny_model, ReFreeKV.window(n_min=0))
         states = []
         for layers in (first, second):
-            sequences.read(0, random_tokens(300))
+            sequences.read(0, random_tokens(300, 0))
             for layer in layers:
                 native.keep(sequences.ctx, 0, layer, np.delete(np.arange(300, dtype=np.int32), 50))
             states.append(sequences.save(0))

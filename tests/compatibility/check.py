@@ -17,7 +17,8 @@ from refreekv_cpp import Full, Llama, Policy, ReFreeKV, native
 
 import llama_cpp  # isort: skip
 
-POLICIES: dict[str, Policy] = {"full": Full(), "refreekv": ReFreeKV(n_min=0)}
+# lenient enough to evict something of every tiny model
+POLICIES: dict[str, Policy] = {"full": Full(), "refreekv": ReFreeKV(n_min=0, threshold=0.5, n_pool=31)}
 
 # long enough for a pruning to evict something of every tiny model: it does so in blocks of 256 cells
 PROMPT = random_tokens(700)
