@@ -14,9 +14,10 @@ _PLAIN = [None, *(CACHE_TYPES[name] for name in ("f32", "f16", "bf16"))]
 
 
 def resolve(options: Mapping[str, Any]) -> bool:
-    """Of the options of a `Llama`: what flash_attn says, or where it is "auto" or missing, the faster setting.
+    """Of the options of a `Llama`: what flash_attn says (None: no, as upstream), or where it is "auto" or missing, the
+    faster setting.
 
-    On CPU it makes decoding several times slower on long contexts (docs/benchmarks.md), and prefill hardly faster. On a
+    On CPU it makes decoding several times slower on long contexts (`refreekv bench` shows it), and prefill hardly faster. On a
     GPU that holds the cache it is faster, and a quantised V needs it.
 
     Raises:
@@ -24,7 +25,7 @@ def resolve(options: Mapping[str, Any]) -> bool:
     """
     flash_attn = options.get("flash_attn", "auto")
     if flash_attn != "auto":
-        if not isinstance(flash_attn, (bool, int)):
+        if not isinstance(flash_attn, (bool, int, type(None))):
             raise PolicyError(f"flash_attn={flash_attn!r}: valid are True, False and 'auto'")
         return bool(flash_attn)
     on_device = (

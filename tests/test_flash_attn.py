@@ -28,6 +28,7 @@ Q8_0 = CACHE_TYPES["q8_0"]
         ({"n_gpu_layers": -1, "offload_kqv": False}, True, False),
         ({}, True, False),
         ({"flash_attn": True}, False, True),
+        ({"flash_attn": None, "n_gpu_layers": 99}, True, False),
         ({"flash_attn": False, "n_gpu_layers": 99}, True, False),
     ],
     ids=str,
