@@ -17,8 +17,8 @@ def resolve(options: Mapping[str, Any]) -> bool:
     """Of the options of a `Llama`: what flash_attn says (None: no, as upstream), or where it is "auto" or missing, the
     faster setting.
 
-    On CPU it makes decoding several times slower on long contexts (`refreekv bench` shows it), and prefill hardly faster. On a
-    GPU that holds the cache it is faster, and a quantised V needs it.
+    On CPU it makes decoding several times slower on long contexts, and prefill hardly faster (`refreekv bench` shows
+    both). On a GPU that holds the cache it is faster, and a quantised V needs it.
 
     Raises:
         PolicyError: neither.
