@@ -443,3 +443,23 @@ def test_more_tokens_than_the_context_has_is_upstreams_error(tiny_model: Path) -
         llm.eval(QUESTION)
     assert not isinstance(raised.value, RefreeKVError)
     llm.eval(QUESTION[:10])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_one_token_leaves_a_pruned_cache(tiny_model: Path, stream: bool) -> None:
+    """The pruning waits for the first token, and must not wait for a second one that never comes."""
+    llm = load(tiny_model, POLICY)
+    answer = llm.create_completion(PROMPT, max_tokens=1, temperature=0.0, stream=stream)
+    if stream:
+        assert native.pruned_pos(ctx_of(llm), 0) == -1  # nothing was read yet
+        list(answer)
+    assert native.pruned_pos(ctx_of(llm), 0) == N_PROMPT - 1
+
+
+def test_the_first_token_does_not_wait_for_the_pruning(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY)
+    tokens = llm.generate(PROMPT, temp=0.0)
+    next(tokens)
+    assert native.pruned_pos(ctx_of(llm), 0) == -1
+    next(tokens)
+    assert native.pruned_pos(ctx_of(llm), 0) == N_PROMPT - 1

@@ -18,7 +18,7 @@ class Turn:
     """
     Attributes:
         found: the fact is in the answer.
-        first_token: seconds until it is there, pruning and all.
+        first_token: seconds until it is there, reading and restoring and all; the pruning comes after it.
         restore: seconds of these that bringing back what was evicted took.
         bytes: of the KV cache after the answer.
         bytes_cold: of evicted rows that wait.

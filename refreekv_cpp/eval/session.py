@@ -33,7 +33,6 @@ class Session:
         }
         with suppress_stdout_stderr(disable=False):
             self.llm = Llama(str(model), **{**options, **spec.llama_options()})
-        self.spec = spec
 
     def close(self) -> None:
         self.llm.close()
@@ -60,8 +59,7 @@ class Session:
         """
         self.llm.load_state(state)
         tokens = state.input_ids[: state.n_tokens].tolist()
-        n_window = (self.spec.policy.native_options() or {}).get("n_window", 0)
-        self.llm.n_tokens = max(0, len(tokens) - max(n_window, 1))
+        self.llm.n_tokens = max(0, len(tokens) - max(self.llm._n_window, 1))
         return self.read(tokens[self.llm.n_tokens :])
 
     def rewind(self, n_tokens: int) -> None:
