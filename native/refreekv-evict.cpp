@@ -54,12 +54,19 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     return job_result;
 }
 
-int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
+int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by) {
+    if (by && (by->policy != params.policy || by->n_window > params.n_window)) {
+        refreekv_set_error("prune: other parameters have to be of the context's policy, with an n_window of %d or less", params.n_window);
+        return REFREEKV_ERR_ARGUMENT;
+    }
     if (!refreekv_policy_find(params.policy)) {
         return 0;
     }
 
-    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
+    refreekv_params chosen = by ? *by : params;
+    chosen.n_block = params.n_block;
+
+    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
 }
 
 void refreekv_store::prune_read(llama_context * lctx) {
@@ -81,15 +88,15 @@ int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t 
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos); });
+    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos, params); });
 }
 
-int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
+int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
     int64_t       n_evicted = 0;
-    const int32_t status    = evict_groups(seq_id, il, pos, n_evicted);
+    const int32_t status    = evict_groups(seq_id, il, pos, by, n_evicted);
 
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
@@ -113,9 +120,9 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     return status == REFREEKV_OK ? n_evicted : status;
 }
 
-int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, int64_t & n_evicted) {
+int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by, int64_t & n_evicted) {
     for (auto & g : groups) {
-        const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) params.n_full_layers;
+        const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) by.n_full_layers;
         if (!asked || g.whole) {
             continue;
         }
@@ -131,9 +138,9 @@ int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std:
             for (size_t c = 0; c < list.size(); ++c) {
                 keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || has_to_stay(seq_id, list[c]);
             }
-        } else if ((int32_t) list.size() < params.n_min) {
+        } else if ((int32_t) list.size() < by.n_min) {
             continue;
-        } else if (const int32_t status = select(g, seq_id, list, keep)) {
+        } else if (const int32_t status = select(g, seq_id, list, by, keep)) {
             return status;
         }
 
@@ -191,7 +198,7 @@ static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<u
     }
 }
 
-int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep) {
+int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned;
@@ -199,21 +206,21 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         pinned.push_back(has_to_stay(seq_id, c));
     }
 
-    if (!refreekv_policy_looks(params.policy)) {
+    if (!refreekv_policy_looks(by.policy)) {
         refreekv_attention_host nothing(nullptr, 0, 0, list.size());
 
-        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
+        refreekv_policy_find(by.policy)(by, nothing, pinned, sel);
         refreekv_keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, attn)) {
+    if (const int32_t status = look(g, seq_id, list, by, attn)) {
         return status;
     }
 
-    if (!refreekv_policy_find(params.policy)(params, *attn, pinned, sel)) {
+    if (!refreekv_policy_find(by.policy)(by, *attn, pinned, sel)) {
         refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
         return REFREEKV_ERR_COMPUTE;
     }
@@ -223,7 +230,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     return REFREEKV_OK;
 }
 
-int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const {
+int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::unique_ptr<refreekv_attention> & attn) const {
     const auto & hparams = kv.hparams;
     const auto & layer   = layer_of(g);
 
@@ -239,10 +246,10 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         return REFREEKV_ERR_STATE;
     }
 
-    const bool one_row = params.policy == REFREEKV_POLICY_REFREEKV && params.rows == REFREEKV_ROWS_LAST && params.ranking == REFREEKV_RANKING_POSITION;
+    const bool one_row = by.policy == REFREEKV_POLICY_REFREEKV && by.rows == REFREEKV_ROWS_LAST && by.ranking == REFREEKV_RANKING_POSITION;
 
     std::vector<llama_pos> row_pos;
-    ring.rows(seq_id, list.back().pos, one_row ? 1 : params.n_window, in.rows, row_pos);
+    ring.rows(seq_id, list.back().pos, one_row ? 1 : by.n_window, by.window_step, in.rows, row_pos);
 
     if (row_pos.empty() || row_pos.back() != list.back().pos) {
         refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);

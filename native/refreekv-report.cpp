@@ -132,7 +132,7 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
     std::vector<int32_t>   rows;
     std::vector<llama_pos> row_pos;
 
-    ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, rows, row_pos);
+    ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, 1, rows, row_pos);
 
     const auto & g = groups[i_group];
     const auto * t = layer_of(g).ring;
@@ -178,7 +178,7 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, attn)) {
+    if (const int32_t status = look(g, seq_id, list, params, attn)) {
         return status;
     }
 

@@ -8,14 +8,14 @@
 
 struct llama_ubatch;
 
-// The last n_window queries of every sequence, after RoPE, kept by the decoding graph: what the eviction graph needs to
-// know of the past. One tensor per layer, [n_embd_head*n_head, n_window*n_seq + 1] f16; the last row takes what nobody
-// wants. The query at position p of sequence s lies in row s*n_window + p % n_window of every layer.
+// The last n_queries queries of every sequence, after RoPE, kept by the decoding graph: what the eviction graph needs to
+// know of the past. One tensor per layer, [n_embd_head*n_head, n_queries*n_seq + 1] f16; the last row takes what nobody
+// wants. The query at position p of sequence s lies in row s*n_queries + p % n_queries of every layer.
 class refreekv_ring {
 public:
-    refreekv_ring(uint32_t n_window, uint32_t n_seq);
+    refreekv_ring(uint32_t n_queries, uint32_t n_seq);
 
-    int64_t n_rows() const { return (int64_t) n_window*n_seq + 1; }
+    int64_t n_rows() const { return (int64_t) n_queries*n_seq + 1; }
 
     // how many queries of a ubatch the graph copies: [0, n_rows) fixed by its shape alone
     uint32_t n_copy(const llama_ubatch & ubatch) const;
@@ -26,17 +26,18 @@ public:
     // a ubatch is about to be computed
     void note(const llama_ubatch & ubatch);
 
-    // ring rows of the last queries of a sequence up to pos_max, at most n, oldest first; pos: their positions
-    void rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, std::vector<int32_t> & rows, std::vector<llama_pos> & pos) const;
+    // ring rows of every step-th of the last n queries of a sequence, counted back from pos_max, oldest first; pos: their
+    // positions
+    void rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, llama_pos step, std::vector<int32_t> & rows, std::vector<llama_pos> & pos) const;
 
     // seq_id -1: all
     void forget(llama_seq_id seq_id);
 
 private:
-    const uint32_t n_window;
+    const uint32_t n_queries;
     const uint32_t n_seq;
 
-    std::vector<llama_pos> pos_of_row; // [n_window*n_seq], -1: none
+    std::vector<llama_pos> pos_of_row; // [n_queries*n_seq], -1: none
 
     int64_t row(llama_seq_id seq_id, llama_pos pos) const;
 

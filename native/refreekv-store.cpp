@@ -92,7 +92,7 @@ ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_back
 }
 
 refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read) :
-    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1), spans(kv.seq_to_stream.size()) {
+    kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window + 1, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1), spans(kv.seq_to_stream.size()) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;

@@ -161,7 +161,8 @@ public:
     //
 
     // cells evicted, or a refreekv_status; both run in update()
-    int64_t prune(llama_context * lctx, llama_seq_id seq_id);
+    // by: parameters to choose by in place of the context's, nullptr: none
+    int64_t prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by = nullptr);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
     // these positions stay, whatever the policy; a refreekv_status
@@ -268,7 +269,7 @@ private:
     std::vector<group>          groups; // in the order of layers
     std::vector<uint32_t>       layouts;  // the group that stands for each layout
 
-    refreekv_ring ring;
+    refreekv_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
     std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
@@ -355,17 +356,17 @@ private:
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
 
-    // pos: what to keep of layer il; nullptr: the policy decides, in every layer
-    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);
-    int32_t evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, int64_t & n_evicted); // a refreekv_status
+    // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
+    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
+    int32_t evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by, int64_t & n_evicted); // a refreekv_status
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
     bool has_to_stay(llama_seq_id seq_id, const held & c) const;
 
     // what a policy may see of a sequence in a group; a refreekv_status
-    int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::unique_ptr<refreekv_attention> & attn) const;
-    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, std::vector<uint8_t> & keep);
+    int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::unique_ptr<refreekv_attention> & attn) const;
+    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
 
     // K and V of a group as matrices; reservation: of its shape, in the worst case

@@ -16,7 +16,7 @@
 #include <new>
 #include <stdexcept>
 
-static const int32_t REFREEKV_ABI_VERSION = 3;
+static const int32_t REFREEKV_ABI_VERSION = 4;
 
 static thread_local std::string g_error;
 
@@ -118,6 +118,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.pooling          = REFREEKV_POOLING_MEAN;
     res.sinks_in_measure = false;
     res.n_window         = 64;
+    res.window_step      = 1;
     res.n_sink           = 4;
     res.n_recent         = 32;
     res.n_full_layers    = 0;
@@ -165,7 +166,7 @@ const char * refreekv_model_refusal(const struct llama_model * model) {
     return why.empty() ? nullptr : why.c_str();
 }
 
-int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
+int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
@@ -173,7 +174,13 @@ int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
     if (!refreekv_check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv_guard([&]() { return store->prune(ctx, seq_id); });
+    if (params) {
+        if (const char * why = refreekv_policy_check(*params)) {
+            refreekv_set_error("%s", why);
+            return REFREEKV_ERR_ARGUMENT;
+        }
+    }
+    return refreekv_guard([&]() { return store->prune(ctx, seq_id, params); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {

@@ -90,6 +90,7 @@ struct refreekv_params {
     bool    sinks_in_measure; // whether the sinks count in the measure
 
     int32_t n_window;         // queries kept per sequence and layer, 1..256
+    int32_t window_step;      // every how many-th of them is looked at, counted back from the last
     int32_t n_sink;           // first positions that are always kept
     int32_t n_recent;         // last positions that are always kept
     int32_t n_full_layers;    // leading attention layers that are kept whole
@@ -176,7 +177,9 @@ REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * mode
 
 // apply the context's policy to a sequence, now. Returns the number of cells evicted, over all layers.
 // Logits of the last decode stay readable.
-REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
+// params: choose by these for once: of the same kind, and with no larger n_window. n_block, and what is no matter of choosing,
+// stays the context's. NULL: by the context's own
+REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params);
 
 // keep just these positions of a sequence in one layer (il of the model), but for heads that are kept whole. For
 // policies of the caller's

@@ -11,9 +11,10 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import _flash_attn, _options, induction, native, spans
+from refreekv_cpp import _flash_attn, _options, guard, induction, native, spans
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, Evicted
 from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.divergence import kl
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy, ReFreeKV
 from refreekv_cpp.spans import Protect
@@ -44,6 +45,10 @@ class Llama(llama_cpp.Llama):
             system message of a chat completion. Default: none but what the policy keeps.
         kv_prune_every: prune again after so many generated tokens, so that a long answer does not grow without bound.
             Default: only the prompt is pruned.
+        kv_guard: how far, in nats, the pruned cache may be from the whole one: the first token of an answer is read on
+            both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
+            kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
+            read twice.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -76,6 +81,7 @@ class Llama(llama_cpp.Llama):
         kv_memory_limit: int | str | None = None,
         kv_protect: Protect | None = None,
         kv_prune_every: int | None = None,
+        kv_guard: float | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
@@ -84,6 +90,7 @@ class Llama(llama_cpp.Llama):
         kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit)
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
+        self.kv_guard = guard.check(kv_guard, kv.evicted)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
@@ -107,6 +114,8 @@ class Llama(llama_cpp.Llama):
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
+        self._n_guarded = 0
+        self._divergence: float | None = None  # of the last pruning, where it was measured
         self._n_generated = 0  # since the last pruning
         self._system: str | None = None  # message of the chat that is being answered
         self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
@@ -140,7 +149,7 @@ class Llama(llama_cpp.Llama):
     def kv_stats(self) -> KVStats:
         """What the KV cache holds now."""
         self._prune_prompt()
-        return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes)
+        return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes, self._n_guarded, self._divergence)
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -151,14 +160,21 @@ class Llama(llama_cpp.Llama):
             CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
             PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
         """
+        return self._prune(self.kv_policy)
+
+    def _prune(self, policy: Policy) -> int:
         self._unpruned_of = None
+        self._divergence = None
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         for start, end in spans.resolve(self.kv_protect, self, self._system):
             native.protect(self._ctx.ctx, _SEQ_ID, start, end)
         before = self.kv_stats
-        n_evicted = self.kv_policy.prune(self._ctx.ctx, _SEQ_ID)
+        if policy is self.kv_policy:
+            n_evicted = policy.prune(self._ctx.ctx, _SEQ_ID)
+        else:
+            n_evicted = native.prune(self._ctx.ctx, _SEQ_ID, native.make_params(**(policy.native_options() or {})))
         if self.verbose:
             after = self.kv_stats
             print(
@@ -181,6 +197,9 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens)
             return
 
+        if self._guards(tokens):
+            self._prune_guarded(tokens)
+            return
         self._prune_prompt()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
@@ -212,6 +231,41 @@ class Llama(llama_cpp.Llama):
         # nothing was read when the whole prompt was there already, and then it may have been pruned, too
         if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
             self.prune_kv()
+
+    def _guards(self, tokens: Sequence[int]) -> bool:
+        """Whether these are the first token of an answer, and the prompt before it is to be pruned under the guard."""
+        return (
+            self.kv_guard is not None
+            and self._unpruned_of is not None
+            and len(tokens) == 1
+            and native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1
+            and self.n_tokens >= (self.kv_policy.native_options() or {}).get("n_min", 0)
+        )
+
+    def _prune_guarded(self, token: Sequence[int]) -> None:
+        """Read a token on the whole cache, prune what comes before it, and read it again; while the two differ by more
+        than `kv_guard`, restore and keep more, at last everything."""
+        assert self.kv_guard is not None
+        n_tokens = self.n_tokens
+        self._eval(token)
+        full = guard.next_token(self)
+        for policy in guard.attempts(self.kv_policy):
+            self.n_tokens = n_tokens
+            self._prune(policy)
+            self._eval(token)
+            self._divergence = kl(full, guard.next_token(self))
+            if self._divergence <= self.kv_guard:
+                return
+            try:
+                native.restore(self._ctx.ctx, _SEQ_ID)
+            except (CacheStateError, CacheMemoryError) as error:
+                if self.verbose:
+                    print(f"refreekv: {error}; the guard lets it be", file=sys.stderr)
+                return
+            self._n_guarded += 1
+        self.n_tokens = n_tokens
+        self._eval(token)
+        self._divergence = kl(full, guard.next_token(self))
 
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.

@@ -51,7 +51,10 @@ class KVStats:
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
-        prune_ms: the time they took together, in milliseconds.
+        n_guarded: prunings that `kv_guard` took back, to keep more.
+        divergence: KL(full || pruned), in nats, of the token after the first one of the last answer; None: not measured
+            (see `kv_guard`).
+        prune_ms: the time the prunings took together, in milliseconds.
         bytes_cold: evicted rows in the cold store.
         cold: where that is: "memory", "file", or "" when there is none.
         cold_full: rows were lost that should have gone there, for want of room.
@@ -78,6 +81,8 @@ class KVStats:
     bytes_per_token: int
     n_prunes: int
     n_limit_prunes: int
+    n_guarded: int
+    divergence: float | None
     prune_ms: float
     bytes_cold: int
     cold: str
@@ -88,7 +93,14 @@ class KVStats:
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
+    def read(
+        cls,
+        policy: str,
+        ctx: Any,
+        n_limit_prunes: int = 0,
+        n_guarded: int = 0,
+        divergence: float | None = None,
+    ) -> KVStats:
         stats = native.stats(ctx)
         groups = [native.group(ctx, i) for i in range(stats.n_group)]
         kept = tuple(group.n_kept for group in groups)
@@ -111,6 +123,8 @@ class KVStats:
             bytes_per_token=sum(group.row_bytes for group in groups),
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,
+            n_guarded=n_guarded,
+            divergence=divergence,
             prune_ms=stats.prune_us / 1000,
             bytes_cold=stats.bytes_cold,
             cold={_COLD_MEMORY: "memory", _COLD_FILE: "file"}.get(stats.cold, ""),

@@ -36,6 +36,7 @@ POLICIES: dict[str, Policy] = {
     "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
     "snapkv-mean": SnapKV(budget=300, pooling="mean", n_window=16, n_pool=5),
     "pyramidkv-gentle": PyramidKV(budget=0.6, beta=2),
+    "every-third-row": ReFreeKV.window(window_step=3),
     "position-mass-worst": ReFreeKV(ranking="position", threshold=0.8, n_sink=1),
 }
 

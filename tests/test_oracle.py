@@ -270,9 +270,11 @@ CONTEXTS = {
 }
 
 
-def attention_of(llm, layer: int, type_k: int) -> npt.NDArray[np.float64]:
-    """The attention rows of the queries in a layer's ring, from what the context holds."""
+def attention_of(llm, policy: Policy, layer: int, type_k: int) -> npt.NDArray[np.float64]:
+    """The attention rows of the queries that a policy looks at, from what the context holds."""
     queries, query_pos = native.read_queries(ctx_of(llm), 0, layer)
+    step = getattr(policy, "window_step", 1)
+    queries, query_pos = queries[::-step][::-1], query_pos[::-step][::-1]
     keys, key_pos = native.read_keys(ctx_of(llm), 0, layer)
     if type_k == Q8_0 and len(queries):  # streaming keeps none
         # ggml multiplies a quantised matrix with a vector that it quantises too
@@ -289,7 +291,8 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
     n_layer = native.stats(ctx_of(llm)).n_group
     before = [native.kept(ctx_of(llm), 0, layer) for layer in range(n_layer)]
     expected = [
-        reference.select(policy, attention_of(llm, layer, type_k), 256, layer, n_layer) for layer in range(n_layer)
+        reference.select(policy, attention_of(llm, policy, layer, type_k), 256, layer, n_layer)
+        for layer in range(n_layer)
     ]
 
     n_evicted = llm.prune_kv()

@@ -130,7 +130,7 @@ def test_the_attention_is_that_of_the_queries_to_the_keys(tiny: Callable[[str], 
     for _ in range(2):
         for layer in range(native.stats(ctx_of(llm)).n_group):
             attention = native.read_attention(ctx_of(llm), 0, layer)
-            expected = attention_of(llm, layer, type_k)
+            expected = attention_of(llm, llm.kv_policy, layer, type_k)
             assert attention.shape == (native.group(ctx_of(llm), layer).n_head, 48, len(kept(llm)[layer]))
             error = np.abs(attention - expected).max(axis=2)
             if type_k == Q8_0:
@@ -146,7 +146,7 @@ def test_the_attention_of_a_layer_too_large_for_one_graph(tiny: Callable[[str], 
     llm = load(tiny("many-heads"), PythonStreaming(n_window=256))
     llm.eval(random_tokens(1800))
     attention = native.read_attention(ctx_of(llm), 0, 0)
-    np.testing.assert_allclose(attention, attention_of(llm, 0, F16), atol=MODEL_TOLERANCE)
+    np.testing.assert_allclose(attention, attention_of(llm, llm.kv_policy, 0, F16), atol=MODEL_TOLERANCE)
 
 
 @pytest.mark.parametrize("kv_unified", [True, False])

@@ -51,6 +51,9 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (p.n_window < 1 || p.n_window > 256) {
         return "n_window: valid are 1 to 256";
     }
+    if (p.window_step < 1 || p.window_step > p.n_window) {
+        return "window_step: valid are 1 to n_window";
+    }
     if (p.n_sink < 0 || p.n_recent < 0 || p.n_full_layers < 0 || p.n_min < 0) {
         return "n_sink, n_recent, n_full_layers, n_min: must not be negative";
     }

@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Logits = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-
-
-def log_softmax(logits: Logits) -> Doubles:
-    """Of each row: [n, n_vocab]."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return wide
+from refreekv_cpp.divergence import Logits, kl, log_softmax
 
 
 @dataclass(frozen=True)
@@ -45,11 +35,8 @@ def compare(full: Logits, pruned: Logits, tokens: Sequence[int]) -> Fidelity:
     # row by row: a batch of them in float64 would be large for large vocabularies
     for full_row, pruned_row, token in zip(full, pruned, tokens, strict=True):
         p, q = log_softmax(full_row), log_softmax(pruned_row)
-        probabilities = np.exp(p)
-        possible = probabilities > 0
-        kl = float(np.sum(probabilities[possible] * (p[possible] - q[possible])))
         row = (
-            max(kl, 0.0),
+            kl(p, q),
             bool(np.argmax(p) == np.argmax(q)),
             float(np.exp(q[token]) - np.exp(p[token])),
             -float(q[token]),

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from refreekv_cpp.divergence import Logits
 from refreekv_cpp.eval.data import Item
-from refreekv_cpp.eval.fidelity import Logits, compare, first_divergence
+from refreekv_cpp.eval.fidelity import compare, first_divergence
 from refreekv_cpp.eval.prompts import Prompt
 from refreekv_cpp.eval.records import RECORDS, Record, cut_broken_line, keep_settings, read_records
 from refreekv_cpp.eval.scores import score

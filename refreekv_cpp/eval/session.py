@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refreekv_cpp.eval.fidelity import Logits
+from refreekv_cpp.divergence import Logits
 from refreekv_cpp.eval.spec import Spec
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.stats import KVStats

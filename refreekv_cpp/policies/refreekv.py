@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
+
+from typing_extensions import Self
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
@@ -31,7 +33,8 @@ class ReFreeKV(Policy):
             over the window and heads; or "worst": every row in every head has to stay within the threshold.
         measure: "norm", the L2 norm of a row (the paper's), or "mass", its sum.
         sinks_in_measure: whether the sinks count in the measure.
-        n_window: queries that are looked at, 1 to 256 (the last ones of the prompt).
+        n_window: the last queries of the prompt, 1 to 256.
+        window_step: every how many-th of them is looked at, counted back from the last.
         n_sink: first positions that are always kept.
         n_recent: last positions that the score ranking always keeps.
         n_full_layers: leading attention layers that are kept whole.
@@ -49,6 +52,7 @@ class ReFreeKV(Policy):
     measure: Measure = "mass"
     sinks_in_measure: bool = False
     n_window: int = 64
+    window_step: int = 1
     n_sink: int = 4
     n_recent: int = 32
     n_full_layers: int = 0
@@ -80,6 +84,8 @@ class ReFreeKV(Policy):
             if not 0 <= getattr(self, option) <= 1:
                 raise PolicyError(f"{option}={getattr(self, option)}: valid are 0 to 1")
         check_window(self.n_window)
+        if not 1 <= self.window_step <= self.n_window:
+            raise PolicyError(f"window_step={self.window_step}: valid are 1 to n_window={self.n_window}")
         check_pool(self.n_pool)
         check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
         if self.induction is not None and not 0 <= self.induction <= 1:
@@ -103,6 +109,9 @@ class ReFreeKV(Policy):
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
+
+    def gentler(self) -> Self:
+        return replace(self, threshold=self.threshold / 2)
 
 
 _PAPER: dict[str, Any] = {

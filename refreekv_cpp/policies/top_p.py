@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from typing_extensions import Self
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
@@ -43,3 +45,6 @@ class TopP(Policy):
             "n_sink": 0,
             "n_min": self.n_min,
         }
+
+    def gentler(self) -> Self:
+        return replace(self, p=(1 + self.p) / 2)
