@@ -360,6 +360,15 @@ uint32_t refreekv_graph_extra_nodes(llama_memory_i * mem) {
     return store ? 9*store->n_heads_kv() + 64*store->n_layers() : 0;
 }
 
+void refreekv_after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {
+    if (!refreekv_store::of(mem)) {
+        return;
+    }
+    for (size_t i = 0; i < backends.size(); ++i) {
+        sizes[i] = ggml_backend_sched_get_buffer_size(sched, backends[i]);
+    }
+}
+
 static refreekv_graph_input * refreekv_own_input(llm_graph_input_i * inp) {
     if (auto * iswa = dynamic_cast<refreekv_graph_input_iswa *>(inp)) {
         return iswa->base.get();

@@ -1,12 +1,12 @@
 #pragma once
 
+#include "ggml-backend.h"
+
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
-struct ggml_cgraph;
-struct ggml_context;
-struct ggml_tensor;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
@@ -39,6 +39,10 @@ std::unique_ptr<llm_graph_input_mem_hybrid> refreekv_build_inp_mem_hybrid(
 // hook of llama_context::graph_max_nodes: nodes that a graph may have beyond upstream's, when every layer is divided in the
 // most scattered way
 uint32_t refreekv_graph_extra_nodes(llama_memory_i * mem);
+
+// hook of llama_context::memory_update: a reservation for other layouts may have changed the sizes that upstream expects to
+// stay as they are
+void refreekv_after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes);
 
 struct refreekv_attn_call {
     ggml_context * ctx;

@@ -373,8 +373,14 @@ bool refreekv_store::may_shift(const llama_kv_cache * kv, const char * op, llama
     return !kv->store || kv->store->on_seq_shift(op, seq_id);
 }
 
-bool refreekv_store::refused_seq_cp(const llama_kv_cache * kv) {
-    return kv->store && kv->store->refused_copy;
+bool refreekv_store::refused_seq_cp(llama_kv_cache * kv, llama_memory_i & other, llama_seq_id dst) {
+    if (!kv->store || !kv->store->refused_copy) {
+        return false;
+    }
+    // dst may have been emptied for the copy
+    other.seq_rm(dst, kv->seq_pos_max(dst) + 1, -1);
+
+    return true;
 }
 
 bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {

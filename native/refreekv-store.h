@@ -83,7 +83,7 @@ public:
     //
 
     static bool may_seq_rm    (llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    static bool refused_seq_cp(const llama_kv_cache * kv); // the last one
+    static bool refused_seq_cp(llama_kv_cache * kv, llama_memory_i & other, llama_seq_id dst); // the last one
     static void undo_restore  (llama_kv_cache * kv, llama_seq_id seq_id, llama_state_seq_flags flags);
     static bool may_shift     (const llama_kv_cache * kv, const char * op, llama_seq_id seq_id);
 
