@@ -1,4 +1,5 @@
-"""Contestants side by side: each in its own process, the same prompt, their decoding interleaved burst by burst.
+"""Contestants side by side: each in its own process, the same prompt. They read it batch by batch, and go on
+burst by burst, in turn.
 
 What else the machine does then meets all of them alike.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).parent / "worker.py"
+N_BATCH = 512  # tokens read at a turn; llama-cpp-python's n_batch
 
 
 @dataclass(frozen=True)
@@ -30,37 +32,58 @@ class Contestant:
 
 @dataclass
 class Result:
-    """Seconds and bytes of one contestant at one prompt length; `decode_s` has one entry per token."""
+    """Seconds and bytes of one contestant at one prompt length.
+
+    Attributes:
+        load_s: to load the model, per repetition.
+        read_s: per batch of the prompt, in the order of all contestants' turns, over all repetitions.
+        prune_s: per repetition.
+        decode_s: per token.
+        n_reused: decoded tokens that ran on the graph of the one before, of n_decoded.
+        rss: resident after the last token; rss_peak: the most there was.
+        kv: what `kv_stats` says then; None for stock.
+    """
 
     contestant: Contestant
     n_tokens: int
-    load_s: float
-    rss_load: int
-    prefill_s: float = 0.0
-    prune_s: float = 0.0
-    rss: int = 0
-    kv: dict[str, Any] | None = None
+    load_s: list[float] = field(default_factory=list)
+    read_s: list[float] = field(default_factory=list)
+    prune_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
+    n_decoded: int = 0
+    n_reused: int = 0
+    rss: int = 0
+    rss_peak: int = 0
+    kv: dict[str, Any] | None = None
 
     @property
     def decode_ms(self) -> float:
         return statistics.median(self.decode_s) * 1000
 
+    @property
+    def decode_quartiles_ms(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.decode_s, n=4)
+        return low * 1000, high * 1000
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.n_tokens * len(self.load_s) / sum(self.read_s)
+
+    def read_ratio(self, other: Result) -> float:
+        """How long reading took, over the other's: the median over the batches, which took turns."""
+        return statistics.median(own / theirs for own, theirs in zip(self.read_s, other.read_s, strict=True))
+
     def as_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "contestant"}
         c = self.contestant
         return {
             "name": c.name,
             "flash_attn": c.flash_attn,
             "kv_policy": c.kv_policy,
-            "n_tokens": self.n_tokens,
-            "load_s": self.load_s,
-            "rss_load": self.rss_load,
-            "prefill_s": self.prefill_s,
-            "prune_s": self.prune_s,
-            "rss": self.rss,
             "decode_ms": self.decode_ms,
-            "decode_ms_quartiles": [q * 1000 for q in statistics.quantiles(self.decode_s, n=4)],
-            "kv": self.kv,
+            "decode_ms_quartiles": self.decode_quartiles_ms,
+            "tokens_per_second": self.tokens_per_second,
+            **values,
         }
 
 
@@ -115,27 +138,42 @@ def run(
     n_threads: int,
     rounds: int = 8,
     burst: int = 8,
+    repeats: int = 1,
 ) -> list[Result]:
-    """Prefill `tokens` with every contestant, then `rounds` bursts of `burst` decoded tokens each, in turn."""
+    """`repeats` times, each with new processes: every contestant reads `tokens`, batch by batch in turn; then `rounds`
+    bursts of `burst` decoded tokens each, in turn."""
+    results = [Result(contestant, len(tokens)) for contestant in contestants]
+    for _ in range(repeats):
+        _run_once(results, model, tokens, n_ctx=n_ctx, n_threads=n_threads, rounds=rounds, burst=burst)
+    return results
+
+
+def _run_once(
+    results: list[Result], model: Path, tokens: Sequence[int], *, n_ctx: int, n_threads: int, rounds: int, burst: int
+) -> None:
     workers: list[Worker] = []
     try:
-        results = []
-        for contestant in contestants:
-            worker = Worker(contestant, model, n_ctx, n_threads)
+        for result in results:
+            worker = Worker(result.contestant, model, n_ctx, n_threads)
             workers.append(worker)
-            loaded = worker.answer()
-            results.append(Result(contestant, len(tokens), loaded["load_s"], loaded["rss"]))
+            result.load_s.append(worker.answer()["load_s"])
+        pairs = list(zip(workers, results, strict=True))
 
-        for worker, result in zip(workers, results, strict=True):
-            answer = worker.ask(prefill=list(tokens))
-            result.prefill_s, result.prune_s = answer["prefill_s"], answer["prune_s"]
-            result.rss, result.kv = answer["rss"], answer["kv"]
-
+        for worker in workers:
+            worker.ask(begin=None)
+        for i in range(0, len(tokens), N_BATCH):
+            for worker, result in pairs:
+                result.read_s.append(worker.ask(read=list(tokens[i : i + N_BATCH]))["read_s"])
+        for worker, result in pairs:
+            result.prune_s.append(worker.ask(prune=None)["prune_s"])
         for _ in range(rounds):
-            for worker, result in zip(workers, results, strict=True):
+            for worker, result in pairs:
+                answer = worker.ask(decode=burst)
                 # the first token after the others' turn finds cold caches
-                result.decode_s += worker.ask(decode=burst)["decode_s"][1:]
-        return results
+                result.decode_s += answer["decode_s"][1:]
+                result.n_decoded += burst
+                result.n_reused += answer["n_reused"]
+                result.rss, result.rss_peak, result.kv = answer["rss"], answer["rss_peak"], answer["kv"]
     finally:
         for worker in workers:
             worker.close()

@@ -4,7 +4,10 @@
 
 Reads commands from stdin, one JSON a line, and answers each with one JSON line on stdout:
 
-    {"prefill": [tokens]}   a new prompt, pruned after it by the policy
+    {"begin": null}         a new conversation
+    {"read": [tokens]}      more of its prompt
+    {"prune": null}         the policy is applied
+    {"prefill": [tokens]}   the three together
     {"decode": n}           n tokens after it, greedily
     {"turn": [tokens]}      more tokens of the same conversation, and one decoded after them
 """
@@ -44,21 +47,32 @@ def load(spec: dict[str, Any]) -> Any:
     return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_elastic=elastic or None, **options)
 
 
-def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
+def begin(llm: Any, _: None) -> dict[str, Any]:
     llm.reset()
-    llm.eval(tokens[:1])  # what is done once, before a first prompt
+    llm.eval([0])  # what is done once, before a first prompt
     llm.reset()
+    return {}
+
+
+def read(llm: Any, tokens: list[int]) -> dict[str, Any]:
     start = time.perf_counter()
     llm.eval(tokens)
-    seconds = time.perf_counter() - start
+    return {"read_s": time.perf_counter() - start}
 
-    rss = resident_bytes()
-    kv = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
 
+def prune(llm: Any, _: None) -> dict[str, Any]:
     start = time.perf_counter()
     if hasattr(llm, "prune_kv"):
         llm.prune_kv()
-    return {"prefill_s": seconds, "prune_s": time.perf_counter() - start, "rss_prompt": rss, "kv_prompt": kv}
+    return {"prune_s": time.perf_counter() - start}
+
+
+def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
+    begin(llm, None)
+    seconds = read(llm, tokens)
+    rss = resident_bytes()
+    kv = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
+    return {**seconds, **prune(llm, None), "rss_prompt": rss, "kv_prompt": kv}
 
 
 def turn(llm: Any, tokens: list[int]) -> dict[str, Any]:
@@ -69,21 +83,36 @@ def turn(llm: Any, tokens: list[int]) -> dict[str, Any]:
 
 
 def decode(llm: Any, n_tokens: int) -> dict[str, Any]:
+    before = n_reused(llm)
     seconds = []
     for _ in range(n_tokens):
         start = time.perf_counter()
         token = llm.sample(temp=0.0)
         llm.eval([token])
         seconds.append(time.perf_counter() - start)
-    return {"decode_s": seconds}
+    return {"decode_s": seconds, "n_reused": n_reused(llm) - before}
 
 
-COMMANDS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {"prefill": prefill, "decode": decode, "turn": turn}
+def n_reused(llm: Any) -> int:
+    """Decodes so far that ran on the graph of the one before."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_perf_context(llm.ctx).n_reused)
+
+
+COMMANDS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+    "begin": begin,
+    "read": read,
+    "prune": prune,
+    "prefill": prefill,
+    "decode": decode,
+    "turn": turn,
+}
 
 
 def report(llm: Any, answer: dict[str, Any]) -> None:
     stats = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
-    resident = {"rss": resident_bytes(), "rss_anon": resident_bytes("RssAnon")}
+    resident = {"rss": resident_bytes(), "rss_anon": resident_bytes("RssAnon"), "rss_peak": resident_bytes("VmHWM")}
     print(json.dumps({**answer, **resident, "kv": stats}), flush=True)
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from refreekv_cpp._figure import have_matplotlib
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
+from refreekv_cpp.bench.plot import write_plot
 from refreekv_cpp.bench.runner import Contestant, Result, run
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
@@ -32,9 +36,11 @@ def bench(
     flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Bursts of decoding per contestant.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="How often all of it is done, with new processes.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time per token there (needs matplotlib).")] = None,
 ) -> None:
-    """Speed and memory, stock and policies side by side, their decoding interleaved."""
+    """Speed and memory, stock and policies side by side; they read and decode in turn."""
     common.check_file(model)
     settings = {"off": [False], "on": [True], "both": [False, True]}.get(flash_attn)
     if settings is None:
@@ -42,21 +48,34 @@ def bench(
     lengths = [int(length) for length in tokens.split(",")]
     contestants = [c for setting in settings for c in contestants_of(kv_policy, against, flash_attn=setting)]
 
+    if plot and not have_matplotlib():
+        raise ValueError("--plot: needs matplotlib: pip install 'refreekv-cpp[eval]'")
+
     text = document_tokens(model, max(lengths))
+    bandwidth, n_weights = read_bandwidth(threads), weight_bytes(model)
     results = []
     for length in lengths:
         common.stderr.print(f"{length} tokens ...", style="dim")
         # as little room as the run needs: stock allocates all of it
         n_ctx = -(-(length + 8 * rounds + 8) // 256) * 256
-        results += run(contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds)
+        results += run(
+            contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds, repeats=repeats
+        )
         if json_path:
             json_path.write_text(json.dumps([result.as_dict() for result in results], indent=1))
-    bandwidth, n_weights = read_bandwidth(threads), weight_bytes(model)
-    common.print_tables(_table(results, n_weights, bandwidth))
+
+    def bound_ms(result: Result) -> float:
+        return (n_weights + cell_bytes(result, results)) / bandwidth * 1000
+
+    common.print_tables(_speed(results, bound_ms), _memory(results))
+    for length in lengths:
+        common.stderr.print(_faster(length, results), style="dim")
     common.stderr.print(
         f"bound: {mebibytes(n_weights)} of weights and the cells kept, read once at {bandwidth / 1e9:.1f} GB/s",
         style="dim",
     )
+    if plot:
+        write_plot(plot, results, bound_ms)
 
 
 def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:
@@ -83,43 +102,80 @@ def document_tokens(model: Path, n_tokens: int) -> list[int]:
     return tokens[:n_tokens]
 
 
-def _table(results: list[Result], n_weights: int, bandwidth: float) -> Table:
+def cell_bytes(result: Result, results: list[Result]) -> int:
+    """What the kept cells need; stock says nothing of its cache, which is full's."""
+    if result.kv:
+        return int(result.kv["bytes_kept"])
+    return max((r.kv["bytes_full"] for r in results if r.kv and r.n_tokens == result.n_tokens), default=0)
+
+
+def _baseline(result: Result, results: list[Result]) -> list[Result]:
+    """The settings of stock at this length; without stock, of what was named first."""
+    same = [other for other in results if other.n_tokens == result.n_tokens]
+    return [other for other in same if other.contestant.name == same[0].contestant.name]
+
+
+def _faster(length: int, results: list[Result]) -> str:
+    baseline = _baseline(next(result for result in results if result.n_tokens == length), results)
+    name = baseline[0].contestant.name
+    if len(baseline) == 1:
+        return f"{length} tokens: ratios are to {name}"
+    reads = min(baseline, key=lambda r: sum(r.read_s)).contestant
+    decodes = min(baseline, key=lambda r: r.decode_ms).contestant
+    return (
+        f"{length} tokens: {name} reads faster with flash attention {_on(reads)}, decodes faster with it "
+        f"{_on(decodes)}; ratios are to these"
+    )
+
+
+def _on(contestant: Contestant) -> str:
+    return "on" if contestant.flash_attn else "off"
+
+
+def _new_table(*columns: str) -> Table:
     table = Table()
-    for column in (
-        "tokens",
-        "cache",
-        "flash attn",
-        "prefill t/s",
-        "prune ms",
-        "decode ms",
-        "slowest",
-        "ratio",
-        "/ bound",
-        "KV MiB",
-        "kept",
-        "RSS MiB",
-    ):
+    for column in columns:
         table.add_column(column, justify="left" if column in ("cache", "flash attn") else "right")
+    return table
+
+
+def _cells(result: Result) -> list[str]:
+    return [str(result.n_tokens), result.contestant.name, _on(result.contestant)]
+
+
+def _speed(results: list[Result], bound_ms: Callable[[Result], float]) -> Table:
+    reading, decoding = ("prefill t/s", "time"), ("decode ms", "quartiles", "time", "/ bound", "graphs reused")
+    table = _new_table("tokens", "cache", "flash attn", *reading, "prune ms", "in steps", *decoding)
     for result in results:
-        same = [other for other in results if other.n_tokens == result.n_tokens]
-        # decode time over the faster setting of stock (of full, without stock)
-        baseline = [r.decode_ms for r in same if r.contestant.name == same[0].contestant.name]
-        kv = result.kv
-        # stock says nothing of its cache, which is full's
-        n_cells = kv["bytes_kept"] if kv else max((r.kv["bytes_full"] for r in same if r.kv), default=0)
-        bound_ms = (n_weights + n_cells) / bandwidth * 1000
+        baseline = _baseline(result, results)
+        reads, decodes = min(baseline, key=lambda r: sum(r.read_s)), min(baseline, key=lambda r: r.decode_ms)
+        prune_ms = statistics.median(result.prune_s) * 1000
+        low, high = result.decode_quartiles_ms
         table.add_row(
-            str(result.n_tokens),
-            result.contestant.name,
-            "on" if result.contestant.flash_attn else "off",
-            f"{result.n_tokens / result.prefill_s:.0f}",
-            f"{result.prune_s * 1000:.0f}" if kv else "-",
+            *_cells(result),
+            f"{result.tokens_per_second:.0f}",
+            f"× {result.read_ratio(reads):.3f}",
+            f"{prune_ms:.0f}",
+            f"{prune_ms / result.decode_ms:.1f}",
             f"{result.decode_ms:.1f}",
-            f"{max(result.decode_s) * 1000:.1f}",
-            f"{result.decode_ms / min(baseline):.2f}",
-            f"{result.decode_ms / bound_ms:.1f}",
-            f"{kv['bytes'] / 2**20:.1f}" if kv else "-",
+            f"{low:.1f} to {high:.1f}",
+            f"× {result.decode_ms / decodes.decode_ms:.3f}",
+            f"{result.decode_ms / bound_ms(result):.1f}",
+            f"{result.n_reused / result.n_decoded:.0%}",
+        )
+    return table
+
+
+def _memory(results: list[Result]) -> Table:
+    table = _new_table("tokens", "cache", "flash attn", "load s", "KV", "kept", "resident", "at most")
+    for result in results:
+        kv: dict[str, Any] | None = result.kv
+        table.add_row(
+            *_cells(result),
+            f"{statistics.median(result.load_s):.2f}",
+            mebibytes(kv["bytes"]) if kv else "-",
             f"{kv['budget']:.0%}" if kv else "-",
-            f"{result.rss / 2**20:.0f}",
+            mebibytes(result.rss),
+            mebibytes(result.rss_peak),
         )
     return table

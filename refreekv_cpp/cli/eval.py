@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refreekv_cpp._figure import have_matplotlib
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument, ThreadsOption
 from refreekv_cpp.eval.data import Item, draw, of_datasets, read_items
 from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
-from refreekv_cpp.eval.plots import have_matplotlib, write_plots
+from refreekv_cpp.eval.plots import write_plots
 from refreekv_cpp.eval.prompts import Prompter
 from refreekv_cpp.eval.report import REPORT, write_report
 from refreekv_cpp.eval.runner import Mode, Run, Settings, Task

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refreekv_cpp._figure import new_figure
 from refreekv_cpp.eval.records import Record, read_records
 from refreekv_cpp.eval.report import Row, bytes_part, layer_budgets, reference_once, retrieval_map, rows_of, title
-
-
-def have_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_plots(folder: Path) -> list[Path]:
@@ -30,14 +26,8 @@ def write_plots(folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(**options: Any) -> Any:
-    from matplotlib.figure import Figure  # of itself without a display
-
-    return Figure(layout="constrained", **options)
-
-
 def _quality(rows: list[Row]) -> Any:
-    figure = _figure(figsize=(11, 8))
+    figure = new_figure(figsize=(11, 8))
     qualities: list[tuple[str, Callable[[Row], float | None]]] = [
         ("KL(full || cache), mean, nats", _mean_kl),
         ("score", _mean_score),
@@ -76,7 +66,7 @@ def _mean_score(row: Row) -> float | None:
 
 
 def _layers(rows: list[Row]) -> Any:
-    figure = _figure(figsize=(9, 5))
+    figure = new_figure(figsize=(9, 5))
     axis = figure.subplots()
     for row in rows:
         style = "-" if row.mode == "seen" else "--"
@@ -91,7 +81,7 @@ def _retrieval(rows: list[Row]) -> Any | None:
     maps = {name: found for name, found in maps.items() if found}
     if not maps:
         return None
-    figure = _figure(figsize=(3 * len(maps), 3.5))
+    figure = new_figure(figsize=(3 * len(maps), 3.5))
     for axis, (name, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         depths, lengths = (sorted({place[i] for place in found}) for i in range(2))
         image = np.array([[found.get((depth, int(length)), np.nan) for length in lengths] for depth in depths])
