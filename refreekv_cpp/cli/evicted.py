@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.eval.evicted import rank_correlation, study
+from refreekv_cpp.llama import Llama
+
+
+@common.user_errors()
+def evicted(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="A text; its beginning is the prompt.")],
+    kv_policy: Annotated[str, typer.Option(help="A policy that looks at attention.")] = "refreekv",
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt.")] = 4096,
+    answer: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """What evicted cells would have drawn of an answer's attention, and whether that says how far the answer is off."""
+    common.check_file(model)
+    common.check_file(text)
+    n_ctx = tokens + answer + 8
+    llm = Llama(str(model), kv_policy=kv_policy, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
+    prompt = llm.tokenize(text.read_bytes())[:tokens]
+    result = study(llm, prompt, answer)
+    table = Table("known of the evicted", "their part, mean", "wrong by, mean", "rank correlation with KL")
+    truth = next(iter(result.mass.values()))
+    for name, mass in result.mass.items():
+        table.add_row(
+            name,
+            f"{mass.mean():.1%}",
+            f"{np.abs(mass - truth).mean():.1%}",
+            f"{rank_correlation(mass.mean(axis=1), result.kl):.2f}",
+        )
+    common.print_tables(table)
+    common.stderr.print(
+        f"{len(prompt)} tokens, {result.budget:.0%} kept; KL mean {result.kl.mean():.2g}, most {result.kl.max():.2g}",
+        style="dim",
+    )
