@@ -447,6 +447,9 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
     }
 
     pruned[dst] = pruned[src];
+    if (streams) {
+        spans[dst].clear(); // nothing of it is left
+    }
     spans[dst].insert(spans[dst].end(), spans[src].begin(), spans[src].end());
     ring.forget(dst);
 

@@ -54,16 +54,21 @@ class Sequence:
         self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions, but of heads that are kept whole
         self.pruned = -1
         self.lost: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions that no cold store has
+        self.spans: list[range] = []  # protected positions
 
     def copy(self) -> Sequence:
         res = Sequence(self.model.copy())
         res.cells, res.held, res.pruned = list(self.cells), [set(layer) for layer in self.held], self.pruned
         res.lost = [set(layer) for layer in self.lost]
+        res.spans = list(self.spans)
         return res
 
     @property
     def missing(self) -> list[set[int]]:
         return [set(range(len(self.cells))) - layer for layer in self.held]
+
+    def protects(self, pos: int) -> bool:
+        return any(pos in span for span in self.spans)
 
     def bring_back(self, cells: set[int]) -> None:
         """Those of these that it has, in every layer."""
@@ -84,6 +89,7 @@ class Sequence:
         del self.cells[n_tokens:]
         self.held = [{pos for pos in layer if pos < n_tokens} for layer in self.held]
         self.lost = [{pos for pos in layer if pos < n_tokens} for layer in self.lost]
+        self.spans = [range(span.start, min(span.stop, n_tokens)) for span in self.spans]
 
 
 class State:
@@ -98,6 +104,7 @@ class State:
         behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
         for sequence in self.sequences:
             sequence.lost = sequence.missing  # the cold store is not in it
+            sequence.spans = []
             sequence.pruned = max((pos for pos, cell in enumerate(sequence.cells) if cell in behind), default=-1)
 
     def buffer(self) -> ctypes.Array[ctypes.c_uint8]:
@@ -214,7 +221,11 @@ class Operations(RuleBasedStateMachine):
         wanted = set(np.random.default_rng(seed).choice(n, int(part * n), replace=False).tolist())
         before = sequence.held[layer]
         heads = self.evictable(layer)
-        after = {pos for pos in before if not heads or pos in wanted or self.shared(sequence.cells[pos])}
+        after = {
+            pos
+            for pos in before
+            if not heads or pos in wanted or self.shared(sequence.cells[pos]) or sequence.protects(pos)
+        }
         n_evicted = native.keep(self.native.ctx, seq_id, layer, np.array(sorted(wanted), dtype=np.int32))
         assert n_evicted == len(before) - len(after)
         sequence.keep(layer, after, heads)
@@ -236,10 +247,17 @@ class Operations(RuleBasedStateMachine):
                 continue  # every_sequence_is_as_expected
             before = sequence.held[layer]
             assert after <= before
-            assert not any(self.shared(sequence.cells[pos]) for pos in before - after)
+            assert not any(self.shared(sequence.cells[pos]) or sequence.protects(pos) for pos in before - after)
             n_expected += len(before - after)
             sequence.keep(layer, after, self.evictable(layer))
         assert n_evicted == n_expected
+
+    @filled
+    @rule(seq_id=SEQ_IDS, start=st.integers(0, N_MAX), length=st.integers(0, 300))
+    def protect(self, seq_id: int, start: int, length: int) -> None:
+        if self.sequences[seq_id].cells:
+            native.protect(self.native.ctx, seq_id, start, start + length)
+            self.sequences[seq_id].spans.append(range(start, start + length))
 
     @filled
     @rule(seq_id=SEQ_IDS, back=st.integers(1, N_MAX))
@@ -276,6 +294,23 @@ class Operations(RuleBasedStateMachine):
                 sequence.pruned = -1
 
     @filled
+    @rule(to=st.integers(0, N_MAX))
+    def rewind_all(self, to: int) -> None:
+        for seq_id, sequence in enumerate(self.sequences):
+            n = len(sequence.cells)
+            if 0 < to < n and to <= sequence.pruned:
+                if not self.can_restore(seq_id, n):
+                    assert not self.native.remove(-1, to)
+                    return
+                self.restored(seq_id, n)  # a later one may refuse: it stays whole
+        assert self.native.remove(-1, to)
+        for seq_id, sequence in enumerate(self.sequences):
+            if to == 0:
+                self.sequences[seq_id] = self.empty()
+            elif to < len(sequence.cells):
+                sequence.rewind(to)
+
+    @filled
     @rule(seq_id=SEQ_IDS)
     def restore(self, seq_id: int) -> None:
         n_tokens = len(self.sequences[seq_id].cells)
@@ -310,6 +345,28 @@ class Operations(RuleBasedStateMachine):
         self.sequences[to] = sequence.copy()
         if not self.unified:
             self.sequences[to].cells = self.new_cells(len(sequence.cells))
+
+    @filled
+    @rule(seq_id=SEQ_IDS, to=SEQ_IDS, part=st.floats(0.01, 0.99))
+    def copy_the_beginning(self, seq_id: int, to: int, part: float) -> None:
+        sequence = self.sequences[seq_id]
+        n = len(sequence.cells)
+        end = int(part * n)
+        if to == seq_id or self.sequences[to].cells or not 0 < end < n:
+            return
+        self.native.copy(seq_id, to, 0, end)
+        if not self.unified:
+            assert "only whole sequences" in native.last_error()
+            return
+        if sequence.pruned >= 0:
+            if not self.can_restore(seq_id, n):
+                assert "a part of sequence" in native.last_error()
+                return
+            self.restored(seq_id, n)
+        self.sequences[to] = sequence.copy()
+        self.sequences[to].spans = [*sequence.spans]
+        self.sequences[to].rewind(end)
+        self.sequences[to].spans = [*sequence.spans]  # of what is still to come, too
 
     @filled
     @rule(seq_id=SEQ_IDS)

@@ -79,6 +79,17 @@ def test_a_copy_is_protected_too(tiny_model: Path) -> None:
     assert all(set(layer) >= set(range(40, 90)) for layer in sequences.kept(1))
 
 
+def test_what_a_copy_replaces_is_not_protected_any_more(tiny_model: Path) -> None:
+    sequences = Sequences(tiny_model, POLICY, kv_unified=False)
+    for seq_id in (0, 1):
+        sequences.read(seq_id, PROMPT)
+    native.protect(sequences.ctx, 1, 3, 600)
+    sequences.copy(0, 1)
+    sequences.read(1, [5])
+    native.prune(sequences.ctx, 1)
+    assert not all(set(layer) >= set(range(3, 600)) for layer in sequences.kept(1))
+
+
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
 
 
