@@ -27,9 +27,10 @@ def write_plots(folder: Path) -> list[Path]:
 
 
 def _quality(rows: list[Row]) -> Any:
-    figure = new_figure(figsize=(11, 8))
+    figure = new_figure(figsize=(11, 10))
     qualities: list[tuple[str, Callable[[Row], float | None]]] = [
-        ("KL(full || cache), mean, nats", _mean_kl),
+        ("mean KL, greedy answer, nats", lambda row: _mean_kl(row, "greedy")),
+        ("mean KL, real text, nats", lambda row: _mean_kl(row, "real")),
         ("score", _mean_score),
     ]
     sizes: list[tuple[str, Callable[[Record], float]]] = [
@@ -46,18 +47,23 @@ def _quality(rows: list[Row]) -> Any:
                     axis.scatter(
                         row.mean(of_record), y, marker=marker, color=_colour(rows, row), label=title(*row.name)
                     )
-            axis.set(xlabel=size, ylabel=quality, xlim=(0, 1.05))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+            axis.set(xlabel=size, ylabel=quality, xlim=(0, 1.05), yscale="log" if "KL" in quality else "linear")
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     return figure
 
 
-def _colour(rows: list[Row], row: Row) -> str:
-    return f"C{list(dict.fromkeys(other.cache for other in rows)).index(row.cache) % 10}"
+def _colour(rows: list[Row], row: Row) -> Any:
+    import matplotlib
+
+    i = list(dict.fromkeys(other.cache for other in rows)).index(row.cache)
+    return matplotlib.colormaps["tab20"](i % 10 * 2 + i // 10 % 2)  # ten colours, then ten paler ones
 
 
-def _mean_kl(row: Row) -> float | None:
-    values = [kl for record in row.records for kl in record["greedy"]["kl"]]
-    return float(np.mean(values)) if values else None
+def _mean_kl(row: Row, continuation: str) -> float | None:
+    """None for the reference, which is not off: on a logarithmic scale it has no place."""
+    values = [kl for record in row.records for kl in record[continuation]["kl"]]
+    return float(np.mean(values)) if any(values) else None
 
 
 def _mean_score(row: Row) -> float | None:
