@@ -177,8 +177,11 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
         return REFREEKV_ERR_STATE;
     }
 
+    refreekv_params every = params;
+    every.window_step = 1;
+
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, params, attn)) {
+    if (const int32_t status = look(g, seq_id, list, every, attn)) {
         return status;
     }
 

@@ -31,6 +31,17 @@ Head = tuple[int, int]  # layer of the model, KV head
 Scores = dict[Head, float]
 
 _FORMAT = 1
+_CONTEXT_OPTIONS = (
+    "type_k",
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+)
 
 
 def random_tokens(model: Any) -> list[int]:
@@ -64,10 +75,16 @@ def measure(ctx: Any) -> Scores:
     return scores
 
 
-def load(model_path: Path, n_window: int) -> Scores | None:
-    """What an earlier measurement of this file, with a window of so many queries, has left; None: there is none."""
+def options_of(llm: llama_cpp.Llama, n_window: int) -> str:
+    """What the scores depend on beside the model: the queries that are looked at, positions, the rounding of keys."""
+    options = [getattr(llm.context_params, name) for name in _CONTEXT_OPTIONS]
+    return repr((n_window, options, sorted((llm.kv_overrides or {}).items())))
+
+
+def load(model_path: Path, options: str) -> Scores | None:
+    """What an earlier measurement of this file, with such options, has left; None: there is none."""
     try:
-        content = json.loads(_file_of(model_path, n_window).read_text())
+        content = json.loads(_file_of(model_path, options).read_text())
         if content["format"] != _FORMAT:
             return None
         return {(int(layer), int(head)): float(score) for layer, head, score in content["scores"]}
@@ -75,11 +92,11 @@ def load(model_path: Path, n_window: int) -> Scores | None:
         return None
 
 
-def save(model_path: Path, n_window: int, scores: Mapping[Head, float]) -> None:
+def save(model_path: Path, options: str, scores: Mapping[Head, float]) -> None:
     """For the next time; where the cache folder cannot be written, nothing happens."""
     content = {"format": _FORMAT, "scores": [[layer, head, score] for (layer, head), score in scores.items()]}
     try:
-        file = _file_of(model_path, n_window)
+        file = _file_of(model_path, options)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(content))
@@ -88,10 +105,10 @@ def save(model_path: Path, n_window: int, scores: Mapping[Head, float]) -> None:
         pass
 
 
-def _file_of(model_path: Path, n_window: int) -> Path:
-    """Named by the model's size, beginning and end: enough to tell files apart, and quick for large ones."""
+def _file_of(model_path: Path, options: str) -> Path:
+    """Named by the model's size, beginning and end, which are enough to tell files apart and quick for large ones."""
     size = model_path.stat().st_size
-    digest = hashlib.sha256(f"{size} {n_window}".encode())
+    digest = hashlib.sha256(f"{size} {options}".encode())
     with model_path.open("rb") as file:
         digest.update(file.read(2**20))
         file.seek(max(0, size - 2**20))

@@ -287,8 +287,8 @@ class Llama(llama_cpp.Llama):
     def _find_heads(self) -> list[induction.Head]:
         if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None:
             return []
-        path, n_window = Path(self.model_path), self.kv_policy.n_window
-        scores = induction.load(path, n_window)
+        path, options = Path(self.model_path), induction.options_of(self, self.kv_policy.n_window)
+        scores = induction.load(path, options)
         if scores is None or self.lora_path:
             self._ctx.kv_cache_clear()
             try:
@@ -299,7 +299,7 @@ class Llama(llama_cpp.Llama):
                 self.reset()
                 llama_cpp.llama_perf_context_reset(self._ctx.ctx)
             if not self.lora_path:  # those of the model itself
-                induction.save(path, n_window, scores)
+                induction.save(path, options, scores)
         return [head for head, score in scores.items() if score > self.kv_policy.induction]
 
     def _eval(self, tokens: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from policies import Debug
-from support import F32, ctx_of, feed, kept, load
+from support import CACHE_TYPES, F32, ctx_of, feed, kept, load
 from tiny import BOS, TinyModel, random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, induction, native
@@ -254,7 +254,7 @@ def test_any_vocabulary_will_do(tiny_model: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_heads_above_the_threshold_are_kept_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(layer, head): 0.25 for layer in range(4) for head in range(2)} | {(1, 1): 0.5, (2, 0): 0.31}
-    monkeypatch.setattr(induction, "load", lambda path, n_window: scores)
+    monkeypatch.setattr(induction, "load", lambda path, options: scores)
     llm = load(tiny_model, ReFreeKV())
     llm.eval(PROMPT)
     assert [group for group in groups(llm) if group[2]] == [(1, 1, True), (2, 1, True)]
@@ -267,7 +267,6 @@ def test_scores_are_measured_once_per_model_file(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert induction.load(tiny_model, 64) is None
     expected = None
     for _ in range(2):
         llm = load(tiny_model, ReFreeKV())
@@ -277,7 +276,23 @@ def test_scores_are_measured_once_per_model_file(
         expected = logits if expected is None else expected
         np.testing.assert_array_equal(logits, expected)
         monkeypatch.setattr(induction, "measure", lambda ctx: pytest.fail("measured twice"))
-    assert len(induction.load(tiny_model, 64) or {}) == 8
+    assert len(induction.load(tiny_model, induction.options_of(llm, 64)) or {}) == 8
+
+
+def test_scores_belong_to_the_options_they_were_measured_with(tiny_model: Path) -> None:
+    options = [{}, {"type_k": CACHE_TYPES["f32"]}, {"rope_freq_base": 5e5}, {"kv_overrides": {"llama.x": 1}}]
+    texts = [induction.options_of(load(tiny_model, ReFreeKV(), **each), 64) for each in options]
+    assert len({*texts, induction.options_of(load(tiny_model, ReFreeKV()), 32)}) == 5
+    assert induction.options_of(load(tiny_model, ReFreeKV(), n_ctx=512), 64) == texts[0]
+
+
+def test_every_query_of_the_window_is_looked_at(tiny_model: Path) -> None:
+    scores = []
+    for step in (1, 3):
+        llm = load(tiny_model, ReFreeKV(window_step=step))
+        llm.eval(induction.random_tokens(llm._model.model))
+        scores.append(induction.measure(ctx_of(llm)))
+    assert scores[0] == scores[1]
 
 
 def test_a_damaged_or_unwritable_store_of_scores_does_no_harm(
@@ -287,10 +302,10 @@ def test_a_damaged_or_unwritable_store_of_scores_does_no_harm(
     (tmp_path / "file").write_text("no folder")
     llm = load(tiny_model, ReFreeKV())
     llm.eval(PROMPT)
-    assert induction.load(tiny_model, 64) is None
+    assert induction.load(tiny_model, induction.options_of(llm, 64)) is None
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    induction.save(tiny_model, 64, {(0, 0): 0.5})
-    assert induction.load(tiny_model, 64) == {(0, 0): 0.5}
+    induction.save(tiny_model, "", {(0, 0): 0.5})
+    assert induction.load(tiny_model, "") == {(0, 0): 0.5}
     next((tmp_path / "refreekv-cpp" / "induction").iterdir()).write_text('{"format": 1, "scores": [[1]]}')
-    assert induction.load(tiny_model, 64) is None
+    assert induction.load(tiny_model, "") is None
