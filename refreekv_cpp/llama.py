@@ -197,8 +197,7 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens)
             return
 
-        if self._guards(tokens):
-            self._prune_guarded(tokens)
+        if self._guards(tokens) and self._prune_guarded(tokens):
             return
         self._prune_prompt()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
@@ -242,12 +241,15 @@ class Llama(llama_cpp.Llama):
             and self.n_tokens >= (self.kv_policy.native_options() or {}).get("n_min", 0)
         )
 
-    def _prune_guarded(self, token: Sequence[int]) -> None:
+    def _prune_guarded(self, token: Sequence[int]) -> bool:
         """Read a token on the whole cache, prune what comes before it, and read it again; while the two differ by more
-        than `kv_guard`, restore and keep more, at last everything."""
+        than `kv_guard`, restore and keep more, at last everything. False: there is no room for it on the whole cache."""
         assert self.kv_guard is not None
         n_tokens = self.n_tokens
-        self._eval(token)
+        try:
+            self._eval(token)
+        except CacheMemoryError:
+            return False
         full = guard.next_token(self)
         for policy in guard.attempts(self.kv_policy):
             self.n_tokens = n_tokens
@@ -255,17 +257,18 @@ class Llama(llama_cpp.Llama):
             self._eval(token)
             self._divergence = kl(full, guard.next_token(self))
             if self._divergence <= self.kv_guard:
-                return
+                return True
             try:
                 native.restore(self._ctx.ctx, _SEQ_ID)
             except (CacheStateError, CacheMemoryError) as error:
                 if self.verbose:
                     print(f"refreekv: {error}; the guard lets it be", file=sys.stderr)
-                return
+                return True
             self._n_guarded += 1
         self.n_tokens = n_tokens
         self._eval(token)
         self._divergence = kl(full, guard.next_token(self))
+        return True
 
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.

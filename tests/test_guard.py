@@ -130,6 +130,15 @@ def test_what_nothing_was_evicted_of_is_not_read_twice(tiny_model: Path) -> None
     assert llm.kv_stats.divergence is None
 
 
+def test_a_whole_cache_without_room_for_a_token_is_pruned_unguarded(tiny_model: Path) -> None:
+    limit = 1536 * load(tiny_model, POLICY).kv_stats.bytes_per_token
+    prompt = random_tokens(1536)
+    llm, free = load(tiny_model, POLICY, kv_guard=TIGHT, kv_memory_limit=limit), load(tiny_model, POLICY)
+    assert answer(llm, prompt) == answer(free, prompt)
+    assert (llm.kv_stats.divergence, llm.kv_stats.n_guarded) == (None, 0)
+    assert llm.kv_stats.budget < 1
+
+
 @pytest.mark.parametrize("limit", [0, -1, True, "much", float("nan")])
 def test_what_is_no_number_of_nats_is_refused(limit: Any) -> None:
     with pytest.raises(PolicyError, match=r"kv_guard=.*valid are"):
