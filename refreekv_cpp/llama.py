@@ -243,7 +243,7 @@ class Llama(llama_cpp.Llama):
 
     def _prune_guarded(self, token: Sequence[int]) -> bool:
         """Read a token on the whole cache, prune what comes before it, and read it again; while the two differ by more
-        than `kv_guard`, restore and keep more, at last everything. False: there is no room for it on the whole cache."""
+        than `kv_guard`, restore and keep more, at last everything. False: the whole cache has no room for the token."""
         assert self.kv_guard is not None
         n_tokens = self.n_tokens
         try:
