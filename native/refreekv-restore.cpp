@@ -4,64 +4,13 @@
 
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
+#include "refreekv-runs.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <cstring>
-
-void refreekv_store::make_cold() {
-    if (params.cold == REFREEKV_COLD_NONE) {
-        return;
-    }
-
-    const bool on_host = std::all_of(layers.begin(), layers.end(), [](const layer & l) { return ggml_backend_buft_is_host(l.shape.buft); });
-    const bool file    = params.cold == REFREEKV_COLD_FILE || (params.cold == REFREEKV_COLD_AUTO && on_host);
-
-    try {
-        cold = file ? std::make_unique<refreekv_cold>(params.cold_dir ? params.cold_dir : ".") : std::make_unique<refreekv_cold>();
-    } catch (const std::exception & err) {
-        if (params.cold == REFREEKV_COLD_FILE) {
-            refreekv_set_error("%s", err.what());
-            throw;
-        }
-        LLAMA_LOG_WARN("refreekv: %s; evicted rows are kept in memory\n", err.what());
-        cold = std::make_unique<refreekv_cold>();
-    }
-}
-
-// every cell of every group has a place of its own, K of a group before its V
-void refreekv_store::place_cold() {
-    uint64_t place = 0;
-    for (auto & g : groups) {
-        g.cold_place = place;
-        g.is_cold.assign(cold ? n_cells : 0, 0);
-        place += n_cells*(uint64_t) g.rows.row_bytes();
-    }
-    bytes_cold = 0;
-    cold_full  = false;
-    if (cold) {
-        cold->clear();
-    }
-}
-
-// rows that nobody will ask for again
-void refreekv_store::forget_cold(group & g, const std::vector<uint32_t> & cells) {
-    if (bytes_cold == 0) {
-        return;
-    }
-    for (uint32_t cell : cells) {
-        if (g.is_cold[cell]) {
-            g.is_cold[cell] = 0;
-            bytes_cold -= g.rows.row_bytes();
-        }
-    }
-    if (bytes_cold == 0) {
-        cold->clear();
-    }
-}
 
 // Rows of K or V by cell: n bytes of each, wherever the tensor is and however it is laid out.
 class refreekv_row_bytes {
@@ -112,21 +61,6 @@ private:
     }
 };
 
-// f(i, n) for each run of n cells, one after the other, from the i-th on; f returns false to stop
-template <typename F>
-static bool refreekv_for_runs(const std::vector<uint32_t> & cells, F && f) {
-    for (size_t i = 0, n = 0; i < cells.size(); i += n) {
-        n = 1;
-        while (i + n < cells.size() && cells[i + n] == cells[i] + n) {
-            ++n;
-        }
-        if (!f(i, n)) {
-            return false;
-        }
-    }
-    return true;
-}
-
 // rows that are about to be evicted
 void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
     if (!cold) {
@@ -141,41 +75,23 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
         return;
     }
 
-    const auto & shape = g.rows.get_shape();
-
     refreekv_row_bytes k(g.rows.k, false);
-    refreekv_row_bytes v(g.rows.v, shape.v_trans);
+    refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
     k.fetch();
     v.fetch();
 
-    const uint64_t first_v = g.cold_place + n_cells*(uint64_t) k.row();
+    std::vector<uint8_t> bytes_k;
+    std::vector<uint8_t> bytes_v;
 
-    std::vector<uint8_t> bytes;
-
-    const auto write = [&](refreekv_row_bytes & rows, uint64_t place, size_t i, size_t n) {
-        bytes.resize(n*rows.row());
+    refreekv_for_runs(cells, [&](size_t i, size_t n) {
+        bytes_k.resize(n*k.row());
+        bytes_v.resize(n*v.row());
         for (size_t j = 0; j < n; ++j) {
-            rows.get(g.res.slot(cells[i + j]), bytes.data() + j*rows.row());
+            k.get(g.res.slot(cells[i + j]), bytes_k.data() + j*k.row());
+            v.get(g.res.slot(cells[i + j]), bytes_v.data() + j*v.row());
         }
-        return cold->write(place + cells[i]*(uint64_t) rows.row(), bytes.data(), bytes.size());
-    };
-
-    const bool ok = refreekv_for_runs(cells, [&](size_t i, size_t n) {
-        const uint64_t more = n*g.rows.row_bytes();
-
-        if ((params.cold_limit > 0 && bytes_cold + more > params.cold_limit) || !write(k, g.cold_place, i, n) || !write(v, first_v, i, n)) {
-            return false;
-        }
-        std::fill_n(g.is_cold.begin() + cells[i], n, 1);
-        bytes_cold += more;
-
-        return true;
+        return put_cold(g, cells[i], n, bytes_k.data(), bytes_v.data());
     });
-
-    if (!ok && !cold_full) {
-        LLAMA_LOG_WARN("refreekv: no room in the cold store (%" PRIu64 " MiB are there): what is evicted now is lost\n", bytes_cold >> 20);
-    }
-    cold_full |= !ok;
 }
 
 // the cells of a sequence that a group has lost, ascending; where(pos): only these
@@ -206,20 +122,14 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         return REFREEKV_OK;
     }
 
-    const auto & shape = g.rows.get_shape();
-
-    const size_t row_k = ggml_row_size(shape.type_k, shape.n_embd_k);
-    const size_t row_v = ggml_row_size(shape.type_v, shape.n_embd_v);
-
     // before anything is touched
-    std::vector<uint8_t> bytes_k(absent.size()*row_k);
-    std::vector<uint8_t> bytes_v(absent.size()*row_v);
+    std::vector<uint8_t> bytes_k(absent.size()*cold_row(g, false));
+    std::vector<uint8_t> bytes_v(absent.size()*cold_row(g, true));
 
-    const bool ok = refreekv_for_runs(absent, [&](size_t i, size_t n) {
-        return cold->read(g.cold_place +                              absent[i]*(uint64_t) row_k, bytes_k.data() + i*row_k, n*row_k) &&
-               cold->read(g.cold_place + n_cells*(uint64_t) row_k + absent[i]*(uint64_t) row_v, bytes_v.data() + i*row_v, n*row_v);
-    });
-    if (!ok) {
+    const auto get = [&](bool v, std::vector<uint8_t> & rows) {
+        return get_cold(g, v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*cold_row(g, v), bytes, n*cold_row(g, v)); });
+    };
+    if (!get(false, bytes_k) || !get(true, bytes_v)) {
         refreekv_set_error("restore: the cold store cannot be read any more");
         return REFREEKV_ERR_STATE;
     }
@@ -248,12 +158,12 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     g.res.arrange(order_cells);
 
     refreekv_row_bytes k(g.rows.k, false);
-    refreekv_row_bytes v(g.rows.v, shape.v_trans);
+    refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
     k.fetch();
     v.fetch();
     for (size_t i = 0; i < absent.size(); ++i) {
-        k.set(g.res.slot(absent[i]), bytes_k.data() + i*row_k);
-        v.set(g.res.slot(absent[i]), bytes_v.data() + i*row_v);
+        k.set(g.res.slot(absent[i]), bytes_k.data() + i*k.row());
+        v.set(g.res.slot(absent[i]), bytes_v.data() + i*v.row());
     }
     k.send();
     v.send();
@@ -303,7 +213,7 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
                 continue;
             }
             if (!cold || !g.is_cold[cell]) {
-                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, !cold ? "this context has no cold store" : cold_full ? "the cold store had no room for all" : "they were evicted before the state was saved");
+                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, !cold ? "this context has no cold store" : cold_full ? "the cold store had no room for all" : "the state that was loaded did not have them");
                 return REFREEKV_ERR_STATE;
             }
             n_absent++;
@@ -350,36 +260,4 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 
     return n_restored;
-}
-
-// A sequence in another stream is about to have the cells of this one: first_dst + i for first_src + i.
-void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
-    if (bytes_cold == 0) {
-        return;
-    }
-    for (auto & g : groups) {
-        const size_t row_k = ggml_row_size(g.rows.get_shape().type_k, g.rows.get_shape().n_embd_k);
-        const size_t row_v = g.rows.row_bytes() - row_k;
-
-        std::vector<uint8_t> bytes;
-
-        const auto copy = [&](uint64_t place, size_t size, uint32_t i) {
-            bytes.resize(size);
-            return cold->read (place + (first_src + i)*(uint64_t) size, bytes.data(), size) &&
-                   cold->write(place + (first_dst + i)*(uint64_t) size, bytes.data(), size);
-        };
-
-        for (uint32_t i = 0; i < kv_size; ++i) {
-            if (!g.is_cold[first_src + i]) {
-                continue;
-            }
-            const bool fits = params.cold_limit == 0 || bytes_cold + g.rows.row_bytes() <= params.cold_limit;
-            if (fits && copy(g.cold_place, row_k, i) && copy(g.cold_place + n_cells*(uint64_t) row_k, row_v, i)) {
-                g.is_cold[first_dst + i] = 1;
-                bytes_cold += g.rows.row_bytes();
-            } else {
-                cold_full = true;
-            }
-        }
-    }
 }

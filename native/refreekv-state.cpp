@@ -1,6 +1,6 @@
 // Saving and loading the rows of a refreekv_store: the counterpart of llama_kv_cache::state_write_data and
 // state_read_data. The cells themselves (positions, sequences) are written by upstream before; here they are counted in
-// that order. Only what a group holds is written, so a pruned state is as small as the pruned cache.
+// that order. Of each group what it holds is written, and then what the cold store has of the rest (refreekv-state-cold.cpp).
 
 #include "refreekv-store.h"
 
@@ -14,7 +14,7 @@
 #include <numeric>
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
-static const uint32_t REFREEKV_STATE_VERSION = 4;
+static const uint32_t REFREEKV_STATE_VERSION = 5;
 static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K and V: states have no checksum
 
 // f(tensor, offset, size) for the bytes of these slots, in this order. Consecutive slots are one piece; how the pieces fall
@@ -127,6 +127,8 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
             refreekv_for_v(g.rows, slots, write);
         }
     }
+
+    write_cold(io, list);
 }
 
 // a restore failed: what it wrote must not be read, not even with weight 0
@@ -408,7 +410,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
 
     if (ours != theirs) {
         if (!header.pruned && (!ours.empty() || !holds_nothing())) {
-            return read_divided_anew(io, theirs, list);
+            return read_divided_anew(io, theirs, list) && read_cold(io, list);
         }
         // which cells a head has lost is in the state: its division goes with it
         if (!holds_nothing()) {
@@ -435,6 +437,9 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
             }
             refreekv_for_v(g.rows, slots, read_bytes);
         }
+    }
+    if (!read_cold(io, list)) {
+        return false;
     }
 
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {

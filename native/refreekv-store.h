@@ -346,7 +346,18 @@ private:
     void place_cold();
     void forget_cold(group & g, const std::vector<uint32_t> & cells);
     void copy_cold  (uint32_t first_src, uint32_t first_dst);
-    void stash      (group & g, std::vector<uint32_t> cells);
+
+    // of a row in the cold store; v: its V, else its K
+    size_t   cold_row  (const group & g, bool v) const; // bytes
+    uint64_t cold_place(const group & g, uint32_t cell, bool v) const;
+
+    bool put_cold(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
+    bool get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const;
+
+    void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
+    bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
+
+    void stash(group & g, std::vector<uint32_t> cells);
 
     std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
 

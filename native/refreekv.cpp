@@ -134,6 +134,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold             = REFREEKV_COLD_NONE;
     res.cold_limit       = 0;
     res.cold_dir         = nullptr;
+    res.cold_state       = true;
     res.mask_only        = false;
     res.graph_gather     = false;
 

@@ -109,6 +109,7 @@ struct refreekv_params {
     int32_t      cold;        // enum refreekv_cold_kind
     uint64_t     cold_limit;  // bytes that the cold store may hold; 0: no limit
     const char * cold_dir;    // of the file; has to stay valid until the context is there
+    bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    graph_gather;     // debug: move rows with a graph even where the host could copy them

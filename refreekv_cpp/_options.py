@@ -30,6 +30,7 @@ class KVOptions:
     Attributes:
         memory_limit: bytes of K and V; None: no limit.
         cold_limit: bytes of evicted rows that are kept; None: no limit.
+        cold_state: saved states carry them.
         from_environment: the environment chose the policy, the program did not.
     """
 
@@ -40,6 +41,7 @@ class KVOptions:
     cold: Cold
     cold_dir: Path | None
     cold_limit: int | None
+    cold_state: bool = True
     from_environment: bool = False
 
     def make_cold_dir(self) -> Path:
@@ -80,6 +82,7 @@ def check(
     cold: str | None = None,
     cold_dir: str | os.PathLike[str] | None = None,
     cold_limit: int | str | None = None,
+    cold_state: bool | None = None,
     *,
     from_environment: bool = False,
 ) -> KVOptions:
@@ -95,6 +98,8 @@ def check(
     cold = "auto" if cold is None else cold
     if cold not in get_args(Cold):
         raise PolicyError(f"kv_cold={cold!r}: valid are {', '.join(map(repr, get_args(Cold)))}")
+    if cold_state is not None and not isinstance(cold_state, bool):
+        raise PolicyError(f"kv_cold_state={cold_state!r}: valid are True and False")
     evicts = not isinstance(policy, Full)
     if evicts and elastic is False:
         raise PolicyError(f"kv_elastic=False: only with kv_policy='full'; {policy.name!r} gives memory back")
@@ -112,6 +117,7 @@ def check(
         cast(Cold, cold),
         None if cold_dir is None else Path(cold_dir),
         None if cold_limit is None else parse_bytes(cold_limit),
+        True if cold_state is None else cold_state,
         from_environment,
     )
 
@@ -141,6 +147,7 @@ def resolve(
     cold: str | None,
     cold_dir: str | os.PathLike[str] | None,
     cold_limit: int | str | None,
+    cold_state: bool | None,
 ) -> KVOptions:
     """The options of a `Llama` that was passed these, None for those that it was not.
 
@@ -163,5 +170,6 @@ def resolve(
         cold,
         cold_dir,
         cold_limit,
+        cold_state,
         from_environment=chosen is not None,
     )

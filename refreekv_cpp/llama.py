@@ -54,6 +54,9 @@ class Llama(llama_cpp.Llama):
         kv_cold_dir: folder of the file. Default: the user's cache folder.
         kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; what does not fit is lost, and
             read again when it is wanted. Default: none (it cannot hold more than the full cache of n_ctx).
+        kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.
+            They are as large as the full cache's then; without, a conversation that goes on from one is read again.
+            Default: True.
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
@@ -85,9 +88,12 @@ class Llama(llama_cpp.Llama):
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
+        kv_cold_state: bool | None = None,
         **options: Any,
     ) -> None:
-        kv = _options.resolve(kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit)
+        kv = _options.resolve(
+            kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit, kv_cold_state
+        )
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
         self.kv_guard = guard.check(kv_guard, kv.evicted)
@@ -108,6 +114,7 @@ class Llama(llama_cpp.Llama):
         self.kv_cold = kv.cold
         self.kv_cold_dir = kv.cold_dir
         self.kv_cold_limit = kv.cold_limit
+        self.kv_cold_state = kv.cold_state
         self._cold_options = _cold_options(kv)
         self._evicts = not isinstance(kv.policy, Full)
         self._prompt_of: object = None  # the generation whose prompt is still to be read
@@ -362,8 +369,8 @@ class Llama(llama_cpp.Llama):
         if self.kv_evicted != "restore":
             return False
         n_common = self.longest_token_prefix(self._input_ids.tolist(), prompt[:-1])
-        if n_common < self.n_tokens:
-            # what was generated has taken the place of the prompt's last queries
+        if n_common < self.n_tokens or self._queries_lost:
+            # what was generated has taken the place of the prompt's last queries, and a state has none
             n_common = min(n_common, max(0, len(prompt) - self._n_window))
         try:
             if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
@@ -403,9 +410,17 @@ class Llama(llama_cpp.Llama):
         self._prune_prompt()
 
     def save_state(self) -> llama_cpp.LlamaState:
-        """As upstream's."""
+        """As upstream's; with what was evicted, unless `kv_cold_state` is False.
+
+        Raises:
+            CacheStateError: what was evicted cannot be read any more.
+        """
         self._prune_prompt()
-        return super().save_state()
+        native.clear_error()
+        state = super().save_state()
+        if state.llama_state_size == 0:
+            raise CacheStateError(f"the state cannot be saved: {native.last_error().removeprefix('state: ')}")
+        return state
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """As upstream's.
@@ -467,6 +482,7 @@ def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:
         "cold": native.enum_value(f"COLD_{kv.cold}".upper()),
         "cold_dir": "" if kv.cold == "memory" else str(kv.make_cold_dir()),
         "cold_limit": kv.cold_limit or 0,
+        "cold_state": kv.cold_state,
     }
 
 

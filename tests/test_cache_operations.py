@@ -515,7 +515,7 @@ def test_layers_of_equal_size_share_a_mask(tiny_model: Path) -> None:
     "options", [{}, {"flash_attn": True}, {"type_k": F32, "type_v": F32}, {"flash_attn": True, "type_v": F32}], ids=str
 )
 def test_a_pruned_state_goes_on_where_it_was_saved(tiny_model: Path, options: dict) -> None:
-    llm = load(tiny_model, POLICY, **options)
+    llm = load(tiny_model, POLICY, kv_cold_state=False, **options)
     llm.eval(PROMPT)
     whole = llm.save_state()
     llm.prune_kv()

@@ -25,6 +25,7 @@ _KV_OPTIONS = (
     "kv_cold",
     "kv_cold_dir",
     "kv_cold_limit",
+    "kv_cold_state",
 )
 
 
@@ -49,6 +50,9 @@ class ModelSettings(upstream.ModelSettings):
     kv_cold_limit: Union[str, int, None] = Field(  # noqa: UP007
         default=None, description="A cap on them, such as 4GiB; what does not fit is read again when it is wanted."
     )
+    kv_cold_state: bool = Field(
+        default=True, description="Whether cached states (cache: true) have the evicted rows in them."
+    )
     kv_elastic: Optional[bool] = Field(  # noqa: UP045
         default=None, description="With kv_policy full: let memory follow the contents."
     )
@@ -71,6 +75,7 @@ class ModelSettings(upstream.ModelSettings):
             self.kv_cold,
             self.kv_cold_dir,
             self.kv_cold_limit,
+            self.kv_cold_state,
         )
         return self
 

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+// f(i, n) for each run of n cells, one after the other, from the i-th of the list on; f returns false to stop
+template <typename F>
+static bool refreekv_for_runs(const std::vector<uint32_t> & cells, F && f) {
+    for (size_t i = 0, n = 0; i < cells.size(); i += n) {
+        n = 1;
+        while (i + n < cells.size() && cells[i + n] == cells[i] + n) {
+            ++n;
+        }
+        if (!f(i, n)) {
+            return false;
+        }
+    }
+    return true;
+}

@@ -1,0 +1,135 @@
+// What a refreekv_store has in its cold store: the place of each row, and which rows are there.
+
+#include "refreekv-store.h"
+
+#include "refreekv-cold.h"
+#include "refreekv-error.h"
+#include "refreekv-runs.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+
+void refreekv_store::make_cold() {
+    if (params.cold == REFREEKV_COLD_NONE) {
+        return;
+    }
+
+    const bool on_host = std::all_of(layers.begin(), layers.end(), [](const layer & l) { return ggml_backend_buft_is_host(l.shape.buft); });
+    const bool file    = params.cold == REFREEKV_COLD_FILE || (params.cold == REFREEKV_COLD_AUTO && on_host);
+
+    try {
+        cold = file ? std::make_unique<refreekv_cold>(params.cold_dir ? params.cold_dir : ".") : std::make_unique<refreekv_cold>();
+    } catch (const std::exception & err) {
+        if (params.cold == REFREEKV_COLD_FILE) {
+            refreekv_set_error("%s", err.what());
+            throw;
+        }
+        LLAMA_LOG_WARN("refreekv: %s; evicted rows are kept in memory\n", err.what());
+        cold = std::make_unique<refreekv_cold>();
+    }
+}
+
+// every cell of every group has a place of its own, K of a group before its V
+void refreekv_store::place_cold() {
+    uint64_t place = 0;
+    for (auto & g : groups) {
+        g.cold_place = place;
+        g.is_cold.assign(cold ? n_cells : 0, 0);
+        place += n_cells*(uint64_t) g.rows.row_bytes();
+    }
+    bytes_cold = 0;
+    cold_full  = false;
+    if (cold) {
+        cold->clear();
+    }
+}
+
+// rows that nobody will ask for again
+void refreekv_store::forget_cold(group & g, const std::vector<uint32_t> & cells) {
+    if (bytes_cold == 0) {
+        return;
+    }
+    for (uint32_t cell : cells) {
+        if (g.is_cold[cell]) {
+            g.is_cold[cell] = 0;
+            bytes_cold -= g.rows.row_bytes();
+        }
+    }
+    if (bytes_cold == 0) {
+        cold->clear();
+    }
+}
+
+// Rows of n cells in a row, K and V of each cell after cell. false: no room, and the rest of what is to come is lost, too
+bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
+    const uint64_t more = n*g.rows.row_bytes();
+
+    const bool ok = (params.cold_limit == 0 || bytes_cold + more <= params.cold_limit) &&
+        cold->write(cold_place(g, cell, false), k, n*cold_row(g, false)) &&
+        cold->write(cold_place(g, cell, true),  v, n*cold_row(g, true));
+
+    if (ok) {
+        std::fill_n(g.is_cold.begin() + cell, n, 1);
+        bytes_cold += more;
+    } else if (!cold_full) {
+        LLAMA_LOG_WARN("refreekv: no room in the cold store (%" PRIu64 " MiB are there): what does not fit is lost\n", bytes_cold >> 20);
+        cold_full = true;
+    }
+
+    return ok;
+}
+
+// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on
+bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const {
+    std::vector<uint8_t> bytes;
+
+    return refreekv_for_runs(cells, [&](size_t i, size_t n) {
+        bytes.resize(n*cold_row(g, v));
+        if (!cold->read(cold_place(g, cells[i], v), bytes.data(), bytes.size())) {
+            return false;
+        }
+        f(i, n, bytes.data());
+
+        return true;
+    });
+}
+
+size_t refreekv_store::cold_row(const group & g, bool v) const {
+    const auto & shape = g.rows.get_shape();
+
+    return v ? ggml_row_size(shape.type_v, shape.n_embd_v) : ggml_row_size(shape.type_k, shape.n_embd_k);
+}
+
+uint64_t refreekv_store::cold_place(const group & g, uint32_t cell, bool v) const {
+    return g.cold_place + (v ? n_cells*(uint64_t) cold_row(g, false) : 0) + cell*(uint64_t) cold_row(g, v);
+}
+
+// A sequence in another stream is about to have the cells of this one: first_dst + i for first_src + i.
+void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
+    if (bytes_cold == 0) {
+        return;
+    }
+    for (auto & g : groups) {
+        std::vector<uint32_t> cells;
+        for (uint32_t i = 0; i < kv_size; ++i) {
+            if (g.is_cold[first_src + i]) {
+                cells.push_back(first_src + i);
+            }
+        }
+
+        const auto get = [&](bool v, std::vector<uint8_t> & rows) {
+            rows.resize(cells.size()*cold_row(g, v));
+            return get_cold(g, v, cells, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*cold_row(g, v), bytes, n*cold_row(g, v)); });
+        };
+
+        std::vector<uint8_t> k;
+        std::vector<uint8_t> v;
+
+        cold_full |= !get(false, k) || !get(true, v) || !refreekv_for_runs(cells, [&](size_t i, size_t n) {
+            return put_cold(g, cells[i] - first_src + first_dst, n, k.data() + i*cold_row(g, false), v.data() + i*cold_row(g, true));
+        });
+    }
+}
