@@ -135,6 +135,7 @@ void refreekv_cold::clear() {
 #include <share.h>
 #include <sys/stat.h>
 
+#include <mutex>
 #include <random>
 
 static int refreekv_open_unnamed(const std::string & dir) {
@@ -165,11 +166,18 @@ static bool refreekv_truncate(int fd) {
     return _chsize_s(fd, 0) == 0;
 }
 
+// where it is read and written next is the file's, not the call's, and several threads read
+static std::mutex g_at;
+
 static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(g_at);
+
     return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _write(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
 }
 
 static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(g_at);
+
     return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
 }
 

@@ -29,7 +29,7 @@ public:
     // false: no room; nothing is known of these bytes then
     bool write(uint64_t offset, const void * data, size_t size);
 
-    // false: they cannot be read (any more)
+    // false: they cannot be read (any more). Several threads may read at once
     bool read(uint64_t offset, void * data, size_t size) const;
 
     // forget everything, and give its room back

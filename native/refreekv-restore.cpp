@@ -4,62 +4,17 @@
 
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
+#include "refreekv-row-bytes.h"
 #include "refreekv-runs.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
+#include <future>
 
-// Rows of K or V by cell: n bytes of each, wherever the tensor is and however it is laid out.
-class refreekv_row_bytes {
-public:
-    refreekv_row_bytes(ggml_tensor * t, bool trans) :
-        t(t), trans(trans), n(trans ? t->ne[1]*t->nb[0] : t->nb[1]), host(ggml_backend_buffer_is_host(t->buffer)) {
-        if (!host) {
-            bytes.resize(ggml_nbytes(t));
-        }
-    }
-
-    size_t row() const { return n; }
-
-    void fetch() {
-        if (!host) {
-            ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
-        }
-    }
-
-    void send() {
-        if (!host) {
-            ggml_backend_tensor_set(t, bytes.data(), 0, bytes.size());
-        }
-    }
-
-    void get(uint32_t slot, uint8_t * dst) { for_parts(slot, dst, [](uint8_t * ours, uint8_t * theirs, size_t size) { memcpy(theirs, ours, size); }); }
-    void set(uint32_t slot, uint8_t * src) { for_parts(slot, src, [](uint8_t * ours, uint8_t * theirs, size_t size) { memcpy(ours, theirs, size); }); }
-
-private:
-    ggml_tensor * t;
-    const bool    trans;
-    const size_t  n;
-    const bool    host;
-
-    std::vector<uint8_t> bytes; // a copy of all of it, when it is on a device
-
-    template <typename F>
-    void for_parts(uint32_t slot, uint8_t * row, F && f) {
-        uint8_t * base = host ? (uint8_t *) t->data : bytes.data();
-        if (!trans) {
-            f(base + slot*n, row, n);
-            return;
-        }
-        const size_t size = t->nb[0];
-        for (int64_t j = 0; j < t->ne[1]; ++j) {
-            f(base + j*t->nb[1] + slot*size, row + j*size, size);
-        }
-    }
-};
+static const uint32_t REFREEKV_RESTORE_THREADS = 4;
 
 // rows that are about to be evicted
 void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
@@ -80,16 +35,20 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
     k.fetch();
     v.fetch();
 
+    std::vector<uint32_t> slots;
+    for (uint32_t cell : cells) {
+        slots.push_back(g.res.slot(cell));
+    }
+
     std::vector<uint8_t> bytes_k;
     std::vector<uint8_t> bytes_v;
 
     refreekv_for_runs(cells, [&](size_t i, size_t n) {
         bytes_k.resize(n*k.row());
         bytes_v.resize(n*v.row());
-        for (size_t j = 0; j < n; ++j) {
-            k.get(g.res.slot(cells[i + j]), bytes_k.data() + j*k.row());
-            v.get(g.res.slot(cells[i + j]), bytes_v.data() + j*v.row());
-        }
+        k.get(slots.data() + i, n, bytes_k.data());
+        v.get(slots.data() + i, n, bytes_v.data());
+
         return put_cold(g, cells[i], n, bytes_k.data(), bytes_v.data());
     });
 }
@@ -109,11 +68,14 @@ std::vector<uint32_t> refreekv_store::missing(llama_seq_id seq_id, const group &
     return res;
 }
 
+// of one group; sets no error, since it may run on any thread
 int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) {
     std::vector<uint32_t> absent; // those that are not just hidden
+    std::vector<uint8_t>  is_absent(n_cells, 0);
     for (uint32_t cell : cells) {
         if (g.res.slot(cell) < 0) {
             absent.push_back(cell);
+            is_absent[cell] = 1;
         } else {
             g.res.assign(cell);
         }
@@ -122,53 +84,85 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         return REFREEKV_OK;
     }
 
-    // before anything is touched
-    std::vector<uint8_t> bytes_k(absent.size()*cold_row(g, false));
-    std::vector<uint8_t> bytes_v(absent.size()*cold_row(g, true));
-
-    const auto get = [&](bool v, std::vector<uint8_t> & rows) {
-        return get_cold(g, v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*cold_row(g, v), bytes, n*cold_row(g, v)); });
-    };
-    if (!get(false, bytes_k) || !get(true, bytes_v)) {
-        refreekv_set_error("restore: the cold store cannot be read any more");
-        return REFREEKV_ERR_STATE;
-    }
-
     // in the order of cells, as if nothing had been evicted
-    std::vector<std::pair<uint32_t, uint32_t>> order; // (cell, slot now)
-    for (uint32_t slot : used_slots(g)) {
-        order.emplace_back(g.res.cell(slot), slot);
-    }
-    for (uint32_t cell : absent) {
-        order.emplace_back(cell, refreekv_rows::none);
-    }
-    std::sort(order.begin(), order.end());
-
-    std::vector<uint32_t> slots;
-    std::vector<uint32_t> order_cells;
-    for (const auto & [cell, slot] : order) {
-        order_cells.push_back(cell);
-        slots.push_back(slot);
+    std::vector<uint32_t> order;
+    std::vector<uint32_t> slots_now;
+    std::vector<uint32_t> slots; // of those that are absent, then
+    for (uint32_t cell = 0; cell < n_cells; ++cell) {
+        if (is_absent[cell]) {
+            slots.push_back(order.size());
+        } else if (g.res.slot(cell) < 0) {
+            continue;
+        }
+        order.push_back(cell);
+        slots_now.push_back(is_absent[cell] ? refreekv_rows::none : g.res.slot(cell));
     }
 
-    if (!move(g, slots, padded(slots.size()))) {
-        refreekv_set_error("restore: no memory for %zu cells in layer %d", slots.size(), g.il);
+    if (!move(g, slots_now, padded(order.size()))) {
         return REFREEKV_ERR_MEMORY;
     }
-    g.res.arrange(order_cells);
+    g.res.arrange(order);
+    g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
 
-    refreekv_row_bytes k(g.rows.k, false);
-    refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
-    k.fetch();
-    v.fetch();
-    for (size_t i = 0; i < absent.size(); ++i) {
-        k.set(g.res.slot(absent[i]), bytes_k.data() + i*k.row());
-        v.set(g.res.slot(absent[i]), bytes_v.data() + i*v.row());
+    for (bool is_v : { false, true }) {
+        refreekv_row_bytes rows(is_v ? g.rows.v : g.rows.k, is_v && g.rows.get_shape().v_trans);
+        rows.fetch();
+        if (!get_cold(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
+            return REFREEKV_ERR_STATE;
+        }
+        rows.send();
     }
-    k.send();
-    v.send();
+    for (uint32_t cell : absent) {
+        g.res.assign(cell); // the free slots, lowest first
+    }
 
     return REFREEKV_OK;
+}
+
+// cells: of each group. Most of the time goes into memory that has never been touched, so threads help
+int32_t refreekv_store::bring_back(const std::vector<std::vector<uint32_t>> & cells) {
+    struct result {
+        int32_t  status;
+        uint32_t i_group;
+    };
+
+    std::atomic<uint32_t> next { 0 };
+
+    const auto work = [&]() -> result {
+        for (uint32_t i = next++; i < groups.size(); i = next++) {
+            if (const int32_t status = bring_back(groups[i], cells[i])) {
+                next = groups.size();
+                return { status, i };
+            }
+        }
+        return { REFREEKV_OK, 0 };
+    };
+
+    const bool     on_host   = std::all_of(layers.begin(), layers.end(), [](const layer & l) { return ggml_backend_buft_is_host(l.shape.buft); });
+    const uint32_t n_threads = on_host && lctx ? std::min(lctx->n_threads_batch(), REFREEKV_RESTORE_THREADS) : 1;
+
+    std::vector<std::future<result>> others;
+    for (uint32_t i = 1; i < n_threads; ++i) {
+        others.push_back(std::async(std::launch::async, work));
+    }
+
+    result res = work();
+    for (auto & other : others) {
+        const auto r = other.get();
+        if (r.status != REFREEKV_OK) {
+            res = r;
+        }
+    }
+
+    const auto & g = groups[res.i_group];
+    if (res.status == REFREEKV_ERR_MEMORY) {
+        refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells[res.i_group].size(), g.il);
+    } else if (res.status != REFREEKV_OK) {
+        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", g.il);
+    }
+    idle_rows |= res.status != REFREEKV_OK; // room for what did not come
+
+    return res.status;
 }
 
 int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
@@ -227,14 +221,12 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return REFREEKV_ERR_MEMORY;
     }
 
-    for (uint32_t i = 0; i < groups.size() && n_restored > 0; ++i) {
+    if (n_restored > 0) {
         stale_layouts = true;
-        if (const int32_t status = bring_back(groups[i], cells[i])) {
+        if (const int32_t status = bring_back(cells)) {
             return status;
         }
-    }
 
-    if (n_restored > 0) {
         n_restores++;
         restore_us += ggml_time_us() - t_start;
 

@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <vector>
 
-// f(i, n) for each run of n cells, one after the other, from the i-th of the list on; f returns false to stop
+// f(i, n) for each run of n cells (or slots), one after the other, from the i-th of the list on; f returns false to stop
 template <typename F>
-static bool refreekv_for_runs(const std::vector<uint32_t> & cells, F && f) {
-    for (size_t i = 0, n = 0; i < cells.size(); i += n) {
+static bool refreekv_for_runs(const uint32_t * cells, size_t n_cells, F && f) {
+    for (size_t i = 0, n = 0; i < n_cells; i += n) {
         n = 1;
-        while (i + n < cells.size() && cells[i + n] == cells[i] + n) {
+        while (i + n < n_cells && cells[i + n] == cells[i] + n) {
             ++n;
         }
         if (!f(i, n)) {
@@ -17,4 +17,9 @@ static bool refreekv_for_runs(const std::vector<uint32_t> & cells, F && f) {
         }
     }
     return true;
+}
+
+template <typename F>
+static bool refreekv_for_runs(const std::vector<uint32_t> & cells, F && f) {
+    return refreekv_for_runs(cells.data(), cells.size(), f);
 }

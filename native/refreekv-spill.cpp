@@ -12,6 +12,8 @@
 #include <cinttypes>
 #include <cstring>
 
+static const size_t REFREEKV_COLD_PIECE = 256 << 10; // bytes
+
 void refreekv_store::make_cold() {
     if (params.cold == REFREEKV_COLD_NONE) {
         return;
@@ -82,17 +84,21 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
     return ok;
 }
 
-// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on
+// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on, in pieces that stay in the processor's cache
 bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const {
-    std::vector<uint8_t> bytes;
+    const size_t row   = cold_row(g, v);
+    const size_t n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
 
-    return refreekv_for_runs(cells, [&](size_t i, size_t n) {
-        bytes.resize(n*cold_row(g, v));
-        if (!cold->read(cold_place(g, cells[i], v), bytes.data(), bytes.size())) {
-            return false;
+    std::vector<uint8_t> bytes(std::min(n_max, cells.size())*row);
+
+    return refreekv_for_runs(cells, [&](size_t i_run, size_t n_run) {
+        for (size_t i = i_run; i < i_run + n_run; i += n_max) {
+            const size_t n = std::min(n_max, i_run + n_run - i);
+            if (!cold->read(cold_place(g, cells[i], v), bytes.data(), n*row)) {
+                return false;
+            }
+            f(i, n, bytes.data());
         }
-        f(i, n, bytes.data());
-
         return true;
     });
 }

@@ -7,6 +7,7 @@
 
 #include "llama-kv-cache.h"
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -276,7 +277,7 @@ private:
 
     std::vector<std::vector<std::pair<llama_pos, llama_pos>>> spans; // [LLAMA_MAX_SEQ] protected positions, ends excluded
 
-    uint64_t n_generation  = 0;
+    std::atomic<uint64_t> n_generation { 0 };
     bool     stale_slots   = false;       // cells may have become empty
     bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
     bool     refused_copy  = false;
@@ -362,6 +363,7 @@ private:
     std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
 
     int32_t bring_back (group & g, const std::vector<uint32_t> & cells); // a refreekv_status
+    int32_t bring_back (const std::vector<std::vector<uint32_t>> & cells); // a refreekv_status
     int64_t bring_back (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
 

@@ -95,7 +95,9 @@ class Sequence:
 class State:
     """A state of some sequences, as llama.cpp saved it, and what they should be once it is loaded."""
 
-    def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence], whole: Heads) -> None:
+    def __init__(
+        self, data: bytes, saved: list[Sequence], context: list[Sequence], whole: Heads, *, has_cold: bool
+    ) -> None:
         self.data = data
         self.whole = whole
         self.is_pruned = any(sequence.pruned >= 0 for sequence in context)
@@ -103,7 +105,8 @@ class State:
         # it knows of cells which lie behind a pruning, not of which sequence
         behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
         for sequence in self.sequences:
-            sequence.lost = sequence.missing  # the cold store is not in it
+            if not has_cold:
+                sequence.lost = sequence.missing
             sequence.spans = []
             sequence.pruned = max((pos for pos, cell in enumerate(sequence.cells) if cell in behind), default=-1)
 
@@ -119,16 +122,20 @@ class Operations(RuleBasedStateMachine):
     states = Bundle("states")
     whole_states = Bundle("whole_states")
 
-    def __init__(self, path: Path, unified: bool, cold: str | None) -> None:
+    def __init__(self, path: Path, unified: bool, cold: str | None, cold_state: bool) -> None:
         super().__init__()
         self.unified = unified
+        self.cold_state = cold_state
         self.has_cold = cold is not None
         self.model = reference.LlamaReference(path)
         self.sequences = [self.empty() for _ in range(N_SEQ)]
+        cold_options = (
+            {"cold": native.enum_value(cold), "cold_dir": str(path.parent), "cold_state": cold_state} if cold else {}
+        )
         self.native = Sequences(
             path,
             ReFreeKV(n_min=0),
-            cold={} if cold is None else {"cold": native.enum_value(cold), "cold_dir": str(path.parent)},
+            cold=cold_options,
             n_seq_max=N_SEQ,
             kv_unified=unified,
             n_ctx=N_SEQ * 1024,
@@ -384,7 +391,7 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(ctx, seq_id))()
         assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), seq_id) == len(buffer)
-        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences, self.whole)
+        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences, self.whole, has_cold=self.cold_state)
 
     @rule(seq_id=SEQ_IDS, state=states)
     def load(self, seq_id: int, state: State) -> None:
@@ -406,7 +413,7 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(ctx))()
         n_written = llama_cpp.llama_state_get_data(ctx, buffer, len(buffer))
-        return State(bytes(buffer[:n_written]), self.sequences, self.sequences, self.whole)
+        return State(bytes(buffer[:n_written]), self.sequences, self.sequences, self.whole, has_cold=self.cold_state)
 
     @rule(state=whole_states)
     def load_all(self, state: State) -> None:
@@ -428,11 +435,17 @@ class Operations(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("unified", "cold"),
-    [(True, None), (False, None), (True, "COLD_MEMORY"), (True, "COLD_FILE"), (False, "COLD_FILE")],
+    ("unified", "cold", "cold_state"),
+    [
+        (True, None, True),
+        (False, None, True),
+        (True, "COLD_MEMORY", False),
+        (True, "COLD_FILE", True),
+        (False, "COLD_FILE", True),
+    ],
 )
-def test_random_operations(tmp_path: Path, unified: bool, cold: str | None) -> None:
+def test_random_operations(tmp_path: Path, unified: bool, cold: str | None, cold_state: bool) -> None:
     path = tmp_path / "model.gguf"
     MODEL.write(path)
-    machine: Callable[[], Operations] = lambda: Operations(path, unified, cold)  # noqa: E731
+    machine: Callable[[], Operations] = lambda: Operations(path, unified, cold, cold_state)  # noqa: E731
     run_state_machine_as_test(machine)

@@ -102,6 +102,16 @@ def test_every_policy_evicts_to_the_cold_store(tiny_model: Path, name: str) -> N
     np.testing.assert_array_equal(feed(llm, MORE), feed(never, MORE))
 
 
+@pytest.mark.parametrize("options", CACHES, ids=str)
+@pytest.mark.parametrize("cold", COLD)
+def test_several_threads_bring_it_back(tiny: Tiny, cold: str, options: dict) -> None:
+    path = tiny("gqa64")
+    llm, never = (read(path, prune=prune, kv_cold=cold, n_threads_batch=4, **options) for prune in (True, False))
+    n_evicted = sum(len(PROMPT) - len(layer) for layer in kept(llm))
+    assert restore(llm) == n_evicted
+    assert cache_of(llm) == cache_of(never)
+
+
 def test_rows_that_a_graph_moves_come_back_too(tiny_model: Path) -> None:
     from policies import Debug
 
@@ -338,6 +348,29 @@ assert cache_of(llm) == cache_of(never)
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_rows_that_cannot_be_read_are_not_seen(tiny_model: Path, n_threads: int) -> None:
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import support
+from test_restore import *
+llm, other = (read(Path(sys.argv[1]), kv_cold="file", n_threads_batch=int(sys.argv[3])) for _ in range(2))
+expected, before = feed(other, MORE), kept(llm)
+if os.fork() == 0:  # it has nothing of what is in the file
+    with pytest.raises(CacheStateError, match="cannot be read any more"):
+        restore(llm)
+    assert kept(llm) == before
+    np.testing.assert_array_equal(feed(llm, MORE).argmax(axis=1), expected.argmax(axis=1))
+    assert llm.kv_stats.bytes == other.kv_stats.bytes  # nor is there room for them any more
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+    command = [sys.executable, "-c", script, str(tiny_model), str(Path(__file__).parent), str(n_threads)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60)
+
+
 # -- when rows are lost ------------------------------------------------------------------------------------------------
 
 
@@ -368,10 +401,11 @@ def test_a_write_that_fails(tiny_model: Path, cold: str, n: int) -> None:
     assert generate(llm, tokens) == generate(other, tokens)
 
 
-def test_no_memory_for_what_comes_back(tiny_model: Path) -> None:
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_no_memory_for_what_comes_back(tiny_model: Path, n_threads: int) -> None:
     never = read(tiny_model, prune=False)
     for n in (1, 2):  # two layers have something to get back
-        llm = read(tiny_model)
+        llm = read(tiny_model, n_threads_batch=n_threads)
         native.fail_allocation(n)
         with pytest.raises(CacheMemoryError, match="no memory"):
             restore(llm)

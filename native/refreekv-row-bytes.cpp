@@ -1,0 +1,88 @@
+#include "refreekv-row-bytes.h"
+
+#include "refreekv-runs.h"
+
+#include <algorithm>
+#include <cstring>
+
+// rows that are transposed together: few enough to stay in the first cache, and enough to fill its lines on the other side
+static const size_t REFREEKV_ROW_BLOCK = 64;
+
+// f(element of a line, element of a row) for all of n rows; lines: an element of all cells each, stride apart
+template <typename T, typename F>
+static void refreekv_transpose(T * lines, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, T * rows, F && f) {
+    const size_t n_wide = n_lines - n_lines % 4;
+
+    for (size_t i0 = 0; i0 < n; i0 += REFREEKV_ROW_BLOCK) {
+        const size_t i1 = std::min(i0 + REFREEKV_ROW_BLOCK, n);
+
+        for (size_t j = 0; j < n_wide; j += 4) {
+            T * line = lines + j*stride;
+            for (size_t i = i0; i < i1; ++i) {
+                T * row = rows + i*n_lines + j;
+                f(line[0*stride + slots[i]], row[0]);
+                f(line[1*stride + slots[i]], row[1]);
+                f(line[2*stride + slots[i]], row[2]);
+                f(line[3*stride + slots[i]], row[3]);
+            }
+        }
+        for (size_t j = n_wide; j < n_lines; ++j) {
+            for (size_t i = i0; i < i1; ++i) {
+                f(lines[j*stride + slots[i]], rows[i*n_lines + j]);
+            }
+        }
+    }
+}
+
+// the types that V can be transposed in have 2 or 4 bytes
+template <typename F>
+static void refreekv_transpose(const ggml_tensor * t, uint8_t * base, const uint32_t * slots, size_t n, uint8_t * rows, F && f) {
+    if (t->nb[0] == sizeof(uint16_t)) {
+        refreekv_transpose((uint16_t *) base, t->nb[1]/t->nb[0], t->ne[1], slots, n, (uint16_t *) rows, f);
+    } else {
+        GGML_ASSERT(t->nb[0] == sizeof(uint32_t));
+        refreekv_transpose((uint32_t *) base, t->nb[1]/t->nb[0], t->ne[1], slots, n, (uint32_t *) rows, f);
+    }
+}
+
+// f(i, n) for each run of n slots from the i-th on
+template <typename F>
+static void refreekv_for_slots(const uint32_t * slots, size_t n_slots, F && f) {
+    refreekv_for_runs(slots, n_slots, [&](size_t i, size_t n) {
+        f(i, n);
+        return true;
+    });
+}
+
+refreekv_row_bytes::refreekv_row_bytes(ggml_tensor * t, bool trans) :
+    t(t), trans(trans), n_bytes(trans ? t->ne[1]*t->nb[0] : t->nb[1]), host(ggml_backend_buffer_is_host(t->buffer)) {
+}
+
+void refreekv_row_bytes::fetch() {
+    if (!host) {
+        copy.resize(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, copy.data(), 0, copy.size());
+    }
+}
+
+void refreekv_row_bytes::send() {
+    if (!host) {
+        ggml_backend_tensor_set(t, copy.data(), 0, copy.size());
+    }
+}
+
+void refreekv_row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
+    if (trans) {
+        refreekv_transpose(t, base(), slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
+    } else {
+        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*n_bytes, base() + slots[i]*n_bytes, n_run*n_bytes); });
+    }
+}
+
+void refreekv_row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * src) {
+    if (trans) {
+        refreekv_transpose(t, base(), slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
+    } else {
+        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(base() + slots[i]*n_bytes, src + i*n_bytes, n_run*n_bytes); });
+    }
+}
