@@ -12,7 +12,7 @@
 #include <cinttypes>
 #include <cstring>
 
-static const size_t REFREEKV_COLD_PIECE = 256 << 10; // bytes
+static const size_t REFREEKV_COLD_PIECE = 64 << 10; // bytes; stays in the processor's cache until it is where it belongs
 
 void refreekv_store::make_cold() {
     if (params.cold == REFREEKV_COLD_NONE) {
@@ -84,7 +84,7 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
     return ok;
 }
 
-// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on, in pieces that stay in the processor's cache
+// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on
 bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const {
     const size_t row   = cold_row(g, v);
     const size_t n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
