@@ -369,8 +369,8 @@ class Llama(llama_cpp.Llama):
         if self.kv_evicted != "restore":
             return False
         n_common = self.longest_token_prefix(self._input_ids.tolist(), prompt[:-1])
-        if n_common < self.n_tokens or self._queries_lost:
-            # what was generated has taken the place of the prompt's last queries, and a state has none
+        if n_common < self.n_tokens:
+            # what was generated has taken the place of the prompt's last queries
             n_common = min(n_common, max(0, len(prompt) - self._n_window))
         try:
             if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):

@@ -275,6 +275,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def set_state(llm: Llama, state: bytes) -> int:
     """Bytes read; 0: refused."""
+    native.clear_error()
     buffer = (ctypes.c_uint8 * max(1, len(state))).from_buffer_copy(state or b"\0")
     return llama_cpp.llama_state_set_data(ctx_of(llm), buffer, len(state))
 
