@@ -31,10 +31,10 @@ ggml_backend_t refreekv_store::backend_of(const group & g) const {
     return nullptr;
 }
 
-bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity) {
+bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
     n_generation++;
 
-    return g.rows.move(slots, capacity, backend_of(g), params.graph_gather);
+    return g.rows.move(slots, capacity, backend_of(g), params.graph_gather, in);
 }
 
 bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {

@@ -12,9 +12,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <future>
 
 static const uint32_t REFREEKV_RESTORE_THREADS = 4;
+
+// whether the host may read and write rows where they are
+bool refreekv_store::in_place(const group & g) const {
+    return ggml_backend_buft_is_host(g.rows.get_shape().buft) && !params.graph_gather;
+}
 
 // rows that are about to be evicted
 void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
@@ -30,15 +36,22 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
         return;
     }
 
-    refreekv_row_bytes k(g.rows.k, false);
-    refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
-    k.fetch();
-    v.fetch();
-
     std::vector<uint32_t> slots;
     for (uint32_t cell : cells) {
         slots.push_back(g.res.slot(cell));
     }
+
+    if (!in_place(g)) {
+        const auto rows = g.rows.read(slots, backend_of(g), params.graph_gather);
+
+        refreekv_for_runs(cells, [&](size_t i, size_t n) {
+            return put_cold(g, cells[i], n, rows.k.data() + i*cold_row(g, false), rows.v.data() + i*cold_row(g, true));
+        });
+        return;
+    }
+
+    const refreekv_row_bytes k(g.rows.k, false);
+    const refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
 
     std::vector<uint8_t> bytes_k;
     std::vector<uint8_t> bytes_v;
@@ -98,6 +111,25 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         slots_now.push_back(is_absent[cell] ? refreekv_rows::none : g.res.slot(cell));
     }
 
+    if (!in_place(g)) {
+        const size_t row_k = cold_row(g, false);
+        const size_t row_v = cold_row(g, true);
+
+        refreekv_rows::host_rows in { std::vector<uint8_t>(absent.size()*row_k), std::vector<uint8_t>(absent.size()*row_v) };
+
+        const bool ok = get_cold(g, false, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + i*row_k, bytes, n*row_k); }) &&
+                        get_cold(g, true,  absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + i*row_v, bytes, n*row_v); });
+        if (!ok) {
+            return REFREEKV_ERR_STATE;
+        }
+        if (!move(g, slots_now, padded(order.size()), in)) {
+            return REFREEKV_ERR_MEMORY;
+        }
+        g.res.arrange(order);
+
+        return REFREEKV_OK;
+    }
+
     if (!move(g, slots_now, padded(order.size()))) {
         return REFREEKV_ERR_MEMORY;
     }
@@ -106,11 +138,9 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
 
     for (bool is_v : { false, true }) {
         refreekv_row_bytes rows(is_v ? g.rows.v : g.rows.k, is_v && g.rows.get_shape().v_trans);
-        rows.fetch();
         if (!get_cold(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
             return REFREEKV_ERR_STATE;
         }
-        rows.send();
     }
     for (uint32_t cell : absent) {
         g.res.assign(cell); // the free slots, lowest first

@@ -55,20 +55,7 @@ static void refreekv_for_slots(const uint32_t * slots, size_t n_slots, F && f) {
 }
 
 refreekv_row_bytes::refreekv_row_bytes(ggml_tensor * t, bool trans) :
-    t(t), trans(trans), n_bytes(trans ? t->ne[1]*t->nb[0] : t->nb[1]), host(ggml_backend_buffer_is_host(t->buffer)) {
-}
-
-void refreekv_row_bytes::fetch() {
-    if (!host) {
-        copy.resize(ggml_nbytes(t));
-        ggml_backend_tensor_get(t, copy.data(), 0, copy.size());
-    }
-}
-
-void refreekv_row_bytes::send() {
-    if (!host) {
-        ggml_backend_tensor_set(t, copy.data(), 0, copy.size());
-    }
+    t(t), trans(trans), n_bytes(trans ? t->ne[1]*t->nb[0] : t->nb[1]) {
 }
 
 void refreekv_row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {

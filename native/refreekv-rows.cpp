@@ -2,129 +2,186 @@
 
 #include "ggml-alloc.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
+// slots[i] and the n - 1 after it follow each other: they are copied in one piece
 struct refreekv_run {
-    size_t src;
-    size_t dst;
+    size_t i;
     size_t n;
 };
 
-// consecutive source slots are copied in one piece
+// rows without a source make runs of their own
 static std::vector<refreekv_run> refreekv_runs(const std::vector<uint32_t> & slots) {
     std::vector<refreekv_run> res;
 
     for (size_t i = 0; i < slots.size(); ++i) {
-        if (slots[i] == refreekv_rows::none) {
-            continue;
-        }
-        if (!res.empty() && i == res.back().dst + res.back().n && slots[i] == res.back().src + res.back().n) {
+        const bool in  = slots[i] == refreekv_rows::none;
+        const bool was = i > 0 && slots[i - 1] == refreekv_rows::none;
+
+        if (i > 0 && in == was && (in || slots[i] == slots[i - 1] + 1)) {
             res.back().n++;
         } else {
-            res.push_back({ slots[i], i, 1 });
+            res.push_back({ i, 1 });
         }
     }
 
     return res;
 }
 
-static void refreekv_copy_host(const ggml_tensor * src, ggml_tensor * dst, const std::vector<refreekv_run> & runs, bool trans) {
-    const size_t n_lines = trans ? src->ne[1]     : 1;
-    const size_t el      = trans ? src->nb[0]     : src->nb[1];
+// Where the bytes of a cell lie in K or V: side by side, or one element in each line of a V that is transposed.
+struct refreekv_plane {
+    uint8_t * base;
+    size_t    part;    // bytes that lie side by side
+    size_t    n_parts; // of a cell
+    size_t    line;    // from one part of a cell to the next
 
-    for (size_t j = 0; j < n_lines; ++j) {
-        const char * ps = (const char *) src->data + j*src->nb[1];
-              char * pd = (      char *) dst->data + j*dst->nb[1];
+    refreekv_plane(const ggml_tensor * t, bool trans, void * base) :
+        base((uint8_t *) base), part(trans ? t->nb[0] : t->nb[1]), n_parts(trans ? t->ne[1] : 1), line(t->nb[1]) {}
 
+    size_t    row()                        const { return part*n_parts; }
+    uint8_t * at(uint32_t slot, size_t p)  const { return base + p*line + slot*part; }
+
+    // n cells, cell after cell
+    void get(uint32_t slot, size_t n, uint8_t * out) const {
+        for_parts(slot, n, [&](uint8_t * ours, size_t theirs, size_t size) { memcpy(out + theirs, ours, size); });
+    }
+    void set(uint32_t slot, size_t n, const uint8_t * in) const {
+        for_parts(slot, n, [&](uint8_t * ours, size_t theirs, size_t size) { memcpy(ours, in + theirs, size); });
+    }
+
+private:
+    template <typename F>
+    void for_parts(uint32_t slot, size_t n, F && f) const {
+        if (n_parts == 1) {
+            f(at(slot, 0), 0, n*part);
+            return;
+        }
+        for (size_t p = 0; p < n_parts; ++p) {
+            for (size_t j = 0; j < n; ++j) {
+                f(at(slot + j, p), j*row() + p*part, part);
+            }
+        }
+    }
+};
+
+static void refreekv_copy_host(const refreekv_plane & src, const refreekv_plane & dst, const std::vector<uint32_t> & slots, const uint8_t * in) {
+    const auto runs = refreekv_runs(slots);
+
+    for (size_t p = 0; p < dst.n_parts; ++p) {
         for (const auto & r : runs) {
-            memcpy(pd + r.dst*el, ps + r.src*el, r.n*el);
+            if (slots[r.i] != refreekv_rows::none) {
+                memcpy(dst.at(r.i, p), src.at(slots[r.i], p), r.n*dst.part);
+            }
+        }
+    }
+    for (const auto & r : runs) {
+        if (in && slots[r.i] == refreekv_rows::none) {
+            dst.set(r.i, r.n, in);
+            in += r.n*dst.row();
         }
     }
 }
 
-// rows as 32-bit words: get_rows copies those verbatim whatever the cache type is
-static ggml_tensor * refreekv_gather_rows(ggml_context * ctx, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs) {
-    const auto words = [&](ggml_tensor * t, int64_t n) {
-        ggml_tensor * res = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, t->nb[1]/4, n);
-        res->buffer   = t->buffer;
-        res->data     = t->data;
-        return res;
-    };
-
-    ggml_tensor * cur = ggml_get_rows(ctx, words(src, src->ne[1]), idxs);
-
-    return ggml_cpy(ctx, cur, words(dst, idxs->ne[0]));
-}
-
-// the transposed V has the cells along the first dimension; its types are never quantised, and a trip through f32 is exact
-static ggml_tensor * refreekv_gather_cols(ggml_context * ctx, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs) {
-    ggml_tensor * cur = ggml_cont(ctx, ggml_transpose(ctx, src));
-
-    cur = ggml_get_rows(ctx, cur, idxs);
-    cur = ggml_cont(ctx, ggml_transpose(ctx, cur));
-
-    return ggml_cpy(ctx, cur, ggml_view_2d(ctx, dst, idxs->ne[0], dst->ne[1], dst->nb[1], 0));
-}
-
-static bool refreekv_copy_graph(ggml_backend_t backend, const std::vector<uint32_t> & slots,
-        ggml_tensor * k_src, ggml_tensor * k_dst, ggml_tensor * v_src, ggml_tensor * v_dst, bool v_trans) {
-    if (k_src->nb[1] % 4 != 0 || (!v_trans && v_src->nb[1] % 4 != 0)) {
-        return false;
+// A graph that gathers rows on a backend. Rows are 32-bit words to it: get_rows and concat copy those verbatim on every
+// backend, whatever the type of the cache.
+class refreekv_gather {
+public:
+    refreekv_gather() {
+        ggml_init_params params = { ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true };
+        ctx.reset(ggml_init(params));
     }
 
-    ggml_init_params params = { ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true };
+    // the rows of a list of slots, one after the other; into dst, when it is not transposed
+    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, const std::vector<uint8_t> & in, ggml_tensor * dst) {
+        ggml_tensor * from = nullptr;
 
-    ggml_context_ptr ctx { ggml_init(params) };
+        if (src) {
+            from = trans ? ggml_cont(ctx.get(), ggml_transpose(ctx.get(), src)) : src;
+            from = as_type(from, GGML_TYPE_I32, from->ne[1]);
+        }
 
-    ggml_tensor * idxs = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, slots.size());
-    ggml_set_input(idxs);
+        uint32_t next = src ? from->ne[1] : 0;
+        for (uint32_t slot : slots) {
+            idxs.push_back(slot != refreekv_rows::none ? slot : in.empty() ? 0 : next++);
+        }
 
-    ggml_cgraph * gf = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(gf, refreekv_gather_rows(ctx.get(), k_src, k_dst, idxs));
-    ggml_build_forward_expand(gf, v_trans ? refreekv_gather_cols(ctx.get(), v_src, v_dst, idxs)
-                                          : refreekv_gather_rows(ctx.get(), v_src, v_dst, idxs));
+        if (!in.empty()) {
+            const size_t  n_in = std::count(slots.begin(), slots.end(), refreekv_rows::none);
+            ggml_tensor * more = upload(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, in.size()/n_in/4, n_in), in.data());
 
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+            from = from ? ggml_concat(ctx.get(), from, more, 1) : more;
+        }
+
+        ggml_tensor * res = ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
+        if (dst && !trans) {
+            res->buffer = dst->buffer;
+            res->data   = dst->data;
+        }
+        return res;
+    }
+
+    // rows() of a transposed tensor to where they belong
+    ggml_tensor * store_transposed(ggml_tensor * rows, ggml_tensor * dst) {
+        const int64_t n = rows->ne[1];
+
+        return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], 0));
+    }
+
+    bool compute(ggml_backend_t backend, ggml_tensor * out) {
+        ggml_set_output(out);
+
+        ggml_cgraph * gf = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(gf, out);
+
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+                return false;
+            }
+        }
+
+        galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+        if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
             return false;
         }
+
+        for (const auto & [t, data] : uploads) {
+            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+        }
+
+        return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
     }
 
-    ggml_gallocr_ptr galloc { ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)) };
-    if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
-        return false;
+private:
+    ggml_context_ptr ctx;
+    ggml_gallocr_ptr galloc;
+
+    std::vector<int32_t> idxs;
+    std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+
+    ggml_tensor * upload(ggml_tensor * t, const void * data) {
+        ggml_set_input(t);
+        uploads.emplace_back(t, data);
+        return t;
     }
 
-    std::vector<int32_t> sources;
-    for (uint32_t slot : slots) {
-        sources.push_back(slot == refreekv_rows::none ? 0 : slot);
-    }
-    ggml_backend_tensor_set(idxs, sources.data(), 0, ggml_nbytes(idxs));
+    // the first n rows of a contiguous tensor, read as another type
+    ggml_tensor * as_type(ggml_tensor * t, ggml_type type, int64_t n) {
+        ggml_tensor * res = ggml_view_2d(ctx.get(), t, t->ne[0], n, t->nb[1], 0);
 
-    return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
-}
+        res->type  = type;
+        res->ne[0] = t->nb[1]/ggml_type_size(type)*ggml_blck_size(type);
+        res->nb[0] = ggml_type_size(type);
+
+        return res;
+    }
+};
 
 static std::atomic<int32_t> g_fail_in { 0 };
 
 void refreekv_rows::fail_allocation(int32_t n) {
     g_fail_in = n;
-}
-
-// the last resort: through host memory, on any backend
-static void refreekv_copy_bounce(ggml_tensor * src, ggml_tensor * dst, const std::vector<refreekv_run> & runs, bool trans) {
-    const size_t n_lines = trans ? src->ne[1] : 1;
-    const size_t el      = trans ? src->nb[0] : src->nb[1];
-
-    std::vector<uint8_t> bytes;
-
-    for (size_t j = 0; j < n_lines; ++j) {
-        for (const auto & r : runs) {
-            bytes.resize(r.n*el);
-            ggml_backend_tensor_get(src, bytes.data(), j*src->nb[1] + r.src*el, bytes.size());
-            ggml_backend_tensor_set(dst, bytes.data(), j*dst->nb[1] + r.dst*el, bytes.size());
-        }
-    }
 }
 
 size_t refreekv_rows::bytes() const {
@@ -180,7 +237,70 @@ bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
            ggml_backend_tensor_alloc(dst.buf.get(), dst.v, base + size_k) == GGML_STATUS_SUCCESS;
 }
 
-bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph) {
+void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in) {
+    const bool host = ggml_backend_buffer_is_host(dst->buffer);
+
+    if (host && !force_graph) {
+        refreekv_copy_host(refreekv_plane(src ? src : dst, trans, src ? src->data : nullptr), refreekv_plane(dst, trans, dst->data), slots, in.data());
+        return;
+    }
+
+    refreekv_gather gather;
+
+    if (backend && refreekv_plane(dst, trans, nullptr).row() % 4 == 0) {
+        ggml_tensor * rows = gather.rows(src, trans, slots, in, dst);
+
+        if (gather.compute(backend, trans ? gather.store_transposed(rows, dst) : rows)) {
+            return;
+        }
+    }
+
+    std::vector<uint8_t> from(src ? ggml_nbytes(src) : 0);
+    std::vector<uint8_t> to  (ggml_nbytes(dst), 0);
+
+    if (src) {
+        ggml_backend_tensor_get(src, from.data(), 0, from.size());
+        n_bounced += from.size();
+    }
+    refreekv_copy_host(refreekv_plane(src ? src : dst, trans, from.data()), refreekv_plane(dst, trans, to.data()), slots, in.data());
+    ggml_backend_tensor_set(dst, to.data(), 0, to.size());
+}
+
+void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, std::vector<uint8_t> & out) {
+    const refreekv_plane plane(src, trans, ggml_backend_buffer_is_host(src->buffer) ? src->data : nullptr);
+
+    out.resize(slots.size()*plane.row());
+
+    const auto copy = [&](const refreekv_plane & from) {
+        for (const auto & r : refreekv_runs(slots)) {
+            from.get(slots[r.i], r.n, out.data() + r.i*from.row());
+        }
+    };
+
+    if (plane.base && !force_graph) {
+        copy(plane);
+        return;
+    }
+
+    refreekv_gather gather;
+
+    if (backend && plane.row() % 4 == 0) {
+        ggml_tensor * rows = gather.rows(src, trans, slots, {}, nullptr);
+
+        if (gather.compute(backend, rows)) {
+            ggml_backend_tensor_get(rows, out.data(), 0, out.size());
+            return;
+        }
+    }
+
+    std::vector<uint8_t> all(ggml_nbytes(src));
+    ggml_backend_tensor_get(src, all.data(), 0, all.size());
+    n_bounced += all.size();
+
+    copy(refreekv_plane(src, trans, all.data()));
+}
+
+bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
     GGML_ASSERT(slots.size() <= capacity);
 
     if (capacity == 0) {
@@ -193,16 +313,11 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
         return false;
     }
 
-    const auto runs = refreekv_runs(slots);
+    const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
 
-    if (!runs.empty()) {
-        if (ggml_backend_buffer_is_host(st.buf.get()) && !force_graph) {
-            refreekv_copy_host(st.k, dst.k, runs, false);
-            refreekv_copy_host(st.v, dst.v, runs, s.v_trans);
-        } else if (!backend || !refreekv_copy_graph(backend, slots, st.k, dst.k, st.v, dst.v, s.v_trans)) {
-            refreekv_copy_bounce(st.k, dst.k, runs, false);
-            refreekv_copy_bounce(st.v, dst.v, runs, s.v_trans);
-        }
+    if (any) {
+        move(st.k, dst.k, false,     slots, backend, force_graph, in.k);
+        move(st.v, dst.v, s.v_trans, slots, backend, force_graph, in.v);
     }
 
     st    = std::move(dst);
@@ -211,6 +326,14 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
     n_cap = capacity;
 
     return true;
+}
+
+refreekv_rows::host_rows refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph) {
+    host_rows res;
+    read(st.k, false,     slots, backend, force_graph, res.k);
+    read(st.v, s.v_trans, slots, backend, force_graph, res.v);
+
+    return res;
 }
 
 void refreekv_rows::clear() {

@@ -14,7 +14,8 @@
 //   K  [n_embd_k, capacity]
 //   V  [n_embd_v, capacity], or transposed [capacity, n_embd_v] (upstream's layout without flash attention)
 //
-// Rows move as bytes, so every cache type keeps its exact contents.
+// Rows move as bytes, so every cache type keeps its exact contents. On a device its backend gathers them, and what stays never
+// comes to the host. Where the backend lacks a kernel for that, all rows go through host memory; bytes_bounced() counts them.
 class refreekv_rows {
 public:
     // fixed for the life of the object
@@ -37,16 +38,27 @@ public:
     size_t   row_bytes() const;             // K and V of one cell
     const shape & get_shape() const { return s; }
 
-    // a row without a source
+    // rows in host memory: cell after cell, however the tensors lie
+    struct host_rows {
+        std::vector<uint8_t> k;
+        std::vector<uint8_t> v;
+    };
+
+    // a row without a source here
     static constexpr uint32_t none = UINT32_MAX;
 
-    // afterwards row i holds what row slots[i] held (none: nothing to rely on), and there is room for capacity rows; the
-    // rest is zero.
-    // backend: gathers the rows where they are not in host memory; without it, or when it cannot, they go through the host
+    // afterwards row i holds what row slots[i] held (none: the next row of `in`, which has one for each or
+    // nothing at all), and there is room for capacity rows; the rest is zero.
+    // backend: gathers rows that are not in host memory
     // false when the memory cannot be had: nothing has changed then
-    bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph);
+    bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in = {});
+
+    // copies of these rows; on a device just they cross to the host
+    host_rows read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph);
 
     void clear();
+
+    uint64_t bytes_bounced() const { return n_bounced; }
 
     // test hook (refreekv_fail_allocation)
     static void fail_allocation(int32_t n);
@@ -55,6 +67,8 @@ private:
     shape    s;
     int32_t  il;
     uint32_t n_cap = 0;
+
+    uint64_t n_bounced = 0;
 
     struct storage {
         refreekv_pages_ptr      pages { nullptr, { 0 } }; // freed after buf
@@ -65,4 +79,8 @@ private:
     } st;
 
     bool alloc(storage & dst, uint32_t capacity) const;
+
+    // one of K and V
+    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in);
+    void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, std::vector<uint8_t> & out);
 };

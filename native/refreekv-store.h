@@ -319,8 +319,9 @@ private:
     bool grow(const slot_info_vec_t & sinfos);
     void give_back();
 
-    bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity);
+    bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in = {});
     ggml_backend_t backend_of(const group & g) const;
+    bool           in_place  (const group & g) const;
 
     const layer & layer_of(const group & g) const { return layers[il_to_layer.at(g.il)]; }
 

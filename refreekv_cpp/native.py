@@ -193,7 +193,9 @@ def buffers(ctx: Any) -> list[tuple[str, Any]]:
     n_max = 64  # buffer types; a machine has a few
     out = ffi.new("struct refreekv_buffer_info[]", n_max)
     n = _check(_lib.refreekv_get_buffers(_context(ctx), out, n_max))
-    return [(ffi.string(out[i].name).decode(), out[i]) for i in range(min(n, n_max))]
+    # out[i] does not keep the array alive
+    copies = [ffi.new("struct refreekv_buffer_info *", out[i]) for i in range(min(n, n_max))]
+    return [(ffi.string(info.name).decode(), info) for info in copies]
 
 
 def kept(ctx: Any, seq_id: int, index: int) -> Positions:

@@ -1,0 +1,189 @@
+// A ggml backend for tests: a device whose memory the host cannot see, on any machine.
+//
+// It computes on the CPU, so its results are the CPU's bit for bit. But its addresses are not the host's (reading one
+// faults), and every byte that crosses is written down with the name of its tensor. So what a GPU would do to the cache can
+// be asserted: that it answers the same, and what of it comes to the host.
+//
+// Loaded with ggml_backend_load(); device.py has the rest.
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <set>
+#include <string>
+#include <vector>
+
+// what crossed, in the order it did
+
+struct crossing {
+    char     name[GGML_MAX_NAME];
+    uint64_t size;
+    int32_t  to_host;
+};
+
+static std::vector<crossing> crossings;
+static std::set<int>         refused; // ggml_op
+
+extern "C" {
+
+void     test_device_forget()                           { crossings.clear(); }
+uint64_t test_device_n_crossings()                      { return crossings.size(); }
+void     test_device_crossing(uint64_t i, crossing * c) { *c = crossings[i]; }
+
+// supports_op says no to these from now on; nullptr: to none
+void test_device_refuse(const char * op) {
+    if (!op) {
+        refused.clear();
+    }
+    for (int i = 0; op && i < GGML_OP_COUNT; ++i) {
+        if (strcmp(op, ggml_op_name((ggml_op) i)) == 0) {
+            refused.insert(i);
+        }
+    }
+}
+
+}
+
+static void note(const ggml_tensor * t, size_t size, bool to_host) {
+    crossing c = {};
+    strncpy(c.name, t->name, sizeof(c.name) - 1);
+    c.size    = size;
+    c.to_host = to_host;
+    crossings.push_back(c);
+}
+
+// memory: what the host sees is this far from where it is, and nowhere that can be read
+
+static const uintptr_t FAR = (uintptr_t) 1 << 62;
+
+static uint8_t * there(const void * ptr) { return (uint8_t *) ((uintptr_t) ptr - FAR); }
+
+static const char * buft_name(ggml_backend_buffer_type_t) { return "TestDevice"; }
+
+static void   buffer_free (ggml_backend_buffer_t buf) { free(buf->context); }
+static void * buffer_base (ggml_backend_buffer_t buf) { return (uint8_t *) buf->context + FAR; }
+static void   buffer_clear(ggml_backend_buffer_t buf, uint8_t value) { memset(buf->context, value, buf->size); }
+
+static void buffer_memset(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    memset(there(t->data) + offset, value, size);
+}
+
+static void buffer_set(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    note(t, size, false);
+    memcpy(there(t->data) + offset, data, size);
+}
+
+static void buffer_get(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    note(t, size, true);
+    memcpy(data, there(t->data) + offset, size);
+}
+
+static bool is_ours(ggml_backend_buffer_t buf) { return buf && buf->buft->iface.get_name == buft_name; }
+
+static bool buffer_copy(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
+    if (!is_ours(src->buffer)) {
+        return false;
+    }
+    memcpy(there(dst->data), there(src->data), ggml_nbytes(src));
+    return true;
+}
+
+static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    void * data = nullptr;
+    if (posix_memalign(&data, 64, size) != 0) {
+        return nullptr;
+    }
+    memset(data, 0xff, size); // NaN, as far as anyone may rely on it
+    return ggml_backend_buffer_init(buft, { buffer_free, buffer_base, nullptr, buffer_memset, buffer_set, buffer_get, nullptr, nullptr, buffer_copy, buffer_clear, nullptr }, data, size);
+}
+
+static size_t buft_alignment(ggml_backend_buffer_type_t) { return 64; }
+
+// backend
+
+static ggml_backend_t cpu() {
+    static ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+    return backend;
+}
+
+static const char * backend_name(ggml_backend_t)         { return "TestDevice"; }
+static void         backend_free(ggml_backend_t backend) { delete backend; }
+
+static ggml_status backend_compute(ggml_backend_t, ggml_cgraph * gf) {
+    std::set<ggml_tensor *> tensors;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        tensors.insert(node);
+        tensors.insert(node->src, node->src + GGML_MAX_SRC);
+    }
+    tensors.erase(nullptr);
+
+    std::vector<ggml_tensor *> moved;
+    for (ggml_tensor * t : tensors) {
+        if (is_ours(t->view_src ? t->view_src->buffer : t->buffer)) {
+            t->data = there(t->data);
+            moved.push_back(t);
+        }
+    }
+    const ggml_status res = ggml_backend_graph_compute(cpu(), gf);
+
+    for (ggml_tensor * t : moved) {
+        t->data = (uint8_t *) t->data + FAR;
+    }
+    return res;
+}
+
+// device
+
+static const char * device_name(ggml_backend_dev_t) { return "TestDevice"; }
+static const char * device_desc(ggml_backend_dev_t) { return "memory that the host cannot see"; }
+static enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
+static void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = (size_t) 4 << 30; }
+
+static void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    *props             = {};
+    props->name        = device_name(dev);
+    props->description = device_desc(dev);
+    props->type        = device_type(dev);
+    device_memory(dev, &props->memory_free, &props->memory_total);
+}
+
+static ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = { 0x72, 0x65, 0x66, 0x72, 0x65, 0x65, 0x6b, 0x76, 0x2d, 0x74, 0x65, 0x73, 0x74, 0x2d, 0x64, 0x31 };
+
+    ggml_backend_i iface = {};
+    iface.get_name       = backend_name;
+    iface.free           = backend_free;
+    iface.graph_compute  = backend_compute;
+
+    return new ggml_backend { &guid, iface, dev, nullptr };
+}
+
+static ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t dev) {
+    static ggml_backend_buffer_type buft = { { buft_name, buft_alloc, buft_alignment, nullptr, nullptr, nullptr }, dev, nullptr };
+    return &buft;
+}
+
+static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    return refused.count(op->op) == 0 && ggml_backend_supports_op(cpu(), op);
+}
+
+static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return buft->iface.get_name == buft_name; }
+
+// registry
+
+static const char *       reg_name        (ggml_backend_reg_t) { return "TestDevice"; }
+static size_t             reg_device_count(ggml_backend_reg_t) { return 1; }
+static ggml_backend_dev_t reg_device      (ggml_backend_reg_t reg, size_t) {
+    static ggml_backend_device device = {
+        { device_name, device_desc, device_memory, device_type, device_props, device_init, device_buft, nullptr, nullptr,
+          device_supports_op, device_supports_buft, nullptr, nullptr, nullptr, nullptr }, reg, nullptr };
+    return &device;
+}
+
+extern "C" ggml_backend_reg_t ggml_backend_init() {
+    static ggml_backend_reg reg = { GGML_BACKEND_API_VERSION, { reg_name, reg_device_count, reg_device, nullptr }, nullptr };
+    return &reg;
+}
