@@ -5,6 +5,7 @@
 #include "ggml-alloc.h"
 
 #include <algorithm>
+#include <numeric>
 
 // host
 
@@ -100,6 +101,58 @@ bool refreekv_attention_graph::for_each_slice(F && f) {
     return true;
 }
 
+template <typename F>
+bool refreekv_attention_graph::by_any_way(F && f) {
+    do {
+        unsupported = false;
+        if (f()) {
+            return true;
+        }
+    } while (unsupported && next_way());
+
+    return false;
+}
+
+bool refreekv_attention_graph::next_way() {
+    softmax = {};
+
+    if (!dequantise && ggml_is_quantized(in.k->type)) {
+        dequantise = true;
+        all_slots.resize(in.n_kv);
+        std::iota(all_slots.begin(), all_slots.end(), 0);
+        return true;
+    }
+    if (in.backend == in.host) {
+        return false;
+    }
+
+    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+    host_ctx.reset(ggml_init(params));
+
+    const auto fetch = [&](ggml_tensor * & t) {
+        ggml_tensor * there = t;
+
+        t = ggml_dup_tensor(host_ctx.get(), there);
+        return there;
+    };
+    const ggml_tensor * k    = fetch(in.k);
+    const ggml_tensor * ring = fetch(in.ring);
+
+    host_buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(host_ctx.get(), ggml_backend_cpu_buffer_type()));
+    if (!host_buf) {
+        return false;
+    }
+    ggml_backend_tensor_get(k,    in.k->data,    0, ggml_nbytes(k));
+    ggml_backend_tensor_get(ring, in.ring->data, 0, ggml_nbytes(ring));
+
+    bytes_bounced += ggml_backend_buffer_get_size(host_buf.get());
+
+    in.backend = in.host;
+    dequantise = false;
+
+    return true;
+}
+
 // of the KV heads in.heads[h_kv], ...: [n_kv, n_rows, n_head of the slice]
 ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
     const int64_t n_gqa = in.n_gqa;
@@ -119,9 +172,14 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     q = refreekv_select_heads(ctx, q, { in.heads.begin() + h_kv, in.heads.begin() + h_kv + n_kv_heads }, n_gqa);
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
 
-    const size_t head_bytes = ggml_row_size(in.k->type, in.n_embd_head);
+    ggml_tensor * k = in.k;
+    if (dequantise) {
+        k = ggml_get_rows(ctx, k, upload(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, in.n_kv), all_slots.data()));
+    }
 
-    ggml_tensor * k = ggml_view_3d(ctx, in.k, in.n_embd_head, n_kv_heads, in.n_kv, head_bytes, in.k->nb[1], head_bytes*h_kv);
+    const size_t head_bytes = ggml_row_size(k->type, in.n_embd_head);
+
+    k = ggml_view_3d(ctx, k, in.n_embd_head, n_kv_heads, in.n_kv, head_bytes, k->nb[1], head_bytes*h_kv);
     k = ggml_permute(ctx, k, 0, 2, 1, 3);
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
@@ -163,6 +221,7 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
 
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         if (!ggml_backend_supports_op(in.backend, ggml_graph_node(gf, i))) {
+            unsupported = true;
             return false;
         }
     }
@@ -194,9 +253,11 @@ static ggml_tensor * refreekv_leaf(ggml_context * ctx, const ggml_tensor * t) {
     return res;
 }
 
-static void refreekv_append(std::vector<float> & out, const ggml_tensor * t) {
-    out.resize(out.size() + ggml_nelements(t));
-    ggml_backend_tensor_get(t, out.data() + out.size() - ggml_nelements(t), 0, ggml_nbytes(t));
+void refreekv_attention_graph::read_back(std::vector<float> & out, const ggml_tensor * t) {
+    out.resize(ggml_nelements(t));
+    ggml_backend_tensor_get(t, out.data(), 0, ggml_nbytes(t));
+
+    bytes_read += ggml_nbytes(t);
 }
 
 // sum over dimension 1 by halving: plain adds, which every backend has and runs at memory speed
@@ -221,9 +282,14 @@ static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
 }
 
 bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
+    return by_any_way([&]() { return scores_now(heads, out); });
+}
+
+bool refreekv_attention_graph::scores_now(join heads, std::vector<float> & out) {
     out.assign(n_cells, 0.0f);
 
-    computed joined;
+    computed           joined;
+    std::vector<float> by_slot;
 
     return for_each_slice([&]() {
         const int64_t n = softmax.out->ne[2]; // heads of the slice
@@ -241,8 +307,7 @@ bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
             return false;
         }
 
-        std::vector<float> by_slot;
-        refreekv_append(by_slot, joined.out);
+        read_back(by_slot, joined.out);
 
         for (uint32_t j = 0; j < n_cells; ++j) {
             const float score = by_slot[in.slots[j]];
@@ -253,11 +318,14 @@ bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
 }
 
 bool refreekv_attention_graph::read(float * out) {
+    return by_any_way([&]() { return read_now(out); });
+}
+
+bool refreekv_attention_graph::read_now(float * out) {
     std::vector<float> by_slot;
 
     return for_each_slice([&]() {
-        by_slot.clear();
-        refreekv_append(by_slot, softmax.out);
+        read_back(by_slot, softmax.out);
 
         for (size_t first = 0; first < by_slot.size(); first += in.n_kv) {
             for (uint32_t j = 0; j < n_cells; ++j) {
@@ -272,6 +340,10 @@ bool refreekv_attention_graph::read(float * out) {
 static const uint32_t REFREEKV_CHUNK_BLOCKS = 64;
 
 bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+    return by_any_way([&]() { return block_sums_now(block, n_blocks, squared, out); });
+}
+
+bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.clear();
 
     computed           sums;
@@ -313,8 +385,7 @@ bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, ui
                 return false;
             }
 
-            part.clear();
-            refreekv_append(part, sums.out);
+            read_back(part, sums.out);
             for (size_t l = 0; l < n_lines; ++l) {
                 std::copy_n(part.begin() + l*n, n, out.begin() + first + l*n_blocks + b0);
             }

@@ -22,12 +22,16 @@ private:
 // upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums); or, where the policy is the caller's, all (read).
 //
+// Where the backend has no kernel for K as it is stored (a view of quantised heads, on Vulkan), K is dequantised first; where it
+// lacks another one, K and the queries come to the host. supports_op decides.
+//
 // Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is. When one slice holds
 // them all, which is the usual case, the rows are computed once and kept for both questions.
 class refreekv_attention_graph : public refreekv_attention {
 public:
     struct inputs {
         ggml_backend_t backend;
+        ggml_backend_t host; // the last resort
 
         ggml_tensor * k;    // [n_embd_head*heads.size(), capacity]
         ggml_tensor * ring; // [n_embd_head*n_head of the layer, n]
@@ -60,6 +64,14 @@ private:
 
     int64_t n_head_kv_slice; // KV heads per slice
 
+    bool unsupported = false; // the backend has no kernel for the last graph
+    bool dequantise  = false;
+
+    std::vector<int32_t> all_slots; // for that
+
+    ggml_context_ptr        host_ctx; // K and the queries, once they are there
+    ggml_backend_buffer_ptr host_buf;
+
     // tensors to be filled before a graph runs, and with what
     using uploads = std::vector<std::pair<ggml_tensor *, const void *>>;
 
@@ -73,6 +85,18 @@ private:
 
     template <typename F>
     bool for_each_slice(F && f);
+
+    bool scores_now(join heads, std::vector<float> & out);
+    bool read_now(float * out);
+    bool block_sums_now(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out);
+
+    // f() again and again, until it has no want of a kernel
+    template <typename F>
+    bool by_any_way(F && f);
+
+    bool next_way();
+
+    void read_back(std::vector<float> & out, const ggml_tensor * t);
 
     ggml_tensor * build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const;
 

@@ -220,7 +220,12 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
         return status;
     }
 
-    if (!refreekv_policy_find(by.policy)(by, *attn, pinned, sel)) {
+    const bool ok = refreekv_policy_find(by.policy)(by, *attn, pinned, sel);
+
+    bytes_read    += attn->bytes_read;
+    bytes_bounced += attn->bytes_bounced;
+
+    if (!ok) {
         refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
         return REFREEKV_ERR_COMPUTE;
     }
@@ -237,6 +242,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
     refreekv_attention_graph::inputs in = {};
 
     in.backend = backend_of(g);
+    in.host    = host_backend();
     if (!in.backend) {
         refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
         return REFREEKV_ERR_COMPUTE;

@@ -31,6 +31,12 @@ ggml_backend_t refreekv_store::backend_of(const group & g) const {
     return nullptr;
 }
 
+ggml_backend_t refreekv_store::host_backend() const {
+    auto * sched = lctx->get_sched();
+
+    return ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1); // ggml has it there
+}
+
 bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
     n_generation++;
 

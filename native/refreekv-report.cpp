@@ -63,11 +63,14 @@ refreekv_stats refreekv_store::stats() const {
     res.n_prunes    = n_prunes;
     res.prune_us    = prune_us;
     res.bytes_freed = bytes_freed;
+    res.bytes_read  = bytes_read;
     res.bytes_cold  = bytes_cold;
     res.cold        = !cold ? REFREEKV_COLD_NONE : cold->is_file() ? REFREEKV_COLD_FILE : REFREEKV_COLD_MEMORY;
     res.cold_full   = cold_full;
     res.n_restores  = n_restores;
     res.restore_us  = restore_us;
+
+    res.bytes_bounced = bytes_bounced;
 
     for (const auto & table : kv.v_cells) {
         res.n_tokens += table.get_used();
@@ -75,6 +78,8 @@ refreekv_stats refreekv_store::stats() const {
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
         res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
+
+        res.bytes_bounced += g.rows.bytes_bounced();
     }
     for (const auto & [_, buf] : ring_bufs) {
         res.bytes_ring += ggml_backend_buffer_get_size(buf.get());
@@ -193,7 +198,12 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
         return REFREEKV_OK;
     }
 
-    if (!attn->read(out)) {
+    const bool ok = attn->read(out);
+
+    bytes_read    += attn->bytes_read;
+    bytes_bounced += attn->bytes_bounced;
+
+    if (!ok) {
         refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
         return REFREEKV_ERR_COMPUTE;
     }

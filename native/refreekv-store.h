@@ -292,6 +292,9 @@ private:
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
+    uint64_t bytes_read    = 0; // answers of the eviction graph
+    uint64_t bytes_bounced = 0; // K and queries that it could not look at where they are
+
     std::unique_ptr<refreekv_cold> cold; // nullptr: what is evicted is gone
     uint64_t bytes_cold = 0;
     bool     cold_full  = false;
@@ -322,6 +325,7 @@ private:
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in = {});
     ggml_backend_t backend_of(const group & g) const;
     bool           in_place  (const group & g) const;
+    ggml_backend_t host_backend() const;
 
     const layer & layer_of(const group & g) const { return layers[il_to_layer.at(g.il)]; }
 

@@ -126,6 +126,8 @@ struct refreekv_stats {
     uint64_t bytes_other; // the rest of the context's memory: layers with a sliding window, recurrent states
     uint64_t bytes_full;  // what the full cache of n_tokens needs
     uint64_t bytes_freed; // given back by evictions so far
+    uint64_t bytes_read;  // what prunings read back from the layers' backends: scores and sums, no K or V
+    uint64_t bytes_bounced; // K, V and queries that came to the host because their backend lacks a kernel; 0 on those that have all
     uint64_t bytes_cold;  // evicted rows that are kept in the cold store
     int32_t  cold;        // enum refreekv_cold_kind, what it is
     bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk

@@ -48,6 +48,9 @@ class KVStats:
             states.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
+        bytes_read: what prunings so far have read back from the layers' backends: scores and sums, no keys or values.
+        bytes_bounced: keys, values and queries that came to the host because their backend lacks a kernel that the
+            cache needs; 0 with those of llama.cpp's that docs/backends.md lists.
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
@@ -78,6 +81,8 @@ class KVStats:
     bytes_other: int
     bytes_full: int
     bytes_freed: int
+    bytes_read: int
+    bytes_bounced: int
     bytes_per_token: int
     n_prunes: int
     n_limit_prunes: int
@@ -120,6 +125,8 @@ class KVStats:
             bytes_other=stats.bytes_other,
             bytes_full=stats.bytes_full,
             bytes_freed=stats.bytes_freed,
+            bytes_read=stats.bytes_read,
+            bytes_bounced=stats.bytes_bounced,
             bytes_per_token=sum(group.row_bytes for group in groups),
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,

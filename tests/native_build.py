@@ -23,6 +23,21 @@ def build(folder: Path, definitions: Iterable[str], targets: Iterable[str]) -> N
     subprocess.run(["cmake", "--build", str(folder), "--target", *targets], check=True, stdout=stderr)
 
 
+def upstream_tree() -> Path:
+    """llama.cpp's sources as they are built here, for their headers."""
+    tree = ROOT / "build" / "headers" / "llama.cpp"
+    source = ["--source", os.environ["REFREEKV_UPSTREAM_DIR"]] if "REFREEKV_UPSTREAM_DIR" in os.environ else []
+    subprocess.run(
+        [
+            *[sys.executable, str(ROOT / "cmake" / "prepare_upstream.py"), str(tree), *source],
+            *["--downloads", str(ROOT / "build" / "downloads")],
+        ],
+        check=True,
+        stdout=sys.__stderr__,
+    )
+    return tree
+
+
 def stock_library(definitions: Iterable[str] = ()) -> Path:
     """The folder of a stock libllama: $REFREEKV_STOCK_LIB, or built here (minutes, the first time)."""
     if library := os.environ.get("REFREEKV_STOCK_LIB"):

@@ -19,6 +19,10 @@ public:
     uint32_t i_layer = 0;
     uint32_t n_layer = 1;
 
+    // what came to the host so far: answers to the questions below, and K where it could not be looked at where it is
+    uint64_t bytes_read    = 0;
+    uint64_t bytes_bounced = 0;
+
     enum class join { MEAN, MAX };
 
     // out[j]: the mean over rows of the attention to cell j, joined over heads

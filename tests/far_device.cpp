@@ -4,7 +4,7 @@
 // faults), and every byte that crosses is written down with the name of its tensor. So what a GPU would do to the cache can
 // be asserted: that it answers the same, and what of it comes to the host.
 //
-// Loaded with ggml_backend_load(); device.py has the rest.
+// Loaded with ggml_backend_load(); far_device.py has the rest.
 
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
@@ -28,12 +28,12 @@ static std::set<int>         refused; // ggml_op
 
 extern "C" {
 
-void     test_device_forget()                           { crossings.clear(); }
-uint64_t test_device_n_crossings()                      { return crossings.size(); }
-void     test_device_crossing(uint64_t i, crossing * c) { *c = crossings[i]; }
+void     far_device_forget()                           { crossings.clear(); }
+uint64_t far_device_n_crossings()                      { return crossings.size(); }
+void     far_device_crossing(uint64_t i, crossing * c) { *c = crossings[i]; }
 
 // supports_op says no to these from now on; nullptr: to none
-void test_device_refuse(const char * op) {
+void far_device_refuse(const char * op) {
     if (!op) {
         refused.clear();
     }
@@ -48,7 +48,7 @@ void test_device_refuse(const char * op) {
 
 static void note(const ggml_tensor * t, size_t size, bool to_host) {
     crossing c = {};
-    strncpy(c.name, t->name, sizeof(c.name) - 1);
+    memcpy(c.name, t->name, sizeof(c.name));
     c.size    = size;
     c.to_host = to_host;
     crossings.push_back(c);
@@ -60,7 +60,7 @@ static const uintptr_t FAR = (uintptr_t) 1 << 62;
 
 static uint8_t * there(const void * ptr) { return (uint8_t *) ((uintptr_t) ptr - FAR); }
 
-static const char * buft_name(ggml_backend_buffer_type_t) { return "TestDevice"; }
+static const char * buft_name(ggml_backend_buffer_type_t) { return "FarDevice"; }
 
 static void   buffer_free (ggml_backend_buffer_t buf) { free(buf->context); }
 static void * buffer_base (ggml_backend_buffer_t buf) { return (uint8_t *) buf->context + FAR; }
@@ -104,11 +104,16 @@ static size_t buft_alignment(ggml_backend_buffer_type_t) { return 64; }
 // backend
 
 static ggml_backend_t cpu() {
-    static ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+    static ggml_backend_t backend = [] {
+        ggml_backend_t res   = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+        auto           set_n = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(ggml_backend_get_device(res)), "ggml_backend_set_n_threads");
+        set_n(res, 1);
+        return res;
+    }();
     return backend;
 }
 
-static const char * backend_name(ggml_backend_t)         { return "TestDevice"; }
+static const char * backend_name(ggml_backend_t)         { return "FarDevice"; }
 static void         backend_free(ggml_backend_t backend) { delete backend; }
 
 static ggml_status backend_compute(ggml_backend_t, ggml_cgraph * gf) {
@@ -137,7 +142,7 @@ static ggml_status backend_compute(ggml_backend_t, ggml_cgraph * gf) {
 
 // device
 
-static const char * device_name(ggml_backend_dev_t) { return "TestDevice"; }
+static const char * device_name(ggml_backend_dev_t) { return "FarDevice"; }
 static const char * device_desc(ggml_backend_dev_t) { return "memory that the host cannot see"; }
 static enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
 static void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = (size_t) 4 << 30; }
@@ -166,15 +171,22 @@ static ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t dev) {
     return &buft;
 }
 
+// as on Vulkan, there is no matrix product with a part of quantised rows
+static bool is_part_of_rows(const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+
+    return op->op == GGML_OP_MUL_MAT && ggml_is_quantized(a->type) && a->nb[1] != ggml_row_size(a->type, a->ne[0]);
+}
+
 static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    return refused.count(op->op) == 0 && ggml_backend_supports_op(cpu(), op);
+    return refused.count(op->op) == 0 && !is_part_of_rows(op) && ggml_backend_supports_op(cpu(), op);
 }
 
 static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return buft->iface.get_name == buft_name; }
 
 // registry
 
-static const char *       reg_name        (ggml_backend_reg_t) { return "TestDevice"; }
+static const char *       reg_name        (ggml_backend_reg_t) { return "FarDevice"; }
 static size_t             reg_device_count(ggml_backend_reg_t) { return 1; }
 static ggml_backend_dev_t reg_device      (ggml_backend_reg_t reg, size_t) {
     static ggml_backend_device device = {
