@@ -70,8 +70,8 @@ def test_bytes_are_the_allocators(tiny_model: Path, prompt: list[int], kv_policy
 
 def test_buffers_stay_what_they_were(tiny_model: Path) -> None:
     """They were views of an array that was freed by then."""
-    ctx = ctx_of(load(tiny_model, "refreekv"))
-    found = native.buffers(ctx)
+    llm = load(tiny_model, "refreekv")
+    found = native.buffers(ctx_of(llm))
     others = [native.ffi.new("struct refreekv_buffer_info[]", 64) for _ in range(16)]  # in the same place, zero
     assert sum(info.bytes_model for _, info in found) > 0
     del others
