@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-# no backend but the CPU's, whatever the library was built with
-CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+# no device but the CPU: hidden where that can be done, and nothing put on it where not (Metal)
+NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+ON_CPU = {"n_gpu_layers": 0, "offload_kqv": False, "op_offload": False}
 
 N_PROMPT = 1060
 N_ANSWER = 12
@@ -77,9 +78,8 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
 
     from refreekv_cpp import native
 
-    llm = load(
-        model, POLICIES.get(policy, policy), **{"kv_elastic": True, "n_gpu_layers": -1, **options, **scenario.options}
-    )
+    defaults = {"kv_elastic": True, "n_gpu_layers": -1}
+    llm = load(model, POLICIES.get(policy, policy), **{**defaults, **scenario.options, **options})
     evicts = policy != "full"
     if scenario.whole_heads and evicts:
         native.keep_heads(ctx_of(llm), [(1, 0)])
@@ -150,7 +150,7 @@ class Difference:
         return f"{tokens} {self.distance:.0e}" + (f", {self.kept} cells" if self.kept else "")
 
 
-def run_all(policies: list[str], rpc: str) -> dict[tuple[str, str], Answer]:
+def run_all(policies: list[str], rpc: str, options: dict[str, Any]) -> dict[tuple[str, str], Answer]:
     """Every policy in every scenario, in this process."""
     from tiny_architectures import tiny_models
 
@@ -162,16 +162,18 @@ def run_all(policies: list[str], rpc: str) -> dict[tuple[str, str], Answer]:
     res = {}
     for name, scenario in SCENARIOS.items():
         for policy in policies:
-            res[policy, name] = answer(models(scenario.model), policy, scenario)
+            res[policy, name] = answer(models(scenario.model), policy, scenario, **options)
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return res
 
 
-def in_a_process(policies: list[str], environment: dict[str, str], rpc: str = "") -> dict[tuple[str, str], Answer]:
+def in_a_process(
+    policies: list[str], environment: dict[str, str], rpc: str = "", *, on_cpu: bool = False
+) -> dict[tuple[str, str], Answer]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers"
-        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc]
+        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc, *(["--on-cpu"] if on_cpu else [])]
         subprocess.run(
             [*command, *(f"--policy={policy}" for policy in policies)], check=True, env={**os.environ, **environment}
         )
@@ -184,13 +186,14 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(help="Rows of the table.")] = None,
     rpc: Annotated[str, typer.Option(help="llama.cpp's RPC servers, HOST:PORT,...: the layers go there.")] = "",
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    on_cpu: Annotated[bool, typer.Option("--on-cpu", hidden=True)] = False,
 ) -> None:
     policies = policy or TABLE_POLICIES
     if out is not None:
-        out.write_bytes(pickle.dumps(run_all(policies, rpc)))
+        out.write_bytes(pickle.dumps(run_all(policies, rpc, ON_CPU if on_cpu else {})))
         return
 
-    cpus = in_a_process(policies, CPU_ONLY)
+    cpus = in_a_process(policies, NO_DEVICES, on_cpu=True)
     ours = in_a_process(policies, dict(pair.split("=", 1) for pair in env or []), rpc)
 
     failed = False
@@ -201,9 +204,9 @@ def main(
         print(f"| {name} | {' | '.join(map(str, differences))} |")
     read = max(answer.bytes_read for answer in ours.values())
     bounced = sum(answer.bytes_bounced for answer in ours.values())
-    on_cpu = sum(answer.places == {"CPU"} for answer in ours.values())
+    n_on_cpu = sum(answer.places == {"CPU"} for answer in ours.values())
     places = sorted(set().union(*(answer.places for answer in ours.values())))
-    print(f"\nThe cache lay in {', '.join(places)}; in {on_cpu} of {len(ours)} runs in CPU alone.")
+    print(f"\nThe cache lay in {', '.join(places)}; in {n_on_cpu} of {len(ours)} runs in CPU alone.")
     print(f"Read back by prunings: at most {read} bytes a run. Keys and values that came to the host: {bounced} bytes.")
     raise SystemExit(int(failed or bounced > 0))
 

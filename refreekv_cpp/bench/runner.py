@@ -28,6 +28,7 @@ class Contestant:
     flash_attn: bool
     kv_policy: str | None
     library: Path | None = None
+    n_gpu_layers: int = 0
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Worker:
             "n_threads": n_threads,
             "flash_attn": contestant.flash_attn,
             "kv_policy": contestant.kv_policy,
+            "n_gpu_layers": contestant.n_gpu_layers,
         }
         environment = dict(os.environ)
         if contestant.library:

@@ -1,6 +1,6 @@
 """One contestant of a benchmark, in a process of its own (two libllama do not go into one). Run by path, by runner.py.
 
-    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "kv_policy": null for stock llama-cpp-python}'
+    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "n_gpu_layers", "kv_policy": null for stock}'
 
 Reads commands from stdin, one JSON a line, and answers each with one JSON line on stdout:
 
@@ -34,7 +34,7 @@ def resident_bytes(kind: str = "VmRSS") -> int:
 
 
 def load(spec: dict[str, Any]) -> Any:
-    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads")}
+    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads", "n_gpu_layers")}
     if spec["kv_policy"] is None:
         from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the library
 
@@ -57,6 +57,9 @@ def begin(llm: Any, _: None) -> dict[str, Any]:
 def read(llm: Any, tokens: list[int]) -> dict[str, Any]:
     start = time.perf_counter()
     llm.eval(tokens)
+    import llama_cpp  # the library that `load` took
+
+    llama_cpp.llama_synchronize(llm._ctx.ctx)  # a GPU may still be at it
     return {"read_s": time.perf_counter() - start}
 
 

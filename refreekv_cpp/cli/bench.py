@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
     flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    n_gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU; -1: all.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Bursts of decoding per contestant.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="How often all of it is done, with new processes.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
@@ -46,7 +48,11 @@ def bench(
     if settings is None:
         raise ValueError(f"--flash-attn {flash_attn}: valid are off, on and both")
     lengths = [int(length) for length in tokens.split(",")]
-    contestants = [c for setting in settings for c in contestants_of(kv_policy, against, flash_attn=setting)]
+    contestants = [
+        replace(contestant, n_gpu_layers=n_gpu_layers)
+        for setting in settings
+        for contestant in contestants_of(kv_policy, against, flash_attn=setting)
+    ]
 
     if plot and not have_matplotlib():
         raise ValueError("--plot: needs matplotlib: pip install 'refreekv-cpp[eval]'")
