@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-# no device but the CPU: hidden where that can be done, and nothing put on it where not (Metal)
+# no device but the CPU: hidden, or where it cannot be (Metal), with nothing put on it. Hiding is better: n_gpu_layers=0
+# alone gives weights other kernels on the CPU
 NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-ON_CPU = {"n_gpu_layers": 0, "offload_kqv": False, "op_offload": False}
+ON_CPU: dict[str, Any] = {"n_gpu_layers": 0, "op_offload": False} if sys.platform == "darwin" else {}
 
 N_PROMPT = 1060
 N_ANSWER = 12
