@@ -16,7 +16,7 @@
 #include <new>
 #include <stdexcept>
 
-static const int32_t REFREEKV_ABI_VERSION = 5;
+static const int32_t REFREEKV_ABI_VERSION = 6;
 
 static thread_local std::string g_error;
 
