@@ -14,6 +14,8 @@
 #include <atomic>
 #include <cstring>
 #include <future>
+#include <new>
+#include <system_error>
 
 static const uint32_t REFREEKV_RESTORE_THREADS = 4;
 
@@ -160,7 +162,13 @@ int32_t refreekv_store::bring_back(const std::vector<std::vector<uint32_t>> & ce
 
     const auto work = [&]() -> result {
         for (uint32_t i = next++; i < groups.size(); i = next++) {
-            if (const int32_t status = bring_back(groups[i], cells[i])) {
+            int32_t status;
+            try {
+                status = bring_back(groups[i], cells[i]);
+            } catch (const std::bad_alloc &) {
+                status = REFREEKV_ERR_MEMORY;
+            }
+            if (status != REFREEKV_OK) {
                 next = groups.size();
                 return { status, i };
             }
@@ -168,12 +176,16 @@ int32_t refreekv_store::bring_back(const std::vector<std::vector<uint32_t>> & ce
         return { REFREEKV_OK, 0 };
     };
 
-    const bool     on_host   = std::all_of(layers.begin(), layers.end(), [](const layer & l) { return ggml_backend_buft_is_host(l.shape.buft); });
+    const bool     on_host   = std::all_of(groups.begin(), groups.end(), [&](const group & g) { return in_place(g); });
     const uint32_t n_threads = on_host && lctx ? std::min(lctx->n_threads_batch(), REFREEKV_RESTORE_THREADS) : 1;
 
     std::vector<std::future<result>> others;
     for (uint32_t i = 1; i < n_threads; ++i) {
-        others.push_back(std::async(std::launch::async, work));
+        try {
+            others.push_back(std::async(std::launch::async, work));
+        } catch (const std::system_error &) {
+            break; // no more threads to be had: those that are there do it
+        }
     }
 
     result res = work();

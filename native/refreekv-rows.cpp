@@ -193,11 +193,11 @@ size_t refreekv_rows::row_bytes() const {
 }
 
 bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
-    if (g_fail_in == 1) {
-        return false;
+    int32_t n = g_fail_in;
+    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
     }
-    if (g_fail_in > 1) {
-        --g_fail_in;
+    if (n == 1) {
+        return false;
     }
 
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };

@@ -67,8 +67,8 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy. (Where REFREEKV_POLICY has chosen it, this is
-            a warning, and the model runs with "full".)
+        UnsupportedModelError: the model's memory cannot have this policy, or not with `kv_guard`. (Where
+            REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
 
@@ -136,6 +136,12 @@ class Llama(llama_cpp.Llama):
             warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
             self.close()
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
+            return
+        if self.kv_guard is not None and self._evicts and self._is_hybrid:
+            self.close()
+            raise UnsupportedModelError(
+                f"kv_guard={self.kv_guard}: a hybrid model cannot take a token back; leave it out"
+            )
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with native.next_context(self._native_params()):
@@ -171,7 +177,6 @@ class Llama(llama_cpp.Llama):
 
     def _prune(self, policy: Policy) -> int:
         self._unpruned_of = None
-        self._divergence = None
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
@@ -259,7 +264,7 @@ class Llama(llama_cpp.Llama):
             return False
         full = guard.next_token(self)
         for policy in guard.attempts(self.kv_policy):
-            self.n_tokens = n_tokens
+            self._go_back(n_tokens)
             self._prune(policy)
             self._eval(token)
             self._divergence = kl(full, guard.next_token(self))
@@ -272,10 +277,14 @@ class Llama(llama_cpp.Llama):
                     print(f"refreekv: {error}; the guard lets it be", file=sys.stderr)
                 return True
             self._n_guarded += 1
-        self.n_tokens = n_tokens
+        self._go_back(n_tokens)
         self._eval(token)
         self._divergence = kl(full, guard.next_token(self))
         return True
+
+    def _go_back(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self._requires_eval = True  # the logits are not those of the last token that is left
 
     def _keep_heads(self) -> None:
         """Before the first token: have the heads kept whole that the policy wants whole, and no others.
@@ -351,6 +360,7 @@ class Llama(llama_cpp.Llama):
                 self._rewind_for_queries(tokens)
             self._queries_lost = False
             self._prompt_of = generation
+            self._divergence = None
         try:
             yield from super().generate(tokens, *args, **kwargs)
             self._prune_prompt()
@@ -374,8 +384,7 @@ class Llama(llama_cpp.Llama):
             n_common = min(n_common, max(0, len(prompt) - self._n_window))
         try:
             if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
-                self.n_tokens = n_common
-                self._requires_eval = True
+                self._go_back(n_common)
                 native.restore(self._ctx.ctx, _SEQ_ID)
                 return True
         except (CacheStateError, CacheMemoryError) as error:
@@ -393,8 +402,7 @@ class Llama(llama_cpp.Llama):
         """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
         n_tokens = max(0, len(prompt) - self._n_window)
         if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
-            self.n_tokens = n_tokens
-            self._requires_eval = True
+            self._go_back(n_tokens)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's."""
@@ -442,12 +450,14 @@ class Llama(llama_cpp.Llama):
             raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
         self._queries_lost = True
         self._unpruned_of = None
+        self._divergence = None
 
     def reset(self) -> None:
         """As upstream's."""
         super().reset()
         self._queries_lost = False  # what comes is read from its beginning
         self._unpruned_of = None
+        self._divergence = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.

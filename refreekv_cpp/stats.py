@@ -56,7 +56,7 @@ class KVStats:
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
         n_guarded: prunings that `kv_guard` took back, to keep more.
         divergence: KL(full || pruned), in nats, of the token after the first one of the last answer; None: not measured
-            (see `kv_guard`).
+            (see `kv_guard`), or there was none since.
         prune_ms: the time the prunings took together, in milliseconds.
         bytes_cold: evicted rows in the cold store.
         cold: where that is: "memory", "file", or "" when there is none.

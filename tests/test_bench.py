@@ -48,6 +48,7 @@ def test_ratios_by_hand() -> None:
     [
         (["--flash-attn", "maybe"], "valid are off, on and both"),
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'"),
+        *((["--tokens", text], "valid are different positive numbers") for text in ("0", "abc", "64,64", "")),
         (["--against", "nowhere"], "there is no libllama in it"),
     ],
 )

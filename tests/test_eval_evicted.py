@@ -65,6 +65,6 @@ def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("bounds over") == 2
     assert "700 tokens" in result.stderr
-    for policy, message in (("streaming", "policies that look at attention"), ("full", "no KV policy")):
+    for policy in ("streaming", "full"):
         result = CliRunner().invoke(app, [*arguments, "--kv-policy", policy, "--threads", "1"])
-        assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True)
+        assert (result.exit_code, "policies that look at attention" in " ".join(result.stderr.split())) == (2, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from policies import POLICIES
 from support import feed, kept, load
 from tiny import random_tokens
 
-from refreekv_cpp import Llama, Policy, PolicyError, ReFreeKV, Streaming, native
+from refreekv_cpp import Llama, Policy, PolicyError, PythonPolicy, ReFreeKV, Streaming, UnsupportedModelError, native
 from refreekv_cpp.divergence import kl, log_softmax
 
 PROMPT = random_tokens(1500)
@@ -124,7 +124,7 @@ def test_rows_that_cannot_come_back_stay_away(tiny_model: Path) -> None:
     assert (llm.kv_stats.n_guarded, llm.kv_stats.cold_full) == (0, True)
 
 
-def test_what_nothing_was_evicted_of_is_not_read_twice(tiny_model: Path) -> None:
+def test_below_n_min_nothing_is_read_twice(tiny_model: Path) -> None:
     llm = load(tiny_model, Streaming(budget=0.3), kv_guard=TIGHT)
     answer(llm, PROMPT[:100])
     assert llm.kv_stats.divergence is None
@@ -137,6 +137,41 @@ def test_a_whole_cache_without_room_for_a_token_is_pruned_unguarded(tiny_model: 
     assert answer(llm, prompt) == answer(free, prompt)
     assert (llm.kv_stats.divergence, llm.kv_stats.n_guarded) == (None, 0)
     assert llm.kv_stats.budget < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailsOnce(PythonPolicy):
+    def select(self, attention: Any, positions: Any, layer: int) -> Any:
+        if FAILURES:
+            raise FAILURES.pop()
+        return np.arange(len(positions)) >= len(positions) - 512
+
+
+FAILURES: list[Exception] = []
+
+
+def test_a_pruning_that_fails_leaves_no_logits_of_another_token(tiny_model: Path) -> None:
+    llm, other = (load(tiny_model, FailsOnce(n_min=0), kv_guard=LOOSE) for _ in range(2))
+    FAILURES.append(ValueError("no"))
+    with pytest.raises(ValueError, match="no"):
+        answer(llm)
+    assert answer(llm) == answer(other)
+
+
+def test_the_divergence_is_that_of_the_last_answer(tiny_model: Path) -> None:
+    llm = load(tiny_model, POLICY, kv_guard=LOOSE, kv_prune_every=4)
+    answer(llm, n_tokens=12)
+    assert llm.kv_stats.n_prunes > 1
+    assert llm.kv_stats.divergence is not None
+    llm.reset()
+    assert llm.kv_stats.divergence is None
+
+
+@pytest.mark.parametrize("model", ["jamba (hybrid)", "lfm2 (hybrid)"])
+def test_what_cannot_take_a_token_back_is_refused(tiny: Callable[[str], Path], model: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot take a token back"):
+        load(tiny(model), POLICY, kv_guard=LOOSE)
+    answer(load(tiny(model), POLICY))
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, "much", float("nan")])

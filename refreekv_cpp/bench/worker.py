@@ -28,7 +28,7 @@ def resident_bytes(kind: str = "VmRSS") -> int:
     """
     try:
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith(kind)), 0)
     except OSError:
         return 0
 

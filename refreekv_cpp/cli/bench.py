@@ -47,7 +47,7 @@ def bench(
     settings = {"off": [False], "on": [True], "both": [False, True]}.get(flash_attn)
     if settings is None:
         raise ValueError(f"--flash-attn {flash_attn}: valid are off, on and both")
-    lengths = [int(length) for length in tokens.split(",")]
+    lengths = lengths_of(tokens)
     contestants = [
         replace(contestant, n_gpu_layers=n_gpu_layers)
         for setting in settings
@@ -82,6 +82,17 @@ def bench(
     )
     if plot:
         write_plot(plot, results, bound_ms)
+
+
+def lengths_of(text: str) -> list[int]:
+    """
+    Raises:
+        ValueError: no numbers of tokens, or one of them twice.
+    """
+    lengths = [int(length) if length.strip().isdigit() else 0 for length in text.split(",")]
+    if min(lengths) < 1 or len(set(lengths)) < len(lengths):
+        raise ValueError(f"--tokens {text}: valid are different positive numbers, separated by commas")
+    return lengths
 
 
 def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:

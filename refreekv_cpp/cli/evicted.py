@@ -28,6 +28,8 @@ def evicted(
     n_ctx = tokens + answer + 8
     llm = Llama(str(model), kv_policy=kv_policy, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
     prompt = llm.tokenize(text.read_bytes())[:tokens]
+    if len(prompt) < tokens:
+        raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")
     result = study(llm, prompt, answer)
     table = Table("known of the evicted", "their part, mean", "wrong by, mean", "rank correlation with KL")
     truth = next(iter(result.mass.values()))

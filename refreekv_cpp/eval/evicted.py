@@ -18,6 +18,8 @@ from refreekv_cpp.divergence import kl
 from refreekv_cpp.guard import next_token
 from refreekv_cpp.llama import Llama
 
+import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
@@ -83,11 +85,16 @@ class Study:
 def study(llm: Llama, prompt: Sequence[int], n_answer: int) -> Study:
     """
     Args:
-        llm: with a policy that looks at queries.
+        llm: with a policy that looks at queries. Its model's attention has to be a softmax of scaled products alone
+            (no soft-cap, ALiBi or sinks).
 
     Raises:
-        ValueError: its policy does not, or evicted nothing.
+        ValueError: its policy does not, or evicted nothing; or the model is a hybrid.
     """
+    if not (llm.kv_policy.native_options() or {}).get("n_window"):
+        raise ValueError(f"{llm.kv_policy.name}: valid are policies that look at attention")
+    if llama_cpp.llama_model_is_hybrid(llm.model):
+        raise ValueError("a hybrid model cannot take tokens back")
     ctx = llm.ctx
     llm.reset()
     llm.eval(prompt)
@@ -106,8 +113,6 @@ def study(llm: Llama, prompt: Sequence[int], n_answer: int) -> Study:
     llm.prune_kv()
     budget = llm.kv_stats.budget
     kept = [native.kept(ctx, 0, group) for group in range(n_groups)]
-    if not any(len(native.read_queries(ctx, 0, group)[0]) for group in range(n_groups)):
-        raise ValueError(f"{llm.kv_policy.name}: valid are policies that look at attention")
     if budget == 1:
         raise ValueError(f"{llm.kv_policy.name}: nothing was evicted of {len(prompt)} tokens")
 
