@@ -197,6 +197,7 @@ refreekv_rows::shape refreekv_store::shape_of(const layer & layer, const std::ve
 // drops what the groups hold
 void refreekv_store::make_groups(const heads_list & whole) {
     groups.clear();
+    worst.clear();
 
     for (auto & layer : layers) {
         layer.groups.clear();

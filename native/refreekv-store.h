@@ -387,6 +387,16 @@ private:
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
 
+    // upstream's tensors of a layer, once for each of its groups; they have no data
+    struct worst_rows {
+        ggml_context_ptr ctx;
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+    };
+    mutable std::vector<worst_rows> worst; // [n_groups] made when they are asked for
+
+    const worst_rows & worst_of(const group & g) const;
+
     // K and V of a group as matrices; reservation: of its shape, in the worst case
     ggml_tensor * rows_k(ggml_context * ctx, const group & g, bool reservation) const;
     ggml_tensor * rows_v(ggml_context * ctx, const group & g, bool reservation) const;

@@ -13,12 +13,36 @@
 #include <algorithm>
 #include <cmath>
 
-// Views in both cases: a graph with as many nodes as its reservation runs on the plan made for that. A plan of its own would
-// leave tensors at multiples of 32 bytes only, and the product of K and Q takes 1.5 times as long where its lines are split.
+// A graph with as many nodes and leafs as its reservation runs on the plan made for that: so views in both cases, and in a
+// reservation a leaf for each group. A plan of its own would leave tensors at multiples of 32 bytes only, and the product of K
+// and Q takes 1.5 times as long where its lines are split.
+const refreekv_store::worst_rows & refreekv_store::worst_of(const group & g) const {
+    worst.resize(groups.size());
+
+    auto & res = worst[&g - groups.data()];
+    if (!res.ctx) {
+        ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+        res.ctx.reset(ggml_init(params));
+
+        const auto like = [&](const ggml_tensor * t) {
+            ggml_tensor * copy = ggml_dup_tensor(res.ctx.get(), t);
+            copy->buffer = t->buffer;
+            copy->data   = t->data;
+            return copy;
+        };
+        const auto & layer = kv.layers[kv.map_layer_ids.at(g.il)];
+
+        res.k = like(layer.k);
+        res.v = like(layer.v);
+    }
+
+    return res;
+}
+
 ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool reservation) const {
     const int64_t n_embd = g.rows.get_shape().n_embd_k;
     const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * k      = reservation ? kv.layers[kv.map_layer_ids.at(g.il)].k : g.rows.k;
+    ggml_tensor * k      = reservation ? worst_of(g).k : g.rows.k;
 
     return ggml_view_2d(ctx, k, n_embd, n_rows, ggml_row_size(k->type, n_embd), 0);
 }
@@ -26,7 +50,7 @@ ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool r
 ggml_tensor * refreekv_store::rows_v(ggml_context * ctx, const group & g, bool reservation) const {
     const int64_t n_embd = g.rows.get_shape().n_embd_v;
     const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * v      = reservation ? kv.layers[kv.map_layer_ids.at(g.il)].v : g.rows.v;
+    ggml_tensor * v      = reservation ? worst_of(g).v : g.rows.v;
 
     return kv.v_trans ? ggml_view_2d(ctx, v, n_rows, n_embd, ggml_row_size(v->type, n_rows), 0)
                       : ggml_view_2d(ctx, v, n_embd, n_rows, ggml_row_size(v->type, n_embd), 0);
