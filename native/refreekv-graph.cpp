@@ -62,7 +62,7 @@ private:
 
     bool in_groups = false; // inside of groups(): mha gets one of them
 
-    ggml_tensor * ring_src = nullptr; // I32 [n_copy], nullptr when every token has its row
+    ggml_tensor * ring_src = nullptr; // I32 [n_copy]
     ggml_tensor * ring_dst = nullptr; // I64 [n_copy]
 };
 
@@ -126,9 +126,8 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
 
     const uint32_t n_copy = store->get_ring().n_copy(ubatch);
 
-    if (n_copy < ubatch.n_tokens) {
-        ring_src = refreekv_new_input(ctx, GGML_TYPE_I32, "refreekv_ring_src", n_copy);
-    }
+    // also where every token has its row: ggml's allocator plans a graph anew that has another number of nodes than the last
+    ring_src = refreekv_new_input(ctx, GGML_TYPE_I32, "refreekv_ring_src", n_copy);
     ring_dst = refreekv_new_input(ctx, GGML_TYPE_I64, "refreekv_ring_dst", n_copy);
 }
 
@@ -200,9 +199,8 @@ llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call &
     if (known) {
         q = ggml_is_contiguous(q) ? ggml_reshape_2d(call.ctx, q, ring->ne[0], q->ne[2])
                                   : ggml_cont_2d   (call.ctx, q, ring->ne[0], q->ne[2]);
-        if (ring_src) {
-            q = ggml_get_rows(call.ctx, q, ring_src);
-        }
+        q = ggml_get_rows(call.ctx, q, ring_src);
+
         ggml_build_forward_expand(call.gf, ggml_set_rows(call.ctx, ring, q, ring_dst));
     }
 

@@ -40,16 +40,11 @@ void refreekv_ring::set_input(ggml_tensor * src, ggml_tensor * dst, const llama_
     std::vector<int64_t> dst_data(dst->ne[0], n_rows() - 1);
 
     for (size_t i = 0; i < list.size(); ++i) {
-        // with a row per token there is no choice of tokens (src == nullptr)
-        const size_t at = src ? i : list[i].first;
-
-        src_data[at] = list[i].first;
-        dst_data[at] = list[i].second;
+        src_data[i] = list[i].first;
+        dst_data[i] = list[i].second;
     }
 
-    if (src) {
-        ggml_backend_tensor_set(src, src_data.data(), 0, ggml_nbytes(src));
-    }
+    ggml_backend_tensor_set(src, src_data.data(), 0, ggml_nbytes(src));
     ggml_backend_tensor_set(dst, dst_data.data(), 0, ggml_nbytes(dst));
 }
 
