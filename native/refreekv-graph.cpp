@@ -1,5 +1,6 @@
 #include "refreekv-graph.h"
 
+#include "refreekv-decode.h"
 #include "refreekv-heads.h"
 #include "refreekv-store.h"
 
@@ -21,6 +22,7 @@ public:
         llm_graph_input_attn_kv(hparams, cparams, mctx),
         store(refreekv_store::of(mctx)),
         reservation(refreekv_store::is_reservation(mctx)),
+        decodes(!reservation && store->is_pruned()),
         generation(store->generation()) {
     }
 
@@ -43,6 +45,7 @@ private:
     refreekv_store * store;
 
     const bool     reservation; // worst case: one layout of n_ctx cells
+    const bool     decodes;     // cells were evicted: our own kernel where it can; until then every logit is upstream's bit for bit
     const uint64_t generation;
 
     struct kind {
@@ -59,6 +62,8 @@ private:
 
     uint32_t                  layout_of(uint32_t i_group) const { return reservation ? 0 : store->layout_of(i_group); }
     llm_graph_input_attn_kv & inp_of   (uint32_t i_group) { return *find(layout_of(i_group), store->n_v_idxs(i_group))->inp; }
+
+    ggml_tensor * decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il);
 
     bool in_groups = false; // inside of groups(): mha gets one of them
 
@@ -192,11 +197,11 @@ llm_graph_input_attn_kv * refreekv_graph_input::layer(const refreekv_attn_call &
     ggml_tensor * ring = store->ring_of(call.il);
     ggml_tensor * q    = call.q_cur;
 
-    const bool known = ring && call.kq_b == nullptr && ggml_nelements(q) == ring->ne[0]*q->ne[2];
+    const bool known = call.kq_b == nullptr && ggml_nelements(q) == (int64_t) hparams.n_embd_head_k(call.il)*hparams.n_head(call.il)*q->ne[2];
 
     store->note_attention(call.il, call.kq_scale, call.sinks, known);
 
-    if (known) {
+    if (ring && known) {
         q = ggml_is_contiguous(q) ? ggml_reshape_2d(call.ctx, q, ring->ne[0], q->ne[2])
                                   : ggml_cont_2d   (call.ctx, q, ring->ne[0], q->ne[2]);
         q = ggml_get_rows(call.ctx, q, ring_src);
@@ -226,11 +231,26 @@ bool refreekv_graph_input::is_mask_of(int32_t il, const ggml_tensor * mask) cons
     return std::any_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout && k.inp->self_kq_mask == mask; });
 }
 
+// the attention of one group by our own kernel; nullptr: upstream's ops are to do it
+ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il) {
+    if (!decodes || sinks || hparams.f_max_alibi_bias > 0.0f || hparams.attn_soft_cap) {
+        return nullptr;
+    }
+    const float * scale = store->kq_scale(il);
+
+    const refreekv_decode_call call = { q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, scale };
+
+    return scale && refreekv_decode_fits(call) ? refreekv_decode(ctx, call) : nullptr;
+}
+
 ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, int32_t il, const refreekv_attn_mha & mha) {
     const auto & ids = store->groups_of(il);
 
-    if (in_groups || ids.size() == 1) {
+    if (in_groups) {
         return nullptr;
+    }
+    if (ids.size() == 1) {
+        return decode(ctx, q, sinks, ids[0], il);
     }
     in_groups = true;
 
@@ -242,9 +262,16 @@ ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, 
     for (uint32_t i : ids) {
         heads.push_back(store->heads_of(i));
 
+        ggml_tensor * q_of_group = refreekv_select_heads(ctx, q, heads.back(), n_gqa);
+
+        if (ggml_tensor * cur = decode(ctx, q_of_group, sinks, i, il)) {
+            parts.push_back(cur);
+            continue;
+        }
+
         ggml_tensor * s = sinks ? refreekv_select_heads(ctx, ggml_reshape_3d(ctx, sinks, 1, ggml_nelements(sinks), 1), heads.back(), n_gqa) : nullptr;
 
-        parts.push_back(mha(refreekv_select_heads(ctx, q, heads.back(), n_gqa),
+        parts.push_back(mha(q_of_group,
                     store->get_k(ctx, i, reservation), store->get_v(ctx, i, reservation),
                     inp_of(i).self_kq_mask, s ? ggml_reshape_1d(ctx, s, ggml_nelements(s)) : nullptr));
     }

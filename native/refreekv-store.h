@@ -157,6 +157,12 @@ public:
     // known: it is of the kind that the eviction graph computes
     void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
 
+    // nullptr: the attention of the layer is not of that kind
+    const float * kq_scale(int32_t il) const;
+
+    // whether a sequence was pruned and has not got everything back
+    bool is_pruned() const;
+
     //
     // the C API (refreekv.h)
     //

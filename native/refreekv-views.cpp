@@ -246,3 +246,13 @@ void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * si
     layer.sinks    = sinks;
     layer.known    = known;
 }
+
+const float * refreekv_store::kq_scale(int32_t il) const {
+    const auto & layer = layers[il_to_layer.at(il)];
+
+    return layer.known ? &layer.kq_scale : nullptr;
+}
+
+bool refreekv_store::is_pruned() const {
+    return std::any_of(pruned.begin(), pruned.begin() + n_seq_ids(), [](llama_pos pos) { return pos >= 0; });
+}

@@ -1,0 +1,395 @@
+// Built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+
+#include "refreekv-decode.h"
+
+#include "ggml-backend.h"
+
+// vectors of the compiler; REFREEKV_CPU: ggml's CPU backend is linked
+#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12))
+#define REFREEKV_DECODE
+#endif
+
+#ifdef REFREEKV_DECODE
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#pragma GCC diagnostic ignored "-Wpsabi" // vectors wider than the machine's are passed in memory, and only inlined here
+
+typedef float   lanes  __attribute__((vector_size(64)));
+typedef int32_t ilanes __attribute__((vector_size(64)));
+
+static const int N_LANES = 16;
+
+static const int64_t CHUNK      = 128; // cells; what one thread takes at a time
+static const int64_t TILE       = N_LANES; // rows that are converted at a time
+static const int64_t MAX_TOKENS = 4;
+
+static inline lanes load(const float * p) {
+    lanes res;
+    memcpy(&res, p, sizeof(res));
+    return res;
+}
+
+static inline void store(float * p, lanes v) {
+    memcpy(p, &v, sizeof(v));
+}
+
+static inline lanes all(float x) {
+    return lanes {} + x;
+}
+
+static inline lanes max(lanes a, lanes b) {
+    return a > b ? a : b;
+}
+
+static inline lanes pair_sums(lanes a, lanes b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// lane i: the sum of the lanes of a[i]
+static inline lanes sums(lanes a[N_LANES]) {
+    for (int n = N_LANES/2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) {
+            a[i] = pair_sums(a[2*i], a[2*i + 1]);
+        }
+    }
+    return a[0];
+}
+
+static inline float sum(lanes a) {
+    float res = 0.0f;
+    for (int i = 0; i < N_LANES; ++i) {
+        res += a[i];
+    }
+    return res;
+}
+
+// e^x for x <= 0: 2^k * 2^f, |f| <= 1/2, the second factor by its Taylor series. Relative error below 3e-7; below 2^-126: 0
+static inline lanes exp_neg(lanes x) {
+    const lanes y = x*1.44269504f;
+    const lanes r = max(y, all(-127.0f)) + 12582912.0f; // 1.5*2^23: rounds, and leaves k in the low bits
+    const lanes f = max(y, all(-127.0f)) - (r - 12582912.0f);
+
+    const lanes p = 1.0f + f*(0.69314718f + f*(0.24022651f + f*(0.05550411f + f*(0.00961813f + f*(0.00133336f + f*0.00015403f)))));
+
+    const lanes res = (lanes) ((ilanes) p + ((ilanes) r << 23));
+
+    return y > -126.0f ? res : lanes {};
+}
+
+static inline void to_float(const ggml_tensor * t, const char * src, float * dst, int64_t n) {
+    switch (t->type) {
+        case GGML_TYPE_F32:
+            {
+                memcpy(dst, src, n*sizeof(float));
+            } break;
+        case GGML_TYPE_F16:
+            {
+                ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);
+            } break;
+        case GGML_TYPE_Q8_0:
+            {
+                // ggml's block_q8_0
+                struct block {
+                    ggml_fp16_t d;
+                    int8_t      qs[32];
+                };
+                const block * b = (const block *) src;
+
+                for (int64_t i = 0; i < n/32; ++i) {
+                    float d;
+                    ggml_cpu_fp16_to_fp32(&b[i].d, &d, 1);
+
+                    for (int j = 0; j < 32; ++j) {
+                        dst[32*i + j] = d*b[i].qs[j];
+                    }
+                }
+            } break;
+        default:
+            {
+                ggml_get_type_traits(t->type)->to_float(src, dst, n);
+            } break;
+    }
+}
+
+static inline void prefetch(const char * p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+}
+
+// TILE rows of all heads, one cell each, [TILE][n]
+static void read_rows(const ggml_tensor * t, int64_t cell, float * dst, int64_t n) {
+    const size_t row_bytes = ggml_row_size(t->type, n);
+
+    for (int64_t i = 0; i < TILE; ++i) {
+        const char * row = (const char *) t->data + (cell + i)*t->nb[2];
+
+        prefetch(row + TILE*t->nb[2], row_bytes);
+        to_float(t, row, dst + i*n, n);
+    }
+}
+
+// out[i] = q . rows[i]; n: vectors in q, a constant where the compiler is to keep them in registers
+template <int N>
+static inline void dot_tile(const float * q, const float * rows, int64_t stride, int64_t n, float * out) {
+    n = N ? N : n;
+
+    lanes acc[TILE];
+    for (int64_t i = 0; i < TILE; ++i) {
+        const float * row = rows + i*stride;
+
+        acc[i] = load(q)*load(row);
+        for (int64_t d = 1; d < n; ++d) {
+            acc[i] += load(q + d*N_LANES)*load(row + d*N_LANES);
+        }
+    }
+    store(out, sums(acc));
+}
+
+// out += sum over i of w[i]*rows[i]
+template <int N>
+static inline void add_tile(const float * w, const float * rows, int64_t stride, int64_t n, float * out) {
+    n = N ? N : n;
+
+    for (int64_t d0 = 0; d0 < n; d0 += N ? N : 1) {
+        lanes acc[N ? N : 1];
+        for (int64_t d = 0; d < (N ? N : 1); ++d) {
+            acc[d] = load(out + (d0 + d)*N_LANES);
+        }
+        for (int64_t i = 0; i < TILE; ++i) {
+            for (int64_t d = 0; d < (N ? N : 1); ++d) {
+                acc[d] += w[i]*load(rows + i*stride + (d0 + d)*N_LANES);
+            }
+        }
+        for (int64_t d = 0; d < (N ? N : 1); ++d) {
+            store(out + (d0 + d)*N_LANES, acc[d]);
+        }
+    }
+}
+
+using tile_fn = void (*)(const float *, const float *, int64_t, int64_t, float *);
+
+static tile_fn dot_tile_of(int64_t n) {
+    return n == 4 ? dot_tile<4> : n == 8 ? dot_tile<8> : dot_tile<0>;
+}
+
+static tile_fn add_tile_of(int64_t n) {
+    return n == 4 ? add_tile<4> : n == 8 ? add_tile<8> : add_tile<0>;
+}
+
+static bool is_trans(const ggml_tensor * v) {
+    return v->nb[1] > v->nb[2];
+}
+
+static int64_t head_size_v(const ggml_tensor * v) {
+    return v->ne[is_trans(v) ? 2 : 0];
+}
+
+// the scores of a chunk become weights relative to their maximum
+static void weigh(float * s, const float * mask, float scale, float & top, float & total) {
+    lanes m = all(-INFINITY);
+    for (int64_t i = 0; i < CHUNK; i += N_LANES) {
+        const lanes x = load(s + i)*scale + load(mask + i);
+        store(s + i, x);
+        m = max(x, m);
+    }
+
+    top = -INFINITY;
+    for (int i = 0; i < N_LANES; ++i) {
+        top = std::max(top, m[i]);
+    }
+
+    lanes t = {};
+    for (int64_t i = 0; i < CHUNK; i += N_LANES) {
+        const lanes w = top > -INFINITY ? exp_neg(load(s + i) - top) : lanes {};
+        store(s + i, w);
+        t += w;
+    }
+    total = sum(t);
+}
+
+// dst: [n_embd_head_v + N_LANES, n_head*n_tokens, n_chunks]; after each weighted sum of V the maximum of the scores and the
+// sum of the weights
+static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+
+    const float scale = *(const float *) userdata;
+
+    const bool v_trans = is_trans(v);
+
+    const int64_t n_head    = q->ne[1];
+    const int64_t n_tokens  = q->ne[2];
+    const int64_t n_head_kv = k->ne[1];
+    const int64_t n_gqa     = n_head/n_head_kv;
+    const int64_t n_k       = k->ne[0];
+    const int64_t n_v       = dst->ne[0] - N_LANES;
+    const int64_t n_rows_k  = n_k*n_head_kv;
+    const int64_t n_rows_v  = n_v*n_head_kv;
+
+    const auto dot = dot_tile_of(n_k/N_LANES);
+    const auto add = add_tile_of(n_v/N_LANES);
+
+    thread_local std::vector<float> scratch;
+
+    const int64_t n_tile = TILE*std::max({ n_rows_k, n_rows_v, CHUNK });
+
+    scratch.resize(n_tile + (n_head*n_tokens + n_tokens)*CHUNK);
+
+    float * tile    = scratch.data();
+    float * weights = tile + n_tile;                   // [n_tokens][n_head][CHUNK]
+    float * masks   = weights + n_head*n_tokens*CHUNK; // [n_tokens][CHUNK]
+
+    for (int64_t chunk = ith; chunk < dst->ne[2]; chunk += nth) {
+        const int64_t cell = chunk*CHUNK;
+
+        float * out = (float *) ((char *) dst->data + chunk*dst->nb[2]); // [n_tokens][n_head][n_v + N_LANES]
+
+        for (int64_t c = 0; c < CHUNK; c += TILE) {
+            read_rows(k, cell + c, tile, n_rows_k);
+
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                for (int64_t h = 0; h < n_head; ++h) {
+                    const float * query = (const float *) ((const char *) q->data + h*q->nb[1] + t*q->nb[2]);
+
+                    dot(query, tile + h/n_gqa*n_k, n_rows_k, n_k/N_LANES, weights + (t*n_head + h)*CHUNK + c);
+                }
+            }
+        }
+
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            to_float(mask, (const char *) mask->data + t*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
+        }
+
+        for (int64_t r = 0; r < n_head*n_tokens; ++r) {
+            float * line = out + r*dst->ne[0];
+
+            weigh(weights + r*CHUNK, masks + r/n_head*CHUNK, scale, line[n_v], line[n_v + 1]);
+
+            std::fill_n(line, n_v, 0.0f);
+        }
+
+        if (!v_trans) {
+            for (int64_t c = 0; c < CHUNK; c += TILE) {
+                read_rows(v, cell + c, tile, n_rows_v);
+
+                for (int64_t r = 0; r < n_head*n_tokens; ++r) {
+                    add(weights + r*CHUNK + c, tile + r % n_head/n_gqa*n_v, n_rows_v, n_v/N_LANES, out + r*dst->ne[0]);
+                }
+            }
+            continue;
+        }
+
+        // lines of V are channels: [CHUNK] cells of TILE of them at a time
+        for (int64_t line = 0; line < n_rows_v; line += TILE) {
+            for (int64_t i = 0; i < TILE; ++i) {
+                const char * src = (const char *) v->data + (line + i)*v->nb[2] + ggml_row_size(v->type, cell);
+
+                prefetch(src + TILE*v->nb[2], ggml_row_size(v->type, CHUNK));
+                to_float(v, src, tile + i*CHUNK, CHUNK);
+            }
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                for (int64_t g = 0; g < n_gqa; ++g) {
+                    const int64_t r = t*n_head + line/n_v*n_gqa + g;
+
+                    dot_tile<CHUNK/N_LANES>(weights + r*CHUNK, tile, CHUNK, 0, out + r*dst->ne[0] + line % n_v);
+                }
+            }
+        }
+    }
+}
+
+// dst: [n_embd_head_v*n_head, n_tokens]
+static void join_chunks(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * parts = dst->src[0];
+
+    const int64_t n_v = parts->ne[0] - N_LANES;
+
+    for (int64_t r = ith; r < parts->ne[1]; r += nth) {
+        const auto line_of = [&](int64_t chunk) {
+            return (const float *) ((const char *) parts->data + r*parts->nb[1] + chunk*parts->nb[2]);
+        };
+
+        float top = -INFINITY;
+        for (int64_t c = 0; c < parts->ne[2]; ++c) {
+            top = std::max(top, line_of(c)[n_v]);
+        }
+
+        float * out   = (float *) dst->data + r*n_v;
+        float   total = 0.0f;
+
+        std::fill_n(out, n_v, 0.0f);
+
+        for (int64_t c = 0; c < parts->ne[2]; ++c) {
+            const float * line = line_of(c);
+
+            if (line[n_v] == -INFINITY) {
+                continue; // nothing that this token may see
+            }
+            const float w = expf(line[n_v] - top);
+
+            total += w*line[n_v + 1];
+            for (int64_t d = 0; d < n_v; d += N_LANES) {
+                store(out + d, load(out + d) + w*load(line + d));
+            }
+        }
+        for (int64_t d = 0; total > 0.0f && d < n_v; d += N_LANES) {
+            store(out + d, load(out + d)/total);
+        }
+    }
+}
+
+static bool in_host_memory(const ggml_tensor * t) {
+    const ggml_tensor * owner = t->view_src ? t->view_src : t;
+
+    return owner->buffer && ggml_backend_buffer_is_host(owner->buffer);
+}
+
+static bool has_to_float(ggml_type type) {
+    return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+}
+
+bool refreekv_decode_fits(const refreekv_decode_call & call) {
+    const ggml_tensor * q = call.q;
+    const ggml_tensor * k = call.k;
+    const ggml_tensor * v = call.v;
+
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= MAX_TOKENS && q->ne[3] == 1 &&
+           in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
+           k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;
+}
+
+ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call) {
+    ggml_tensor * args[] = { call.q, call.k, call.v, call.mask };
+
+    const int64_t n_v      = head_size_v(call.v);
+    const int64_t n_head   = call.q->ne[1];
+    const int64_t n_tokens = call.q->ne[2];
+
+    ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, n_v + N_LANES, n_head*n_tokens, call.k->ne[2]/CHUNK, 1,
+            args, 4, decode_chunks, GGML_N_TASKS_MAX, const_cast<float *>(call.scale));
+
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, n_v*n_head, n_tokens, 1, 1, &parts, 1, join_chunks, GGML_N_TASKS_MAX, nullptr);
+}
+
+#else
+
+bool refreekv_decode_fits(const refreekv_decode_call &) {
+    return false;
+}
+
+ggml_tensor * refreekv_decode(ggml_context *, const refreekv_decode_call &) {
+    GGML_ABORT("refreekv: no decode kernel in this build");
+}
+
+#endif
