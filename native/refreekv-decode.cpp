@@ -193,11 +193,32 @@ static int64_t head_size_v(const ggml_tensor * v) {
     return v->ne[is_trans(v) ? 2 : 0];
 }
 
+static inline lanes tanh(lanes x) {
+    const lanes e = exp_neg(-2.0f*max(x, -x));
+    const lanes t = (1.0f - e)/(1.0f + e);
+
+    return x < 0.0f ? -t : t;
+}
+
+// as in ggml: by the head's place among all of the layer
+static float alibi_slope(float max_bias, int64_t head, int64_t n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int64_t n_log2 = 1LL << (int) std::floor(std::log2(n_head));
+
+    return head < n_log2 ? std::pow(2.0f, -max_bias*(head + 1)/n_log2) : std::pow(2.0f, -max_bias/2*(2*(head - n_log2) + 1)/n_log2);
+}
+
 // the scores of a chunk become weights relative to their maximum
-static void weigh(float * s, const float * mask, float scale, float & top, float & total) {
+static void weigh(float * s, const float * mask, const refreekv_decode_softmax & by, float slope, float & top, float & total) {
     lanes m = all(-INFINITY);
     for (int64_t i = 0; i < CHUNK; i += N_LANES) {
-        const lanes x = load(s + i)*scale + load(mask + i);
+        lanes x = load(s + i)*by.pre_scale;
+        if (by.soft_cap > 0.0f) {
+            x = tanh(x)*by.soft_cap;
+        }
+        x = x*by.post_scale + load(mask + i)*slope;
         store(s + i, x);
         m = max(x, m);
     }
@@ -224,7 +245,7 @@ static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) 
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
 
-    const float scale = *(const float *) userdata;
+    const auto & by = *(const refreekv_decode_softmax *) userdata;
 
     const bool v_trans = is_trans(v);
 
@@ -274,7 +295,7 @@ static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) 
         for (int64_t r = 0; r < n_head*n_tokens; ++r) {
             float * line = out + r*dst->ne[0];
 
-            weigh(weights + r*CHUNK, masks + r/n_head*CHUNK, scale, line[n_v], line[n_v + 1]);
+            weigh(weights + r*CHUNK, masks + r/n_head*CHUNK, by, alibi_slope(by.max_bias, r % n_head, n_head), line[n_v], line[n_v + 1]);
 
             std::fill_n(line, n_v, 0.0f);
         }
@@ -312,21 +333,25 @@ static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) 
 // dst: [n_embd_head_v*n_head, n_tokens]
 static void join_chunks(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * parts = dst->src[0];
+    const ggml_tensor * sinks = dst->src[1];
 
-    const int64_t n_v = parts->ne[0] - N_LANES;
+    const int64_t n_v    = parts->ne[0] - N_LANES;
+    const int64_t n_head = dst->ne[0]/n_v;
 
     for (int64_t r = ith; r < parts->ne[1]; r += nth) {
         const auto line_of = [&](int64_t chunk) {
             return (const float *) ((const char *) parts->data + r*parts->nb[1] + chunk*parts->nb[2]);
         };
 
-        float top = -INFINITY;
+        const float sink = sinks ? ((const float *) sinks->data)[r % n_head] : -INFINITY;
+
+        float top = sink;
         for (int64_t c = 0; c < parts->ne[2]; ++c) {
             top = std::max(top, line_of(c)[n_v]);
         }
 
         float * out   = (float *) dst->data + r*n_v;
-        float   total = 0.0f;
+        float   total = sinks ? expf(sink - top) : 0.0f;
 
         std::fill_n(out, n_v, 0.0f);
 
@@ -366,6 +391,7 @@ bool refreekv_decode_fits(const refreekv_decode_call & call) {
 
     return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= MAX_TOKENS && q->ne[3] == 1 &&
            in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
+           (!call.sinks || (call.sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(call.sinks))) &&
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;
 }
 
@@ -377,9 +403,11 @@ ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & c
     const int64_t n_tokens = call.q->ne[2];
 
     ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, n_v + N_LANES, n_head*n_tokens, call.k->ne[2]/CHUNK, 1,
-            args, 4, decode_chunks, GGML_N_TASKS_MAX, const_cast<float *>(call.scale));
+            args, 4, decode_chunks, GGML_N_TASKS_MAX, const_cast<refreekv_decode_softmax *>(call.softmax));
 
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, n_v*n_head, n_tokens, 1, 1, &parts, 1, join_chunks, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * join_args[] = { parts, call.sinks };
+
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, n_v*n_head, n_tokens, 1, 1, join_args, call.sinks ? 2 : 1, join_chunks, GGML_N_TASKS_MAX, nullptr);
 }
 
 #else

@@ -45,7 +45,7 @@ private:
     refreekv_store * store;
 
     const bool     reservation; // worst case: one layout of n_ctx cells
-    const bool     decodes;     // cells were evicted: our own kernel where it can; until then every logit is upstream's bit for bit
+    const bool     decodes;     // single tokens by our own kernel; until cells are evicted every logit is upstream's bit for bit
     const uint64_t generation;
 
     struct kind {
@@ -233,14 +233,16 @@ bool refreekv_graph_input::is_mask_of(int32_t il, const ggml_tensor * mask) cons
 
 // the attention of one group by our own kernel; nullptr: upstream's ops are to do it
 ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il) {
-    if (!decodes || sinks || hparams.f_max_alibi_bias > 0.0f || hparams.attn_soft_cap) {
+    const auto * softmax = decodes ? store->softmax_of(il) : nullptr;
+    if (!softmax) {
         return nullptr;
     }
-    const float * scale = store->kq_scale(il);
 
-    const refreekv_decode_call call = { q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, scale };
+    const refreekv_decode_call call = {
+        q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax,
+    };
 
-    return scale && refreekv_decode_fits(call) ? refreekv_decode(ctx, call) : nullptr;
+    return refreekv_decode_fits(call) ? refreekv_decode(ctx, call) : nullptr;
 }
 
 ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, int32_t il, const refreekv_attn_mha & mha) {
@@ -263,17 +265,15 @@ ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, 
         heads.push_back(store->heads_of(i));
 
         ggml_tensor * q_of_group = refreekv_select_heads(ctx, q, heads.back(), n_gqa);
-
-        if (ggml_tensor * cur = decode(ctx, q_of_group, sinks, i, il)) {
-            parts.push_back(cur);
-            continue;
+        ggml_tensor * s          = nullptr;
+        if (sinks) {
+            s = refreekv_select_heads(ctx, ggml_reshape_3d(ctx, sinks, 1, ggml_nelements(sinks), 1), heads.back(), n_gqa);
+            s = ggml_reshape_1d(ctx, s, ggml_nelements(s));
         }
 
-        ggml_tensor * s = sinks ? refreekv_select_heads(ctx, ggml_reshape_3d(ctx, sinks, 1, ggml_nelements(sinks), 1), heads.back(), n_gqa) : nullptr;
+        ggml_tensor * own = decode(ctx, q_of_group, s, i, il);
 
-        parts.push_back(mha(q_of_group,
-                    store->get_k(ctx, i, reservation), store->get_v(ctx, i, reservation),
-                    inp_of(i).self_kq_mask, s ? ggml_reshape_1d(ctx, s, ggml_nelements(s)) : nullptr));
+        parts.push_back(own ? own : mha(q_of_group, store->get_k(ctx, i, reservation), store->get_v(ctx, i, reservation), inp_of(i).self_kq_mask, s));
     }
 
     in_groups = false;

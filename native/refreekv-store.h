@@ -1,6 +1,7 @@
 #pragma once
 
 #include "refreekv.h"
+#include "refreekv-decode.h"
 #include "refreekv-residency.h"
 #include "refreekv-ring.h"
 #include "refreekv-rows.h"
@@ -158,7 +159,7 @@ public:
     void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
 
     // nullptr: the attention of the layer is not of that kind
-    const float * kq_scale(int32_t il) const;
+    const refreekv_decode_softmax * softmax_of(int32_t il) const;
 
     // whether a sequence was pruned and has not got everything back
     bool is_pruned() const;
@@ -218,6 +219,8 @@ private:
         float         kq_scale = 0.0f;
         ggml_tensor * sinks    = nullptr;
         bool          known    = true;
+
+        refreekv_decode_softmax softmax = {};
     };
 
     // some KV heads of one layer

@@ -245,12 +245,18 @@ void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * si
     layer.kq_scale = kq_scale;
     layer.sinks    = sinks;
     layer.known    = known;
+
+    const float cap        = kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f;
+    const bool  flash_attn = !kv.v_trans;
+
+    // build_attn_mha scales the logits after their cap, flash attention before
+    layer.softmax = { cap > 0.0f ? (flash_attn ? kq_scale : 1.0f)/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, kv.hparams.f_max_alibi_bias };
 }
 
-const float * refreekv_store::kq_scale(int32_t il) const {
+const refreekv_decode_softmax * refreekv_store::softmax_of(int32_t il) const {
     const auto & layer = layers[il_to_layer.at(il)];
 
-    return layer.known ? &layer.kq_scale : nullptr;
+    return layer.known ? &layer.softmax : nullptr;
 }
 
 bool refreekv_store::is_pruned() const {

@@ -17,8 +17,10 @@ def resolve(options: Mapping[str, Any]) -> bool:
     """Of the options of a `Llama`: what flash_attn says (None: no, as upstream), or where it is "auto" or missing, the
     faster setting.
 
-    On CPU it makes decoding several times slower on long contexts, and prefill hardly faster (`refreekv bench` shows
-    both). On a GPU that holds the cache it is faster, and a quantised V needs it.
+    On CPU it makes llama.cpp's decoding several times slower on long contexts, and prefill some 10 % faster (`refreekv
+    bench` shows both). A pruned cache decodes as fast with it as without (native/refreekv-decode.h), but it is still
+    left out: it adds V up in f16 there, and answers are to be those of the full cache as llama-cpp-python runs it. On
+    a GPU that holds the cache it is faster, and a quantised V needs it.
 
     Raises:
         PolicyError: neither.
