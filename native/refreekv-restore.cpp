@@ -47,7 +47,7 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
         const auto rows = g.rows.read(slots, backend_of(g), params.graph_gather);
 
         refreekv_for_runs(cells, [&](size_t i, size_t n) {
-            return put_cold(g, cells[i], n, rows.k.data() + i*cold_row(g, false), rows.v.data() + i*cold_row(g, true));
+            return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
         });
         return;
     }
@@ -114,8 +114,8 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     }
 
     if (!in_place(g)) {
-        const size_t row_k = cold_row(g, false);
-        const size_t row_v = cold_row(g, true);
+        const size_t row_k = cache_row(g, false);
+        const size_t row_v = cache_row(g, true);
 
         refreekv_rows::host_rows in { std::vector<uint8_t>(absent.size()*row_k), std::vector<uint8_t>(absent.size()*row_v) };
 

@@ -34,13 +34,34 @@ void refreekv_store::make_cold() {
     }
 }
 
+// the type of K or V in the cold store: the cache's, unless a smaller one was asked for that its rows are whole blocks of
+ggml_type refreekv_store::cold_type(const group & g, bool v) const {
+    const ggml_type type = cache_type(g, v);
+
+    if (params.cold_type < 0 || ggml_is_quantized(type)) {
+        return type;
+    }
+    return n_embd(g, v) % ggml_blck_size((ggml_type) params.cold_type) == 0 ? (ggml_type) params.cold_type : type;
+}
+
+static void refreekv_convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n_rows, int64_t n_embd) {
+    std::vector<float> values(n_rows*n_embd);
+
+    if (from == GGML_TYPE_F32) {
+        memcpy(values.data(), src, values.size()*sizeof(float));
+    } else {
+        ggml_get_type_traits(from)->to_float(src, values.data(), values.size());
+    }
+    ggml_quantize_chunk(to, values.data(), dst, 0, n_rows, n_embd, nullptr); // to f32, f16 and bf16, too
+}
+
 // every cell of every group has a place of its own, K of a group before its V
 void refreekv_store::place_cold() {
     uint64_t place = 0;
     for (auto & g : groups) {
         g.cold_place = place;
         g.is_cold.assign(cold ? n_cells : 0, 0);
-        place += n_cells*(uint64_t) g.rows.row_bytes();
+        place += n_cells*(uint64_t) cold_bytes(g);
     }
     bytes_cold = 0;
     cold_full  = false;
@@ -57,7 +78,7 @@ void refreekv_store::forget_cold(group & g, const std::vector<uint32_t> & cells)
     for (uint32_t cell : cells) {
         if (g.is_cold[cell]) {
             g.is_cold[cell] = 0;
-            bytes_cold -= g.rows.row_bytes();
+            bytes_cold -= cold_bytes(g);
         }
     }
     if (bytes_cold == 0) {
@@ -67,11 +88,22 @@ void refreekv_store::forget_cold(group & g, const std::vector<uint32_t> & cells)
 
 // Rows of n cells in a row, K and V of each cell after cell. false: no room, and the rest of what is to come is lost, too
 bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
-    const uint64_t more = n*g.rows.row_bytes();
+    const uint64_t more = n*cold_bytes(g);
 
-    const bool ok = (params.cold_limit == 0 || bytes_cold + more <= params.cold_limit) &&
-        cold->write(cold_place(g, cell, false), k, n*cold_row(g, false)) &&
-        cold->write(cold_place(g, cell, true),  v, n*cold_row(g, true));
+    const auto write = [&](bool is_v, const uint8_t * rows) {
+        const ggml_type type = cache_type(g, is_v);
+        const size_t    size = n*cold_row(g, is_v);
+
+        if (cold_type(g, is_v) == type) {
+            return cold->write(cold_place(g, cell, is_v), rows, size);
+        }
+        std::vector<uint8_t> smaller(size);
+        refreekv_convert(type, rows, cold_type(g, is_v), smaller.data(), n, n_embd(g, is_v));
+
+        return cold->write(cold_place(g, cell, is_v), smaller.data(), size);
+    };
+
+    const bool ok = (params.cold_limit == 0 || bytes_cold + more <= params.cold_limit) && write(false, k) && write(true, v);
 
     if (ok) {
         std::fill_n(g.is_cold.begin() + cell, n, 1);
@@ -86,10 +118,14 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
 
 // f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on
 bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const {
-    const size_t row   = cold_row(g, v);
-    const size_t n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
+    const ggml_type type  = cache_type(g, v);
+    const size_t    row   = cold_row(g, v);
+    const size_t    n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
 
-    std::vector<uint8_t> bytes(std::min(n_max, cells.size())*row);
+    const bool same = cold_type(g, v) == type;
+
+    std::vector<uint8_t> bytes (std::min(n_max, cells.size())*row);
+    std::vector<uint8_t> larger(same ? 0 : std::min(n_max, cells.size())*cache_row(g, v));
 
     return refreekv_for_runs(cells, [&](size_t i_run, size_t n_run) {
         for (size_t i = i_run; i < i_run + n_run; i += n_max) {
@@ -97,16 +133,33 @@ bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_
             if (!cold->read(cold_place(g, cells[i], v), bytes.data(), n*row)) {
                 return false;
             }
-            f(i, n, bytes.data());
+            if (!same) {
+                refreekv_convert(cold_type(g, v), bytes.data(), type, larger.data(), n, n_embd(g, v));
+            }
+            f(i, n, same ? bytes.data() : larger.data());
         }
         return true;
     });
 }
 
-size_t refreekv_store::cold_row(const group & g, bool v) const {
-    const auto & shape = g.rows.get_shape();
+ggml_type refreekv_store::cache_type(const group & g, bool v) const {
+    return v ? g.rows.get_shape().type_v : g.rows.get_shape().type_k;
+}
 
-    return v ? ggml_row_size(shape.type_v, shape.n_embd_v) : ggml_row_size(shape.type_k, shape.n_embd_k);
+int64_t refreekv_store::n_embd(const group & g, bool v) const {
+    return v ? g.rows.get_shape().n_embd_v : g.rows.get_shape().n_embd_k;
+}
+
+size_t refreekv_store::cache_row(const group & g, bool v) const {
+    return ggml_row_size(cache_type(g, v), n_embd(g, v));
+}
+
+size_t refreekv_store::cold_row(const group & g, bool v) const {
+    return ggml_row_size(cold_type(g, v), n_embd(g, v));
+}
+
+size_t refreekv_store::cold_bytes(const group & g) const {
+    return cold_row(g, false) + cold_row(g, true);
 }
 
 uint64_t refreekv_store::cold_place(const group & g, uint32_t cell, bool v) const {
@@ -127,15 +180,15 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
         }
 
         const auto get = [&](bool v, std::vector<uint8_t> & rows) {
-            rows.resize(cells.size()*cold_row(g, v));
-            return get_cold(g, v, cells, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*cold_row(g, v), bytes, n*cold_row(g, v)); });
+            rows.resize(cells.size()*cache_row(g, v));
+            return get_cold(g, v, cells, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*cache_row(g, v), bytes, n*cache_row(g, v)); });
         };
 
         std::vector<uint8_t> k;
         std::vector<uint8_t> v;
 
         cold_full |= !get(false, k) || !get(true, v) || !refreekv_for_runs(cells, [&](size_t i, size_t n) {
-            return put_cold(g, cells[i] - first_src + first_dst, n, k.data() + i*cold_row(g, false), v.data() + i*cold_row(g, true));
+            return put_cold(g, cells[i] - first_src + first_dst, n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
         });
     }
 }

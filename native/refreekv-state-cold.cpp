@@ -56,7 +56,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
             cells.push_back(list[i]);
         }
         for (bool v : { false, true }) {
-            const bool ok = get_cold(g, v, cells, [&](size_t, size_t n, const uint8_t * bytes) { io.write(bytes, n*cold_row(g, v)); });
+            const bool ok = get_cold(g, v, cells, [&](size_t, size_t n, const uint8_t * bytes) { io.write(bytes, n*cache_row(g, v)); });
             if (!ok) {
                 refreekv_set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
@@ -103,14 +103,14 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
             i    = list[i];
         }
 
-        std::vector<uint8_t> k(cells.size()*cold_row(g, false));
-        std::vector<uint8_t> v(cells.size()*cold_row(g, true));
+        std::vector<uint8_t> k(cells.size()*cache_row(g, false));
+        std::vector<uint8_t> v(cells.size()*cache_row(g, true));
         io.read(k.data(), k.size());
         io.read(v.data(), v.size());
 
         if (cold) {
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
-                return put_cold(g, cells[i], n, k.data() + i*cold_row(g, false), v.data() + i*cold_row(g, true));
+                return put_cold(g, cells[i], n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
             });
         }
     }

@@ -362,10 +362,17 @@ private:
     void forget_cold(group & g, const std::vector<uint32_t> & cells);
     void copy_cold  (uint32_t first_src, uint32_t first_dst);
 
-    // of a row in the cold store; v: its V, else its K
-    size_t   cold_row  (const group & g, bool v) const; // bytes
+    // of a row in the cache and in the cold store, where it may be of a smaller type; v: its V, else its K
+    ggml_type cache_type(const group & g, bool v) const;
+    ggml_type cold_type (const group & g, bool v) const;
+    int64_t   n_embd    (const group & g, bool v) const;
+    size_t    cache_row (const group & g, bool v) const; // bytes
+    size_t    cold_row  (const group & g, bool v) const;
+    size_t    cold_bytes(const group & g) const;         // K and V
+
     uint64_t cold_place(const group & g, uint32_t cell, bool v) const;
 
+    // rows are those of the cache
     bool put_cold(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
     bool get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const;
 

@@ -16,7 +16,7 @@
 #include <new>
 #include <stdexcept>
 
-static const int32_t REFREEKV_ABI_VERSION = 6;
+static const int32_t REFREEKV_ABI_VERSION = 7;
 
 static thread_local std::string g_error;
 
@@ -134,6 +134,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold             = REFREEKV_COLD_NONE;
     res.cold_limit       = 0;
     res.cold_dir         = nullptr;
+    res.cold_type        = -1;
     res.cold_state       = true;
     res.mask_only        = false;
     res.graph_gather     = false;

@@ -109,6 +109,7 @@ struct refreekv_params {
     int32_t      cold;        // enum refreekv_cold_kind
     uint64_t     cold_limit;  // bytes that the cold store may hold; 0: no limit
     const char * cold_dir;    // of the file; has to stay valid until the context is there
+    int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
@@ -196,8 +197,8 @@ REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32
 // They need not be there yet.
 REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
-// bring back what was evicted of a sequence, bit for bit, from the cold store. Returns the cells brought back, over all
-// layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
+// bring back what was evicted of a sequence from the cold store, bit for bit unless cold_type is smaller than the cache's.
+// Returns the cells brought back, over all layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
 // sequence (llama_memory_seq_rm), or copying one, does this by itself.
 // REFREEKV_ERR_STATE: rows are not there any more (no cold store, or it was full); REFREEKV_ERR_MEMORY: no memory, or not
 // within memory_limit. The sequence stays pruned then, though some layers may have been brought back.

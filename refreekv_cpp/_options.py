@@ -17,6 +17,7 @@ from refreekv_cpp.policies import Full, Policy, as_policy
 
 Evicted = Literal["restore", "recompute", "drop"]
 Cold = Literal["auto", "memory", "file"]
+ColdType = Literal["q8_0"]
 
 POLICY_VARIABLE = "REFREEKV_POLICY"
 EVICTED_VARIABLE = "REFREEKV_EVICTED"
@@ -30,6 +31,7 @@ class KVOptions:
     Attributes:
         memory_limit: bytes of K and V; None: no limit.
         cold_limit: bytes of evicted rows that are kept; None: no limit.
+        cold_type: what they are rounded to; None: they stay as they are.
         cold_state: saved states carry them.
         from_environment: the environment chose the policy, the program did not.
     """
@@ -41,6 +43,7 @@ class KVOptions:
     cold: Cold
     cold_dir: Path | None
     cold_limit: int | None
+    cold_type: ColdType | None = None
     cold_state: bool = True
     from_environment: bool = False
 
@@ -82,6 +85,7 @@ def check(
     cold: str | None = None,
     cold_dir: str | os.PathLike[str] | None = None,
     cold_limit: int | str | None = None,
+    cold_type: str | None = None,
     cold_state: bool | None = None,
     *,
     from_environment: bool = False,
@@ -98,6 +102,8 @@ def check(
     cold = "auto" if cold is None else cold
     if cold not in get_args(Cold):
         raise PolicyError(f"kv_cold={cold!r}: valid are {', '.join(map(repr, get_args(Cold)))}")
+    if cold_type is not None and cold_type not in get_args(ColdType):
+        raise PolicyError(f"kv_cold_type={cold_type!r}: valid are None and {', '.join(map(repr, get_args(ColdType)))}")
     if cold_state is not None and not isinstance(cold_state, bool):
         raise PolicyError(f"kv_cold_state={cold_state!r}: valid are True and False")
     evicts = not isinstance(policy, Full)
@@ -117,6 +123,7 @@ def check(
         cast(Cold, cold),
         None if cold_dir is None else Path(cold_dir),
         None if cold_limit is None else parse_bytes(cold_limit),
+        cast("ColdType | None", cold_type),
         True if cold_state is None else cold_state,
         from_environment,
     )
@@ -147,6 +154,7 @@ def resolve(
     cold: str | None,
     cold_dir: str | os.PathLike[str] | None,
     cold_limit: int | str | None,
+    cold_type: str | None,
     cold_state: bool | None,
 ) -> KVOptions:
     """The options of a `Llama` that was passed these, None for those that it was not.
@@ -170,6 +178,7 @@ def resolve(
         cold,
         cold_dir,
         cold_limit,
+        cold_type,
         cold_state,
         from_environment=chosen is not None,
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
 from refreekv_cpp import _flash_attn, _options, guard, induction, native, spans
-from refreekv_cpp._options import POLICY_VARIABLE, Cold, Evicted
+from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.divergence import kl
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
@@ -54,6 +55,8 @@ class Llama(llama_cpp.Llama):
         kv_cold_dir: folder of the file. Default: the user's cache folder.
         kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; what does not fit is lost, and
             read again when it is wanted. Default: none (it cannot hold more than the full cache of n_ctx).
+        kv_cold_type: "q8_0": evicted rows are rounded to it, where the cache's type is no quantised one, and take about
+            half of the room; what comes back is then not bit for bit what went. Default: None, it is.
         kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.
             They are as large as the full cache's then; without, a conversation that goes on from one is read again.
             Default: True.
@@ -88,11 +91,20 @@ class Llama(llama_cpp.Llama):
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
+        kv_cold_type: ColdType | None = None,
         kv_cold_state: bool | None = None,
         **options: Any,
     ) -> None:
         kv = _options.resolve(
-            kv_policy, kv_evicted, kv_elastic, kv_memory_limit, kv_cold, kv_cold_dir, kv_cold_limit, kv_cold_state
+            kv_policy,
+            kv_evicted,
+            kv_elastic,
+            kv_memory_limit,
+            kv_cold,
+            kv_cold_dir,
+            kv_cold_limit,
+            kv_cold_type,
+            kv_cold_state,
         )
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
@@ -114,6 +126,7 @@ class Llama(llama_cpp.Llama):
         self.kv_cold = kv.cold
         self.kv_cold_dir = kv.cold_dir
         self.kv_cold_limit = kv.cold_limit
+        self.kv_cold_type = kv.cold_type
         self.kv_cold_state = kv.cold_state
         self._cold_options = _cold_options(kv)
         self._evicts = not isinstance(kv.policy, Full)
@@ -492,6 +505,7 @@ def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:
         "cold": native.enum_value(f"COLD_{kv.cold}".upper()),
         "cold_dir": "" if kv.cold == "memory" else str(kv.make_cold_dir()),
         "cold_limit": kv.cold_limit or 0,
+        "cold_type": -1 if kv.cold_type is None else CACHE_TYPES[kv.cold_type],
         "cold_state": kv.cold_state,
     }
 

@@ -36,6 +36,9 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
         return "cold: valid are none, auto, memory and file";
     }
+    if (p.cold_type != -1 && p.cold_type != GGML_TYPE_Q8_0) {
+        return "cold_type: valid are -1, the cache's, and GGML_TYPE_Q8_0";
+    }
     if (p.ranking < REFREEKV_RANKING_POSITION || p.ranking > REFREEKV_RANKING_SCORE) {
         return "ranking: valid are position and score";
     }

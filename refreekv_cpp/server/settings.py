@@ -25,6 +25,7 @@ _KV_OPTIONS = (
     "kv_cold",
     "kv_cold_dir",
     "kv_cold_limit",
+    "kv_cold_type",
     "kv_cold_state",
 )
 
@@ -49,6 +50,9 @@ class ModelSettings(upstream.ModelSettings):
     )
     kv_cold_limit: Union[str, int, None] = Field(  # noqa: UP007
         default=None, description="A cap on them, such as 4GiB; what does not fit is read again when it is wanted."
+    )
+    kv_cold_type: Optional[Literal["q8_0"]] = Field(  # noqa: UP045
+        default=None, description="What they are rounded to; by default they stay as they are."
     )
     kv_cold_state: bool = Field(
         default=True, description="Whether cached states (cache: true) have the evicted rows in them."
@@ -75,6 +79,7 @@ class ModelSettings(upstream.ModelSettings):
             self.kv_cold,
             self.kv_cold_dir,
             self.kv_cold_limit,
+            self.kv_cold_type,
             self.kv_cold_state,
         )
         return self
