@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 // rows that are transposed together: few enough to stay in the first cache, and enough to fill its lines on the other side
 static const size_t REFREEKV_ROW_BLOCK = 64;
@@ -36,12 +37,12 @@ static void refreekv_transpose(T * lines, size_t stride, size_t n_lines, const u
 
 // the types that V can be transposed in have 2 or 4 bytes
 template <typename F>
-static void refreekv_transpose(const ggml_tensor * t, uint8_t * base, const uint32_t * slots, size_t n, uint8_t * rows, F && f) {
-    if (t->nb[0] == sizeof(uint16_t)) {
-        refreekv_transpose((uint16_t *) base, t->nb[1]/t->nb[0], t->ne[1], slots, n, (uint16_t *) rows, f);
+static void refreekv_transpose(uint8_t * base, size_t element, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, uint8_t * rows, F && f) {
+    if (element == sizeof(uint16_t)) {
+        refreekv_transpose((uint16_t *) base, stride/element, n_lines, slots, n, (uint16_t *) rows, f);
     } else {
-        GGML_ASSERT(t->nb[0] == sizeof(uint32_t));
-        refreekv_transpose((uint32_t *) base, t->nb[1]/t->nb[0], t->ne[1], slots, n, (uint32_t *) rows, f);
+        GGML_ASSERT(element == sizeof(uint32_t));
+        refreekv_transpose((uint32_t *) base, stride/element, n_lines, slots, n, (uint32_t *) rows, f);
     }
 }
 
@@ -54,22 +55,37 @@ static void refreekv_for_slots(const uint32_t * slots, size_t n_slots, F && f) {
     });
 }
 
-refreekv_row_bytes::refreekv_row_bytes(ggml_tensor * t, bool trans) :
-    t(t), trans(trans), n_bytes(trans ? t->ne[1]*t->nb[0] : t->nb[1]) {
+refreekv_row_bytes::refreekv_row_bytes(const ggml_tensor * t, bool trans, void * base) :
+    base((uint8_t *) base), part(trans ? t->nb[0] : t->nb[1]), n_parts(trans ? t->ne[1] : 1), line(t->nb[1]) {
 }
 
 void refreekv_row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
-    if (trans) {
-        refreekv_transpose(t, base(), slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
+    if (trans()) {
+        refreekv_transpose(base, part, line, n_parts, slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
     } else {
-        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*n_bytes, base() + slots[i]*n_bytes, n_run*n_bytes); });
+        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*part, at(slots[i]), n_run*part); });
     }
 }
 
 void refreekv_row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * src) {
-    if (trans) {
-        refreekv_transpose(t, base(), slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
+    if (trans()) {
+        refreekv_transpose(base, part, line, n_parts, slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
     } else {
-        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(base() + slots[i]*n_bytes, src + i*n_bytes, n_run*n_bytes); });
+        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(at(slots[i]), src + i*part, n_run*part); });
+    }
+}
+
+void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) {
+    std::vector<std::pair<size_t, size_t>> runs;
+    refreekv_for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
+        if (slots[i] != none) {
+            runs.emplace_back(i, n);
+        }
+    });
+
+    for (size_t p = 0; p < n_parts; ++p) {
+        for (const auto & [i, n] : runs) {
+            memcpy(at(i, p), src.at(slots[i], p), n*part);
+        }
     }
 }

@@ -1,87 +1,27 @@
 #include "refreekv-rows.h"
 
+#include "refreekv-row-bytes.h"
+
 #include "ggml-alloc.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
-// slots[i] and the n - 1 after it follow each other: they are copied in one piece
-struct refreekv_run {
-    size_t i;
-    size_t n;
-};
+// in: the rows of slots that have no source
+static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const std::vector<uint8_t> & in) {
+    dst.copy(src, slots);
 
-// rows without a source make runs of their own
-static std::vector<refreekv_run> refreekv_runs(const std::vector<uint32_t> & slots) {
-    std::vector<refreekv_run> res;
-
+    if (in.empty()) {
+        return;
+    }
+    std::vector<uint32_t> others;
     for (size_t i = 0; i < slots.size(); ++i) {
-        const bool in  = slots[i] == refreekv_rows::none;
-        const bool was = i > 0 && slots[i - 1] == refreekv_rows::none;
-
-        if (i > 0 && in == was && (in || slots[i] == slots[i - 1] + 1)) {
-            res.back().n++;
-        } else {
-            res.push_back({ i, 1 });
+        if (slots[i] == refreekv_rows::none) {
+            others.push_back(i);
         }
     }
-
-    return res;
-}
-
-// Where the bytes of a cell lie in K or V: side by side, or one element in each line of a V that is transposed.
-struct refreekv_plane {
-    uint8_t * base;
-    size_t    part;    // bytes that lie side by side
-    size_t    n_parts; // of a cell
-    size_t    line;    // from one part of a cell to the next
-
-    refreekv_plane(const ggml_tensor * t, bool trans, void * base) :
-        base((uint8_t *) base), part(trans ? t->nb[0] : t->nb[1]), n_parts(trans ? t->ne[1] : 1), line(t->nb[1]) {}
-
-    size_t    row()                        const { return part*n_parts; }
-    uint8_t * at(uint32_t slot, size_t p)  const { return base + p*line + slot*part; }
-
-    // n cells, cell after cell
-    void get(uint32_t slot, size_t n, uint8_t * out) const {
-        for_parts(slot, n, [&](uint8_t * ours, size_t theirs, size_t size) { memcpy(out + theirs, ours, size); });
-    }
-    void set(uint32_t slot, size_t n, const uint8_t * in) const {
-        for_parts(slot, n, [&](uint8_t * ours, size_t theirs, size_t size) { memcpy(ours, in + theirs, size); });
-    }
-
-private:
-    template <typename F>
-    void for_parts(uint32_t slot, size_t n, F && f) const {
-        if (n_parts == 1) {
-            f(at(slot, 0), 0, n*part);
-            return;
-        }
-        for (size_t p = 0; p < n_parts; ++p) {
-            for (size_t j = 0; j < n; ++j) {
-                f(at(slot + j, p), j*row() + p*part, part);
-            }
-        }
-    }
-};
-
-static void refreekv_copy_host(const refreekv_plane & src, const refreekv_plane & dst, const std::vector<uint32_t> & slots, const uint8_t * in) {
-    const auto runs = refreekv_runs(slots);
-
-    for (size_t p = 0; p < dst.n_parts; ++p) {
-        for (const auto & r : runs) {
-            if (slots[r.i] != refreekv_rows::none) {
-                memcpy(dst.at(r.i, p), src.at(slots[r.i], p), r.n*dst.part);
-            }
-        }
-    }
-    for (const auto & r : runs) {
-        if (in && slots[r.i] == refreekv_rows::none) {
-            dst.set(r.i, r.n, in);
-            in += r.n*dst.row();
-        }
-    }
+    dst.set(others.data(), others.size(), in.data());
 }
 
 // A graph that gathers rows on a backend. Rows are 32-bit words to it: get_rows and concat copy those verbatim on every
@@ -241,13 +181,13 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
     const bool host = ggml_backend_buffer_is_host(dst->buffer);
 
     if (host && !force_graph) {
-        refreekv_copy_host(refreekv_plane(src ? src : dst, trans, src ? src->data : nullptr), refreekv_plane(dst, trans, dst->data), slots, in.data());
+        refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in);
         return;
     }
 
     refreekv_gather gather;
 
-    if (backend && refreekv_plane(dst, trans, nullptr).row() % 4 == 0) {
+    if (backend && refreekv_row_bytes(dst, trans).row() % 4 == 0) {
         ggml_tensor * rows = gather.rows(src, trans, slots, in, dst);
 
         if (gather.compute(backend, trans ? gather.store_transposed(rows, dst) : rows)) {
@@ -262,33 +202,27 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
         ggml_backend_tensor_get(src, from.data(), 0, from.size());
         n_bounced += from.size();
     }
-    refreekv_copy_host(refreekv_plane(src ? src : dst, trans, from.data()), refreekv_plane(dst, trans, to.data()), slots, in.data());
+    refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans, from.data()), refreekv_row_bytes(dst, trans, to.data()), slots, in);
     ggml_backend_tensor_set(dst, to.data(), 0, to.size());
 }
 
 void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, std::vector<uint8_t> & out) {
-    const refreekv_plane plane(src, trans, ggml_backend_buffer_is_host(src->buffer) ? src->data : nullptr);
+    const refreekv_row_bytes rows(src, trans);
 
-    out.resize(slots.size()*plane.row());
+    out.resize(slots.size()*rows.row());
 
-    const auto copy = [&](const refreekv_plane & from) {
-        for (const auto & r : refreekv_runs(slots)) {
-            from.get(slots[r.i], r.n, out.data() + r.i*from.row());
-        }
-    };
-
-    if (plane.base && !force_graph) {
-        copy(plane);
+    if (ggml_backend_buffer_is_host(src->buffer) && !force_graph) {
+        rows.get(slots.data(), slots.size(), out.data());
         return;
     }
 
     refreekv_gather gather;
 
-    if (backend && plane.row() % 4 == 0) {
-        ggml_tensor * rows = gather.rows(src, trans, slots, {}, nullptr);
+    if (backend && rows.row() % 4 == 0) {
+        ggml_tensor * gathered = gather.rows(src, trans, slots, {}, nullptr);
 
-        if (gather.compute(backend, rows)) {
-            ggml_backend_tensor_get(rows, out.data(), 0, out.size());
+        if (gather.compute(backend, gathered)) {
+            ggml_backend_tensor_get(gathered, out.data(), 0, out.size());
             return;
         }
     }
@@ -297,7 +231,7 @@ void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32
     ggml_backend_tensor_get(src, all.data(), 0, all.size());
     n_bounced += all.size();
 
-    copy(refreekv_plane(src, trans, all.data()));
+    refreekv_row_bytes(src, trans, all.data()).get(slots.data(), slots.size(), out.data());
 }
 
 bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "refreekv-pages.h"
+#include "refreekv-row-bytes.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -45,7 +46,7 @@ public:
     };
 
     // a row without a source here
-    static constexpr uint32_t none = UINT32_MAX;
+    static constexpr uint32_t none = refreekv_row_bytes::none;
 
     // afterwards row i holds what row slots[i] held (none: the next row of `in`, which has one for each or
     // nothing at all), and there is room for capacity rows; the rest is zero.
