@@ -242,7 +242,16 @@ ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, 
         q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax,
     };
 
-    return refreekv_decode_fits(call) ? refreekv_decode(ctx, call) : nullptr;
+    if (!refreekv_decode_fits(call)) {
+        return nullptr;
+    }
+    ggml_tensor * cur = refreekv_decode(ctx, call);
+
+    // pointers to functions are no work for another process: RPC says that it supports every operation
+    store->run_on_host(cur->src[0]);
+    store->run_on_host(cur);
+
+    return cur;
 }
 
 ggml_tensor * refreekv_graph_input::groups(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, int32_t il, const refreekv_attn_mha & mha) {

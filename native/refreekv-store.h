@@ -164,6 +164,9 @@ public:
     // whether a sequence was pruned and has not got everything back
     bool is_pruned() const;
 
+    // a node of the decoding graph that is being built
+    void run_on_host(ggml_tensor * node) const;
+
     //
     // the C API (refreekv.h)
     //

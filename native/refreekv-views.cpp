@@ -7,6 +7,7 @@
 #include "refreekv-heads.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -261,4 +262,8 @@ const refreekv_decode_softmax * refreekv_store::softmax_of(int32_t il) const {
 
 bool refreekv_store::is_pruned() const {
     return std::any_of(pruned.begin(), pruned.begin() + n_seq_ids(), [](llama_pos pos) { return pos >= 0; });
+}
+
+void refreekv_store::run_on_host(ggml_tensor * node) const {
+    ggml_backend_sched_set_tensor_backend(lctx->get_sched(), node, host_backend());
 }
