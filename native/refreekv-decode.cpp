@@ -4,8 +4,8 @@
 
 #include "ggml-backend.h"
 
-// vectors of the compiler; REFREEKV_CPU: ggml's CPU backend is linked
-#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12))
+// vectors of the compiler (GCC for Windows does not align them on the stack); REFREEKV_CPU: ggml's CPU backend is linked
+#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__)))
 #define REFREEKV_DECODE
 #endif
 

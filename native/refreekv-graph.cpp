@@ -178,7 +178,7 @@ bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const 
         k.inp->mctx = mctx;
     }
 
-    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation()) {
+    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation() || decodes != store->is_pruned()) {
         return false;
     }
 

@@ -9,7 +9,7 @@ template <typename F>
 static bool refreekv_for_runs(const uint32_t * cells, size_t n_cells, F && f) {
     for (size_t i = 0, n = 0; i < n_cells; i += n) {
         n = 1;
-        while (i + n < n_cells && cells[i + n] == cells[i] + n) {
+        while (i + n < n_cells && cells[i + n] == (uint64_t) cells[i] + n) {
             ++n;
         }
         if (!f(i, n)) {

@@ -92,15 +92,25 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
 
     const auto write = [&](bool is_v, const uint8_t * rows) {
         const ggml_type type = cache_type(g, is_v);
-        const size_t    size = n*cold_row(g, is_v);
+        const size_t    row  = cold_row(g, is_v);
 
         if (cold_type(g, is_v) == type) {
-            return cold->write(cold_place(g, cell, is_v), rows, size);
+            return cold->write(cold_place(g, cell, is_v), rows, n*row);
         }
-        std::vector<uint8_t> smaller(size);
-        refreekv_convert(type, rows, cold_type(g, is_v), smaller.data(), n, n_embd(g, is_v));
 
-        return cold->write(cold_place(g, cell, is_v), smaller.data(), size);
+        const size_t n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
+
+        std::vector<uint8_t> smaller(std::min(n_max, n)*row);
+
+        for (size_t i = 0; i < n; i += n_max) {
+            const size_t n_piece = std::min(n_max, n - i);
+
+            refreekv_convert(type, rows + i*cache_row(g, is_v), cold_type(g, is_v), smaller.data(), n_piece, n_embd(g, is_v));
+            if (!cold->write(cold_place(g, cell + i, is_v), smaller.data(), n_piece*row)) {
+                return false;
+            }
+        }
+        return true;
     };
 
     const bool ok = (params.cold_limit == 0 || bytes_cold + more <= params.cold_limit) && write(false, k) && write(true, v);
