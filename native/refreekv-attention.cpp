@@ -5,6 +5,8 @@
 #include "ggml-alloc.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <numeric>
 
 // host
@@ -64,7 +66,7 @@ bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uin
 // upper bound for the attention rows of one slice; the graphs need about twice as much
 static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 
-refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in_)) {
+refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_) : in(std::move(in_)) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
     n_head  = in.heads.size()*in.n_gqa;
@@ -76,6 +78,15 @@ refreekv_attention_graph::refreekv_attention_graph(inputs in_) : in(std::move(in
 
     if (in.max_bias > 0.0f) {
         n_head_kv_slice = n_head_kv; // the ALiBi slope depends on the head's index
+    }
+
+    mask.assign(in.n_kv*n_rows, -INFINITY);
+    for (uint32_t j = 0; j < n_cells; ++j) {
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            if (in.pos[j] <= in.row_pos[r]) {
+                mask[r*in.n_kv + in.slots[j]] = in.use_alibi ? -std::abs(in.pos[j] - in.row_pos[r]) : 0.0f;
+            }
+        }
     }
 }
 
@@ -164,7 +175,7 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     };
 
     ggml_tensor * rows = upload(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows), in.rows.data());
-    ggml_tensor * mask = upload(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_rows), in.mask.data());
+    ggml_tensor * bias = upload(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_rows), mask.data());
 
     ggml_tensor * q = ggml_get_rows(ctx, in.ring, rows);
 
@@ -191,7 +202,7 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
         kq = ggml_scale(ctx, kq, in.soft_cap);
     }
 
-    kq = ggml_soft_max_ext(ctx, kq, mask, in.post_scale, in.max_bias);
+    kq = ggml_soft_max_ext(ctx, kq, bias, in.post_scale, in.max_bias);
 
     if (!in.sinks.empty()) {
         ggml_soft_max_add_sinks(kq, upload(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_gqa*n_kv_heads), in.sinks.data() + n_gqa*h_kv));

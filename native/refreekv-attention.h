@@ -18,8 +18,35 @@ private:
     const float * attn;
 };
 
-// The attention of a group's stored queries to its stored keys, computed on the layer's backend with the semantics of
-// upstream's build_attn_mha (llama-graph.cpp): scale, mask, ALiBi, soft-cap, sinks. What comes back to the host is one
+// A group's stored queries and keys, and what becomes of their products: upstream's build_attn_mha (llama-graph.cpp), i.e.
+// scale, mask, ALiBi, soft-cap, sinks.
+struct refreekv_attention_inputs {
+    ggml_backend_t backend;
+    ggml_backend_t host; // the last resort
+
+    ggml_tensor * k;    // [n_embd_head*heads.size(), capacity]
+    ggml_tensor * ring; // [n_embd_head*n_head of the layer, n]
+
+    std::vector<uint32_t> heads; // KV heads of the layer that k has
+
+    int64_t n_embd_head;
+    int64_t n_gqa;      // query heads per KV head
+    int64_t n_kv;       // slots that are looked at: [0, n_kv)
+
+    std::vector<int32_t>   rows;    // ring rows, oldest first
+    std::vector<llama_pos> row_pos; // their positions
+    std::vector<int32_t>   slots;   // slot of cell j
+    std::vector<llama_pos> pos;     // its position, ascending
+    std::vector<float>     sinks;   // [heads.size()*n_gqa], or empty
+
+    bool  use_alibi;
+    float max_bias;
+    float soft_cap;    // 0: none
+    float pre_scale;   // applied before the soft-cap
+    float post_scale;  // applied by the soft-max
+};
+
+// Their attention, computed on the layer's backend. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums); or, where the policy is the caller's, all (read).
 //
 // Where the backend has no kernel for K as it is stored (a view of quantised heads, on Vulkan), K is dequantised first; where it
@@ -29,38 +56,16 @@ private:
 // them all, which is the usual case, the rows are computed once and kept for both questions.
 class refreekv_attention_graph : public refreekv_attention {
 public:
-    struct inputs {
-        ggml_backend_t backend;
-        ggml_backend_t host; // the last resort
-
-        ggml_tensor * k;    // [n_embd_head*heads.size(), capacity]
-        ggml_tensor * ring; // [n_embd_head*n_head of the layer, n]
-
-        std::vector<uint32_t> heads; // KV heads of the layer that k has
-
-        int64_t n_embd_head;
-        int64_t n_gqa;      // query heads per KV head
-        int64_t n_kv;       // slots that are looked at: [0, n_kv)
-
-        std::vector<int32_t> rows;  // ring rows, oldest first
-        std::vector<int32_t> slots; // slot of cell j
-        std::vector<float>   mask;  // [n_kv, rows.size()]
-        std::vector<float>   sinks; // [heads.size()*n_gqa], or empty
-
-        float max_bias;    // ALiBi
-        float soft_cap;    // 0: none
-        float pre_scale;   // applied before the soft-cap
-        float post_scale;  // applied by the soft-max
-    };
-
-    explicit refreekv_attention_graph(inputs in);
+    explicit refreekv_attention_graph(refreekv_attention_inputs in);
 
     bool scores(join heads, std::vector<float> & out) override;
     bool read(float * out) override;
     bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
 
 private:
-    inputs in;
+    refreekv_attention_inputs in;
+
+    std::vector<float> mask; // [n_kv, n_rows]
 
     int64_t n_head_kv_slice; // KV heads per slice
 

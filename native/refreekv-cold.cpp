@@ -15,13 +15,10 @@ void refreekv_cold::fail(int32_t n_writes) {
 }
 
 static bool refreekv_fails_now() {
-    if (g_fail_in == 1) {
-        return true;
+    int32_t n = g_fail_in;
+    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
     }
-    if (g_fail_in > 1) {
-        --g_fail_in;
-    }
-    return false;
+    return n == 1;
 }
 
 // a file without a name; -1: errno says why not
@@ -62,16 +59,12 @@ bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
                 return false;
             }
         } else {
-            auto it = pages.find(offset/REFREEKV_COLD_PAGE);
-            if (it == pages.end()) {
-                auto page = refreekv_pages_alloc(REFREEKV_COLD_PAGE);
-                if (!page) {
-                    return false;
-                }
-                it = pages.emplace(offset/REFREEKV_COLD_PAGE, std::move(page)).first;
+            char * page = page_at(offset);
+            if (!page) {
+                return false;
             }
             n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
-            memcpy((char *) it->second.get() + offset%REFREEKV_COLD_PAGE, src, n);
+            memcpy(page + offset%REFREEKV_COLD_PAGE, src, n);
         }
 
         src    += n;
@@ -80,6 +73,17 @@ bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
     }
 
     return true;
+}
+
+char * refreekv_cold::page_at(uint64_t offset) {
+    std::lock_guard<std::mutex> lock(pages_mutex);
+
+    auto & page = pages[offset/REFREEKV_COLD_PAGE];
+    if (!page) {
+        page = refreekv_pages_alloc(REFREEKV_COLD_PAGE);
+    }
+
+    return (char *) page.get();
 }
 
 bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
@@ -99,7 +103,7 @@ bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
             }
         } else {
             const auto it = pages.find(offset/REFREEKV_COLD_PAGE);
-            if (it == pages.end()) {
+            if (it == pages.end() || !it->second) {
                 return false;
             }
             n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);

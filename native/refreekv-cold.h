@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <string>
 
 // Where the bytes of evicted cells wait until they are wanted again: an address space of which only what was written takes
@@ -26,7 +27,7 @@ public:
     refreekv_cold(const refreekv_cold &) = delete;
     refreekv_cold & operator=(const refreekv_cold &) = delete;
 
-    // false: no room; nothing is known of these bytes then
+    // false: no room; nothing is known of these bytes then. Several threads may write at once, where the others do not
     bool write(uint64_t offset, const void * data, size_t size);
 
     // false: they cannot be read (any more). Several threads may read at once
@@ -45,4 +46,7 @@ private:
     int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
 
     std::map<uint64_t, refreekv_pages_ptr> pages; // by offset/page_size
+    std::mutex pages_mutex;
+
+    char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
 };

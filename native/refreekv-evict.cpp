@@ -2,8 +2,9 @@
 
 #include "refreekv-store.h"
 
-#include "refreekv-attention.h"
+#include "refreekv-attention-cpu.h"
 #include "refreekv-error.h"
+#include "refreekv-parallel.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -11,7 +12,6 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <cmath>
 
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
@@ -95,8 +95,19 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
-    int64_t       n_evicted = 0;
-    const int32_t status    = evict_groups(seq_id, il, pos, by, n_evicted);
+    // which rows a store with a limit has room for hangs on their order
+    const uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
+
+    std::vector<refreekv_attention_scratch> scratch(n_threads);
+    std::atomic<int64_t>                    n_evicted { 0 };
+
+    const int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+        auto & g = groups[i];
+
+        const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) by.n_full_layers;
+
+        return asked && !g.whole ? evict_group(g, seq_id, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+    });
 
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
@@ -117,43 +128,33 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     const size_t after = stats().bytes;
     bytes_freed += before > after ? before - after : 0;
 
-    return status == REFREEKV_OK ? n_evicted : status;
+    return status == REFREEKV_OK ? n_evicted.load() : status;
 }
 
-int32_t refreekv_store::evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by, int64_t & n_evicted) {
-    for (auto & g : groups) {
-        const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) by.n_full_layers;
-        if (!asked || g.whole) {
-            continue;
+int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, refreekv_attention_scratch & scratch, std::atomic<int64_t> & n_evicted) {
+    const auto list = held_cells(seq_id, g);
+
+    std::vector<uint8_t> keep(list.size(), 1);
+
+    if (list.empty()) {
+        return REFREEKV_OK;
+    } else if (pos) {
+        for (size_t c = 0; c < list.size(); ++c) {
+            keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || has_to_stay(seq_id, list[c]);
         }
-
-        const auto list = held_cells(seq_id, g);
-        if (list.empty()) {
-            continue;
-        }
-
-        std::vector<uint8_t> keep(list.size(), 1);
-
-        if (pos) {
-            for (size_t c = 0; c < list.size(); ++c) {
-                keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || has_to_stay(seq_id, list[c]);
-            }
-        } else if ((int32_t) list.size() < by.n_min) {
-            continue;
-        } else if (const int32_t status = select(g, seq_id, list, by, keep)) {
-            return status;
-        }
-
-        const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
-
-        if (n_out > 0) {
-            if (!evict(g, list, keep)) {
-                refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
-                return REFREEKV_ERR_MEMORY;
-            }
-            n_evicted += n_out;
-        }
+    } else if ((int32_t) list.size() < by.n_min) {
+        return REFREEKV_OK;
+    } else if (const int32_t status = select(g, seq_id, list, by, scratch, keep)) {
+        return status;
     }
+
+    const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
+
+    if (n_out > 0 && !evict(g, list, keep)) {
+        refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
+        return REFREEKV_ERR_MEMORY;
+    }
+    n_evicted += n_out;
 
     return REFREEKV_OK;
 }
@@ -198,7 +199,7 @@ static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<u
     }
 }
 
-int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::vector<uint8_t> & keep) {
+int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned;
@@ -216,7 +217,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, by, attn)) {
+    if (const int32_t status = look(g, seq_id, list, by, scratch, attn)) {
         return status;
     }
 
@@ -235,11 +236,11 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
     return REFREEKV_OK;
 }
 
-int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::unique_ptr<refreekv_attention> & attn) const {
+int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::unique_ptr<refreekv_attention> & attn) const {
     const auto & hparams = kv.hparams;
     const auto & layer   = layer_of(g);
 
-    refreekv_attention_graph::inputs in = {};
+    refreekv_attention_inputs in = {};
 
     in.backend = backend_of(g);
     in.host    = host_backend();
@@ -254,10 +255,9 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
 
     const bool one_row = by.policy == REFREEKV_POLICY_REFREEKV && by.rows == REFREEKV_ROWS_LAST && by.ranking == REFREEKV_RANKING_POSITION;
 
-    std::vector<llama_pos> row_pos;
-    ring.rows(seq_id, list.back().pos, one_row ? 1 : by.n_window, by.window_step, in.rows, row_pos);
+    ring.rows(seq_id, list.back().pos, one_row ? 1 : by.n_window, by.window_step, in.rows, in.row_pos);
 
-    if (row_pos.empty() || row_pos.back() != list.back().pos) {
+    if (in.row_pos.empty() || in.row_pos.back() != list.back().pos) {
         refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
         return REFREEKV_ERR_STATE;
     }
@@ -268,6 +268,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
     in.n_embd_head = hparams.n_embd_head_k(g.il);
     in.n_gqa       = hparams.n_gqa(g.il);
     in.n_kv        = g.res.n_slots();
+    in.use_alibi   = hparams.use_alibi;
     in.max_bias    = hparams.f_max_alibi_bias;
     in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
     in.pre_scale   = hparams.attn_soft_cap ? 1.0f/hparams.f_attn_logit_softcapping : 1.0f;
@@ -281,18 +282,17 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         }
     }
 
-    in.mask.assign(in.n_kv*in.rows.size(), -INFINITY);
     for (const auto & c : list) {
         in.slots.push_back(c.slot);
-
-        for (size_t r = 0; r < in.rows.size(); ++r) {
-            if (c.pos <= row_pos[r]) {
-                in.mask[r*in.n_kv + c.slot] = hparams.use_alibi ? -std::abs(c.pos - row_pos[r]) : 0.0f;
-            }
-        }
+        in.pos  .push_back(c.pos);
     }
 
-    attn = std::make_unique<refreekv_attention_graph>(std::move(in));
+    if (!params.by_graph) {
+        attn = refreekv_attention_cpu_make(in, scratch);
+    }
+    if (!attn) {
+        attn = std::make_unique<refreekv_attention_graph>(std::move(in));
+    }
 
     attn->i_layer = il_to_layer.at(g.il);
     attn->n_layer = layers.size();

@@ -10,6 +10,8 @@
 #include <cinttypes>
 #include <numeric>
 
+static const uint32_t REFREEKV_MAX_THREADS = 4;
+
 ggml_backend_t refreekv_store::backend_of(const group & g) const {
     if (!lctx) {
         return nullptr;
@@ -37,10 +39,22 @@ ggml_backend_t refreekv_store::host_backend() const {
     return ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1); // ggml has it there
 }
 
+// whether the host may read and write rows where they are
+bool refreekv_store::in_place(const group & g) const {
+    return ggml_backend_buft_is_host(g.rows.get_shape().buft) && !params.by_graph;
+}
+
+// that may work on groups beside each other: much of the time goes into memory that was never touched, and into the system
+uint32_t refreekv_store::n_threads() const {
+    const bool on_host = std::all_of(groups.begin(), groups.end(), [&](const group & g) { return in_place(g); });
+
+    return on_host && lctx ? std::clamp(lctx->n_threads_batch(), 1u, REFREEKV_MAX_THREADS) : 1;
+}
+
 bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
     n_generation++;
 
-    return g.rows.move(slots, capacity, backend_of(g), params.graph_gather, in);
+    return g.rows.move(slots, capacity, backend_of(g), params.by_graph, in);
 }
 
 bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {

@@ -185,8 +185,9 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
     refreekv_params every = params;
     every.window_step = 1;
 
+    refreekv_attention_scratch          scratch;
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, every, attn)) {
+    if (const int32_t status = look(g, seq_id, list, every, scratch, attn)) {
         return status;
     }
 

@@ -4,6 +4,7 @@
 
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
+#include "refreekv-parallel.h"
 #include "refreekv-row-bytes.h"
 #include "refreekv-runs.h"
 
@@ -11,18 +12,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <future>
-#include <new>
-#include <system_error>
-
-static const uint32_t REFREEKV_RESTORE_THREADS = 4;
-
-// whether the host may read and write rows where they are
-bool refreekv_store::in_place(const group & g) const {
-    return ggml_backend_buft_is_host(g.rows.get_shape().buft) && !params.graph_gather;
-}
 
 // rows that are about to be evicted
 void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
@@ -44,7 +34,7 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
     }
 
     if (!in_place(g)) {
-        const auto rows = g.rows.read(slots, backend_of(g), params.graph_gather);
+        const auto rows = g.rows.read(slots, backend_of(g), params.by_graph);
 
         refreekv_for_runs(cells, [&](size_t i, size_t n) {
             return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
@@ -83,8 +73,16 @@ std::vector<uint32_t> refreekv_store::missing(llama_seq_id seq_id, const group &
     return res;
 }
 
-// of one group; sets no error, since it may run on any thread
 int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) {
+    const auto no_memory = [&]() {
+        refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells.size(), g.il);
+        return REFREEKV_ERR_MEMORY;
+    };
+    const auto not_there = [&]() {
+        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", g.il);
+        return REFREEKV_ERR_STATE;
+    };
+
     std::vector<uint32_t> absent; // those that are not just hidden
     std::vector<uint8_t>  is_absent(n_cells, 0);
     for (uint32_t cell : cells) {
@@ -122,10 +120,10 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         const bool ok = get_cold(g, false, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + i*row_k, bytes, n*row_k); }) &&
                         get_cold(g, true,  absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + i*row_v, bytes, n*row_v); });
         if (!ok) {
-            return REFREEKV_ERR_STATE;
+            return not_there();
         }
         if (!move(g, slots_now, padded(order.size()), in)) {
-            return REFREEKV_ERR_MEMORY;
+            return no_memory();
         }
         g.res.arrange(order);
 
@@ -133,7 +131,7 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     }
 
     if (!move(g, slots_now, padded(order.size()))) {
-        return REFREEKV_ERR_MEMORY;
+        return no_memory();
     }
     g.res.arrange(order);
     g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
@@ -141,7 +139,7 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     for (bool is_v : { false, true }) {
         refreekv_row_bytes rows(is_v ? g.rows.v : g.rows.k, is_v && g.rows.get_shape().v_trans);
         if (!get_cold(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
-            return REFREEKV_ERR_STATE;
+            return not_there();
         }
     }
     for (uint32_t cell : absent) {
@@ -151,60 +149,14 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     return REFREEKV_OK;
 }
 
-// cells: of each group. Most of the time goes into memory that has never been touched, so threads help
+// cells: of each group
 int32_t refreekv_store::bring_back(const std::vector<std::vector<uint32_t>> & cells) {
-    struct result {
-        int32_t  status;
-        uint32_t i_group;
-    };
+    const int32_t status = refreekv_parallel(groups.size(), n_threads(), [&](uint32_t i, uint32_t) {
+        return bring_back(groups[i], cells[i]);
+    });
+    idle_rows |= status != REFREEKV_OK; // room for what did not come
 
-    std::atomic<uint32_t> next { 0 };
-
-    const auto work = [&]() -> result {
-        for (uint32_t i = next++; i < groups.size(); i = next++) {
-            int32_t status;
-            try {
-                status = bring_back(groups[i], cells[i]);
-            } catch (const std::bad_alloc &) {
-                status = REFREEKV_ERR_MEMORY;
-            }
-            if (status != REFREEKV_OK) {
-                next = groups.size();
-                return { status, i };
-            }
-        }
-        return { REFREEKV_OK, 0 };
-    };
-
-    const bool     on_host   = std::all_of(groups.begin(), groups.end(), [&](const group & g) { return in_place(g); });
-    const uint32_t n_threads = on_host && lctx ? std::min(lctx->n_threads_batch(), REFREEKV_RESTORE_THREADS) : 1;
-
-    std::vector<std::future<result>> others;
-    for (uint32_t i = 1; i < n_threads; ++i) {
-        try {
-            others.push_back(std::async(std::launch::async, work));
-        } catch (const std::system_error &) {
-            break; // no more threads to be had: those that are there do it
-        }
-    }
-
-    result res = work();
-    for (auto & other : others) {
-        const auto r = other.get();
-        if (r.status != REFREEKV_OK) {
-            res = r;
-        }
-    }
-
-    const auto & g = groups[res.i_group];
-    if (res.status == REFREEKV_ERR_MEMORY) {
-        refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells[res.i_group].size(), g.il);
-    } else if (res.status != REFREEKV_OK) {
-        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", g.il);
-    }
-    idle_rows |= res.status != REFREEKV_OK; // room for what did not come
-
-    return res.status;
+    return status;
 }
 
 int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {

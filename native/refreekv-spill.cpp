@@ -118,9 +118,8 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
     if (ok) {
         std::fill_n(g.is_cold.begin() + cell, n, 1);
         bytes_cold += more;
-    } else if (!cold_full) {
+    } else if (!cold_full.exchange(true)) {
         LLAMA_LOG_WARN("refreekv: no room in the cold store (%" PRIu64 " MiB are there): what does not fit is lost\n", bytes_cold >> 20);
-        cold_full = true;
     }
 
     return ok;
@@ -197,8 +196,9 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
         std::vector<uint8_t> k;
         std::vector<uint8_t> v;
 
-        cold_full |= !get(false, k) || !get(true, v) || !refreekv_for_runs(cells, [&](size_t i, size_t n) {
+        const bool ok = get(false, k) && get(true, v) && refreekv_for_runs(cells, [&](size_t i, size_t n) {
             return put_cold(g, cells[i] - first_src + first_dst, n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
         });
+        cold_full = cold_full || !ok;
     }
 }

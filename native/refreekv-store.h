@@ -2,6 +2,7 @@
 
 #include "refreekv.h"
 #include "refreekv-decode.h"
+#include "refreekv-attention-cpu.h"
 #include "refreekv-residency.h"
 #include "refreekv-ring.h"
 #include "refreekv-rows.h"
@@ -304,12 +305,12 @@ private:
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
-    uint64_t bytes_read    = 0; // answers of the eviction graph
-    uint64_t bytes_bounced = 0; // K and queries that it could not look at where they are
+    std::atomic<uint64_t> bytes_read    { 0 }; // answers of the eviction graph
+    std::atomic<uint64_t> bytes_bounced { 0 }; // K and queries that it could not look at where they are
 
     std::unique_ptr<refreekv_cold> cold; // nullptr: what is evicted is gone
-    uint64_t bytes_cold = 0;
-    bool     cold_full  = false;
+    std::atomic<uint64_t> bytes_cold { 0 };
+    std::atomic<bool>     cold_full  { false };
     int64_t  n_restores = 0;
     int64_t  restore_us = 0;
 
@@ -337,6 +338,7 @@ private:
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in = {});
     ggml_backend_t backend_of(const group & g) const;
     bool           in_place  (const group & g) const;
+    uint32_t       n_threads () const;
     ggml_backend_t host_backend() const;
 
     const layer & layer_of(const group & g) const { return layers[il_to_layer.at(g.il)]; }
@@ -395,15 +397,15 @@ private:
 
     // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
     int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
-    int32_t evict_groups(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by, int64_t & n_evicted); // a refreekv_status
+    int32_t evict_group (group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, refreekv_attention_scratch & scratch, std::atomic<int64_t> & n_evicted); // a refreekv_status
 
     std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
 
     bool has_to_stay(llama_seq_id seq_id, const held & c) const;
 
     // what a policy may see of a sequence in a group; a refreekv_status
-    int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::unique_ptr<refreekv_attention> & attn) const;
-    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, std::vector<uint8_t> & keep);
+    int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::unique_ptr<refreekv_attention> & attn) const;
+    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep);
 
     // upstream's tensors of a layer, once for each of its groups; they have no data

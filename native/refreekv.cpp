@@ -13,8 +13,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <new>
-#include <stdexcept>
+#include <string>
 
 static const int32_t REFREEKV_ABI_VERSION = 7;
 
@@ -33,22 +32,12 @@ void refreekv_set_error(const char * format, ...) {
     LLAMA_LOG_ERROR("refreekv: %s\n", buf);
 }
 
-void refreekv_clear_error() {
-    g_error.clear();
+void refreekv_take_error(const std::string & error) {
+    g_error = error;
 }
 
-// nothing may be thrown across the C API
-template <typename F>
-static auto refreekv_guard(F && f) -> decltype(f()) {
-    try {
-        return f();
-    } catch (const std::bad_alloc &) {
-        refreekv_set_error("out of memory");
-        return REFREEKV_ERR_MEMORY;
-    } catch (const std::exception & err) {
-        refreekv_set_error("%s", err.what());
-        return REFREEKV_ERR_STATE;
-    }
+void refreekv_clear_error() {
+    g_error.clear();
 }
 
 // nullptr after setting the error
@@ -137,7 +126,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_type        = -1;
     res.cold_state       = true;
     res.mask_only        = false;
-    res.graph_gather     = false;
+    res.by_graph     = false;
 
     return res;
 }

@@ -113,7 +113,7 @@ struct refreekv_params {
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
-    bool    graph_gather;     // debug: move rows with a graph even where the host could copy them
+    bool    by_graph;     // debug: move rows and look at attention with graphs, as on a device, where the host could do it
 };
 
 struct refreekv_stats {

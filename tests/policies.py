@@ -57,7 +57,7 @@ class Debug(Policy):
 
     policy: Policy
     mask_only: bool = False
-    graph_gather: bool = False
+    by_graph: bool = False
 
     @property
     def name(self) -> str:
@@ -66,4 +66,4 @@ class Debug(Policy):
     def native_options(self) -> dict[str, Any]:
         options = self.policy.native_options()
         assert options is not None
-        return {**options, "mask_only": self.mask_only, "graph_gather": self.graph_gather}
+        return {**options, "mask_only": self.mask_only, "by_graph": self.by_graph}

@@ -64,7 +64,7 @@ def test_rows_come_back_rounded_and_those_that_stayed_as_they_were(tiny: Tiny, c
 
 def test_rows_that_a_graph_moves_are_rounded_too(tiny: Tiny) -> None:
     by_host = pruned(tiny("gqa64"), kv_cold_type="q8_0")
-    by_graph = pruned(tiny("gqa64"), Debug(policy=POLICY, graph_gather=True), kv_cold_type="q8_0")
+    by_graph = pruned(tiny("gqa64"), Debug(policy=POLICY, by_graph=True), kv_cold_type="q8_0")
     assert by_graph.kv_stats.bytes_cold == by_host.kv_stats.bytes_cold
 
     for llm in (by_host, by_graph):

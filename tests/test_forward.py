@@ -196,7 +196,7 @@ def decoded(tiny: Callable[[str], Path]) -> Run:
 
 @pytest.mark.parametrize("caches", CACHES)
 def test_rows_moved_by_a_graph_are_bit_identical(decoded: Run, caches: str) -> None:
-    by_graph = decoded(caches, Debug(policy=ReFreeKV(), graph_gather=True))
+    by_graph = decoded(caches, Debug(policy=ReFreeKV(), by_graph=True))
     np.testing.assert_array_equal(decoded(caches, ReFreeKV()), by_graph)
 
 
@@ -216,7 +216,7 @@ def test_a_policy_that_evicts_nothing_is_bit_identical_to_full(decoded: Run, cac
     assert error(full, decoded(caches, ReFreeKV())) > 0.05
 
 
-@pytest.mark.parametrize("debug", [{"mask_only": True}, {"graph_gather": True}], ids=str)
+@pytest.mark.parametrize("debug", [{"mask_only": True}, {"by_graph": True}], ids=str)
 @pytest.mark.parametrize("name", ["window", "paper"])
 def test_policies_choose_the_same_in_debug_modes(tiny_model: Path, name: str, debug: dict[str, bool]) -> None:
     res = []

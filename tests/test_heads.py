@@ -88,7 +88,7 @@ def test_the_policy_prunes_the_other_heads_by_their_own_attention(tiny: Tiny, na
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("debug", [{"mask_only": True}, {"graph_gather": True}], ids=str)
+@pytest.mark.parametrize("debug", [{"mask_only": True}, {"by_graph": True}], ids=str)
 def test_moved_is_the_same_as_masked(tiny: Tiny, name: str, flash_attn: bool, debug: dict[str, bool]) -> None:
     logits = []
     for policy in (POLICY, Debug(policy=POLICY, **debug)):

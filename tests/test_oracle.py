@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from policies import COMBINATIONS, POLICIES, PRESETS
+from policies import COMBINATIONS, POLICIES, PRESETS, Debug
 from support import F16, Q8_0, ctx_of, load
 from tiny import random_tokens
 
@@ -253,7 +253,7 @@ def test_equal_scores_keep_the_earlier_cell() -> None:
 
 # -- on a model's own attention ----------------------------------------------------------------------------------------
 
-# The backend computes the rows in single precision from the same queries (f16) and keys as the reference.
+# Graph and kernel compute the rows in single precision from the same queries (f16) and keys as the reference.
 MODEL_TOLERANCE = 1e-4
 
 # model, type of the K cache, flash attention, tokens in the prompt
@@ -270,13 +270,18 @@ CONTEXTS = {
 }
 
 
+def by_graph(llm) -> bool:
+    """Whether its attention is looked at by a graph, and not by the kernel."""
+    return isinstance(llm.kv_policy, Debug) and llm.kv_policy.by_graph
+
+
 def attention_of(llm, policy: Policy, layer: int, type_k: int) -> npt.NDArray[np.float64]:
     """The attention rows of the queries that a policy looks at, from what the context holds."""
     queries, query_pos = native.read_queries(ctx_of(llm), 0, layer)
     step = getattr(policy, "window_step", 1)
     queries, query_pos = queries[::-step][::-1], query_pos[::-step][::-1]
     keys, key_pos = native.read_keys(ctx_of(llm), 0, layer)
-    if type_k == Q8_0 and len(queries):  # streaming keeps none
+    if type_k == Q8_0 and by_graph(llm) and len(queries):  # streaming keeps none
         # ggml multiplies a quantised matrix with a vector that it quantises too
         shape = queries.shape
         queries = queries.reshape(len(queries), -1)
@@ -297,6 +302,9 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
 
     n_evicted = llm.prune_kv()
 
+    looks = bool((policy.native_options() or {}).get("n_window"))
+    assert (llm.kv_stats.bytes_read > 0) == (looks and by_graph(llm)), "the other way was to be tested"
+
     n_full_layers = getattr(policy, "n_full_layers", 0)
     n_kept = []
     for layer in range(n_layer):
@@ -310,13 +318,15 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
     return n_kept
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["kernel", "graph"])
 @pytest.mark.parametrize(
     ("name", "context"),
     [(name, context) for name in POLICIES for context in CONTEXTS if name in PRESETS or context == "gqa-f16-plain"],
 )
-def test_a_model_is_pruned_by_definition(tiny: Callable[[str], Path], name: str, context: str) -> None:
+def test_a_model_is_pruned_by_definition(tiny: Callable[[str], Path], name: str, context: str, graph: bool) -> None:
     model, type_k, flash_attn, n_prompt = CONTEXTS[context]
-    llm = load(tiny(model), POLICIES[name], type_k=type_k, flash_attn=flash_attn)
+    policy = Debug(policy=POLICIES[name], by_graph=True) if graph else POLICIES[name]
+    llm = load(tiny(model), policy, type_k=type_k, flash_attn=flash_attn)
     llm.eval(random_tokens(n_prompt))
     n_kept = assert_prunes_by_definition(llm, POLICIES[name], type_k)
     assert min(n_kept) < n_prompt, "nothing was evicted: nothing was tested"
@@ -333,10 +343,11 @@ def test_a_pruned_cache_is_pruned_again_by_definition(tiny_model: Path, name: st
     assert len(set(n_kept)) > 1 or name in ("streaming", "snapkv", "snapkv-mean", "h2o"), "layers that need the same"
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["kernel", "graph"])
 @pytest.mark.parametrize("policy", [ReFreeKV(n_window=256, threshold=0.6), H2O()], ids=["max", "mean"])
-def test_a_layer_too_large_for_one_graph(tiny: Callable[[str], Path], policy: Policy) -> None:
+def test_a_layer_too_large_for_one_piece(tiny: Callable[[str], Path], policy: Policy, graph: bool) -> None:
     # 40 heads of 256 queries over 2048 cells: 80 MiB of attention, which goes slice by slice
-    llm = load(tiny("many-heads"), policy)
+    llm = load(tiny("many-heads"), Debug(policy=policy, by_graph=True) if graph else policy)
     llm.eval(random_tokens(1800))
     assert min(assert_prunes_by_definition(llm, policy, F16)) < 1800
 

@@ -115,7 +115,7 @@ def test_several_threads_bring_it_back(tiny: Tiny, cold: str, options: dict) -> 
 def test_rows_that_a_graph_moves_come_back_too(tiny_model: Path) -> None:
     from policies import Debug
 
-    llm, never = read(tiny_model, policy=Debug(policy=POLICY, graph_gather=True)), read(tiny_model, prune=False)
+    llm, never = read(tiny_model, policy=Debug(policy=POLICY, by_graph=True)), read(tiny_model, prune=False)
     assert restore(llm) > 0
     assert cache_of(llm) == cache_of(never)
 

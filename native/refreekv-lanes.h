@@ -1,0 +1,147 @@
+#pragma once
+
+// Vectors of 16 floats, and what the kernels of ours on the CPU do with them. The compiler lowers them to what there is; where
+// it cannot, or ggml's CPU backend is not linked (REFREEKV_CPU), REFREEKV_LANES is not defined and there are no such kernels.
+//
+// For sources that are built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+// GCC for Windows does not align such vectors on the stack
+#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__)))
+#define REFREEKV_LANES
+#endif
+
+#ifdef REFREEKV_LANES
+
+#include "ggml-cpu.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC diagnostic ignored "-Wpsabi" // vectors wider than the machine's are passed in memory, and only inlined here
+
+typedef float   lanes  __attribute__((vector_size(64)));
+typedef int32_t ilanes __attribute__((vector_size(64)));
+
+static const int N_LANES = 16;
+
+static inline lanes load(const float * p) {
+    lanes res;
+    memcpy(&res, p, sizeof(res));
+    return res;
+}
+
+static inline void store(float * p, lanes v) {
+    memcpy(p, &v, sizeof(v));
+}
+
+static inline lanes all(float x) {
+    return lanes {} + x;
+}
+
+static inline lanes max(lanes a, lanes b) {
+    return a > b ? a : b;
+}
+
+static inline lanes pair_sums(lanes a, lanes b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// lane i: the sum of the lanes of a[i]
+static inline lanes sums(lanes a[N_LANES]) {
+    for (int n = N_LANES/2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) {
+            a[i] = pair_sums(a[2*i], a[2*i + 1]);
+        }
+    }
+    return a[0];
+}
+
+static inline float sum(lanes a) {
+    float res = 0.0f;
+    for (int i = 0; i < N_LANES; ++i) {
+        res += a[i];
+    }
+    return res;
+}
+
+// e^x for x <= 0: 2^k * 2^f, |f| <= 1/2, the second factor by its Taylor series. Relative error below 3e-7; below 2^-126: 0
+static inline lanes exp_neg(lanes x) {
+    const lanes y = x*1.44269504f;
+    const lanes r = max(y, all(-127.0f)) + 12582912.0f; // 1.5*2^23: rounds, and leaves k in the low bits
+    const lanes f = max(y, all(-127.0f)) - (r - 12582912.0f);
+
+    const lanes p = 1.0f + f*(0.69314718f + f*(0.24022651f + f*(0.05550411f + f*(0.00961813f + f*(0.00133336f + f*0.00015403f)))));
+
+    const lanes res = (lanes) ((ilanes) p + ((ilanes) r << 23));
+
+    return y > -126.0f ? res : lanes {};
+}
+
+static inline void to_float(const ggml_tensor * t, const char * src, float * dst, int64_t n) {
+    switch (t->type) {
+        case GGML_TYPE_F32:
+            {
+                memcpy(dst, src, n*sizeof(float));
+            } break;
+        case GGML_TYPE_F16:
+            {
+                ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);
+            } break;
+        case GGML_TYPE_Q8_0:
+            {
+                // ggml's block_q8_0
+                struct block {
+                    ggml_fp16_t d;
+                    int8_t      qs[32];
+                };
+                const block * b = (const block *) src;
+
+                for (int64_t i = 0; i < n/32; ++i) {
+                    float d;
+                    ggml_cpu_fp16_to_fp32(&b[i].d, &d, 1);
+
+                    for (int j = 0; j < 32; ++j) {
+                        dst[32*i + j] = d*b[i].qs[j];
+                    }
+                }
+            } break;
+        default:
+            {
+                ggml_get_type_traits(t->type)->to_float(src, dst, n);
+            } break;
+    }
+}
+
+static inline lanes tanh(lanes x) {
+    const lanes e = exp_neg(-2.0f*max(x, -x));
+    const lanes t = (1.0f - e)/(1.0f + e);
+
+    return x < 0.0f ? -t : t;
+}
+
+// as in ggml: by the head's place among all of the layer
+static inline float alibi_slope(float max_bias, int64_t head, int64_t n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int64_t n_log2 = 1LL << (int) std::floor(std::log2(n_head));
+
+    return head < n_log2 ? std::pow(2.0f, -max_bias*(head + 1)/n_log2) : std::pow(2.0f, -max_bias/2*(2*(head - n_log2) + 1)/n_log2);
+}
+
+static inline bool has_to_float(ggml_type type) {
+    return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+}
+
+static inline bool in_host_memory(const ggml_tensor * t) {
+    const ggml_tensor * owner = t->view_src ? t->view_src : t;
+
+    return owner->buffer && ggml_backend_buffer_is_host(owner->buffer);
+}
+
+#endif
