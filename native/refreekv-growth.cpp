@@ -64,13 +64,20 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 
     restoring = false;
 
-    if (grow(sinfos)) {
+    uint32_t n_batch = 0;
+    for (const auto & sinfo : sinfos) {
+        for_cells(sinfo, [&](uint32_t) { n_batch++; });
+    }
+    n_expected -= std::min(n_expected, n_batch);
+
+    if (grow(sinfos, params.memory_limit == 0 ? n_expected : 0)) {
         return true;
     }
 
+    n_expected = 0;
     give_back();
 
-    if (grow(sinfos)) {
+    if (grow(sinfos, 0)) {
         return true;
     }
 
@@ -102,9 +109,10 @@ void refreekv_store::give_back() {
     }
 }
 
-bool refreekv_store::grow(const slot_info_vec_t & sinfos) {
+// n_more: tokens that come after this batch
+bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
     struct plan {
-        uint32_t n_need;  // room for the batch
+        uint32_t n_need;  // room for the batch, and those
         uint32_t n_tight; // without the holes that removed sequences left
         bool     shrink;
     };
@@ -117,6 +125,7 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos) {
         for (const auto & sinfo : sinfos) {
             for_cells(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
         }
+        n_new += std::min(n_more, n_cells - std::min(n_cells, g.res.n_used() + n_new));
 
         plan p;
         p.n_need  = padded(g.res.n_slots_after(n_new));

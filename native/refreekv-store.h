@@ -105,6 +105,9 @@ public:
     // room for a batch. false: no memory; what was there is untouched
     bool reserve(const slot_info_vec_t & sinfos);
 
+    // tokens to come, this batch's among them: the next reserve() makes room for all of them, where it can
+    void expect(uint32_t n_tokens) { n_expected = n_tokens; }
+
     // called before every batch; true when update() has something to do
     bool begin_update(llama_context * lctx);
     bool update(llama_context * lctx);
@@ -291,6 +294,7 @@ private:
     std::vector<std::vector<std::pair<llama_pos, llama_pos>>> spans; // [LLAMA_MAX_SEQ] protected positions, ends excluded
 
     std::atomic<uint64_t> n_generation { 0 };
+    uint32_t n_expected    = 0;
     bool     stale_slots   = false;       // cells may have become empty
     bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
     bool     refused_copy  = false;
@@ -332,7 +336,7 @@ private:
     std::vector<uint32_t> used_slots(const group & g) const;
 
     bool within_limit(uint64_t bytes) const;
-    bool grow(const slot_info_vec_t & sinfos);
+    bool grow(const slot_info_vec_t & sinfos, uint32_t n_more);
     void give_back();
 
     bool move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in = {});

@@ -15,7 +15,7 @@
 #include <cstdio>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 7;
+static const int32_t REFREEKV_ABI_VERSION = 8;
 
 static thread_local std::string g_error;
 
@@ -212,6 +212,20 @@ int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, cons
         }
         return store->set_whole_heads(ctx, list);
     });
+}
+
+int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (n_tokens < 0) {
+        refreekv_set_error("expect: %d tokens; must not be negative", n_tokens);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    store->expect(n_tokens);
+
+    return REFREEKV_OK;
 }
 
 int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {

@@ -197,6 +197,10 @@ REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32
 // They need not be there yet.
 REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 
+// about n_tokens tokens are going to be decoded, in several batches: the first makes room for all of them, so that the cache need
+// not grow with each. Without a memory_limit, and where there is the memory; 0: no more of them come
+REFREEKV_API int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens);
+
 // bring back what was evicted of a sequence from the cold store, bit for bit unless cold_type is smaller than the cache's.
 // Returns the cells brought back, over all layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned
 // sequence (llama_memory_seq_rm), or copying one, does this by itself.

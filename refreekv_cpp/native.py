@@ -16,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._library import import_llama_cpp
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 
 _library = import_llama_cpp()
 _lib: Any = ffi.dlopen(_library._name)
@@ -118,6 +118,11 @@ def prune(ctx: Any, seq_id: int, params: Any | None = None) -> int:
         PolicyError: params are of another policy, or look at more queries than the context keeps.
     """
     return _check(_lib.refreekv_prune(_context(ctx), seq_id, ffi.NULL if params is None else params))
+
+
+def expect(ctx: Any, n_tokens: int) -> None:
+    """So many tokens are about to be decoded, in several batches: room for all of them is made at once."""
+    _check(_lib.refreekv_expect(_context(ctx), n_tokens))
 
 
 def protect(ctx: Any, seq_id: int, start: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""The kernel for host memory computes the attention that the graph computes, which others compare with the definition."""
+"""The kernel for host memory computes what the graph computes, which other tests compare with the definition."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ctx_of, feed, kept, load
+from support import Sequences, ctx_of, feed, kept, load
 
-from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, native
+from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, Streaming, native
 from refreekv_cpp._units import parse_bytes
 
 N_PROMPT = 1500
@@ -43,6 +43,31 @@ def test_bytes_follow_the_contents(tiny_model: Path, prompt: list[int]) -> None:
         stats = llm.kv_stats
         assert blocks(n) * BLOCK <= stats.cells_capacity[0] < 2 * blocks(n) * BLOCK
         assert stats.bytes >= sum(stats.cells_capacity) * stats.bytes_per_token // len(stats.cells_capacity)
+
+
+def test_expected_tokens_get_their_room_at_once(tiny_model: Path, prompt: list[int]) -> None:
+    sequences = Sequences(tiny_model, Streaming())
+    native.expect(sequences.ctx, len(prompt))
+    sequences.read_together({0: prompt[:512]})
+    first = native.stats(sequences.ctx).bytes
+    sequences.read_together({0: prompt[512:1024]})
+    sequences.read_together({0: prompt[1024:]})
+    assert first == native.stats(sequences.ctx).bytes
+    assert native.group(sequences.ctx, 0).n_capacity == blocks(N_PROMPT) * BLOCK
+
+    # they have come: what is read now grows by what it needs
+    sequences.read_together({0: prompt[:500]})
+    assert native.group(sequences.ctx, 0).n_capacity == blocks(N_PROMPT + 500) * BLOCK
+
+
+def test_what_was_expected_and_did_not_come_is_given_back(tiny_model: Path, prompt: list[int]) -> None:
+    sequences = Sequences(tiny_model, Streaming())
+    native.expect(sequences.ctx, 4000)
+    sequences.read_together({0: prompt[:100]})
+    assert native.group(sequences.ctx, 0).n_capacity == 4096
+    native.expect(sequences.ctx, 0)
+    sequences.read_together({0: prompt[:1]})
+    assert native.group(sequences.ctx, 0).n_capacity == BLOCK
 
 
 def test_a_pruned_cache_has_no_more_than_a_block_to_spare(tiny_model: Path, prompt: list[int]) -> None:
