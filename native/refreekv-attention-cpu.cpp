@@ -43,6 +43,7 @@ static inline void dot_tile(const float * q, const float * k, int64_t k_stride, 
         lanes rows[N];
         for (int64_t v = 0; v < N; ++v) {
             rows[v] = load(q + (d*N + v)*N_LANES);
+            hold(rows[v]);
         }
         for (int64_t i = 0; i < STEP; ++i) {
             const lanes x = all(k[i*k_stride + d]);
@@ -84,7 +85,9 @@ private:
     int64_t h_kv    = -1; // its first KV head; -1: none was
     int64_t n_heads = 0;  // query heads
 
-    std::vector<float> queries; // [n_heads][n_lanes_rows][n_embd_head], in the order that dot_tile reads them
+    std::vector<float> queries_memory;
+
+    float * queries = nullptr;  // [n_heads][n_lanes_rows][n_embd_head], in the order that dot_tile reads them
     std::vector<float> top;     // [n_chunks][n_heads][n_lanes_rows]
     std::vector<float> factors; // the same
 
@@ -165,7 +168,10 @@ bool refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
 void refreekv_attention_cpu::pack_queries() {
     const int64_t n_embd_head = in.n_embd_head;
 
-    queries.assign(n_heads*n_lanes_rows*n_embd_head, 0.0f);
+    const size_t size = n_heads*n_lanes_rows*n_embd_head;
+
+    queries = aligned(queries_memory, size);
+    std::fill_n(queries, size, 0.0f);
 
     std::vector<float> row(n_embd_head);
 
@@ -176,7 +182,7 @@ void refreekv_attention_cpu::pack_queries() {
             const char * src = (const char *) in.ring->data + in.rows[r]*in.ring->nb[1] + head*n_embd_head*sizeof(ggml_fp16_t);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, row.data(), n_embd_head);
 
-            float * dst = queries.data() + h*n_lanes_rows*n_embd_head;
+            float * dst = queries + h*n_lanes_rows*n_embd_head;
 
             for_tiles(n_lanes_rows, [&](int64_t r0, auto n) {
                 const int64_t i = r - r0;
@@ -193,6 +199,12 @@ void refreekv_attention_cpu::weigh_chunks() {
     const int64_t n_embd      = n_embd_head*n_heads/n_gqa;
 
     const size_t k_first = ggml_row_size(in.k->type, h_kv*n_embd_head);
+
+    // in registers: a store to the weights may be one to anything, for all that the compiler knows
+    const float pre_scale  = in.pre_scale;
+    const float post_scale = in.post_scale;
+    const float soft_cap   = in.soft_cap;
+    const bool  use_alibi  = in.use_alibi;
 
     std::vector<float>   keys(CHUNK*n_embd);
     std::vector<int32_t> row_pos(n_lanes_rows, INT32_MAX);
@@ -211,7 +223,7 @@ void refreekv_attention_cpu::weigh_chunks() {
 
         for (int64_t h = 0; h < n_heads; ++h) {
             const float * k     = keys.data() + h/n_gqa*n_embd_head;
-            const float * q     = queries.data() + h*n_lanes_rows*n_embd_head;
+            const float * q     = queries + h*n_lanes_rows*n_embd_head;
             float *       w     = weights(chunk, h);
             float *       t     = top.data()     + (chunk*n_heads + h)*n_lanes_rows;
             float *       total = factors.data() + (chunk*n_heads + h)*n_lanes_rows;
@@ -233,16 +245,16 @@ void refreekv_attention_cpu::weigh_chunks() {
                 for (int64_t i = 0; i < n; ++i) {
                     float * p = w + i*n_lanes_rows + r;
 
-                    lanes x = load(p)*in.pre_scale;
-                    if (in.soft_cap > 0.0f) {
-                        x = tanh(x)*in.soft_cap;
+                    lanes x = load(p)*pre_scale;
+                    if (soft_cap > 0.0f) {
+                        x = tanh(x)*soft_cap;
                     }
-                    x *= in.post_scale;
+                    x *= post_scale;
 
                     if (!plain) {
                         const int32_t pos = in.pos[first + i];
 
-                        if (in.use_alibi) {
+                        if (use_alibi) {
                             x -= slope*__builtin_convertvector(at > pos ? at - pos : pos - at, lanes);
                         }
                         x = at >= pos ? x : all(-INFINITY);

@@ -145,9 +145,7 @@ static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) 
 
     const int64_t n_tile = TILE*std::max({ n_rows_k, n_rows_v, CHUNK });
 
-    scratch.resize(n_tile + (n_head*n_tokens + n_tokens)*CHUNK);
-
-    float * tile    = scratch.data();
+    float * tile    = aligned(scratch, n_tile + (n_head*n_tokens + n_tokens)*CHUNK);
     float * weights = tile + n_tile;                   // [n_tokens][n_head][CHUNK]
     float * masks   = weights + n_head*n_tokens*CHUNK; // [n_tokens][CHUNK]
 

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #pragma GCC diagnostic ignored "-Wpsabi" // vectors wider than the machine's are passed in memory, and only inlined here
 
@@ -38,8 +39,25 @@ static inline void store(float * p, lanes v) {
     memcpy(p, &v, sizeof(v));
 }
 
+// not lanes {} + x, which has to add for the sake of -0
 static inline lanes all(float x) {
-    return lanes {} + x;
+    return lanes { x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x };
+}
+
+// in a register from here on: GCC would load it anew for each operation that it is an operand of
+static inline void hold(lanes & x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#else
+    (void) x;
+#endif
+}
+
+// n floats that begin with a line of the processor's cache; what is in them before is lost
+static inline float * aligned(std::vector<float> & memory, size_t n) {
+    memory.resize(n + N_LANES);
+
+    return (float *) GGML_PAD((uintptr_t) memory.data(), sizeof(lanes));
 }
 
 static inline lanes max(lanes a, lanes b) {

@@ -26,6 +26,10 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
+bool refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {
+    return false;
+}
+
 void refreekv_pages_deleter::operator()(void * ptr) const {
     std::free(ptr);
 }
@@ -39,6 +43,10 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
 }
 
+bool refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {
+    return false;
+}
+
 void refreekv_pages_deleter::operator()(void * ptr) const {
     VirtualFree(ptr, 0, MEM_RELEASE);
 }
@@ -46,6 +54,7 @@ void refreekv_pages_deleter::operator()(void * ptr) const {
 #else
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     void * ptr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -58,6 +67,22 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
 #endif
 
     return { ptr, { size } };
+}
+
+bool refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    const size_t kept = (size + page - 1)/page*page;
+
+    size_t & all = pages.get_deleter().size;
+
+    if (kept < all) {
+        if (munmap((char *) pages.get() + kept, all - kept) != 0) {
+            return false;
+        }
+        all = kept;
+    }
+
+    return true;
 }
 
 void refreekv_pages_deleter::operator()(void * ptr) const {

@@ -85,7 +85,13 @@ void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<
 
     for (size_t p = 0; p < n_parts; ++p) {
         for (const auto & [i, n] : runs) {
-            memcpy(at(i, p), src.at(slots[i], p), n*part);
+            memmove(at(i, p), src.at(slots[i], p), n*part);
         }
+    }
+}
+
+void refreekv_row_bytes::clear(size_t i0, size_t i1) {
+    for (size_t p = 0; p < n_parts; ++p) {
+        memset(at(i0, p), 0, (i1 - i0)*part);
     }
 }

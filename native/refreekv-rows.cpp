@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
+#include <tuple>
 
 // in: the rows of slots that have no source
 static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const std::vector<uint8_t> & in) {
@@ -132,14 +134,7 @@ size_t refreekv_rows::row_bytes() const {
     return ggml_row_size(s.type_k, s.n_embd_k) + ggml_row_size(s.type_v, s.n_embd_v);
 }
 
-bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
-    int32_t n = g_fail_in;
-    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
-    }
-    if (n == 1) {
-        return false;
-    }
-
+void refreekv_rows::make_tensors(storage & dst, uint32_t capacity, size_t & size_k, size_t & size_v) const {
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     dst.ctx.reset(ggml_init(params));
 
@@ -150,9 +145,31 @@ bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
     ggml_format_name(dst.k, "refreekv_k_l%d", il);
     ggml_format_name(dst.v, "refreekv_v_l%d", il);
 
-    const size_t align  = ggml_backend_buft_get_alignment(s.buft);
-    const size_t size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.k), align);
-    const size_t size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.v), align);
+    const size_t align = ggml_backend_buft_get_alignment(s.buft);
+
+    size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.k), align);
+    size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.v), align);
+}
+
+// K at the beginning of the buffer, V behind it
+bool refreekv_rows::place_tensors(storage & dst, size_t size_k) {
+    char * base = (char *) ggml_backend_buffer_get_base(dst.buf.get());
+
+    return ggml_backend_tensor_alloc(dst.buf.get(), dst.k, base)          == GGML_STATUS_SUCCESS &&
+           ggml_backend_tensor_alloc(dst.buf.get(), dst.v, base + size_k) == GGML_STATUS_SUCCESS;
+}
+
+bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
+    int32_t n = g_fail_in;
+    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
+    }
+    if (n == 1) {
+        return false;
+    }
+
+    size_t size_k;
+    size_t size_v;
+    make_tensors(dst, capacity, size_k, size_v);
 
     if (s.buft == ggml_backend_cpu_buffer_type()) {
         dst.pages = refreekv_pages_alloc(size_k + size_v);
@@ -171,10 +188,7 @@ bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
         return false;
     }
 
-    char * base = (char *) ggml_backend_buffer_get_base(dst.buf.get());
-
-    return ggml_backend_tensor_alloc(dst.buf.get(), dst.k, base)          == GGML_STATUS_SUCCESS &&
-           ggml_backend_tensor_alloc(dst.buf.get(), dst.v, base + size_k) == GGML_STATUS_SUCCESS;
+    return place_tensors(dst, size_k);
 }
 
 void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in) {
@@ -242,6 +256,10 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
         return true;
     }
 
+    if (in.k.empty() && !force_graph && compact(slots, capacity)) {
+        return true;
+    }
+
     storage dst;
     if (!alloc(dst, capacity)) {
         return false;
@@ -254,10 +272,46 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
         move(st.v, dst.v, s.v_trans, slots, backend, force_graph, in.v);
     }
 
+    take(std::move(dst), capacity);
+
+    return true;
+}
+
+void refreekv_rows::take(storage && dst, uint32_t capacity) {
     st    = std::move(dst);
     k     = st.k;
     v     = st.v;
     n_cap = capacity;
+}
+
+bool refreekv_rows::compact(const std::vector<uint32_t> & slots, uint32_t capacity) {
+    const bool ascending = std::adjacent_find(slots.begin(), slots.end(), std::greater_equal<uint32_t>()) == slots.end();
+
+    if (!st.pages || capacity > n_cap || !ascending || (!slots.empty() && slots.back() == none)) {
+        return false;
+    }
+
+    storage dst;
+    size_t  size_k;
+    size_t  size_v;
+    make_tensors(dst, capacity, size_k, size_v);
+
+    dst.buf.reset(ggml_backend_cpu_buffer_from_ptr(st.pages.get(), size_k + size_v));
+    if (!dst.buf || !place_tensors(dst, size_k)) {
+        return false;
+    }
+
+    // K first: V comes to where K's end was
+    for (const auto & [from, to, trans] : { std::make_tuple(st.k, dst.k, false), std::make_tuple(st.v, dst.v, s.v_trans) }) {
+        refreekv_row_bytes rows(to, trans);
+        rows.copy(refreekv_row_bytes(from, trans), slots);
+        rows.clear(slots.size(), capacity);
+    }
+
+    dst.pages = std::move(st.pages);
+    refreekv_pages_shrink(dst.pages, size_k + size_v);
+
+    take(std::move(dst), capacity);
 
     return true;
 }

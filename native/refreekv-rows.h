@@ -10,7 +10,8 @@
 #include <vector>
 
 // The K and V rows of one group of KV heads: a buffer of their own on the layer's backend, with room for `capacity`
-// cells. Growing, shrinking and evicting are one operation, move(): allocate, copy the rows that stay, free.
+// cells. Growing, shrinking and evicting are one operation, move(): allocate, copy the rows that stay, free; or, where memory is
+// the host's and no more of it is wanted, move them to its front.
 //
 //   K  [n_embd_k, capacity]
 //   V  [n_embd_v, capacity], or transposed [capacity, n_embd_v] (upstream's layout without flash attention)
@@ -79,7 +80,16 @@ private:
         ggml_tensor * v = nullptr;
     } st;
 
+    // its tensors; sizes of K and V in bytes, as the buffer needs them
+    void make_tensors(storage & dst, uint32_t capacity, size_t & size_k, size_t & size_v) const;
+
+    static bool place_tensors(storage & dst, size_t size_k);
+    void        take(storage && dst, uint32_t capacity);
+
     bool alloc(storage & dst, uint32_t capacity) const;
+
+    // the rows that stay move to the front of the memory they are in, whose end goes back. false: that cannot be done
+    bool compact(const std::vector<uint32_t> & slots, uint32_t capacity);
 
     // one of K and V
     void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in);
