@@ -1,13 +1,20 @@
 #pragma once
 
+#include "refreekv-sketch.h"
+
 #include "ggml.h"
+
+#include <atomic>
+#include <functional>
+#include <vector>
 
 // Attention of a few tokens to one group on the CPU, in the place of build_attn_mha's ops: each row of K and V is read once
 // for all the query heads that share it, and the cells are divided among the threads (llama.cpp divides the heads, and
 // reads the rows of K again for each of them).
 //
-// Two operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
-// bit for bit whatever the number of threads is; the second joins the chunks. All sums are f32, while upstream rounds the
+// Operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
+// bit for bit whatever the number of threads is; the last joins the chunks. Two between them see to what is evicted: one judges
+// its blocks by their sketches, the next reads those that count. All sums are f32, while upstream rounds the
 // queries and (without flash attention) the weights to f16: logits differ from upstream's by that.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
@@ -18,6 +25,25 @@ struct refreekv_decode_softmax {
     float max_bias; // ALiBi; 0: none
 };
 
+// What a group has evicted. A block of it that would draw more than the tolerance of some head's attention, by its sketch, takes
+// part in it with its own rows, which are read from where they wait.
+struct refreekv_decode_evicted {
+    const refreekv_decode_softmax * softmax;
+
+    refreekv_sketch sketch;
+    float           tolerance;
+
+    // whether a token of the batch may see the cells of a block
+    std::function<bool(int64_t token, uint32_t block)> sees;
+
+    // K and V of the cells of a block that are still evicted, one after the other, in the cache's types; false: they are lost.
+    // From several threads
+    std::function<bool(uint32_t block, uint8_t * k, uint8_t * v)> read;
+
+    std::atomic<int64_t> n_faults { 0 }; // blocks that were read
+    std::atomic<int64_t> n_lost   { 0 }; // that could not be
+};
+
 struct refreekv_decode_call {
     ggml_tensor * q;     // [n_embd_head_k, n_head, n_tokens] f32, its heads those of k in order, n_gqa for each
     ggml_tensor * k;     // [n_embd_head_k, n_head_kv, n_kv], any type with a to_float
@@ -26,11 +52,16 @@ struct refreekv_decode_call {
     ggml_tensor * sinks; // [n_head] f32; nullptr: none
 
     const refreekv_decode_softmax * softmax; // has to outlive the graph
+
+    refreekv_decode_evicted * evicted; // likewise; nullptr: what is evicted takes no part
 };
 
 // whether it can be computed, and faster than by upstream's ops: K and V in host memory, few tokens, lengths that are
 // multiples of the vectors'; false where the compiler has no vectors
 bool refreekv_decode_fits(const refreekv_decode_call & call);
 
-// [n_embd_head_v*n_head, n_tokens] f32
-ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call);
+// whether blocks of what is evicted can take part, whatever the batch
+bool refreekv_decode_can_fault(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v);
+
+// [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
+ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);

@@ -325,7 +325,11 @@ bool refreekv_store::evict(group & g, const std::vector<held> & list, const std:
         }
     }
 
-    stash(g, std::move(cells_out));
+    stash(g, cells_out);
+
+    if (g.evicted) {
+        sketch(g, cells_out, [&](size_t i) { return (const uint8_t *) g.rows.k->data + g.res.slot(cells_out[i])*g.rows.k->nb[1]; });
+    }
 
     if (!move(g, slots, padded(slots.size()))) {
         return false;

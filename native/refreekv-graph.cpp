@@ -137,6 +137,8 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
 }
 
 void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
+    store->note_batch(*ubatch);
+
     // tensors that no layer used have no buffer
     for (const auto & k : kinds) {
         auto & inp = *k.inp;
@@ -239,17 +241,19 @@ ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, 
     }
 
     const refreekv_decode_call call = {
-        q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax,
+        q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax, store->evicted_of(i_group),
     };
 
     if (!refreekv_decode_fits(call)) {
         return nullptr;
     }
-    ggml_tensor * cur = refreekv_decode(ctx, call);
+    std::vector<ggml_tensor *> nodes;
+    ggml_tensor * cur = refreekv_decode(ctx, call, nodes);
 
     // pointers to functions are no work for another process: RPC says that it supports every operation
-    store->run_on_host(cur->src[0]);
-    store->run_on_host(cur);
+    for (auto * node : nodes) {
+        store->run_on_host(node);
+    }
 
     return cur;
 }

@@ -77,6 +77,10 @@ refreekv_stats refreekv_store::stats() const {
     }
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
+        if (g.evicted) {
+            res.n_faults     += g.evicted->n_faults;
+            res.bytes_sketch += g.evicted->sketch.bytes();
+        }
         res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
 
         res.bytes_bounced += g.rows.bytes_bounced();

@@ -218,6 +218,7 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
     if (n_restored > 0) {
         stale_layouts = true;
         if (const int32_t status = bring_back(cells)) {
+            refresh_sketches();
             return status;
         }
 
@@ -229,6 +230,7 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
                 forget_cold(groups[i], cells[i]); // in memory they would be there twice
             }
         }
+        refresh_sketches();
     }
 
     // whoever shares these cells is whole again, too

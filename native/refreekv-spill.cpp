@@ -200,5 +200,9 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
             return put_cold(g, cells[i] - first_src + first_dst, n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
         });
         cold_full = cold_full || !ok;
+
+        if (g.evicted) {
+            g.evicted->sketch.copy(first_src, first_dst, kv_size);
+        }
     }
 }

@@ -112,6 +112,7 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
                 return put_cold(g, cells[i], n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
             });
+            sketch(g, cells, [&](size_t i) { return k.data() + i*cache_row(g, false); });
         }
     }
 

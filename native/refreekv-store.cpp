@@ -110,6 +110,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans }, {} });
     }
 
+    check_faults();
     make_cold();
     make_groups({});
 
@@ -206,8 +207,9 @@ void refreekv_store::make_groups(const heads_list & whole) {
             const auto shape = shape_of(layer, p.heads);
 
             layer.groups.push_back(groups.size());
-            groups.push_back({ layer.il, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), 0, {} });
+            groups.push_back({ layer.il, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), 0, {}, nullptr });
             groups.back().res.reset(n_cells);
+            make_faults(groups.size() - 1);
         }
     }
     place_cold();
@@ -313,6 +315,9 @@ void refreekv_store::clear() {
     for (auto & g : groups) {
         g.rows.clear();
         g.res.reset(n_cells);
+        if (g.evicted) {
+            g.evicted->sketch.reset(n_embd(g, false));
+        }
     }
     place_cold();
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
@@ -479,6 +484,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
         g.res.release(in_dst);
         forget_cold(g, cells_dst);
     }
+    refresh_sketches();
 
     const auto fail = [&]() {
         for (auto & g : groups) {
@@ -558,6 +564,7 @@ void refreekv_store::release_stale() {
         for (auto & g : groups) {
             forget_cold(g, empty);
         }
+        refresh_sketches();
     }
     stale_slots = false;
 }

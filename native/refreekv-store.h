@@ -168,6 +168,11 @@ public:
     // whether a sequence was pruned and has not got everything back
     bool is_pruned() const;
 
+    // what decoding may have of a group's evicted rows; nullptr: nothing
+    refreekv_decode_evicted * evicted_of(uint32_t i_group) const;
+
+    void note_batch(const llama_ubatch & ubatch);
+
     // a node of the decoding graph that is being built
     void run_on_host(ggml_tensor * node) const;
 
@@ -242,6 +247,8 @@ private:
 
         uint64_t             cold_place = 0; // of its rows in the cold store: K by cell, then V by cell
         std::vector<uint8_t> is_cold;        // [n_cells] whether it has the row of a cell
+
+        std::unique_ptr<refreekv_decode_evicted> evicted; // what decoding knows of them; nullptr: it goes on without
     };
 
     // a cell of one sequence in one group
@@ -318,6 +325,10 @@ private:
     int64_t  n_restores = 0;
     int64_t  restore_us = 0;
 
+    std::vector<llama_seq_id> batch_seq; // of the tokens of the batch that is being decoded
+    std::vector<llama_pos>    batch_pos;
+    bool                      warned_of_lost = false;
+
     uint32_t padded(uint32_t n) const;
 
     template <typename F>
@@ -387,6 +398,11 @@ private:
 
     void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
     bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
+
+    void check_faults() const;
+    void make_faults(uint32_t i_group);
+    void sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row);
+    void refresh_sketches();
 
     void stash(group & g, std::vector<uint32_t> cells);
 

@@ -125,6 +125,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_dir         = nullptr;
     res.cold_type        = -1;
     res.cold_state       = true;
+    res.fault_mass       = 0.0f;
     res.mask_only        = false;
     res.by_graph     = false;
 

@@ -112,6 +112,9 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
+    float   fault_mass;   // evicted blocks of cells that would draw more than this part of a head's attention take part in decoding,
+                          // read from the cold store; 0: none do. Needs such a store, and the cache in host memory
+
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    by_graph;     // debug: move rows and look at attention with graphs, as on a device, where the host could do it
 };
@@ -134,6 +137,8 @@ struct refreekv_stats {
     bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
+    int64_t  n_faults;    // evicted blocks that decoding has read from the cold store
+    uint64_t bytes_sketch; // of evicted keys, by which it knows which
 };
 
 // one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it

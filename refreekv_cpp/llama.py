@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
-from refreekv_cpp import _flash_attn, _options, guard, induction, native, spans
+from refreekv_cpp import _flash_attn, _options, faults, guard, induction, native, spans
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
@@ -50,6 +50,9 @@ class Llama(llama_cpp.Llama):
             both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
             kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
             read twice.
+        kv_faults: decoding sees what it misses: of the evicted keys 4 bits a number stay, and a block of 64 cells that
+            would draw more than a part of some head's attention (True: 0.05) takes part with its own rows, read from
+            the cold store. Needs kv_evicted="restore" and the cache in host memory. Default: False.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -70,7 +73,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy, or not with `kv_guard`. (Where
+        UnsupportedModelError: the model's memory cannot have this policy, or not with `kv_guard` or `kv_faults`. (Where
             REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
@@ -88,6 +91,7 @@ class Llama(llama_cpp.Llama):
         kv_protect: Protect | None = None,
         kv_prune_every: int | None = None,
         kv_guard: float | None = None,
+        kv_faults: bool | float | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
@@ -109,6 +113,7 @@ class Llama(llama_cpp.Llama):
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
         self.kv_guard = guard.check(kv_guard, kv.evicted)
+        self.kv_faults = faults.check(kv_faults, kv.evicted)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
@@ -162,14 +167,20 @@ class Llama(llama_cpp.Llama):
                 super().__init__(model_path, **options)
             except ValueError as error:
                 if reason := native.last_error():
-                    raise UnsupportedModelError(f'{reason}; kv_policy="full" runs it') from error
+                    other = "leave kv_faults out" if reason.startswith("faults: ") else 'kv_policy="full" runs it'
+                    raise UnsupportedModelError(f"{reason}; {other}") from error
                 raise
 
     def _native_params(self) -> Any | None:
         if not self.kv_elastic:
             return None
         options = self.kv_policy.native_options() or {"policy": native.ELASTIC}
-        return native.make_params(**options, memory_limit=self.kv_memory_limit or 0, **self._cold_options)
+        return native.make_params(
+            **options,
+            memory_limit=self.kv_memory_limit or 0,
+            fault_mass=self.kv_faults if self._evicts else 0,
+            **self._cold_options,
+        )
 
     @property
     def kv_stats(self) -> KVStats:

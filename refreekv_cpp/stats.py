@@ -63,6 +63,8 @@ class KVStats:
         cold_full: rows were lost that should have gone there, for want of room.
         n_restores: times that evicted rows were brought back.
         restore_ms: the time that took altogether, in milliseconds.
+        n_faults: evicted blocks that decoding has read from the cold store (`kv_faults`).
+        bytes_sketch: what is kept of evicted keys to know which.
         n_layouts: distinct layouts among the groups: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -94,6 +96,8 @@ class KVStats:
     cold_full: bool
     n_restores: int
     restore_ms: float
+    n_faults: int
+    bytes_sketch: int
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
@@ -138,6 +142,8 @@ class KVStats:
             cold_full=stats.cold_full,
             n_restores=stats.n_restores,
             restore_ms=stats.restore_us / 1000,
+            n_faults=stats.n_faults,
+            bytes_sketch=stats.bytes_sketch,
             n_layouts=stats.n_layout,
             buffers=tuple(
                 Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute)

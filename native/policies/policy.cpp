@@ -75,6 +75,12 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (p.beta < 1) {
         return "beta: must be 1 or more";
     }
+    if (!(p.fault_mass >= 0.0f && p.fault_mass < 1.0f)) {
+        return "fault_mass: valid are 0 and up to below 1";
+    }
+    if (p.fault_mass > 0.0f && p.cold == REFREEKV_COLD_NONE) {
+        return "fault_mass: needs a cold store";
+    }
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
         return "top_p: valid are above 0 and up to 1";
     }
