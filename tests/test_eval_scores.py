@@ -19,6 +19,7 @@ from refreekv_cpp.eval.generators import GENERATORS, generate
 from refreekv_cpp.eval.records import RECORDS, SETTINGS
 from refreekv_cpp.eval.report import write_report
 from refreekv_cpp.eval.spec import parse_spec, parse_specs
+from refreekv_cpp.faults import TOLERANCE
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -147,8 +148,26 @@ def test_caches_by_name(text: str, policy: Any, cache_type: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "faults", "cache_type"),
+    [
+        ("refreekv", 0, "f16"),
+        ("refreekv+faults", TOLERANCE, "f16"),
+        ("refreekv:threshold=0.4:n_pool=9+faults=0.1@q8_0", 0.1, "q8_0"),
+    ],
+)
+def test_caches_with_faults(text: str, faults: float, cache_type: str) -> None:
+    spec = parse_spec(text)
+    assert (spec.faults, spec.cache_type) == (faults, cache_type)
+    options = spec.llama_options()
+    assert options.get("kv_faults", 0) == faults
+    assert options["kv_evicted"] == ("restore" if faults else "drop")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("refreekv+fault", "'fault' is no option"),
+        ("refreekv+faults=2", "kv_faults=2: valid are"),
         ("refrekv", "did you mean 'refreekv'"),
         ("full@q9", "no cache type 'q9'; valid are f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),

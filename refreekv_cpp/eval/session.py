@@ -77,12 +77,14 @@ class Session:
         return logits
 
     def score(self, tokens: Sequence[int]) -> Logits:
-        """Reads tokens in batches, and returns the logits after each: [n, n_vocab]."""
+        """Reads tokens in batches, and returns the logits after each: [n, n_vocab]. One by one where there may be faults:
+        those are of single tokens."""
         llm = self.llm
+        n_batch = 1 if llm.kv_faults else llm.n_batch
         llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         rows = np.empty((len(tokens), llm.n_vocab()), dtype=np.float32)
-        for i in range(0, len(tokens), llm.n_batch):
-            batch = tokens[i : i + llm.n_batch]
+        for i in range(0, len(tokens), n_batch):
+            batch = tokens[i : i + n_batch]
             # not with eval: logits_all of a Llama holds rows for the whole context
             llm._batch.set_batch(batch, n_past=llm.n_tokens, logits_all=True)
             llm._ctx.decode(llm._batch)
