@@ -77,8 +77,10 @@ class Session:
         return logits
 
     def score(self, tokens: Sequence[int]) -> Logits:
-        """Reads tokens in batches, and returns the logits after each: [n, n_vocab]. One by one where there may be faults:
-        those are of single tokens."""
+        """Reads tokens in batches, and returns the logits after each: [n, n_vocab].
+
+        One by one where there may be faults: those are of single tokens.
+        """
         llm = self.llm
         n_batch = 1 if llm.kv_faults else llm.n_batch
         llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # as eval would: what lies behind is as good as gone
