@@ -81,11 +81,11 @@ refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_
     }
 
     mask.assign(in.n_kv*n_rows, -INFINITY);
-    for (uint32_t j = 0; j < n_cells; ++j) {
-        for (uint32_t r = 0; r < n_rows; ++r) {
-            if (in.pos[j] <= in.row_pos[r]) {
-                mask[r*in.n_kv + in.slots[j]] = in.use_alibi ? -std::abs(in.pos[j] - in.row_pos[r]) : 0.0f;
-            }
+    for (uint32_t r = 0; r < n_rows; ++r) {
+        float * row = mask.data() + r*in.n_kv;
+
+        for (uint32_t j = 0; j < n_cells && in.pos[j] <= in.row_pos[r]; ++j) {
+            row[in.slots[j]] = in.use_alibi ? -std::abs(in.pos[j] - in.row_pos[r]) : 0.0f;
         }
     }
 }

@@ -10,12 +10,14 @@
 #include "llama-memory-recurrent.h"
 
 #include <algorithm>
+#include <map>
 
 // The inputs of a cache with a policy: an llm_graph_input_attn_kv like upstream's, so that build_attn goes on unchanged,
 // for each kind of group. Those are no inputs of the graph by themselves; refreekv_graph_input fills them.
 //
 // A mask and indices per layout (and V indices per row size, when V is transposed), and with them the two index tensors of
-// the ring, are all that a policy adds to the inputs.
+// the ring, are all that a policy adds to the inputs. For single tokens layouts that end in the same way share one mask and its
+// indices: each input of a graph on a device is a transfer of its own.
 class refreekv_graph_input : public llm_graph_input_attn_kv {
 public:
     refreekv_graph_input(const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_context * mctx) :
@@ -53,15 +55,26 @@ private:
         uint32_t layout;
         int64_t  n_v_idxs;
         bool     first;   // of its layout: the others share its mask and K indices
+        ggml_backend_buffer_type_t buft; // nullptr: any
 
         std::unique_ptr<llm_graph_input_attn_kv> inp;
     };
     std::vector<kind> kinds;
 
-    kind * find(uint32_t layout, int64_t n_v_idxs);
+    // of the layouts that end in the same way; nullptr: no layouts share anything
+    ggml_tensor * tail_mask = nullptr; // of the longest
+    ggml_tensor * tail_idxs = nullptr; // of the shortest
+
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> tail_masks; // where the caches are
+
+    bool is_tail(uint32_t layout) const { return tail_mask && store->tail_of(layout) >= 0; }
+
+    ggml_tensor * tail_mask_for(ggml_context * ctx, uint32_t i_group);
+
+    kind * find(uint32_t i_group);
 
     uint32_t                  layout_of(uint32_t i_group) const { return reservation ? 0 : store->layout_of(i_group); }
-    llm_graph_input_attn_kv & inp_of   (uint32_t i_group) { return *find(layout_of(i_group), store->n_v_idxs(i_group))->inp; }
+    llm_graph_input_attn_kv & inp_of   (uint32_t i_group) { return *find(i_group)->inp; }
 
     ggml_tensor * decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il);
 
@@ -78,13 +91,29 @@ static ggml_tensor * refreekv_new_input(ggml_context * ctx, ggml_type type, cons
     return t;
 }
 
-refreekv_graph_input::kind * refreekv_graph_input::find(uint32_t layout, int64_t n_v_idxs) {
+refreekv_graph_input::kind * refreekv_graph_input::find(uint32_t i_group) {
     for (auto & k : kinds) {
-        if (k.layout == layout && k.n_v_idxs == n_v_idxs) {
+        if (k.layout == layout_of(i_group) && k.n_v_idxs == store->n_v_idxs(i_group) && (!k.buft || k.buft == store->buft_of(i_group))) {
             return &k;
         }
     }
     return nullptr;
+}
+
+// the mask of the longest layout where the cache of a group is: copied once to each device, and not once per layout
+ggml_tensor * refreekv_graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_group) {
+    auto * buft = store->buft_of(i_group);
+
+    if (ggml_backend_buft_is_host(buft)) {
+        return tail_mask;
+    }
+
+    auto & mask = tail_masks[buft];
+    if (!mask) {
+        mask = ggml_cont(ctx, tail_mask);
+        store->run_with_cache(mask, i_group);
+    }
+    return mask;
 }
 
 void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch) {
@@ -96,11 +125,17 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
     // flash attention requires an f16 mask
     const auto type_mask = cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
 
+    if (!reservation && n_tokens == 1 && store->n_layouts() > 1) {
+        tail_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", store->layout_n_kv(layout_of(store->group_of_longest())), n_tokens);
+        tail_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
+    }
+    store->share_idxs(tail_idxs);
+
     for (uint32_t i = 0; i < store->n_groups(); ++i) {
         const uint32_t layout   = layout_of(i);
         const int64_t  n_v_idxs = store->n_v_idxs(i);
 
-        if (find(layout, n_v_idxs)) {
+        if (find(i)) {
             continue;
         }
 
@@ -111,7 +146,12 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
         inp->self_k_rot = self_k_rot;
         inp->self_v_rot = self_v_rot;
 
-        if (same == kinds.end()) {
+        if (is_tail(layout)) {
+            ggml_tensor * mask = tail_mask_for(ctx, i);
+
+            inp->self_k_idxs  = tail_idxs;
+            inp->self_kq_mask = ggml_view_2d(ctx, mask, store->layout_n_kv(layout), n_tokens, mask->nb[1], store->tail_of(layout)*mask->nb[0]);
+        } else if (same == kinds.end()) {
             inp->self_k_idxs  = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
             inp->self_kq_mask = refreekv_new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store->worst_n_kv() : store->layout_n_kv(layout), n_tokens);
         } else {
@@ -120,9 +160,9 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
         }
         inp->self_kq_mask_cnv = inp->self_kq_mask;
 
-        inp->self_v_idxs = refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", n_v_idxs*n_tokens);
+        inp->self_v_idxs = is_tail(layout) && n_v_idxs == 1 ? tail_idxs : refreekv_new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", n_v_idxs*n_tokens);
 
-        kinds.push_back({ i, layout, n_v_idxs, same == kinds.end(), std::move(inp) });
+        kinds.push_back({ i, layout, n_v_idxs, same == kinds.end() && !is_tail(layout), is_tail(layout) ? store->buft_of(i) : nullptr, std::move(inp) });
     }
 
     if (!store->has_rings()) {
@@ -140,10 +180,17 @@ void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
     store->note_batch(*ubatch);
 
     // tensors that no layer used have no buffer
+    if (tail_mask && tail_mask->buffer) {
+        store->set_input_mask(tail_mask, store->group_of_longest(), *ubatch, cparams.causal_attn);
+    }
+    if (tail_idxs && tail_idxs->buffer) {
+        store->set_input_k_idxs(tail_idxs, store->group_of_shortest(), mctx);
+    }
+
     for (const auto & k : kinds) {
         auto & inp = *k.inp;
 
-        if (inp.self_v_idxs->buffer) {
+        if (inp.self_v_idxs->buffer && inp.self_v_idxs != tail_idxs) {
             store->set_input_v_idxs(inp.self_v_idxs, k.i_group, mctx);
         }
         if (!k.first) {

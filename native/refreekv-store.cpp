@@ -571,18 +571,24 @@ void refreekv_store::release_stale() {
 
 // layouts
 
-// Can one mask serve both groups, now and for every token to come? Slot by slot they hold the same cell, or two cells
-// that no query can tell apart any more: settled, and of the same sequences.
-bool refreekv_store::same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const {
-    if (a.res.n_slots() != b.res.n_slots() || a.rows.capacity() != b.rows.capacity()) {
+// Can the mask of a serve b, from slot n on, now and for every token to come? Slot by slot they hold the same cell, or two cells
+// that no query can tell apart any more: settled, and of the same sequences. And new cells take the slots that correspond.
+bool refreekv_store::same_from(const group & a, uint32_t n, const group & b, const std::vector<uint8_t> & settled) const {
+    if (a.res.n_slots() != b.res.n_slots() + n) {
         return false;
     }
 
-    for (uint32_t s = 0; s < a.res.n_slots(); ++s) {
-        const int32_t ca = a.res.cell(s);
+    for (uint32_t s = 0; s < n; ++s) {
+        if (a.res.cell(s) < 0) {
+            return false; // one would go there
+        }
+    }
+
+    for (uint32_t s = 0; s < b.res.n_slots(); ++s) {
+        const int32_t ca = a.res.cell(n + s);
         const int32_t cb = b.res.cell(s);
 
-        if (a.res.hidden(s) != b.res.hidden(s)) {
+        if (a.res.hidden(n + s) != b.res.hidden(s)) {
             return false;
         }
         if (ca != cb && (ca < 0 || cb < 0 || !settled[ca] || !settled[cb] || table_of(ca).seq_get_all(index_of(ca)) != table_of(cb).seq_get_all(index_of(cb)))) {
@@ -613,7 +619,7 @@ bool refreekv_store::update_layouts() {
 
     for (uint32_t i = 0; i < groups.size(); ++i) {
         uint32_t l = 0;
-        while (l < layouts.size() && !same_layout(groups[layouts[l]], groups[i], settled)) {
+        while (l < layouts.size() && !(groups[layouts[l]].rows.capacity() == groups[i].rows.capacity() && same_from(groups[layouts[l]], 0, groups[i], settled))) {
             ++l;
         }
         if (l == layouts.size()) {
@@ -622,6 +628,25 @@ bool refreekv_store::update_layouts() {
         others |= groups[i].layout != l;
 
         groups[i].layout = l;
+    }
+
+    const auto n_slots = [&](uint32_t l) { return groups[layouts[l]].res.n_slots(); };
+
+    longest = 0;
+    for (uint32_t l = 1; l < layouts.size(); ++l) {
+        longest = n_slots(l) > n_slots(longest) ? l : longest;
+    }
+
+    tails.assign(layouts.size(), -1);
+    shortest = longest;
+    for (uint32_t l = 0; l < layouts.size(); ++l) {
+        const uint32_t n = n_slots(longest) - n_slots(l);
+
+        // the padding behind them is to be the same
+        if (layout_n_kv(longest) - layout_n_kv(l) == n && same_from(groups[layouts[longest]], n, groups[layouts[l]], settled)) {
+            tails[l] = n;
+            shortest = n_slots(l) < n_slots(shortest) ? l : shortest;
+        }
     }
 
     stale_layouts = false;

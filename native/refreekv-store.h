@@ -138,6 +138,15 @@ public:
     const std::vector<uint32_t> & groups_of(int32_t il)       const { return layers[il_to_layer.at(il)].groups; }
     const std::vector<uint32_t> & heads_of (uint32_t i_group) const { return groups[i_group].heads; }
     uint32_t layout_n_kv(uint32_t layout) const;
+
+    // Layouts that end in the same way: the mask of one is that of the longest from this slot on, and a cell to come lies as far
+    // from the end of each. -1: it is none of them
+    int64_t  tail_of(uint32_t layout)  const { return tails[layout]; }
+    uint32_t group_of_longest()        const { return layouts[longest]; }
+    uint32_t group_of_shortest()       const { return layouts[shortest]; }
+
+    // the indices, of the shortest, that cpy_k() and cpy_v() get for all of them in the graph that is being built; nullptr: none
+    void share_idxs(const ggml_tensor * idxs) const { tail_idxs = idxs; }
     uint32_t worst_n_kv() const { return n_cells; }
 
     // indices that one token of a group takes in v_idxs
@@ -173,7 +182,9 @@ public:
 
     void note_batch(const llama_ubatch & ubatch);
 
-    // a node of the decoding graph that is being built
+    // nodes of the decoding graph that is being built; where the cache of a group is
+    void run_with_cache(ggml_tensor * node, uint32_t i_group) const;
+    ggml_backend_buffer_type_t buft_of(uint32_t i_group) const { return groups[i_group].rows.get_shape().buft; }
     void run_on_host(ggml_tensor * node) const;
 
     //
@@ -292,6 +303,10 @@ private:
     std::map<int32_t, uint32_t> il_to_layer;
     std::vector<group>          groups; // in the order of layers
     std::vector<uint32_t>       layouts;  // the group that stands for each layout
+    std::vector<int64_t>        tails;    // [n_layouts] see tail_of()
+    uint32_t                    longest  = 0;
+    uint32_t                    shortest = 0; // of those that are tails
+    mutable const ggml_tensor * tail_idxs = nullptr;
 
     refreekv_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
@@ -341,7 +356,7 @@ private:
     void release_stale();
     bool copy_stream(llama_seq_id src, llama_seq_id dst);
     bool update_layouts();
-    bool same_layout(const group & a, const group & b, const std::vector<uint8_t> & settled) const;
+    bool same_from(const group & a, uint32_t n, const group & b, const std::vector<uint8_t> & settled) const;
 
     std::vector<uint32_t> all_slots (const group & g) const;
     std::vector<uint32_t> used_slots(const group & g) const;
@@ -441,6 +456,9 @@ private:
     // K and V of a group as matrices; reservation: of its shape, in the worst case
     ggml_tensor * rows_k(ggml_context * ctx, const group & g, bool reservation) const;
     ggml_tensor * rows_v(ggml_context * ctx, const group & g, bool reservation) const;
+
+    // those that indices of the shortest layout count from
+    ggml_tensor * rows_for(ggml_context * ctx, ggml_tensor * rows, const group & g, const ggml_tensor * idxs) const;
 
     template <typename T>
     void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;

@@ -57,6 +57,15 @@ ggml_tensor * refreekv_store::rows_v(ggml_context * ctx, const group & g, bool r
                       : ggml_view_2d(ctx, v, n_embd, n_rows, ggml_row_size(v->type, n_embd), 0);
 }
 
+ggml_tensor * refreekv_store::rows_for(ggml_context * ctx, ggml_tensor * rows, const group & g, const ggml_tensor * idxs) const {
+    if (!tail_idxs || idxs != tail_idxs) {
+        return rows;
+    }
+    const int64_t n = g.res.n_slots() - groups[group_of_shortest()].res.n_slots();
+
+    return ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1] - n, rows->nb[1], n*rows->nb[1]);
+}
+
 ggml_tensor * refreekv_store::get_k(ggml_context * ctx, uint32_t i_group, bool reservation) const {
     const auto & g = groups[i_group];
 
@@ -95,7 +104,7 @@ ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggm
     k_cur = refreekv_select_heads(ctx, k_cur, g.heads, 1);
     k_cur = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], k_cur->ne[2], k_cur->nb[2], 0);
 
-    return ggml_set_rows(ctx, rows_k(ctx, g, reservation), k_cur, k_idxs);
+    return ggml_set_rows(ctx, rows_for(ctx, rows_k(ctx, g, reservation), g, k_idxs), k_cur, k_idxs);
 }
 
 ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation) const {
@@ -109,7 +118,7 @@ ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggm
     const int64_t n_tokens = v_cur->ne[2];
 
     if (!kv.v_trans) {
-        return ggml_set_rows(ctx, v, ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
+        return ggml_set_rows(ctx, rows_for(ctx, v, g, v_idxs), ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
     }
 
     v_cur = ggml_row_size(v_cur->type, n_embd) == v_cur->nb[2] ? ggml_reshape_2d(ctx, v_cur, n_embd, n_tokens)
@@ -262,6 +271,10 @@ const refreekv_decode_softmax * refreekv_store::softmax_of(int32_t il) const {
 
 bool refreekv_store::is_pruned() const {
     return std::any_of(pruned.begin(), pruned.begin() + n_seq_ids(), [](llama_pos pos) { return pos >= 0; });
+}
+
+void refreekv_store::run_with_cache(ggml_tensor * node, uint32_t i_group) const {
+    ggml_backend_sched_set_tensor_backend(lctx->get_sched(), node, backend_of(groups[i_group]));
 }
 
 void refreekv_store::run_on_host(ggml_tensor * node) const {
