@@ -97,9 +97,9 @@ private:
     float * weights(int64_t chunk, int64_t head) const;
 
     template <typename F>
-    bool for_each_slice(F && f);
+    void for_each_slice(F && f);
 
-    bool compute_slice(int64_t h, int64_t n);
+    void compute_slice(int64_t h, int64_t n);
     void pack_queries();
     void weigh_chunks();
     void join_chunks();
@@ -121,35 +121,24 @@ size_t refreekv_attention_cpu::weights_bytes(int64_t n_head_kv) const {
 }
 
 float * refreekv_attention_cpu::weights(int64_t chunk, int64_t head) const {
-    return (float *) memory.pages.get() + (chunk*n_heads + head)*CHUNK*n_lanes_rows;
+    return (float *) memory.weights.data() + (chunk*n_heads + head)*CHUNK*n_lanes_rows;
 }
 
 // f() once the weights of a slice are there, for each slice in turn
 template <typename F>
-bool refreekv_attention_cpu::for_each_slice(F && f) {
+void refreekv_attention_cpu::for_each_slice(F && f) {
     const int64_t n_head_kv = in.heads.size();
 
     for (int64_t h = 0; h < n_head_kv; h += n_head_kv_slice) {
-        if (h != h_kv && !compute_slice(h, std::min(n_head_kv_slice, n_head_kv - h))) {
-            return false;
+        if (h != h_kv) {
+            compute_slice(h, std::min(n_head_kv_slice, n_head_kv - h));
         }
         f();
     }
-
-    return true;
 }
 
-bool refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
-    const size_t size = weights_bytes(n);
-
-    if (memory.size < size) {
-        memory = {};
-        memory.pages = refreekv_pages_alloc(size);
-        if (!memory.pages) {
-            return false;
-        }
-        memory.size = size;
-    }
+void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
+    memory.weights.resize(weights_bytes(n));
 
     h_kv    = h;
     n_heads = n*n_gqa;
@@ -161,8 +150,6 @@ bool refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
 
     weigh_chunks();
     join_chunks();
-
-    return true;
 }
 
 void refreekv_attention_cpu::pack_queries() {
@@ -318,10 +305,10 @@ void refreekv_attention_cpu::join_chunks() {
 bool refreekv_attention_cpu::scores(join heads, std::vector<float> & out) {
     out.assign(n_chunks*CHUNK, 0.0f);
 
-    const bool ok = for_each_slice([&]() { add_scores(heads, out.data()); });
+    for_each_slice([&]() { add_scores(heads, out.data()); });
     out.resize(n_cells);
 
-    return ok;
+    return true;
 }
 
 void refreekv_attention_cpu::add_scores(join heads, float * out) const {
@@ -352,7 +339,9 @@ void refreekv_attention_cpu::add_scores(join heads, float * out) const {
 bool refreekv_attention_cpu::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.assign((size_t) n_head*n_rows*n_blocks, 0.0f);
 
-    return for_each_slice([&]() { add_sums(block, n_blocks, squared, out.data() + h_kv*n_gqa*n_rows*n_blocks); });
+    for_each_slice([&]() { add_sums(block, n_blocks, squared, out.data() + h_kv*n_gqa*n_rows*n_blocks); });
+
+    return true;
 }
 
 void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, float * out) const {
@@ -388,7 +377,7 @@ void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32
 }
 
 bool refreekv_attention_cpu::read(float * out) {
-    return for_each_slice([&]() {
+    for_each_slice([&]() {
         for (int64_t h = 0; h < n_heads; ++h) {
             float * head = out + (h_kv*n_gqa + h)*n_rows*n_cells;
 
@@ -402,6 +391,8 @@ bool refreekv_attention_cpu::read(float * out) {
             }
         }
     });
+
+    return true;
 }
 
 std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_attention_inputs & in, refreekv_attention_scratch & memory) {

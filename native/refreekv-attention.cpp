@@ -66,7 +66,7 @@ bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uin
 // upper bound for the attention rows of one slice; the graphs need about twice as much
 static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 
-refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_) : in(std::move(in_)) {
+refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_, refreekv_attention_scratch & memory) : in(std::move(in_)), memory(memory) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
     n_head  = in.heads.size()*in.n_gqa;
@@ -125,7 +125,7 @@ bool refreekv_attention_graph::by_any_way(F && f) {
 }
 
 bool refreekv_attention_graph::next_way() {
-    softmax = {};
+    softmax.out = nullptr;
 
     if (!dequantise && ggml_is_quantized(in.k->type)) {
         dequantise = true;
@@ -218,8 +218,9 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
     res.out = nullptr;
     res.ctx.reset(ggml_init(params));
 
-    if (!res.galloc) {
-        res.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(in.backend)));
+    auto & galloc = memory.graphs[{ res.kind, in.backend }];
+    if (!galloc) {
+        galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(in.backend)));
     }
 
     uploads ups;
@@ -237,7 +238,7 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
         }
     }
 
-    if (!ggml_gallocr_alloc_graph(res.galloc.get(), gf)) {
+    if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
         return false;
     }
 
@@ -299,7 +300,7 @@ bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
 bool refreekv_attention_graph::scores_now(join heads, std::vector<float> & out) {
     out.assign(n_cells, 0.0f);
 
-    computed           joined;
+    computed           joined { 1, {} };
     std::vector<float> by_slot;
 
     return for_each_slice([&]() {
@@ -357,7 +358,7 @@ bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, ui
 bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.clear();
 
-    computed           sums;
+    computed           sums { 2, {} };
     std::vector<float> one_hot;
     std::vector<float> part;
 

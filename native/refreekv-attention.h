@@ -2,8 +2,13 @@
 
 #include "policies/policy.h"
 
+#include "refreekv-pages.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
+
+#include <map>
+#include <utility>
 
 // Attention that the caller already has, [n_head][n_rows][n_cells] (the C API's refreekv_select).
 class refreekv_attention_host : public refreekv_attention {
@@ -46,6 +51,13 @@ struct refreekv_attention_inputs {
     float post_scale;  // applied by the soft-max
 };
 
+// memory for one group after the other
+struct refreekv_attention_scratch {
+    refreekv_bytes weights; // the kernel's
+
+    std::map<std::pair<int, ggml_backend_t>, ggml_gallocr_ptr> graphs; // of each kind
+};
+
 // Their attention, computed on the layer's backend. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums); or, where the policy is the caller's, all (read).
 //
@@ -56,7 +68,8 @@ struct refreekv_attention_inputs {
 // them all, which is the usual case, the rows are computed once and kept for both questions.
 class refreekv_attention_graph : public refreekv_attention {
 public:
-    explicit refreekv_attention_graph(refreekv_attention_inputs in);
+    // memory has to outlive it
+    refreekv_attention_graph(refreekv_attention_inputs in, refreekv_attention_scratch & memory);
 
     bool scores(join heads, std::vector<float> & out) override;
     bool read(float * out) override;
@@ -80,13 +93,15 @@ private:
     // tensors to be filled before a graph runs, and with what
     using uploads = std::vector<std::pair<ggml_tensor *, const void *>>;
 
-    // a graph that has run; its result stays as long as this does
+    refreekv_attention_scratch & memory;
+
+    // a graph that has run; its result stays until another of its kind does
     struct computed {
+        int              kind;
         ggml_context_ptr ctx;
-        ggml_gallocr_ptr galloc;
         ggml_tensor *    out = nullptr;
     };
-    computed softmax; // the rows of the last slice, [n_kv, n_rows, heads of the slice]
+    computed softmax { 0, {} }; // the rows of the last slice, [n_kv, n_rows, heads of the slice]
 
     template <typename F>
     bool for_each_slice(F && f);

@@ -98,8 +98,8 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     // which rows a store with a limit has room for hangs on their order
     const uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
 
-    std::vector<refreekv_attention_scratch> scratch(n_threads);
-    std::atomic<int64_t>                    n_evicted { 0 };
+    std::vector<eviction_scratch> scratch(n_threads);
+    std::atomic<int64_t>          n_evicted { 0 };
 
     const int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
         auto & g = groups[i];
@@ -131,7 +131,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     return status == REFREEKV_OK ? n_evicted.load() : status;
 }
 
-int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, refreekv_attention_scratch & scratch, std::atomic<int64_t> & n_evicted) {
+int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, eviction_scratch & scratch, std::atomic<int64_t> & n_evicted) {
     const auto list = held_cells(seq_id, g);
 
     std::vector<uint8_t> keep(list.size(), 1);
@@ -144,13 +144,13 @@ int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::v
         }
     } else if ((int32_t) list.size() < by.n_min) {
         return REFREEKV_OK;
-    } else if (const int32_t status = select(g, seq_id, list, by, scratch, keep)) {
+    } else if (const int32_t status = select(g, seq_id, list, by, scratch.attention, keep)) {
         return status;
     }
 
     const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
 
-    if (n_out > 0 && !evict(g, list, keep)) {
+    if (n_out > 0 && !evict(g, list, keep, scratch.rows)) {
         refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
         return REFREEKV_ERR_MEMORY;
     }
@@ -291,7 +291,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         attn = refreekv_attention_cpu_make(in, scratch);
     }
     if (!attn) {
-        attn = std::make_unique<refreekv_attention_graph>(std::move(in));
+        attn = std::make_unique<refreekv_attention_graph>(std::move(in), scratch);
     }
 
     attn->i_layer = il_to_layer.at(g.il);
@@ -300,7 +300,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
     return REFREEKV_OK;
 }
 
-bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep) {
+bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, refreekv_rows::host_rows & rows) {
     std::vector<uint8_t> out(g.res.n_slots(), 0);
     for (size_t c = 0; c < list.size(); ++c) {
         out[list[c].slot] = !keep[c];
@@ -325,7 +325,7 @@ bool refreekv_store::evict(group & g, const std::vector<held> & list, const std:
         }
     }
 
-    stash(g, cells_out);
+    stash(g, cells_out, rows);
 
     if (g.evicted) {
         sketch(g, cells_out, [&](size_t i) { return (const uint8_t *) g.rows.k->data + g.res.slot(cells_out[i])*g.rows.k->nb[1]; });

@@ -1,8 +1,23 @@
 #include "refreekv-pages.h"
 
+#include <new>
+
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+
+void refreekv_bytes::resize(size_t n) {
+    if (n > pages.get_deleter().size) {
+        pages.reset();
+        pages = refreekv_pages_alloc(n);
+        if (!pages) {
+            this->n = 0;
+            pages.get_deleter().size = 0;
+            throw std::bad_alloc();
+        }
+    }
+    this->n = n;
+}
 
 void refreekv_pages_trim() {
 #if defined(__GLIBC__)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 // Zeroed memory straight from the operating system: what is freed leaves the process at once. malloc keeps blocks of
@@ -15,6 +16,24 @@ using refreekv_pages_ptr = std::unique_ptr<void, refreekv_pages_deleter>;
 
 // nullptr when there is no memory
 refreekv_pages_ptr refreekv_pages_alloc(size_t size);
+
+// Bytes in such memory. They are zero only when it is new.
+class refreekv_bytes {
+public:
+    refreekv_bytes() = default;
+    explicit refreekv_bytes(size_t n) { resize(n); }
+
+    // what was there is lost; memory is kept for the next time. Throws std::bad_alloc
+    void resize(size_t n);
+
+    uint8_t * data() const { return (uint8_t *) pages.get(); }
+    size_t    size() const { return n; }
+    bool      empty() const { return n == 0; }
+
+private:
+    refreekv_pages_ptr pages { nullptr, { 0 } };
+    size_t             n = 0;
+};
 
 // the memory behind the first `size` bytes goes back to the system, and those stay where they are. false: this system cannot do
 // that, and nothing has changed

@@ -14,8 +14,8 @@
 #include <algorithm>
 #include <cstring>
 
-// rows that are about to be evicted
-void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
+// rows that are about to be evicted; rows: memory that those on a device come to
+void refreekv_store::stash(group & g, std::vector<uint32_t> cells, refreekv_rows::host_rows & rows) {
     if (!cold) {
         return;
     }
@@ -34,7 +34,7 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells) {
     }
 
     if (!in_place(g)) {
-        const auto rows = g.rows.read(slots, backend_of(g), params.by_graph);
+        g.rows.read(slots, backend_of(g), params.by_graph, rows);
 
         refreekv_for_runs(cells, [&](size_t i, size_t n) {
             return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
@@ -115,7 +115,7 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         const size_t row_k = cache_row(g, false);
         const size_t row_v = cache_row(g, true);
 
-        refreekv_rows::host_rows in { std::vector<uint8_t>(absent.size()*row_k), std::vector<uint8_t>(absent.size()*row_v) };
+        refreekv_rows::host_rows in { refreekv_bytes(absent.size()*row_k), refreekv_bytes(absent.size()*row_v) };
 
         const bool ok = get_cold(g, false, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + i*row_k, bytes, n*row_k); }) &&
                         get_cold(g, true,  absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + i*row_v, bytes, n*row_v); });

@@ -11,7 +11,7 @@
 #include <tuple>
 
 // in: the rows of slots that have no source
-static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const std::vector<uint8_t> & in) {
+static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in) {
     dst.copy(src, slots);
 
     if (in.empty()) {
@@ -36,7 +36,7 @@ public:
     }
 
     // the rows of a list of slots, one after the other; into dst, when it is not transposed
-    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, const std::vector<uint8_t> & in, ggml_tensor * dst) {
+    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, const refreekv_bytes & in, ggml_tensor * dst) {
         ggml_tensor * from = nullptr;
 
         if (src) {
@@ -191,7 +191,7 @@ bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
     return place_tensors(dst, size_k);
 }
 
-void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in) {
+void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in) {
     const bool host = ggml_backend_buffer_is_host(dst->buffer);
 
     if (host && !force_graph) {
@@ -220,7 +220,7 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
     ggml_backend_tensor_set(dst, to.data(), 0, to.size());
 }
 
-void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, std::vector<uint8_t> & out) {
+void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv_bytes & out) {
     const refreekv_row_bytes rows(src, trans);
 
     out.resize(slots.size()*rows.row());
@@ -316,12 +316,9 @@ bool refreekv_rows::compact(const std::vector<uint32_t> & slots, uint32_t capaci
     return true;
 }
 
-refreekv_rows::host_rows refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph) {
-    host_rows res;
-    read(st.k, false,     slots, backend, force_graph, res.k);
-    read(st.v, s.v_trans, slots, backend, force_graph, res.v);
-
-    return res;
+void refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
+    read(st.k, false,     slots, backend, force_graph, out.k);
+    read(st.v, s.v_trans, slots, backend, force_graph, out.v);
 }
 
 void refreekv_rows::clear() {

@@ -42,8 +42,8 @@ public:
 
     // rows in host memory: cell after cell, however the tensors lie
     struct host_rows {
-        std::vector<uint8_t> k;
-        std::vector<uint8_t> v;
+        refreekv_bytes k;
+        refreekv_bytes v;
     };
 
     // a row without a source here
@@ -56,7 +56,7 @@ public:
     bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in = {});
 
     // copies of these rows; on a device just they cross to the host
-    host_rows read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph);
+    void read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out);
 
     void clear();
 
@@ -92,6 +92,6 @@ private:
     bool compact(const std::vector<uint32_t> & slots, uint32_t capacity);
 
     // one of K and V
-    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const std::vector<uint8_t> & in);
-    void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, std::vector<uint8_t> & out);
+    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in);
+    void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv_bytes & out);
 };

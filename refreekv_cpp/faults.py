@@ -14,7 +14,7 @@ def check(faults: bool | float | None, evicted: str) -> float:
     Raises:
         PolicyError: neither a bool nor a part of 1, or evicted rows are not kept.
     """
-    if faults is None or faults is False:
+    if faults is None or faults == 0:
         return 0.0
     if not isinstance(faults, (int, float)) or not (faults is True or 0 < faults < 1):
         raise PolicyError(f"kv_faults={faults!r}: valid are True, False, and a tolerance between 0 and 1")

@@ -346,7 +346,8 @@ class Llama(llama_cpp.Llama):
         return [head for head, score in scores.items() if score > self.kv_policy.induction]
 
     def _eval(self, tokens: Sequence[int]) -> None:
-        native.expect(self._ctx.ctx, len(tokens))
+        if len(tokens) > self.n_batch:
+            native.expect(self._ctx.ctx, len(tokens))
         try:
             super().eval(tokens)
         except RuntimeError as error:

@@ -162,7 +162,7 @@ def _run_once(
         pairs = list(zip(workers, results, strict=True))
 
         for worker in workers:
-            worker.ask(begin=None)
+            worker.ask(begin=len(tokens))
         for i in range(0, len(tokens), N_BATCH):
             for worker, result in pairs:
                 result.read_s.append(worker.ask(read=list(tokens[i : i + N_BATCH]))["read_s"])

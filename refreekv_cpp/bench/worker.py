@@ -47,10 +47,15 @@ def load(spec: dict[str, Any]) -> Any:
     return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_elastic=elastic or None, **options)
 
 
-def begin(llm: Any, _: None) -> dict[str, Any]:
+def begin(llm: Any, n_tokens: int) -> dict[str, Any]:
+    """Before a prompt of so many tokens, which will be read batch by batch."""
     llm.reset()
     llm.eval([0])  # what is done once, before a first prompt
     llm.reset()
+    if getattr(llm, "kv_elastic", False):
+        from refreekv_cpp import native
+
+        native.expect(llm.ctx, n_tokens)  # as `eval` of all of it would
     return {}
 
 
@@ -71,7 +76,7 @@ def prune(llm: Any, _: None) -> dict[str, Any]:
 
 
 def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
-    begin(llm, None)
+    begin(llm, len(tokens))
     seconds = read(llm, tokens)
     rss = resident_bytes()
     kv = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
