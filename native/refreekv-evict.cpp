@@ -109,6 +109,12 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
         return asked && !g.whole ? evict_group(g, seq_id, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
     });
 
+    for (auto & s : scratch) {
+        if (s.put.valid()) {
+            s.put.get();
+        }
+    }
+
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
         const llama_pos last = table_of_seq(seq_id).seq_pos_max(seq_id);
@@ -150,7 +156,7 @@ int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::v
 
     const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
 
-    if (n_out > 0 && !evict(g, list, keep, scratch.rows)) {
+    if (n_out > 0 && !evict(g, list, keep, scratch)) {
         refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
         return REFREEKV_ERR_MEMORY;
     }
@@ -300,7 +306,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
     return REFREEKV_OK;
 }
 
-bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, refreekv_rows::host_rows & rows) {
+bool refreekv_store::evict(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, eviction_scratch & scratch) {
     std::vector<uint8_t> out(g.res.n_slots(), 0);
     for (size_t c = 0; c < list.size(); ++c) {
         out[list[c].slot] = !keep[c];
@@ -325,7 +331,7 @@ bool refreekv_store::evict(group & g, const std::vector<held> & list, const std:
         }
     }
 
-    stash(g, cells_out, rows);
+    stash(g, cells_out, scratch);
 
     if (g.evicted) {
         sketch(g, cells_out, [&](size_t i) { return (const uint8_t *) g.rows.k->data + g.res.slot(cells_out[i])*g.rows.k->nb[1]; });

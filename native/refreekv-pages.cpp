@@ -7,12 +7,11 @@
 #endif
 
 void refreekv_bytes::resize(size_t n) {
-    if (n > pages.get_deleter().size) {
+    if (n > 0 && (!pages || n > pages.get_deleter().size)) {
         pages.reset();
         pages = refreekv_pages_alloc(n);
         if (!pages) {
             this->n = 0;
-            pages.get_deleter().size = 0;
             throw std::bad_alloc();
         }
     }

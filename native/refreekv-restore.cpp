@@ -13,9 +13,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <future>
+#include <system_error>
+#include <utility>
 
-// rows that are about to be evicted; rows: memory that those on a device come to
-void refreekv_store::stash(group & g, std::vector<uint32_t> cells, refreekv_rows::host_rows & rows) {
+// rows that are about to be evicted
+void refreekv_store::stash(group & g, std::vector<uint32_t> cells, eviction_scratch & scratch) {
     if (!cold) {
         return;
     }
@@ -34,11 +37,27 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells, refreekv_rows
     }
 
     if (!in_place(g)) {
-        g.rows.read(slots, backend_of(g), params.by_graph, rows);
+        g.rows.read(slots, backend_of(g), params.by_graph, scratch.rows[0]);
 
-        refreekv_for_runs(cells, [&](size_t i, size_t n) {
-            return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
-        });
+        if (scratch.put.valid()) {
+            scratch.put.get();
+        }
+        std::swap(scratch.rows[0], scratch.rows[1]);
+
+        const auto put = [this, &g, &rows = scratch.rows[1], cells = std::move(cells)]() {
+            refreekv_for_runs(cells, [&](size_t i, size_t n) {
+                return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
+            });
+        };
+        if (g.evicted) {
+            put(); // a sketch is made of what the store has
+            return;
+        }
+        try {
+            scratch.put = std::async(std::launch::async, put);
+        } catch (const std::system_error &) {
+            put(); // no more threads to be had
+        }
         return;
     }
 

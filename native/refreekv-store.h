@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <set>
@@ -419,7 +420,16 @@ private:
     void sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row);
     void refresh_sketches();
 
-    void stash(group & g, std::vector<uint32_t> cells, refreekv_rows::host_rows & rows);
+    // for one group after the other
+    struct eviction_scratch {
+        refreekv_attention_scratch attention;
+
+        // rows of a device come to one of these, while those of the group before are put into the cold store from the other
+        refreekv_rows::host_rows rows[2];
+        std::future<void>        put; // waits for it when it goes
+    };
+
+    void stash(group & g, std::vector<uint32_t> cells, eviction_scratch & scratch);
 
     std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
 
@@ -429,12 +439,6 @@ private:
     int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
-
-    // memory for one group after the other
-    struct eviction_scratch {
-        refreekv_attention_scratch attention;
-        refreekv_rows::host_rows   rows;
-    };
 
     // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
     int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
@@ -447,7 +451,7 @@ private:
     // what a policy may see of a sequence in a group; a refreekv_status
     int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::unique_ptr<refreekv_attention> & attn) const;
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::vector<uint8_t> & keep);
-    bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, refreekv_rows::host_rows & rows);
+    bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, eviction_scratch & scratch);
 
     // upstream's tensors of a layer, once for each of its groups; they have no data
     struct worst_rows {

@@ -31,6 +31,7 @@ section() { # title, command: its output, whatever becomes of it
     section "Policies on the GPU beside the CPU" python tests/backends.py
     section "A device whose memory the host cannot see" pytest -q -m device
     section "Speed and memory" refreekv bench "$model" --kv-policy full,refreekv,window --tokens 2048,7168 --n-gpu-layers -1
+    section "A model of llama-3-8B's shape" python tests/gpu/large.py
 } 2> >(tee build/gpu/log >&2) | tee "$report"
 
 exit "$status"
