@@ -7,10 +7,14 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+from policies import Debug
 from support import Sequences
+from test_python_policy import PythonStreaming
 from tiny import random_tokens
 
-from refreekv_cpp import ReFreeKV
+from refreekv_cpp import ReFreeKV, native
 from refreekv_cpp._library import library_dir
 
 import llama_cpp  # isort: skip
@@ -53,3 +57,66 @@ def test_a_prompt_after_a_decoded_token_runs_on_the_reserved_plan(tiny_model: Pa
 
     assert first
     assert first == second
+
+
+class Views:
+    """Views of a mask that graphs had while it watched: one for each layout that shares it."""
+
+    def __init__(self) -> None:
+        ggml = ctypes.CDLL(str(next(library_dir().glob("*ggml-base*"))))
+        ggml.ggml_get_name.restype = ctypes.c_char_p
+
+        self.n = 0
+
+        @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+        def watch(tensor: int, ask: bool, _: Any) -> bool:
+            self.n += ask and ggml.ggml_get_name(ctypes.c_void_p(tensor)).startswith(b"attn_inp_kq_mask (view)")
+            return False
+
+        self._watch = watch  # C does not keep it
+        self.callback = ctypes.cast(watch, llama_cpp.ggml_backend_sched_eval_callback)
+
+
+def pruned_apart(sequences: Sequences, seq_id: int, n_last: list[int]) -> None:
+    """Layer by layer, keep the last so many of what a sequence has: none, all of it."""
+    last = sequences.n_tokens(seq_id)
+    for layer, n in enumerate(n_last):
+        if n:
+            native.keep(sequences.ctx, seq_id, layer, np.arange(last - n, last))
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_layouts_that_end_alike_share_a_mask(tiny_model: Path, flash_attn: bool) -> None:
+    # kept lengths that differ by whole blocks: a token comes to the same distance from the end of each
+    views = Views()
+    answers = []
+    for length in (1024, 1000):  # 1000 - 256 and 1000 - 300 do not
+        fields = {"flash_attn_type": int(flash_attn), "cb_eval": views.callback, "n_batch": 2048}
+        sequences = Sequences(tiny_model, Debug(policy=PythonStreaming()), **fields)
+        sequences.read(0, random_tokens(length))
+        pruned_apart(sequences, 0, [0, 512, 256, 256] if length == 1024 else [0, 700, 300, 301])
+        assert native.stats(sequences.ctx).n_layout == (3 if length == 1024 else 4)
+        views.n = 0
+        answers.append([sequences.read(0, [token]) for token in random_tokens(300, seed=1)[1:]])
+        assert views.n == len(answers[-1]) * (3 if length == 1024 else 1)  # the longest shares it with itself
+        sequences.close()
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_what_shares_a_mask_answers_as_what_has_its_own(tiny_model: Path, flash_attn: bool) -> None:
+    # a batch of two tokens has a mask for each layout
+    def answers(together: bool) -> list[Any]:
+        sequences = Sequences(
+            tiny_model, Debug(policy=PythonStreaming()), flash_attn_type=int(flash_attn), n_batch=2048
+        )
+        sequences.read(0, random_tokens(1024))
+        pruned_apart(sequences, 0, [0, 512, 256, 768])
+        res = []
+        tokens = random_tokens(280, seed=1)  # past the end of a block
+        for i in range(0, len(tokens), 2):
+            pair = tokens[i : i + 2]
+            res.append(sequences.read(0, pair) if together else [sequences.read(0, [t]) for t in pair][-1])
+        sequences.close()
+        return res
+
+    np.testing.assert_allclose(answers(False), answers(True), atol=5e-3 if flash_attn else 1e-4)
