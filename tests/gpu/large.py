@@ -13,6 +13,8 @@ What the model says means nothing, nor does what a policy loses by it: logits ar
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import pickle
 import shutil
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-N_HEAD = 128  # numbers of a head
+D = 128  # numbers of a head, n_embd / n_head
 SHARES = (0.42, 0.08, 0.15, 0.35)  # of a prompt's runs that are of each kind; kind 0 is never attended to
 STRENGTHS = (4.0, 5.0, 6.0)  # of the attention logit, cycled over the layers
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
@@ -44,27 +46,18 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "stock": {},
     "full": {"kv_policy": "full", "kv_elastic": False},
     "elastic": {"kv_policy": "full", "kv_elastic": True},
-    "streaming:0.3": {"kv_policy": "streaming"},
+    "streaming:0.3": {"kv_policy": "streaming"},  # `load` gives it the budget
     "refreekv": {"kv_policy": "refreekv"},
     "snapkv": {"kv_policy": "snapkv"},
     "refreekv-drop": {"kv_policy": "refreekv", "kv_evicted": "drop"},
 }
 FIRST_LENGTH_ONLY = {"refreekv-drop"}
 
-COLUMNS = {  # names of numbers, or None: (where they are not one process's)
-    "prefill t/s": "prefill",
-    "KV MiB": "kv",
-    "kept": "kept",
-    "VRAM MiB, prompt": "vram_prompt",
-    "pruned": "vram_pruned",
-    "prune ms": "prune",
-    "decode ms": "decode",
-    "ratio": "ratio",
-    "slowest growth ms": "growth",
-    "restore ms": "restore",
-    "bounced bytes": "bounced",
-    "distance": "distance",
-}
+COLUMNS = ("prefill t/s", "KV MiB", "kept", "VRAM MiB, prompt", "pruned", "prune ms", "decode ms", "ratio")
+COLUMNS += ("growth ms", "restore ms", "bounced bytes", "distance")
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Result = tuple[dict[str, float], Floats]  # what is in COLUMNS; logits after the first decoded token
 
 
 @dataclass(frozen=True)
@@ -84,9 +77,6 @@ class Shape:
         out.add_feed_forward_length(self.n_ff)
         out.add_head_count(self.n_head)
         out.add_head_count_kv(self.n_head_kv)
-        out.add_key_length(N_HEAD)
-        out.add_value_length(N_HEAD)
-        out.add_rope_dimension_count(N_HEAD)
         out.add_rope_freq_base(500000.0)
         out.add_layer_norm_rms_eps(1e-5)
         out.add_vocab_size(self.n_vocab)
@@ -102,15 +92,16 @@ class Shape:
         # numbers of Q4_0, -7 to 7; their standard deviation is 4.32
         n_blocks = max(self.n_ff, self.n_vocab) * self.n_embd // 32 + 1000
         low, high = rng.integers(1, 16, (2, n_blocks, 16), dtype=np.uint8)
-        pools: dict[float, npt.NDArray[np.uint8]] = {}
 
-        def random(sigma: float, n_out: int, n_in: int) -> npt.NDArray[np.uint8]:
+        @functools.cache
+        def pool(sigma: float) -> Bytes:
+            return _blocks(sigma / 4.32, low, high)
+
+        def random(sigma: float, n_out: int, n_in: int) -> Bytes:
             """Rows of one pool of numbers: those of all matrices would take as much memory as the model."""
-            scale = sigma * n_in**-0.5 / 4.32
-            pool = pools.setdefault(scale, _blocks(scale, low, high) if scale not in pools else pools[scale])
             n = n_out * n_in // 32
             start = int(rng.integers(0, n_blocks - n + 1))
-            return pool[start : start + n].reshape(n_out, -1)
+            return pool(sigma * n_in**-0.5)[start : start + n].reshape(n_out, -1)
 
         # a direction for each kind, of signs, so that Q4_0 has it exactly ...
         signs = rng.choice((-1, 1), (4, self.n_embd))
@@ -122,7 +113,7 @@ class Shape:
         nibbles = (8 + 7 * signs).astype(np.uint8).reshape(4, -1, 2, 16)
         directions = [_blocks(scale, of_kind[:, 0], of_kind[:, 1]).reshape(-1) for of_kind in nibbles]
 
-        n_q, n_kv = self.n_head * N_HEAD, self.n_head_kv * N_HEAD
+        n_q, n_kv = self.n_head * D, self.n_head_kv * D
         ones = np.ones(self.n_embd, np.float32)
         out.add_tensor("token_embd.weight", embeddings.astype(np.float16))
         out.add_tensor("output_norm.weight", ones)
@@ -137,9 +128,9 @@ class Shape:
                 "ffn_up": random(1, self.n_ff, self.n_embd),
                 "ffn_down": random(0.15, self.n_embd, self.n_ff),
             }
-            matrices["attn_k"][N_HEAD - 2 :: N_HEAD] = directions[1 + layer % 3]
+            matrices["attn_k"][D - 2 :: D] = directions[1 + layer % 3]
             bias = np.zeros(n_q, np.float32)
-            bias[N_HEAD - 2 :: N_HEAD] = STRENGTHS[layer // 3 % len(STRENGTHS)] * N_HEAD**0.5 / 4
+            bias[D - 2 :: D] = STRENGTHS[layer // 3 % len(STRENGTHS)] * D**0.5 / 4
             for name, matrix in matrices.items():
                 out.add_tensor(f"blk.{layer}.{name}.weight", matrix, raw_dtype=Q4_0)
             out.add_tensor(f"blk.{layer}.attn_q.bias", bias)
@@ -150,7 +141,7 @@ class Shape:
 TINY = Shape(n_layer=3, n_embd=512, n_head=4, n_head_kv=2, n_ff=1024, n_vocab=1000)
 
 
-def _blocks(scale: float, low: npt.NDArray[np.uint8], high: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _blocks(scale: float, low: Bytes, high: Bytes) -> Bytes:
     """Of Q4_0, in bytes: an f16 scale, and 32 numbers of 4 bits."""
     res = np.empty((len(low), 18), np.uint8)
     res[:, :2] = np.array([scale], np.float16).view(np.uint8)
@@ -163,14 +154,6 @@ def prompt(n: int, n_vocab: int, *, seed: int = 0) -> list[int]:
     kinds = np.repeat(rng.choice(4, -(-n // 64), p=SHARES), 64)[:n]
     tokens: list[int] = (kinds * (n_vocab // 4) + rng.integers(n_vocab // 4, size=n)).tolist()
     return tokens
-
-
-@dataclass
-class Result:
-    """Of one process: logits after the first decoded token, and numbers under the names in COLUMNS."""
-
-    logits: npt.NDArray[np.float32]
-    numbers: dict[str, float] = field(default_factory=dict)
 
 
 def load(name: str, model: Path, n_ctx: int) -> Any:
@@ -189,16 +172,14 @@ def load(name: str, model: Path, n_ctx: int) -> Any:
 
 def vram() -> float:
     """MiB in use on all cards together; NaN: there is no nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return math.nan
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return sum(map(float, done.stdout.split()))
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return float("nan")
+    return sum(map(float, subprocess.check_output(command, text=True).split()))
 
 
 def measure(name: str, model: Path, n_tokens: int) -> Result:
-    """Read a prompt, prune, go on, restore; in this process."""
+    """Read a prompt, prune, go on, restore, in this process."""
     vram_before = vram()
     llm = load(name, model, n_tokens + 1024)
     import llama_cpp  # the library that `load` took
@@ -208,11 +189,11 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
     if ours:
         from refreekv_cpp import native
 
-    def seconds(do: Callable[..., Any], *arguments: Any) -> float:
+    def ms(do: Callable[..., Any], *arguments: Any) -> float:
         start = time.perf_counter()
         do(*arguments)
         llama_cpp.llama_synchronize(llm.ctx)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) * 1000
 
     def kv_bytes() -> int:
         return int(native.stats(llm.ctx).bytes) if ours else 0
@@ -222,30 +203,28 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
     llm.eval([5])
     llm.reset()
 
-    numbers: dict[str, float] = {"prefill": n_tokens / seconds(llm.eval, tokens), "vram_prompt": vram() - vram_before}
+    res = {"prefill t/s": n_tokens * 1000 / ms(llm.eval, tokens), "VRAM MiB, prompt": vram() - vram_before}
     if evicts:
-        numbers |= {"prune": 1000 * seconds(llm.prune_kv), "vram_pruned": vram() - vram_before}
+        res |= {"prune ms": ms(llm.prune_kv), "pruned": vram() - vram_before}
     if ours:
-        numbers |= {"kv": llm.kv_stats.bytes / 2**20, "kept": llm.kv_stats.budget}
+        res |= {"KV MiB": llm.kv_stats.bytes / 2**20, "kept": llm.kv_stats.budget}
 
     steps, growing, logits = [], [], None
     for token in prompt(1 + N_DECODE + N_MORE, llm.n_vocab(), seed=1):
         before = kv_bytes()
-        steps.append(1000 * seconds(llm.eval, [token]))
+        steps.append(ms(llm.eval, [token]))
         if kv_bytes() > before:
             growing.append(steps[-1])
         if logits is None:
             pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
             logits = np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
-    numbers["decode"] = statistics.median(steps[1 : 1 + N_DECODE])
-    if growing:
-        numbers["growth"] = max(growing)
+    res |= {"decode ms": statistics.median(steps[1 : 1 + N_DECODE]), "growth ms": max(growing, default=math.nan)}
     if evicts and llm.kv_evicted == "restore":
-        numbers["restore"] = 1000 * seconds(native.restore, llm.ctx, 0)
+        res["restore ms"] = ms(native.restore, llm.ctx, 0)
     if ours:
-        numbers["bounced"] = llm.kv_stats.bytes_bounced
+        res["bounced bytes"] = llm.kv_stats.bytes_bounced
     llm.close()
-    return Result(logits, numbers)
+    return res, logits
 
 
 def in_a_process(name: str, model: Path, n_tokens: int, against: Path | None) -> Result | None:
@@ -260,15 +239,13 @@ def in_a_process(name: str, model: Path, n_tokens: int, against: Path | None) ->
 
 
 def show(value: float) -> str:
-    if np.isnan(value):
-        return "-"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return "-" if math.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def main(
     tokens: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "16384,32768",
-    against: Annotated[Path | None, typer.Option(help="Folder of a stock libllama.")] = None,
-    only: Annotated[str, typer.Option(help=f"Of {', '.join(CONTESTANTS)}.")] = ",".join(CONTESTANTS),
+    against: Annotated[Path | None, typer.Option(help="Folder of a stock libllama.", resolve_path=True)] = None,
+    only: Annotated[str, typer.Option(help="Contestants, beside the one compared with.")] = ",".join(CONTESTANTS),
     layers: Annotated[int | None, typer.Option(help="Other than the shape's.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A small model.")] = False,
     model: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -279,10 +256,9 @@ def main(
         out.write_bytes(pickle.dumps(measure(only, model, lengths[0])))
         return
 
-    names, base = only.split(","), "stock" if against else "full"
-    if unknown := set(names) - set(CONTESTANTS):
-        raise typer.BadParameter(f"no {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
-    names = [base, *(name for name in names if name not in ("stock", "full"))]
+    base = "stock" if against else "full"
+    names = [base, *(name for name in only.split(",") if name not in ("stock", "full"))]
+    runs = [(n, name) for n in lengths for name in names if n == lengths[0] or name not in FIRST_LENGTH_ONLY]
     shape = TINY if tiny else Shape()
     shape = replace(shape, n_layer=layers or shape.n_layer)
     ram = "/dev/shm"  # where the model is read fastest
@@ -293,27 +269,26 @@ def main(
     with tempfile.TemporaryDirectory(prefix="refreekv-large-", dir=ram if has_room else None) as folder:
         path = Path(folder) / "model.gguf"
         shape.write(path)
-        for i, n_tokens in enumerate(lengths):
-            first: Result | None = None
-            for name in names:
-                if i > 0 and name in FIRST_LENGTH_ONLY:
-                    continue
-                res = in_a_process(name, path, n_tokens, against and against.resolve())
-                if res is None or not np.isfinite(res.logits).all():
-                    print(f"| {n_tokens} | {name} | failed |", flush=True)
-                    failed = True
-                    continue
-                first = res if name == base else first
-                if first:
-                    res.numbers["ratio"] = res.numbers["decode"] / first.numbers["decode"]
-                    res.numbers["distance"] = float(np.abs(res.logits - first.logits).max())
-                cells = (show(res.numbers.get(key, float("nan"))) for key in COLUMNS.values())
-                print(f"| {n_tokens} | {name} | {' | '.join(cells)} |", flush=True)
+        results: dict[tuple[int, str], Result] = {}
+        for n_tokens, name in runs:
+            res = in_a_process(name, path, n_tokens, against)
+            if res is None or not np.isfinite(res[1]).all():
+                print(f"| {n_tokens} | {name} | failed |", flush=True)
+                failed = True
+                continue
+            results[n_tokens, name] = res
+            numbers, logits = res
+            if (n_tokens, base) in results:
+                base_numbers, base_logits = results[n_tokens, base]
+                numbers["ratio"] = numbers["decode ms"] / base_numbers["decode ms"]
+                numbers["distance"] = float(np.abs(logits - base_logits).max())
+            cells = " | ".join(show(numbers.get(column, math.nan)) for column in COLUMNS)
+            print(f"| {n_tokens} | {name} | {cells} |", flush=True)
     print(
-        f"\n{shape}, f16, flash attention. KV, kept, pruned: after pruning. VRAM: more than before the process. Decode: "
-        f"median of {N_DECODE} tokens after pruning, and its ratio to {base}'s. Growth: the slowest of "
-        f"{1 + N_DECODE + N_MORE} tokens at which the cache grew. Distance: the largest between two logits of the first "
-        f"decoded token and {base}'s."
+        f"\n{shape}, f16, flash attention. KV and kept: after pruning. VRAM: in use more than before the process, with "
+        f"the prompt read, and pruned. Decode: the median of {N_DECODE} tokens after pruning; its ratio to {base}'s. "
+        f"Growth: the slowest of {1 + N_DECODE + N_MORE} tokens at which the cache grew. Distance: the largest between "
+        f"two logits of the first decoded token and {base}'s."
     )
     raise SystemExit(int(failed))
 
