@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import statistics
 from contextlib import closing
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.progress import track
@@ -15,6 +15,7 @@ from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
 
 _FULL = "full"
+_FAULTS = "+faults"
 
 
 @common.user_errors()
@@ -22,7 +23,7 @@ def turns(
     model: ModelArgument,
     kv_policy: Annotated[str, typer.Option(help="The policy of the pruned caches.")] = "refreekv",
     kv_evicted: Annotated[
-        str, typer.Option(help="What becomes of what was evicted: several, by commas.")
+        str, typer.Option(help="What becomes of what was evicted: several, by commas; restore+faults: with kv_faults.")
     ] = "restore,drop",
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
@@ -34,11 +35,13 @@ def turns(
     """A chat about a long document, each question about another fact in it, with the full cache and pruned ones."""
     names = [_FULL, *(name.strip() for name in kv_evicted.split(","))]
     for name in names[1:]:
-        if name not in get_args(Evicted):
-            raise ValueError(f"--kv-evicted {name}: valid are {', '.join(get_args(Evicted))}")
+        if name not in (*get_args(Evicted), f"restore{_FAULTS}"):
+            raise ValueError(f"--kv-evicted {name}: valid are {', '.join(get_args(Evicted))}, restore{_FAULTS}")
     held: dict[str, list[Turn]] = {}
     for name in names:
-        options = {"kv_elastic": True} if name == _FULL else {"kv_evicted": name}
+        options: dict[str, Any] = {"kv_elastic": True}
+        if name != _FULL:
+            options = {"kv_evicted": name.removesuffix(_FAULTS), "kv_faults": name.endswith(_FAULTS)}
         n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
         policy = _FULL if name == _FULL else kv_policy
         with closing(
