@@ -19,7 +19,7 @@ static const int64_t TILE = 4;
 static const int64_t TILE = 1;
 #endif
 
-// bounds the memory that the weights take, whatever the context is
+// bounds the memory that the weights take, where one KV head's do not take more
 static const size_t SLICE_BYTES = 64u*1024*1024;
 
 // the rows of a head are taken in tiles, of TILE vectors as long as there are so many: f(first row, vectors)

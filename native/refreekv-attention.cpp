@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <mutex>
 #include <numeric>
 
 // host
@@ -245,6 +246,10 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
     for (const auto & [t, data] : ups) {
         ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
     }
+
+    // groups may be looked at on several threads, and they have one backend
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
 
     if (ggml_backend_graph_compute(in.backend, gf) != GGML_STATUS_SUCCESS) {
         return false;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
 static const int64_t CHUNK      = 128; // cells; what one thread takes at a time
@@ -436,15 +437,22 @@ static void read_blocks(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
         const size_t row_k = ggml_row_size(k->type, n_rows_k);
         const size_t row_v = ggml_row_size(v->type, n_rows_v);
-        bytes.resize(BLOCK*(row_k + row_v));
 
-        if (!evicted.read(b, bytes.data(), bytes.data() + BLOCK*row_k)) {
+        float * keys = nullptr;
+        try {
+            bytes.resize(BLOCK*(row_k + row_v));
+            if (evicted.read(b, bytes.data(), bytes.data() + BLOCK*row_k)) {
+                keys = aligned(memory, BLOCK*(n_rows_k + n_rows_v + 2));
+            }
+        } catch (const std::bad_alloc &) {
+            // nothing may be thrown through ggml's threads
+        }
+        if (!keys) {
             evicted.n_lost++;
             continue;
         }
         evicted.n_faults++;
 
-        float * keys    = aligned(memory, BLOCK*(n_rows_k + n_rows_v + 2));
         float * values  = keys + BLOCK*n_rows_k;
         float * weights = values + BLOCK*n_rows_v;
         float * mask    = weights + BLOCK;

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cinttypes>
 
+static const size_t REFREEKV_SCRATCH_BYTES = 256u*1024*1024; // of all threads
+
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
 
@@ -96,12 +98,17 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     const size_t  before  = stats().bytes;
 
     // which rows a store with a limit has room for hangs on their order
-    const uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
+    uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
+
+    // nor is the scratch memory to grow with them beyond a bound: a KV head's weights at least (refreekv-attention-cpu.cpp)
+    const size_t size = (size_t) std::max(1, table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*kv.hparams.n_gqa(layers[0].il)*sizeof(float);
+
+    n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
     std::vector<eviction_scratch> scratch(n_threads);
     std::atomic<int64_t>          n_evicted { 0 };
 
-    const int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+    int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
         auto & g = groups[i];
 
         const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) by.n_full_layers;
@@ -110,9 +117,19 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     });
 
     for (auto & s : scratch) {
-        if (s.put.valid()) {
-            s.put.get();
-        }
+        const int32_t put = refreekv_guard([&]() {
+            if (s.put.valid()) {
+                s.put.get();
+            }
+            return REFREEKV_OK;
+        });
+        status = status == REFREEKV_OK ? put : status;
+    }
+
+    n_expected = 0;
+
+    if (status != REFREEKV_OK) {
+        refresh_sketches(); // of what stayed after all
     }
 
     // after an error, what was evicted before it is gone

@@ -10,7 +10,6 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
 // throws where there can be none
@@ -50,8 +49,13 @@ void refreekv_store::make_faults(uint32_t i_group) {
     g.evicted->sketch.reset(n_embd(g, false));
 
     g.evicted->sees = [this, i_group](int64_t token, uint32_t block) {
-        const auto &   b    = groups[i_group].evicted->sketch[block];
-        const uint32_t cell = b.cells[__builtin_ctzll(b.there)];
+        const auto & b = groups[i_group].evicted->sketch[block];
+
+        size_t i = 0;
+        while (!(b.there >> i & 1)) {
+            ++i;
+        }
+        const uint32_t cell = b.cells[i]; // the others are of the same sequences, and behind it
 
         return seq_has(cell, batch_seq[token]) && pos_of(cell) <= batch_pos[token];
     };
@@ -102,19 +106,26 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
         return;
     }
 
-    const auto owner = [&](uint32_t cell) {
-        llama_seq_id s = 0;
-        while (s + 1 < n_seq_ids() && !seq_has(cell, s)) {
-            ++s;
-        }
-        return s;
+    // the cells of a block are seen by the same sequences
+    struct run {
+        uint32_t first; // one of them
+        std::vector<std::pair<llama_pos, size_t>> cells; // positions, indices of cells
+    };
+    std::vector<run> runs;
+
+    const auto alike = [&](uint32_t a, uint32_t b) {
+        return a/kv_size == b/kv_size && table_of(a).seq_get_all(index_of(a)) == table_of(b).seq_get_all(index_of(b));
     };
 
-    std::map<llama_seq_id, std::vector<std::pair<llama_pos, size_t>>> by_seq; // positions, indices of cells
     for (size_t i = 0; i < cells.size(); ++i) {
-        if (g.is_cold[cells[i]]) {
-            by_seq[owner(cells[i])].emplace_back(pos_of(cells[i]), i);
+        if (!g.is_cold[cells[i]]) {
+            continue;
         }
+        auto it = std::find_if(runs.begin(), runs.end(), [&](const run & r) { return alike(r.first, cells[i]); });
+        if (it == runs.end()) {
+            it = runs.insert(it, { cells[i], {} });
+        }
+        it->cells.emplace_back(pos_of(cells[i]), i);
     }
 
     const ggml_type type = cache_type(g, false);
@@ -122,7 +133,8 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
 
     std::vector<float> keys(refreekv_sketch::n_cells*n);
 
-    for (auto & [_, all] : by_seq) {
+    for (auto & r : runs) {
+        auto & all = r.cells;
         std::sort(all.begin(), all.end());
 
         for (size_t first = 0; first < all.size(); first += refreekv_sketch::n_cells) {

@@ -78,6 +78,7 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     give_back();
 
     if (grow(sinfos, 0)) {
+        refreekv_clear_error();
         return true;
     }
 

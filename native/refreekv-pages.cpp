@@ -40,9 +40,11 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
-bool refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {
+bool refreekv_pages_can_shrink() {
     return false;
 }
+
+void refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {}
 
 void refreekv_pages_deleter::operator()(void * ptr) const {
     std::free(ptr);
@@ -57,8 +59,19 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
 }
 
-bool refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {
-    return false;
+bool refreekv_pages_can_shrink() {
+    return true;
+}
+
+void refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
+    const size_t page = 4096;
+    const size_t kept = (size + page - 1)/page*page;
+
+    size_t & all = pages.get_deleter().size;
+
+    if (kept < all && VirtualFree((char *) pages.get() + kept, all - kept, MEM_DECOMMIT)) {
+        all = kept;
+    }
 }
 
 void refreekv_pages_deleter::operator()(void * ptr) const {
@@ -83,20 +96,19 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
-bool refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
+bool refreekv_pages_can_shrink() {
+    return true;
+}
+
+void refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
     const size_t page = sysconf(_SC_PAGESIZE);
     const size_t kept = (size + page - 1)/page*page;
 
     size_t & all = pages.get_deleter().size;
 
-    if (kept < all) {
-        if (munmap((char *) pages.get() + kept, all - kept) != 0) {
-            return false;
-        }
+    if (kept < all && munmap((char *) pages.get() + kept, all - kept) == 0) {
         all = kept;
     }
-
-    return true;
 }
 
 void refreekv_pages_deleter::operator()(void * ptr) const {

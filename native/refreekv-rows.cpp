@@ -287,7 +287,7 @@ void refreekv_rows::take(storage && dst, uint32_t capacity) {
 bool refreekv_rows::compact(const std::vector<uint32_t> & slots, uint32_t capacity) {
     const bool ascending = std::adjacent_find(slots.begin(), slots.end(), std::greater_equal<uint32_t>()) == slots.end();
 
-    if (!st.pages || capacity > n_cap || !ascending || (!slots.empty() && slots.back() == none)) {
+    if (!refreekv_pages_can_shrink() || !st.pages || capacity > n_cap || !ascending || (!slots.empty() && slots.back() == none)) {
         return false;
     }
 

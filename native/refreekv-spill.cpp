@@ -203,6 +203,7 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
 
         if (g.evicted) {
             g.evicted->sketch.copy(first_src, first_dst, kv_size);
+            g.evicted->sketch.keep([&](uint32_t cell) { return cell/kv_size != first_dst/kv_size || g.is_cold[cell]; });
         }
     }
 }

@@ -324,6 +324,7 @@ void refreekv_store::clear() {
         forget_seq(s);
     }
 
+    n_expected    = 0;
     stale_slots   = false;
     stale_layouts = true;
     restoring     = true;

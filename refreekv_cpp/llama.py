@@ -354,6 +354,9 @@ class Llama(llama_cpp.Llama):
             if reason := native.last_error():
                 raise CacheMemoryError(reason) from error
             raise
+        finally:
+            if len(tokens) > self.n_batch:
+                native.expect(self._ctx.ctx, 0)  # what is left of it will not come
 
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""

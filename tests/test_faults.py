@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy.typing as npt
 import pytest
 from policies import Debug
 from support import CACHE_TYPES, Sequences, ctx_of, feed, load
+from test_python_policy import PythonStreaming
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES
 
-from refreekv_cpp import Llama, PolicyError, SnapKV, UnsupportedModelError, native
+from refreekv_cpp import CacheMemoryError, Llama, PolicyError, SnapKV, UnsupportedModelError, native
 from refreekv_cpp.faults import TOLERANCE as DEFAULT
 
 PROMPT = random_tokens(1024)
@@ -46,6 +48,7 @@ ERROR = {"f32": 1e-5, "f16": 1e-3, "f16, flash attention": 1e-2, "q8_0": 1e-2}
 def all_writes_work() -> Iterator[None]:
     yield
     native.fail_cold(0)
+    native.fail_allocation(0)
 
 
 def read(path: Path, faults: float | bool, *, prune: bool = True, **options: Any) -> Llama:
@@ -246,3 +249,62 @@ def test_where_rows_are_moved_by_graphs(tiny: Callable[[str], Path]) -> None:
     llm.prune_kv()
     full = feed(read(tiny("gqa64"), False, prune=False), ANSWER)
     assert_near(feed(llm, ANSWER), full, ERROR["f16"])
+
+
+def whole_state(sequences: Sequences) -> Any:
+    size = llama_cpp.llama_state_get_size(sequences.ctx)
+    buffer = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_get_data(sequences.ctx, buffer, size) == size
+    return buffer
+
+
+def test_a_loaded_block_is_of_one_sequence(tiny: Callable[[str], Path]) -> None:
+    # evicted before a copy and shared with it, and evicted after it: in the state they lie beside each other
+    cold = {"cold": native.enum_value("COLD_MEMORY"), "fault_mass": EVERY}
+    policy = Debug(policy=PythonStreaming())
+    sequences = Sequences(tiny("gqa64"), policy, cold=cold)
+
+    def keep(positions: list[int]) -> None:
+        for layer in range(4):
+            native.keep(sequences.ctx, 0, layer, np.array(positions))
+
+    sequences.read(0, random_tokens(300))
+    keep([0, *range(280, 300)])
+    sequences.copy(0, 1)
+    sequences.read(0, random_tokens(300, seed=3))
+    keep([0, *range(580, 600)])
+    state = whole_state(sequences)
+
+    other = Sequences(tiny("gqa64"), policy, cold=cold)
+    assert llama_cpp.llama_state_set_data(other.ctx, state, len(state)) == len(state)
+    for seq_id in range(2):
+        assert_near(other.read(seq_id, [5]), sequences.read(seq_id, [5]), 1e-5)
+
+
+def test_a_copy_that_the_store_has_no_room_for_is_missed(tiny: Callable[[str], Path]) -> None:
+    answers = []
+    for faults in (EVERY, 0.0):
+        cold = {"cold": native.enum_value("COLD_MEMORY"), "fault_mass": faults}
+        sequences = Sequences(tiny("gqa64"), POLICY, cold=cold, kv_unified=False)
+        sequences.read(0, PROMPT)
+        assert native.prune(sequences.ctx, 0) > 0
+        native.fail_cold(1)
+        sequences.copy(0, 1)
+        native.fail_cold(0)
+        answers.append(sequences.read(1, ANSWER[:1]))
+        assert native.stats(sequences.ctx).n_faults == 0
+        sequences.close()
+    np.testing.assert_array_equal(*answers)
+
+
+def test_what_could_not_be_moved_is_not_there_twice(tiny: Callable[[str], Path]) -> None:
+    llm = load(tiny("gqa64"), Debug(policy=POLICY, by_graph=True), kv_faults=EVERY, **CACHES["f32"])
+    llm._heads_set = True
+    llm.eval(PROMPT)
+    native.fail_allocation(1)
+    with pytest.raises(CacheMemoryError):
+        llm.prune_kv()
+    native.fail_allocation(0)
+    assert llm.kv_stats.bytes_sketch == 0
+    full = feed(read(tiny("gqa64"), False, prune=False, **CACHES["f32"]), ANSWER)
+    assert_near(feed(llm, ANSWER), full, ERROR["f32"])

@@ -11,6 +11,8 @@ from support import Sequences, ctx_of, feed, kept, load
 from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, Streaming, native
 from refreekv_cpp._units import parse_bytes
 
+import llama_cpp  # isort: skip
+
 N_PROMPT = 1500
 BLOCK = 256
 
@@ -66,6 +68,11 @@ def test_what_was_expected_and_did_not_come_is_given_back(tiny_model: Path, prom
     sequences.read_together({0: prompt[:100]})
     assert native.group(sequences.ctx, 0).n_capacity == 4096
     native.expect(sequences.ctx, 0)
+    sequences.read_together({0: prompt[:1]})
+    assert native.group(sequences.ctx, 0).n_capacity == BLOCK
+
+    native.expect(sequences.ctx, 4000)
+    llama_cpp.llama_memory_clear(sequences.memory, True)
     sequences.read_together({0: prompt[:1]})
     assert native.group(sequences.ctx, 0).n_capacity == BLOCK
 
