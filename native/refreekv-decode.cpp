@@ -415,13 +415,15 @@ static void read_blocks(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto dot = dot_tile_of(n_k/N_LANES);
     const auto add = add_tile_of(n_v/N_LANES);
 
-    std::vector<float> least(n_lines); // what counts has more than this
+    // kept from token to token
+    thread_local std::vector<float>   least; // what counts has more than this
+    thread_local std::vector<float>   memory;
+    thread_local std::vector<uint8_t> bytes;
+
+    least.resize(n_lines);
     for (int64_t r = 0; r < n_lines; ++r) {
         least[r] = join_sums(parts, judged, sinks, n_head, r) + logf(evicted.tolerance);
     }
-
-    std::vector<float>   memory;
-    std::vector<uint8_t> bytes;
 
     for (int64_t b = ith; b < dst->ne[2]; b += nth) {
         const auto line_of = [&](int64_t r) { return (float *) ((char *) dst->data + r*dst->nb[1] + b*dst->nb[2]); };
