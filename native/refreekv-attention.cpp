@@ -67,6 +67,8 @@ bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uin
 // upper bound for the attention rows of one slice; the graphs need about twice as much
 static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 
+static const float REFREEKV_BEHIND_ALL = 1 << 30; // a position
+
 refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_, refreekv_attention_scratch & memory) : in(std::move(in_)), memory(memory) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
@@ -81,14 +83,49 @@ refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_
         n_head_kv_slice = n_head_kv; // the ALiBi slope depends on the head's index
     }
 
-    mask.assign(in.n_kv*n_rows, -INFINITY);
-    for (uint32_t r = 0; r < n_rows; ++r) {
-        float * row = mask.data() + r*in.n_kv;
-
-        for (uint32_t j = 0; j < n_cells && in.pos[j] <= in.row_pos[r]; ++j) {
-            row[in.slots[j]] = in.use_alibi ? -std::abs(in.pos[j] - in.row_pos[r]) : 0.0f;
+    if (in.use_alibi) {
+        alibi_mask.assign(in.n_kv*n_rows, -INFINITY);
+        for (uint32_t r = 0; r < n_rows; ++r) {
+            for (uint32_t j = 0; j < n_cells && in.pos[j] <= in.row_pos[r]; ++j) {
+                alibi_mask[r*in.n_kv + in.slots[j]] = -std::abs(in.pos[j] - in.row_pos[r]);
+            }
         }
+        return;
     }
+
+    row_pos.assign(in.row_pos.begin(), in.row_pos.end());
+    slot_pos.assign(in.n_kv, REFREEKV_BEHIND_ALL);
+    for (uint32_t j = 0; j < n_cells; ++j) {
+        slot_pos[in.slots[j]] = in.pos[j];
+    }
+}
+
+// a leaf of a graph that is filled before it runs
+template <typename T>
+static ggml_tensor * refreekv_upload(ggml_context * ctx, std::vector<std::pair<ggml_tensor *, const void *>> & ups, ggml_type type, int64_t ne0, int64_t ne1, const std::vector<T> & data, size_t first = 0) {
+    ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+
+    ggml_set_input(t);
+    ups.emplace_back(t, data.data() + first);
+
+    return t;
+}
+
+// b[j] - a[i]: [n_a, n_b]
+static ggml_tensor * refreekv_differences(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    return ggml_sub(ctx, ggml_repeat_4d(ctx, b, a->ne[0], b->ne[1], 1, 1), a);
+}
+
+// [n_kv, n_rows]: 0 where a row sees a cell, else a number below which no logit lies
+ggml_tensor * refreekv_attention_graph::build_mask(ggml_context * ctx, uploads & ups) const {
+    if (in.use_alibi) {
+        return refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, n_rows, alibi_mask);
+    }
+
+    ggml_tensor * slots = refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, slot_pos);
+    ggml_tensor * rows  = refreekv_upload(ctx, ups, GGML_TYPE_F32, 1, n_rows, row_pos);
+
+    return ggml_clamp(ctx, ggml_scale(ctx, refreekv_differences(ctx, slots, rows), 1e9f), -1e30f, 0.0f);
 }
 
 // f() once softmax holds the rows of a slice, for each slice in turn
@@ -169,16 +206,9 @@ bool refreekv_attention_graph::next_way() {
 ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
     const int64_t n_gqa = in.n_gqa;
 
-    const auto upload = [&](ggml_tensor * t, const void * data) {
-        ggml_set_input(t);
-        ups.emplace_back(t, data);
-        return t;
-    };
+    ggml_tensor * bias = build_mask(ctx, ups);
 
-    ggml_tensor * rows = upload(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows), in.rows.data());
-    ggml_tensor * bias = upload(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n_rows), mask.data());
-
-    ggml_tensor * q = ggml_get_rows(ctx, in.ring, rows);
+    ggml_tensor * q = ggml_get_rows(ctx, in.ring, refreekv_upload(ctx, ups, GGML_TYPE_I32, n_rows, 1, in.rows));
 
     q = ggml_reshape_3d(ctx, q, in.n_embd_head, q->ne[0]/in.n_embd_head, n_rows);
     q = refreekv_select_heads(ctx, q, { in.heads.begin() + h_kv, in.heads.begin() + h_kv + n_kv_heads }, n_gqa);
@@ -186,7 +216,7 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
 
     ggml_tensor * k = in.k;
     if (dequantise) {
-        k = ggml_get_rows(ctx, k, upload(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, in.n_kv), all_slots.data()));
+        k = ggml_get_rows(ctx, k, refreekv_upload(ctx, ups, GGML_TYPE_I32, in.n_kv, 1, all_slots));
     }
 
     const size_t head_bytes = ggml_row_size(k->type, in.n_embd_head);
@@ -206,7 +236,7 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     kq = ggml_soft_max_ext(ctx, kq, bias, in.post_scale, in.max_bias);
 
     if (!in.sinks.empty()) {
-        ggml_soft_max_add_sinks(kq, upload(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_gqa*n_kv_heads), in.sinks.data() + n_gqa*h_kv));
+        ggml_soft_max_add_sinks(kq, refreekv_upload(ctx, ups, GGML_TYPE_F32, n_gqa*n_kv_heads, 1, in.sinks, n_gqa*h_kv));
     }
 
     return kq;
@@ -353,7 +383,7 @@ bool refreekv_attention_graph::read_now(float * out) {
     });
 }
 
-// blocks are taken in chunks: the one-hot of all of them would grow with the square of the context
+// blocks are taken in chunks: which cell is in which would be a matrix that grows with the square of the context
 static const uint32_t REFREEKV_CHUNK_BLOCKS = 64;
 
 bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
@@ -364,8 +394,14 @@ bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block
     out.clear();
 
     computed           sums { 2, {} };
-    std::vector<float> one_hot;
     std::vector<float> part;
+
+    std::vector<float> of_slots(in.n_kv, -1.0f);
+    for (uint32_t j = 0; j < n_cells; ++j) {
+        of_slots[in.slots[j]] = block[j];
+    }
+    std::vector<float> numbers(n_blocks);
+    std::iota(numbers.begin(), numbers.end(), 0.0f);
 
     return for_each_slice([&]() {
         const size_t n_lines = n_rows*softmax.out->ne[2];
@@ -376,14 +412,6 @@ bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block
         for (uint32_t b0 = 0; b0 < n_blocks; b0 += REFREEKV_CHUNK_BLOCKS) {
             const uint32_t n = std::min(REFREEKV_CHUNK_BLOCKS, n_blocks - b0);
 
-            one_hot.assign((size_t) in.n_kv*n, 0.0f);
-            for (uint32_t j = 0; j < n_cells; ++j) {
-                const int64_t b = (int64_t) block[j] - b0;
-                if (b >= 0 && b < n) {
-                    one_hot[b*in.n_kv + in.slots[j]] = 1.0f;
-                }
-            }
-
             const bool ok = compute(sums, [&](ggml_context * ctx, uploads & ups) {
                 ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
                 cur = ggml_reshape_2d(ctx, cur, in.n_kv, n_lines); // the slice as one matrix
@@ -392,11 +420,13 @@ bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block
                     cur = ggml_sqr(ctx, cur);
                 }
 
-                ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, in.n_kv, n);
-                ggml_set_input(t);
-                ups.emplace_back(t, one_hot.data());
+                ggml_tensor * slots  = refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, of_slots);
+                ggml_tensor * blocks = refreekv_upload(ctx, ups, GGML_TYPE_F32, 1, n, numbers, b0);
 
-                return ggml_mul_mat(ctx, t, cur);
+                // 1 where a slot is of a block, else 0
+                ggml_tensor * others = ggml_clamp(ctx, ggml_sqr(ctx, refreekv_differences(ctx, slots, blocks)), 0.0f, 1.0f);
+
+                return ggml_mul_mat(ctx, ggml_scale_bias(ctx, others, -1.0f, 1.0f), cur);
             });
             if (!ok) {
                 return false;

@@ -78,7 +78,11 @@ public:
 private:
     refreekv_attention_inputs in;
 
-    std::vector<float> mask; // [n_kv, n_rows]
+    // what the mask is made of on the backend: it would be far more to upload
+    std::vector<float> slot_pos; // [n_kv] of cells; of other slots a position behind all rows
+    std::vector<float> row_pos;  // [n_rows]
+
+    std::vector<float> alibi_mask; // [n_kv, n_rows] with ALiBi, in their place
 
     int64_t n_head_kv_slice; // KV heads per slice
 
@@ -118,6 +122,7 @@ private:
 
     void read_back(std::vector<float> & out, const ggml_tensor * t);
 
+    ggml_tensor * build_mask   (ggml_context * ctx, uploads & ups) const;
     ggml_tensor * build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const;
 
     // f(ctx, uploads) builds

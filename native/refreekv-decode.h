@@ -13,8 +13,8 @@
 // reads the rows of K again for each of them).
 //
 // Operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
-// bit for bit whatever the number of threads is; the last joins the chunks. Two between them see to what is evicted: one judges
-// its blocks by their sketches, the next reads those that count. All sums are f32, while upstream rounds the
+// bit for bit whatever the number of threads is; the last joins the chunks. Three between them see to what is evicted
+// (refreekv-decode-evicted.h): its blocks are judged by their sketches, those that count are chosen, and read. All sums are f32, while upstream rounds the
 // queries and (without flash attention) the weights to f16: logits differ from upstream's by that.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
@@ -25,8 +25,8 @@ struct refreekv_decode_softmax {
     float max_bias; // ALiBi; 0: none
 };
 
-// What a group has evicted. A block of it that would draw more than the tolerance of some head's attention, by its sketch, takes
-// part in it with its own rows, which are read from where they wait.
+// What a group has evicted. By their sketches, the blocks that draw most of some head's attention take part in it with their own
+// rows, which are read from where they wait, until what the others would draw is within the tolerance, all together.
 struct refreekv_decode_evicted {
     const refreekv_decode_softmax * softmax;
 

@@ -105,6 +105,8 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
 
     n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
+    const auto all = all_cells(seq_id);
+
     std::vector<eviction_scratch> scratch(n_threads);
     std::atomic<int64_t>          n_evicted { 0 };
 
@@ -113,17 +115,12 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
 
         const bool asked = pos ? g.il == il : il_to_layer.at(g.il) >= (uint32_t) by.n_full_layers;
 
-        return asked && !g.whole ? evict_group(g, seq_id, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+        return asked && !g.whole ? evict_group(g, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
     });
 
     for (auto & s : scratch) {
-        const int32_t put = refreekv_guard([&]() {
-            if (s.put.valid()) {
-                s.put.get();
-            }
-            return REFREEKV_OK;
-        });
-        status = status == REFREEKV_OK ? put : status;
+        finish_put(s);
+        status = status == REFREEKV_OK ? s.put_status : status;
     }
 
     n_expected = 0;
@@ -154,8 +151,8 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     return status == REFREEKV_OK ? n_evicted.load() : status;
 }
 
-int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, eviction_scratch & scratch, std::atomic<int64_t> & n_evicted) {
-    const auto list = held_cells(seq_id, g);
+int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, eviction_scratch & scratch, std::atomic<int64_t> & n_evicted) {
+    const auto list = held_cells(g, all);
 
     std::vector<uint8_t> keep(list.size(), 1);
 
@@ -163,7 +160,7 @@ int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::v
         return REFREEKV_OK;
     } else if (pos) {
         for (size_t c = 0; c < list.size(); ++c) {
-            keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || has_to_stay(seq_id, list[c]);
+            keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || list[c].stays;
         }
     } else if ((int32_t) list.size() < by.n_min) {
         return REFREEKV_OK;
@@ -182,19 +179,40 @@ int32_t refreekv_store::evict_group(group & g, llama_seq_id seq_id, const std::v
     return REFREEKV_OK;
 }
 
-// the cells of a sequence that a group holds and queries can see, in position order
-std::vector<refreekv_store::held> refreekv_store::held_cells(llama_seq_id seq_id, const group & g) const {
-    std::vector<held> res;
+std::vector<refreekv_store::placed> refreekv_store::cells_of(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const uint32_t first = kv.seq_to_stream[seq_id]*kv_size;
 
+    std::vector<placed> res;
     for (const auto & [pos, index] : table_of_seq(seq_id).seq_pos_get(seq_id)) {
-        const uint32_t cell = kv.seq_to_stream[seq_id]*kv_size + index;
-        const int32_t  slot = g.res.slot(cell);
-        if (slot >= 0 && !g.res.hidden(slot)) {
-            res.push_back({ pos, cell, (uint32_t) slot });
+        if (pos < p0 || pos >= p1) {
+            res.push_back({ pos, first + index });
         }
     }
-
     return res;
+}
+
+std::vector<refreekv_store::held> refreekv_store::all_cells(llama_seq_id seq_id) const {
+    const auto & list = spans[seq_id];
+
+    std::vector<held> res;
+    for (const auto & [pos, cell] : cells_of(seq_id)) {
+        const bool is_protected = std::any_of(list.begin(), list.end(), [pos = pos](const auto & span) { return pos >= span.first && pos < span.second; });
+
+        res.push_back({ pos, cell, 0, shared(cell) || is_protected });
+    }
+    return res;
+}
+
+// those that it holds and queries can see
+std::vector<refreekv_store::held> refreekv_store::held_cells(const group & g, std::vector<held> all) const {
+    const auto none = std::remove_if(all.begin(), all.end(), [&](held & c) {
+        const int32_t slot = g.res.slot(c.cell);
+        c.slot = slot;
+        return slot < 0 || g.res.hidden(slot);
+    });
+    all.erase(none, all.end());
+
+    return all;
 }
 
 int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -206,13 +224,6 @@ int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     }
 
     return REFREEKV_OK;
-}
-
-// another sequence needs it too, or it is protected
-bool refreekv_store::has_to_stay(llama_seq_id seq_id, const held & c) const {
-    const auto & list = spans[seq_id];
-
-    return shared(c.cell) || std::any_of(list.begin(), list.end(), [&](const auto & span) { return c.pos >= span.first && c.pos < span.second; });
 }
 
 static void refreekv_keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
@@ -227,7 +238,7 @@ int32_t refreekv_store::select(const group & g, llama_seq_id seq_id, const std::
 
     std::vector<uint8_t> pinned;
     for (const auto & c : list) {
-        pinned.push_back(has_to_stay(seq_id, c));
+        pinned.push_back(c.stays);
     }
 
     if (!refreekv_policy_looks(by.policy)) {
@@ -285,7 +296,7 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         return REFREEKV_ERR_STATE;
     }
 
-    in.k           = g.rows.k;
+    in.k           = g.rows.k();
     in.ring        = layer.ring;
     in.heads       = g.heads;
     in.n_embd_head = hparams.n_embd_head_k(g.il);
@@ -351,7 +362,7 @@ bool refreekv_store::evict(group & g, const std::vector<held> & list, const std:
     stash(g, cells_out, scratch);
 
     if (g.evicted) {
-        sketch(g, cells_out, [&](size_t i) { return (const uint8_t *) g.rows.k->data + g.res.slot(cells_out[i])*g.rows.k->nb[1]; });
+        sketch(g, cells_out, [&](size_t i) { return (const uint8_t *) g.rows.k()->data + g.res.slot(cells_out[i])*g.rows.k()->nb[1]; });
     }
 
     if (!move(g, slots, padded(slots.size()))) {

@@ -12,13 +12,13 @@
 #include <algorithm>
 #include <stdexcept>
 
-// throws where there can be none
-void refreekv_store::check_faults() const {
+// the tolerance, or 0; throws where there can be none and they are needed
+float refreekv_store::check_faults() const {
     if (params.fault_mass <= 0.0f) {
-        return;
+        return 0.0f;
     }
 
-    const char * why = nullptr;
+    const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
 
     for (const auto & layer : layers) {
         if (!ggml_backend_buft_is_host(layer.shape.buft)) {
@@ -29,23 +29,25 @@ void refreekv_store::check_faults() const {
             why = "this build has no decode kernel for the model's heads";
         }
     }
-    if (why) {
+    if (why && params.fault_needed) {
         refreekv_set_error("faults: %s", why);
         throw std::runtime_error(why);
     }
+
+    return why ? 0.0f : params.fault_mass;
 }
 
 void refreekv_store::make_faults(uint32_t i_group) {
     auto & g = groups[i_group];
 
-    if (params.fault_mass <= 0.0f || g.whole) {
+    if (fault_mass <= 0.0f || g.whole) {
         return;
     }
 
     g.evicted = std::make_unique<refreekv_decode_evicted>();
 
     g.evicted->softmax   = &layers[il_to_layer.at(g.il)].softmax;
-    g.evicted->tolerance = params.fault_mass;
+    g.evicted->tolerance = fault_mass;
     g.evicted->sketch.reset(n_embd(g, false));
 
     g.evicted->sees = [this, i_group](int64_t token, uint32_t block) {
@@ -83,7 +85,7 @@ refreekv_decode_evicted * refreekv_store::evicted_of(uint32_t i_group) const {
 
 // a batch is about to be computed
 void refreekv_store::note_batch(const llama_ubatch & ubatch) {
-    if (params.fault_mass <= 0.0f) {
+    if (fault_mass <= 0.0f) {
         return;
     }
 

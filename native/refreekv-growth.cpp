@@ -121,7 +121,7 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 
     uint64_t bytes = 0;
 
-    for (const auto & g : groups) {
+    for (auto & g : groups) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
             for_cells(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
@@ -134,7 +134,7 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
         p.shrink  = g.rows.capacity() >= 2*p.n_tight || (idle_rows && g.rows.capacity() > p.n_tight);
 
         plans.push_back(p);
-        bytes += (uint64_t) (p.shrink ? p.n_tight : std::max(p.n_need, g.rows.capacity()))*g.rows.row_bytes();
+        bytes += g.rows.bytes_for(p.shrink ? p.n_tight : std::max(p.n_need, g.rows.capacity()));
     }
 
     if (!within_limit(bytes)) {
@@ -200,7 +200,7 @@ bool refreekv_store::make_room(group & g, uint32_t n) {
     if (n_need <= g.rows.capacity()) {
         return true;
     }
-    if (!within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
+    if (!within_limit(stats().bytes + g.rows.bytes_for(n_need) - g.rows.bytes())) {
         return false;
     }
     if (!move(g, all_slots(g), n_need)) {

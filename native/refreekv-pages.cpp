@@ -40,12 +40,6 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
-bool refreekv_pages_can_shrink() {
-    return false;
-}
-
-void refreekv_pages_shrink(refreekv_pages_ptr &, size_t) {}
-
 void refreekv_pages_deleter::operator()(void * ptr) const {
     std::free(ptr);
 }
@@ -59,21 +53,6 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
 }
 
-bool refreekv_pages_can_shrink() {
-    return true;
-}
-
-void refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
-    const size_t page = 4096;
-    const size_t kept = (size + page - 1)/page*page;
-
-    size_t & all = pages.get_deleter().size;
-
-    if (kept < all && VirtualFree((char *) pages.get() + kept, all - kept, MEM_DECOMMIT)) {
-        all = kept;
-    }
-}
-
 void refreekv_pages_deleter::operator()(void * ptr) const {
     VirtualFree(ptr, 0, MEM_RELEASE);
 }
@@ -81,7 +60,6 @@ void refreekv_pages_deleter::operator()(void * ptr) const {
 #else
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     void * ptr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -94,21 +72,6 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
 #endif
 
     return { ptr, { size } };
-}
-
-bool refreekv_pages_can_shrink() {
-    return true;
-}
-
-void refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size) {
-    const size_t page = sysconf(_SC_PAGESIZE);
-    const size_t kept = (size + page - 1)/page*page;
-
-    size_t & all = pages.get_deleter().size;
-
-    if (kept < all && munmap((char *) pages.get() + kept, all - kept) == 0) {
-        all = kept;
-    }
 }
 
 void refreekv_pages_deleter::operator()(void * ptr) const {

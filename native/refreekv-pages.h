@@ -35,11 +35,5 @@ private:
     size_t             n = 0;
 };
 
-// whether a part of such memory can go back
-bool refreekv_pages_can_shrink();
-
-// the memory behind the first `size` bytes goes back to the system, and those stay where they are
-void refreekv_pages_shrink(refreekv_pages_ptr & pages, size_t size);
-
 // give back what malloc keeps of memory that was freed (the scratch of an eviction), where it can be told to
 void refreekv_pages_trim();

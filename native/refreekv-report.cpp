@@ -70,6 +70,8 @@ refreekv_stats refreekv_store::stats() const {
     res.n_restores  = n_restores;
     res.restore_us  = restore_us;
 
+    res.fault_mass  = fault_mass;
+
     res.bytes_bounced = bytes_bounced;
 
     for (const auto & table : kv.v_cells) {
@@ -118,7 +120,7 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
 
 std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
     std::vector<llama_pos> res;
-    for (const auto & c : held_cells(seq_id, groups[i_group])) {
+    for (const auto & c : held_cells(groups[i_group], all_cells(seq_id))) {
         res.push_back(c.pos);
     }
     return res;
@@ -165,10 +167,10 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
 
 int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
     const auto & g    = groups[i_group];
-    const auto   list = held_cells(seq_id, g);
+    const auto   list = held_cells(g, all_cells(seq_id));
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
-        refreekv_read_row(g.rows.k, list[i].slot, 0, g.rows.k->ne[0], out + i*g.rows.k->ne[0]);
+        refreekv_read_row(g.rows.k(), list[i].slot, 0, g.rows.k()->ne[0], out + i*g.rows.k()->ne[0]);
         pos[i] = list[i].pos;
     }
 
@@ -179,7 +181,7 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
     this->lctx = lctx;
 
     const auto & g    = groups[i_group];
-    const auto   list = held_cells(seq_id, g);
+    const auto   list = held_cells(g, all_cells(seq_id));
 
     if (list.empty() || !layer_of(g).ring) {
         refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layer_of(g).ring ? "cells" : "queries", seq_id);

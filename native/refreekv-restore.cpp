@@ -17,6 +17,9 @@
 #include <system_error>
 #include <utility>
 
+// that rows of one group pass through, on their way from a device and back: much of the time goes into memory that was never touched
+static const uint32_t REFREEKV_COLD_THREADS = 4;
+
 // rows that are about to be evicted
 void refreekv_store::stash(group & g, std::vector<uint32_t> cells, eviction_scratch & scratch) {
     if (!cold) {
@@ -39,30 +42,39 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells, eviction_scra
     if (!in_place(g)) {
         g.rows.read(slots, backend_of(g), params.by_graph, scratch.rows[0]);
 
-        if (scratch.put.valid()) {
-            scratch.put.get();
-        }
+        finish_put(scratch);
         std::swap(scratch.rows[0], scratch.rows[1]);
 
-        const auto put = [this, &g, &rows = scratch.rows[1], cells = std::move(cells)]() {
-            refreekv_for_runs(cells, [&](size_t i, size_t n) {
-                return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
+        // which rows a store with a limit has room for hangs on their order
+        const uint32_t n_parts = params.cold_limit > 0 ? 1 : REFREEKV_COLD_THREADS;
+
+        const auto put = [this, &g, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {
+            const size_t n_part = (cells.size() + n_parts - 1)/n_parts;
+
+            return refreekv_parallel(n_parts, n_parts, [&](uint32_t p, uint32_t) {
+                const size_t first = std::min(cells.size(), p*n_part);
+
+                refreekv_for_runs(cells.data() + first, std::min(cells.size() - first, n_part), [&](size_t i, size_t n) {
+                    i += first;
+                    return put_cold(g, cells[i], n, rows.k.data() + i*cache_row(g, false), rows.v.data() + i*cache_row(g, true));
+                });
+                return (int32_t) REFREEKV_OK; // what there is no room for is lost
             });
         };
-        if (g.evicted) {
-            put(); // a sketch is made of what the store has
-            return;
-        }
+        // a sketch is made of what the store has: that waits for it
         try {
-            scratch.put = std::async(std::launch::async, put);
+            scratch.put = std::async(g.evicted ? std::launch::deferred : std::launch::async, put);
         } catch (const std::system_error &) {
-            put(); // no more threads to be had
+            scratch.put = std::async(std::launch::deferred, put); // no more threads to be had
+        }
+        if (g.evicted) {
+            finish_put(scratch);
         }
         return;
     }
 
-    const refreekv_row_bytes k(g.rows.k, false);
-    const refreekv_row_bytes v(g.rows.v, g.rows.get_shape().v_trans);
+    const refreekv_row_bytes k(g.rows.k(), false);
+    const refreekv_row_bytes v(g.rows.v(), g.rows.get_shape().v_trans);
 
     std::vector<uint8_t> bytes_k;
     std::vector<uint8_t> bytes_v;
@@ -77,13 +89,28 @@ void refreekv_store::stash(group & g, std::vector<uint32_t> cells, eviction_scra
     });
 }
 
-// the cells of a sequence that a group has lost, ascending; where(pos): only these
-std::vector<uint32_t> refreekv_store::missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const {
+void refreekv_store::finish_put(eviction_scratch & scratch) {
+    if (!scratch.put.valid()) {
+        return;
+    }
+    // its error is another thread's
+    if (const int32_t status = scratch.put.get()) {
+        refreekv_set_error("no memory on the way to the cold store");
+        scratch.put_status = status;
+    }
+}
+
+// has evicted, or hides
+bool refreekv_store::lacks(const group & g, uint32_t cell) const {
+    const int32_t slot = g.res.slot(cell);
+    return slot < 0 || g.res.hidden(slot);
+}
+
+// ascending
+std::vector<uint32_t> refreekv_store::missing(const group & g, const std::vector<placed> & cells) const {
     std::vector<uint32_t> res;
-    for (const auto & [pos, index] : table_of_seq(seq_id).seq_pos_get(seq_id)) {
-        const uint32_t cell = kv.seq_to_stream[seq_id]*kv_size + index;
-        const int32_t  slot = g.res.slot(cell);
-        if ((slot < 0 || g.res.hidden(slot)) && where(pos)) {
+    for (const auto & [_, cell] : cells) {
+        if (lacks(g, cell)) {
             res.push_back(cell);
         }
     }
@@ -92,7 +119,8 @@ std::vector<uint32_t> refreekv_store::missing(llama_seq_id seq_id, const group &
     return res;
 }
 
-int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells) {
+// in: memory for rows on their way to a device, that is kept from group to group
+int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in) {
     const auto no_memory = [&]() {
         refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells.size(), g.il);
         return REFREEKV_ERR_MEMORY;
@@ -134,12 +162,23 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
         const size_t row_k = cache_row(g, false);
         const size_t row_v = cache_row(g, true);
 
-        refreekv_rows::host_rows in { refreekv_bytes(absent.size()*row_k), refreekv_bytes(absent.size()*row_v) };
+        in.k.resize(absent.size()*row_k);
+        in.v.resize(absent.size()*row_v);
 
-        const bool ok = get_cold(g, false, absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + i*row_k, bytes, n*row_k); }) &&
-                        get_cold(g, true,  absent, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + i*row_v, bytes, n*row_v); });
-        if (!ok) {
-            return not_there();
+        const size_t n_part = (absent.size() + REFREEKV_COLD_THREADS - 1)/REFREEKV_COLD_THREADS;
+
+        const int32_t status = refreekv_parallel(REFREEKV_COLD_THREADS, REFREEKV_COLD_THREADS, [&](uint32_t p, uint32_t) {
+            const size_t first = std::min(absent.size(), p*n_part);
+
+            const std::vector<uint32_t> part(absent.begin() + first, absent.begin() + std::min(absent.size(), first + n_part));
+
+            const bool ok = get_cold(g, false, part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + (first + i)*row_k, bytes, n*row_k); }) &&
+                            get_cold(g, true,  part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + (first + i)*row_v, bytes, n*row_v); });
+
+            return ok ? REFREEKV_OK : not_there();
+        });
+        if (status != REFREEKV_OK) {
+            return status;
         }
         if (!move(g, slots_now, padded(order.size()), in)) {
             return no_memory();
@@ -156,7 +195,7 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
     g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
 
     for (bool is_v : { false, true }) {
-        refreekv_row_bytes rows(is_v ? g.rows.v : g.rows.k, is_v && g.rows.get_shape().v_trans);
+        refreekv_row_bytes rows(is_v ? g.rows.v() : g.rows.k(), is_v && g.rows.get_shape().v_trans);
         if (!get_cold(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
             return not_there();
         }
@@ -170,8 +209,10 @@ int32_t refreekv_store::bring_back(group & g, const std::vector<uint32_t> & cell
 
 // cells: of each group
 int32_t refreekv_store::bring_back(const std::vector<std::vector<uint32_t>> & cells) {
-    const int32_t status = refreekv_parallel(groups.size(), n_threads(), [&](uint32_t i, uint32_t) {
-        return bring_back(groups[i], cells[i]);
+    std::vector<refreekv_rows::host_rows> in(n_threads());
+
+    const int32_t status = refreekv_parallel(groups.size(), n_threads(), [&](uint32_t i, uint32_t thread) {
+        return bring_back(groups[i], cells[i], in[thread]);
     });
     idle_rows |= status != REFREEKV_OK; // room for what did not come
 
@@ -199,12 +240,12 @@ int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos
 }
 
 int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    const auto where = [&](llama_pos pos) { return pos < p0 || pos >= p1; };
-
     const int64_t t_start = ggml_time_us();
 
     synchronize();
     release_stale();
+
+    const auto all = cells_of(seq_id, p0, p1);
 
     std::vector<std::vector<uint32_t>> cells;
 
@@ -212,7 +253,7 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
     int64_t  n_restored = 0;
 
     for (auto & g : groups) {
-        cells.push_back(missing(seq_id, g, where));
+        cells.push_back(missing(g, all));
 
         uint32_t n_absent = 0;
         for (uint32_t cell : cells.back()) {
@@ -227,7 +268,7 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
         }
 
         const uint32_t n_need = padded(g.res.n_used() + n_absent);
-        bytes += n_need > g.rows.capacity() ? (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes() : 0;
+        bytes += n_need > g.rows.capacity() ? g.rows.bytes_for(n_need) - g.rows.bytes() : 0;
         n_restored += cells.back().size();
     }
     if (!within_limit(bytes)) {
@@ -257,8 +298,9 @@ int64_t refreekv_store::bring_back(llama_seq_id seq_id, llama_pos p0, llama_pos 
         if (pruned[s] < 0 || kv.seq_to_stream[s] != kv.seq_to_stream[seq_id]) {
             continue;
         }
+        const auto its   = s == seq_id ? all : cells_of(s);
         const bool whole = std::all_of(groups.begin(), groups.end(), [&](const group & g) {
-            return missing(s, g, [&](llama_pos pos) { return s != seq_id || where(pos); }).empty();
+            return std::none_of(its.begin(), its.end(), [&](const placed & c) { return lacks(g, c.cell); });
         });
         if (whole) {
             pruned[s]     = -1;

@@ -1,10 +1,10 @@
 #include "refreekv-row-bytes.h"
 
+#include "refreekv-pages.h"
 #include "refreekv-runs.h"
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 // rows that are transposed together: few enough to stay in the first cache, and enough to fill its lines on the other side
 static const size_t REFREEKV_ROW_BLOCK = 64;
@@ -76,22 +76,57 @@ void refreekv_row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * s
 }
 
 void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) {
-    std::vector<std::pair<size_t, size_t>> runs;
+    struct run {
+        size_t to;
+        size_t from;
+        size_t n;
+    };
+    std::vector<run> runs;
+
+    // in the same memory: no row is to be overwritten before it has been moved
+    bool forward  = line <= src.line;
+    bool backward = line >= src.line;
+
     refreekv_for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
-        if (slots[i] != none) {
-            runs.emplace_back(i, n);
+        if (slots[i] == none) {
+            return;
         }
+        const bool ascends = runs.empty() || runs.back().from < slots[i];
+
+        forward  = forward  && ascends && slots[i] >= i;
+        backward = backward && ascends && slots[i] <= i;
+        runs.push_back({ i, slots[i], n });
     });
 
-    for (size_t p = 0; p < n_parts; ++p) {
-        for (const auto & [i, n] : runs) {
-            memmove(at(i, p), src.at(slots[i], p), n*part);
+    const auto move = [&](const run & r, size_t p) {
+        if (at(r.to, p) != src.at(r.from, p)) {
+            memmove(at(r.to, p), src.at(r.from, p), r.n*part);
         }
-    }
-}
+    };
 
-void refreekv_row_bytes::clear(size_t i0, size_t i1) {
-    for (size_t p = 0; p < n_parts; ++p) {
-        memset(at(i0, p), 0, (i1 - i0)*part);
+    if (base != src.base || forward) {
+        for (size_t p = 0; p < n_parts; ++p) {
+            for (auto r = runs.begin(); r != runs.end(); ++r) {
+                move(*r, p);
+            }
+        }
+    } else if (backward) {
+        for (size_t p = n_parts; p-- > 0;) {
+            for (auto r = runs.rbegin(); r != runs.rend(); ++r) {
+                move(*r, p);
+            }
+        }
+    } else {
+        std::vector<uint32_t> to;
+        std::vector<uint32_t> from;
+        for (size_t i = 0; i < slots.size(); ++i) {
+            if (slots[i] != none) {
+                to  .push_back(i);
+                from.push_back(slots[i]);
+            }
+        }
+        refreekv_bytes rows(from.size()*row());
+        src.get(from.data(), from.size(), rows.data());
+        set(to.data(), to.size(), rows.data());
     }
 }

@@ -21,14 +21,10 @@ public:
     void get(const uint32_t * slots, size_t n, uint8_t * dst) const;
     void set(const uint32_t * slots, size_t n, const uint8_t * src);
 
-    // slot i gets what slots[i] of another tensor has; none: it is passed over. In the same memory, too, where slots ascend and no
-    // row or line of this tensor lies behind what it comes from
+    // slot i gets what slots[i] of another tensor has, which may lie in the same memory; none: it is passed over
     static constexpr uint32_t none = UINT32_MAX;
 
     void copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots);
-
-    // zeros, from slot i0 to slot i1 - 1
-    void clear(size_t i0, size_t i1);
 
 private:
     uint8_t * base;

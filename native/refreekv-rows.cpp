@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <functional>
-#include <tuple>
 
 // in: the rows of slots that have no source
 static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in) {
@@ -35,8 +33,8 @@ public:
         ctx.reset(ggml_init(params));
     }
 
-    // the rows of a list of slots, one after the other; into dst, when it is not transposed
-    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, const refreekv_bytes & in, ggml_tensor * dst) {
+    // the rows of the slots from the i-th on, one after the other
+    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv_bytes & in) {
         ggml_tensor * from = nullptr;
 
         if (src) {
@@ -45,8 +43,8 @@ public:
         }
 
         uint32_t next = src ? from->ne[1] : 0;
-        for (uint32_t slot : slots) {
-            idxs.push_back(slot != refreekv_rows::none ? slot : in.empty() ? 0 : next++);
+        for (; i < slots.size(); ++i) {
+            idxs.push_back(slots[i] != refreekv_rows::none ? slots[i] : in.empty() ? 0 : next++);
         }
 
         if (!in.empty()) {
@@ -56,18 +54,22 @@ public:
             from = from ? ggml_concat(ctx.get(), from, more, 1) : more;
         }
 
-        ggml_tensor * res = ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
-        if (dst && !trans) {
-            res->buffer = dst->buffer;
-            res->data   = dst->data;
-        }
-        return res;
+        return ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
     }
 
-    // rows() of a transposed tensor to where they belong
-    ggml_tensor * store_transposed(ggml_tensor * rows, ggml_tensor * dst) {
+    // rows() to where they belong: to the slots from the i-th on. in_place: when all of them have been read
+    ggml_tensor * store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place) {
         const int64_t n = rows->ne[1];
 
+        if (!trans && !in_place) {
+            rows->buffer = dst->buffer;
+            rows->data   = dst->data;
+            return rows;
+        }
+        if (!trans) {
+            ggml_tensor * all = as_type(dst, GGML_TYPE_I32, dst->ne[1]);
+            return ggml_cpy(ctx.get(), rows, ggml_view_2d(ctx.get(), all, all->ne[0], n, all->nb[1], i*all->nb[1]));
+        }
         return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], 0));
     }
 
@@ -127,72 +129,164 @@ void refreekv_rows::fail_allocation(int32_t n) {
 }
 
 size_t refreekv_rows::bytes() const {
-    return st.buf ? ggml_backend_buffer_get_size(st.buf.get()) : 0;
+    return region_k ? region_k->bytes() + region_v->bytes() : buf ? ggml_backend_buffer_get_size(buf.get()) : 0;
+}
+
+size_t refreekv_rows::bytes_for(uint32_t capacity) {
+    if (!has_regions()) {
+        return capacity*row_bytes();
+    }
+    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k)) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v));
 }
 
 size_t refreekv_rows::row_bytes() const {
     return ggml_row_size(s.type_k, s.n_embd_k) + ggml_row_size(s.type_v, s.n_embd_v);
 }
 
-void refreekv_rows::make_tensors(storage & dst, uint32_t capacity, size_t & size_k, size_t & size_v) const {
+refreekv_rows::layout refreekv_rows::make_layout(uint32_t capacity) const {
+    layout res;
+
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
-    dst.ctx.reset(ggml_init(params));
+    res.ctx.reset(ggml_init(params));
 
-    dst.k = ggml_new_tensor_2d(dst.ctx.get(), s.type_k, s.n_embd_k, capacity);
-    dst.v = s.v_trans ? ggml_new_tensor_2d(dst.ctx.get(), s.type_v, capacity, s.n_embd_v)
-                      : ggml_new_tensor_2d(dst.ctx.get(), s.type_v, s.n_embd_v, capacity);
+    res.k = ggml_new_tensor_2d(res.ctx.get(), s.type_k, s.n_embd_k, capacity);
+    res.v = s.v_trans ? ggml_new_tensor_2d(res.ctx.get(), s.type_v, capacity, s.n_embd_v)
+                      : ggml_new_tensor_2d(res.ctx.get(), s.type_v, s.n_embd_v, capacity);
 
-    ggml_format_name(dst.k, "refreekv_k_l%d", il);
-    ggml_format_name(dst.v, "refreekv_v_l%d", il);
+    ggml_format_name(res.k, "refreekv_k_l%d", il);
+    ggml_format_name(res.v, "refreekv_v_l%d", il);
 
     const size_t align = ggml_backend_buft_get_alignment(s.buft);
 
-    size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.k), align);
-    size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, dst.v), align);
+    res.size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.k), align);
+    res.size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.v), align);
+
+    return res;
 }
 
-// K at the beginning of the buffer, V behind it
-bool refreekv_rows::place_tensors(storage & dst, size_t size_k) {
-    char * base = (char *) ggml_backend_buffer_get_base(dst.buf.get());
+bool refreekv_rows::has_regions() {
+    if (!region_k && !no_regions) {
+        const layout most = make_layout(s.max_cells);
 
-    return ggml_backend_tensor_alloc(dst.buf.get(), dst.k, base)          == GGML_STATUS_SUCCESS &&
-           ggml_backend_tensor_alloc(dst.buf.get(), dst.v, base + size_k) == GGML_STATUS_SUCCESS;
+        region_k = refreekv_region::make(s.buft, most.size_k);
+        region_v = refreekv_region::make(s.buft, most.size_v);
+
+        if (!region_k || !region_v) {
+            region_k.reset();
+            region_v.reset();
+            no_regions = true;
+        }
+    }
+    return !no_regions;
 }
 
-bool refreekv_rows::alloc(storage & dst, uint32_t capacity) const {
+bool refreekv_rows::resize_regions(size_t size_k, size_t size_v) {
+    const size_t before = region_k->size();
+
+    if (!region_k->resize(size_k)) {
+        return false;
+    }
+    if (!region_v->resize(size_v)) {
+        region_k->resize(before);
+        return false;
+    }
+    return true;
+}
+
+// not ggml_backend_tensor_alloc, for which the memory of a buffer is one piece
+static bool refreekv_place(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
+    t->buffer = buf;
+    t->data   = addr;
+
+    return ggml_backend_buffer_init_tensor(buf, t) == GGML_STATUS_SUCCESS;
+}
+
+static bool refreekv_fails_now() {
     int32_t n = g_fail_in;
     while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
     }
-    if (n == 1) {
+    return n == 1;
+}
+
+bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    GGML_ASSERT(slots.size() <= capacity && capacity <= s.max_cells);
+
+    if (capacity == 0) {
+        clear();
+        return true;
+    }
+
+    const bool ok = has_regions() ? move_in_place(slots, make_layout(capacity), capacity > n_cap, backend, force_graph, in)
+                                  : move_to_new  (slots, make_layout(capacity), backend, force_graph, in);
+    n_cap = ok ? capacity : n_cap;
+
+    return ok;
+}
+
+bool refreekv_rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (grows && (refreekv_fails_now() || !resize_regions(then.size_k, then.size_v))) {
+        return false;
+    }
+    if (!refreekv_place(then.k, region_k->buffer(), region_k->base()) || !refreekv_place(then.v, region_v->buffer(), region_v->base())) {
+        return false;
+    }
+    move(then, slots, backend, force_graph, in);
+
+    if (!grows) {
+        resize_regions(then.size_k, then.size_v);
+    }
+    now = std::move(then);
+
+    return true;
+}
+
+bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (refreekv_fails_now()) {
         return false;
     }
 
-    size_t size_k;
-    size_t size_v;
-    make_tensors(dst, capacity, size_k, size_v);
-
-    if (s.buft == ggml_backend_cpu_buffer_type()) {
-        dst.pages = refreekv_pages_alloc(size_k + size_v);
-        if (dst.pages) {
-            dst.buf.reset(ggml_backend_cpu_buffer_from_ptr(dst.pages.get(), size_k + size_v));
-        }
-    } else {
-        dst.buf.reset(ggml_backend_buft_alloc_buffer(s.buft, size_k + size_v));
-        if (dst.buf) {
-            // rows that are not written yet are masked, but must be finite
-            ggml_backend_buffer_clear(dst.buf.get(), 0);
-        }
-    }
-
-    if (!dst.buf) {
+    ggml_backend_buffer_ptr to(ggml_backend_buft_alloc_buffer(s.buft, then.size_k + then.size_v));
+    if (!to) {
         return false;
     }
+    ggml_backend_buffer_clear(to.get(), 0); // rows that are not written yet are masked, but must be finite
 
-    return place_tensors(dst, size_k);
+    char * base = (char *) ggml_backend_buffer_get_base(to.get());
+
+    if (!refreekv_place(then.k, to.get(), base) || !refreekv_place(then.v, to.get(), base + then.size_k)) {
+        return false;
+    }
+    move(then, slots, backend, force_graph, in);
+
+    now = std::move(then);
+    buf = std::move(to);
+
+    return true;
+}
+
+void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
+
+    if (any) {
+        move(now.k, then.k, false,     slots, backend, force_graph, in.k);
+        move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+    }
 }
 
 void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in) {
-    const bool host = ggml_backend_buffer_is_host(dst->buffer);
+    const bool host     = ggml_backend_buffer_is_host(dst->buffer);
+    const bool in_place = src && src->data == dst->data;
+
+    // those that stay where they are
+    size_t first = 0;
+    if (in_place && src->nb[1] == dst->nb[1]) {
+        while (first < slots.size() && slots[first] == first) {
+            ++first;
+        }
+    }
+    if (first == slots.size()) {
+        return;
+    }
 
     if (host && !force_graph) {
         refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in);
@@ -202,9 +296,9 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
     refreekv_gather gather;
 
     if (backend && refreekv_row_bytes(dst, trans).row() % 4 == 0) {
-        ggml_tensor * rows = gather.rows(src, trans, slots, in, dst);
+        ggml_tensor * rows = gather.rows(src, trans, slots, first, in);
 
-        if (gather.compute(backend, trans ? gather.store_transposed(rows, dst) : rows)) {
+        if (gather.compute(backend, gather.store(rows, dst, trans, first, in_place))) {
             return;
         }
     }
@@ -233,7 +327,7 @@ void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32
     refreekv_gather gather;
 
     if (backend && rows.row() % 4 == 0) {
-        ggml_tensor * gathered = gather.rows(src, trans, slots, {}, nullptr);
+        ggml_tensor * gathered = gather.rows(src, trans, slots, 0, {});
 
         if (gather.compute(backend, gathered)) {
             ggml_backend_tensor_get(gathered, out.data(), 0, out.size());
@@ -248,82 +342,16 @@ void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32
     refreekv_row_bytes(src, trans, all.data()).get(slots.data(), slots.size(), out.data());
 }
 
-bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
-    GGML_ASSERT(slots.size() <= capacity);
-
-    if (capacity == 0) {
-        clear();
-        return true;
-    }
-
-    if (in.k.empty() && !force_graph && compact(slots, capacity)) {
-        return true;
-    }
-
-    storage dst;
-    if (!alloc(dst, capacity)) {
-        return false;
-    }
-
-    const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
-
-    if (any) {
-        move(st.k, dst.k, false,     slots, backend, force_graph, in.k);
-        move(st.v, dst.v, s.v_trans, slots, backend, force_graph, in.v);
-    }
-
-    take(std::move(dst), capacity);
-
-    return true;
-}
-
-void refreekv_rows::take(storage && dst, uint32_t capacity) {
-    st    = std::move(dst);
-    k     = st.k;
-    v     = st.v;
-    n_cap = capacity;
-}
-
-bool refreekv_rows::compact(const std::vector<uint32_t> & slots, uint32_t capacity) {
-    const bool ascending = std::adjacent_find(slots.begin(), slots.end(), std::greater_equal<uint32_t>()) == slots.end();
-
-    if (!refreekv_pages_can_shrink() || !st.pages || capacity > n_cap || !ascending || (!slots.empty() && slots.back() == none)) {
-        return false;
-    }
-
-    storage dst;
-    size_t  size_k;
-    size_t  size_v;
-    make_tensors(dst, capacity, size_k, size_v);
-
-    dst.buf.reset(ggml_backend_cpu_buffer_from_ptr(st.pages.get(), size_k + size_v));
-    if (!dst.buf || !place_tensors(dst, size_k)) {
-        return false;
-    }
-
-    // K first: V comes to where K's end was
-    for (const auto & [from, to, trans] : { std::make_tuple(st.k, dst.k, false), std::make_tuple(st.v, dst.v, s.v_trans) }) {
-        refreekv_row_bytes rows(to, trans);
-        rows.copy(refreekv_row_bytes(from, trans), slots);
-        rows.clear(slots.size(), capacity);
-    }
-
-    dst.pages = std::move(st.pages);
-    refreekv_pages_shrink(dst.pages, size_k + size_v);
-
-    take(std::move(dst), capacity);
-
-    return true;
-}
-
 void refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
-    read(st.k, false,     slots, backend, force_graph, out.k);
-    read(st.v, s.v_trans, slots, backend, force_graph, out.v);
+    read(now.k, false,     slots, backend, force_graph, out.k);
+    read(now.v, s.v_trans, slots, backend, force_graph, out.v);
 }
 
 void refreekv_rows::clear() {
-    st    = {};
-    k     = nullptr;
-    v     = nullptr;
+    now   = {};
     n_cap = 0;
+
+    region_k.reset();
+    region_v.reset();
+    buf.reset();
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "refreekv-pages.h"
+#include "refreekv-region.h"
 #include "refreekv-row-bytes.h"
 
 #include "ggml-backend.h"
@@ -9,9 +10,10 @@
 #include <cstdint>
 #include <vector>
 
-// The K and V rows of one group of KV heads: a buffer of their own on the layer's backend, with room for `capacity`
-// cells. Growing, shrinking and evicting are one operation, move(): allocate, copy the rows that stay, free; or, where memory is
-// the host's and no more of it is wanted, move them to its front.
+// The K and V rows of one group of KV heads: memory of their own on the layer's backend, with room for `capacity` cells.
+// Growing, shrinking and evicting are one operation, move(). In host memory and on CUDA it is done in place (refreekv-region.h):
+// rows move within their memory, which grows before that or shrinks after it. Elsewhere it is: allocate, copy the rows that stay,
+// free.
 //
 //   K  [n_embd_k, capacity]
 //   V  [n_embd_v, capacity], or transposed [capacity, n_embd_v] (upstream's layout without flash attention)
@@ -28,15 +30,17 @@ public:
         int64_t   n_embd_k;
         int64_t   n_embd_v;
         bool      v_trans;
+        uint32_t  max_cells; // that capacity() can be
     };
 
     refreekv_rows(const shape & s, int32_t il) : s(s), il(il) {}
 
-    ggml_tensor * k = nullptr;
-    ggml_tensor * v = nullptr;
+    ggml_tensor * k() const { return now.k; }
+    ggml_tensor * v() const { return now.v; }
 
     uint32_t capacity() const { return n_cap; }
     size_t   bytes()    const;              // as the allocator has them
+    size_t   bytes_for(uint32_t capacity);  // what they would be
     size_t   row_bytes() const;             // K and V of one cell
     const shape & get_shape() const { return s; }
 
@@ -50,7 +54,7 @@ public:
     static constexpr uint32_t none = refreekv_row_bytes::none;
 
     // afterwards row i holds what row slots[i] held (none: the next row of `in`, which has one for each or
-    // nothing at all), and there is room for capacity rows; the rest is zero.
+    // nothing at all), and there is room for capacity rows; the rest is zero, or what was there.
     // backend: gathers rows that are not in host memory
     // false when the memory cannot be had: nothing has changed then
     bool move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in = {});
@@ -69,27 +73,34 @@ private:
     shape    s;
     int32_t  il;
     uint32_t n_cap = 0;
+    bool     no_regions = false; // there can be none
 
     uint64_t n_bounced = 0;
 
-    struct storage {
-        refreekv_pages_ptr      pages { nullptr, { 0 } }; // freed after buf
-        ggml_backend_buffer_ptr buf;
-        ggml_context_ptr        ctx;
+    // where they lie: in regions, or in a buffer
+    std::unique_ptr<refreekv_region> region_k;
+    std::unique_ptr<refreekv_region> region_v;
+    ggml_backend_buffer_ptr          buf;
+
+    // tensors of them
+    struct layout {
+        ggml_context_ptr ctx;
         ggml_tensor * k = nullptr;
         ggml_tensor * v = nullptr;
-    } st;
+        size_t size_k = 0; // bytes, as the buffer type needs them
+        size_t size_v = 0;
+    };
+    layout now;
 
-    // its tensors; sizes of K and V in bytes, as the buffer needs them
-    void make_tensors(storage & dst, uint32_t capacity, size_t & size_k, size_t & size_v) const;
+    layout make_layout(uint32_t capacity) const;
 
-    static bool place_tensors(storage & dst, size_t size_k);
-    void        take(storage && dst, uint32_t capacity);
+    bool has_regions(); // made when they are first asked for
+    bool resize_regions(size_t size_k, size_t size_v); // both, or false
 
-    bool alloc(storage & dst, uint32_t capacity) const;
+    bool move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in);
+    bool move_to_new  (const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in);
 
-    // the rows that stay move to the front of the memory they are in, whose end goes back. false: that cannot be done
-    bool compact(const std::vector<uint32_t> & slots, uint32_t capacity);
+    void move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in);
 
     // one of K and V
     void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in);

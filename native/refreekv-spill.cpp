@@ -13,6 +13,7 @@
 #include <cstring>
 
 static const size_t REFREEKV_COLD_PIECE = 64 << 10; // bytes; stays in the processor's cache until it is where it belongs
+static const size_t REFREEKV_COLD_GAP   = 4 << 10;  // that are read sooner than a read more is begun
 
 void refreekv_store::make_cold() {
     if (params.cold == REFREEKV_COLD_NONE) {
@@ -125,30 +126,43 @@ bool refreekv_store::put_cold(group & g, uint32_t cell, size_t n, const uint8_t 
     return ok;
 }
 
-// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on
+// f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on. Those that lie close together are
+// read at once, and what lies between them, too
 bool refreekv_store::get_cold(const group & g, bool v, const std::vector<uint32_t> & cells, const std::function<void(size_t, size_t, const uint8_t *)> & f) const {
     const ggml_type type  = cache_type(g, v);
     const size_t    row   = cold_row(g, v);
     const size_t    n_max = std::max<size_t>(1, REFREEKV_COLD_PIECE/row);
+    const size_t    n_gap = std::max<size_t>(1, REFREEKV_COLD_GAP/row);
 
     const bool same = cold_type(g, v) == type;
 
-    std::vector<uint8_t> bytes (std::min(n_max, cells.size())*row);
-    std::vector<uint8_t> larger(same ? 0 : std::min(n_max, cells.size())*cache_row(g, v));
+    // kept, and not cleared: decoding reads many blocks with every token (refreekv-faults.cpp)
+    thread_local refreekv_bytes bytes;
+    thread_local refreekv_bytes larger;
 
-    return refreekv_for_runs(cells, [&](size_t i_run, size_t n_run) {
-        for (size_t i = i_run; i < i_run + n_run; i += n_max) {
-            const size_t n = std::min(n_max, i_run + n_run - i);
-            if (!cold->read(cold_place(g, cells[i], v), bytes.data(), n*row)) {
-                return false;
-            }
-            if (!same) {
-                refreekv_convert(cold_type(g, v), bytes.data(), type, larger.data(), n, n_embd(g, v));
-            }
-            f(i, n, same ? bytes.data() : larger.data());
+    bytes .resize(n_max*row);
+    larger.resize(same ? 0 : n_max*cache_row(g, v));
+
+    for (size_t first = 0, last; first < cells.size(); first = last + 1) {
+        last = first;
+        while (last + 1 < cells.size() && cells[last + 1] - cells[last] <= n_gap && cells[last + 1] - cells[first] < n_max) {
+            ++last;
         }
-        return true;
-    });
+        if (!cold->read(cold_place(g, cells[first], v), bytes.data(), (cells[last] - cells[first] + 1)*row)) {
+            return false;
+        }
+
+        refreekv_for_runs(cells.data() + first, last - first + 1, [&](size_t i, size_t n) {
+            const uint8_t * rows = bytes.data() + (cells[first + i] - cells[first])*row;
+            if (!same) {
+                refreekv_convert(cold_type(g, v), rows, type, larger.data(), n, n_embd(g, v));
+            }
+            f(first + i, n, same ? rows : larger.data());
+            return true;
+        });
+    }
+
+    return true;
 }
 
 ggml_type refreekv_store::cache_type(const group & g, bool v) const {

@@ -32,18 +32,18 @@ static void refreekv_for_pieces(ggml_tensor * t, const std::vector<uint32_t> & s
 
 template <typename F>
 static void refreekv_for_k(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
-    refreekv_for_pieces(rows.k, slots, 0, rows.k->nb[1], f);
+    refreekv_for_pieces(rows.k(), slots, 0, rows.k()->nb[1], f);
 }
 
 // line by line when it is transposed
 template <typename F>
 static void refreekv_for_v(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
     if (!rows.get_shape().v_trans) {
-        refreekv_for_pieces(rows.v, slots, 0, rows.v->nb[1], f);
+        refreekv_for_pieces(rows.v(), slots, 0, rows.v()->nb[1], f);
         return;
     }
-    for (int64_t j = 0; j < rows.v->ne[1]; ++j) {
-        refreekv_for_pieces(rows.v, slots, j*rows.v->nb[1], rows.v->nb[0], f);
+    for (int64_t j = 0; j < rows.v()->ne[1]; ++j) {
+        refreekv_for_pieces(rows.v(), slots, j*rows.v()->nb[1], rows.v()->nb[0], f);
     }
 }
 

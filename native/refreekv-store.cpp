@@ -107,10 +107,10 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         by_buft[buft].push_back(layers.size());
         il_to_layer[layer.il] = layers.size();
 
-        layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans }, {} });
+        layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, padded(n_cells) }, {} });
     }
 
-    check_faults();
+    fault_mass = check_faults();
     make_cold();
     make_groups({});
 
@@ -511,7 +511,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
         }
 
         const uint32_t n_need = padded(slots.size());
-        if (n_need > g.rows.capacity() && !within_limit(stats().bytes + (uint64_t) (n_need - g.rows.capacity())*g.rows.row_bytes())) {
+        if (n_need > g.rows.capacity() && !within_limit(stats().bytes + g.rows.bytes_for(n_need) - g.rows.bytes())) {
             return fail();
         }
         if (!move(g, slots, n_need)) {

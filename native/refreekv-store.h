@@ -263,11 +263,18 @@ private:
         std::unique_ptr<refreekv_decode_evicted> evicted; // what decoding knows of them; nullptr: it goes on without
     };
 
-    // a cell of one sequence in one group
+    // a cell of one sequence; upstream has them in a tree, which is walked once for all groups
+    struct placed {
+        llama_pos pos;
+        uint32_t  cell;
+    };
+
+    // ... that one group holds
     struct held {
         llama_pos pos;
         uint32_t  cell;
         uint32_t  slot;
+        bool      stays; // another sequence needs it too, or it is protected
     };
 
     // Upstream has a table of cells per stream (per sequence, unless kv_unified). Here all of them share the rows of a
@@ -341,6 +348,7 @@ private:
     int64_t  n_restores = 0;
     int64_t  restore_us = 0;
 
+    float                     fault_mass = 0.0f; // 0: decoding goes on without what is evicted
     std::vector<llama_seq_id> batch_seq; // of the tokens of the batch that is being decoded
     std::vector<llama_pos>    batch_pos;
     bool                      warned_of_lost = false;
@@ -415,7 +423,7 @@ private:
     void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
     bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
 
-    void check_faults() const;
+    float check_faults() const;
     void make_faults(uint32_t i_group);
     void sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row);
     void refresh_sketches();
@@ -426,14 +434,18 @@ private:
 
         // rows of a device come to one of these, while those of the group before are put into the cold store from the other
         refreekv_rows::host_rows rows[2];
-        std::future<void>        put; // waits for it when it goes
+        std::future<int32_t>     put;                      // waits for it when it goes
+        int32_t                  put_status = REFREEKV_OK; // of those that are done
     };
+
+    static void finish_put(eviction_scratch & scratch);
 
     void stash(group & g, std::vector<uint32_t> cells, eviction_scratch & scratch);
 
-    std::vector<uint32_t> missing(llama_seq_id seq_id, const group & g, const std::function<bool(llama_pos)> & where) const;
+    bool                  lacks  (const group & g, uint32_t cell) const;
+    std::vector<uint32_t> missing(const group & g, const std::vector<placed> & cells) const;
 
-    int32_t bring_back (group & g, const std::vector<uint32_t> & cells); // a refreekv_status
+    int32_t bring_back (group & g, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in); // a refreekv_status
     int32_t bring_back (const std::vector<std::vector<uint32_t>> & cells); // a refreekv_status
     int64_t bring_back (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
@@ -442,11 +454,14 @@ private:
 
     // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
     int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
-    int32_t evict_group (group & g, llama_seq_id seq_id, const std::vector<llama_pos> * pos, const refreekv_params & by, eviction_scratch & scratch, std::atomic<int64_t> & n_evicted); // a refreekv_status
+    int32_t evict_group (group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, eviction_scratch & scratch, std::atomic<int64_t> & n_evicted); // a refreekv_status
 
-    std::vector<held> held_cells(llama_seq_id seq_id, const group & g) const;
+    // in the order of positions; but for p0 to p1 - 1
+    std::vector<placed> cells_of(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1) const;
 
-    bool has_to_stay(llama_seq_id seq_id, const held & c) const;
+    // the same, before it is known which of them a group holds, and in which slots
+    std::vector<held> all_cells (llama_seq_id seq_id) const;
+    std::vector<held> held_cells(const group & g, std::vector<held> all) const;
 
     // what a policy may see of a sequence in a group; a refreekv_status
     int32_t look  (const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::unique_ptr<refreekv_attention> & attn) const;

@@ -43,7 +43,7 @@ const refreekv_store::worst_rows & refreekv_store::worst_of(const group & g) con
 ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool reservation) const {
     const int64_t n_embd = g.rows.get_shape().n_embd_k;
     const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * k      = reservation ? worst_of(g).k : g.rows.k;
+    ggml_tensor * k      = reservation ? worst_of(g).k : g.rows.k();
 
     return ggml_view_2d(ctx, k, n_embd, n_rows, ggml_row_size(k->type, n_embd), 0);
 }
@@ -51,7 +51,7 @@ ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool r
 ggml_tensor * refreekv_store::rows_v(ggml_context * ctx, const group & g, bool reservation) const {
     const int64_t n_embd = g.rows.get_shape().n_embd_v;
     const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * v      = reservation ? worst_of(g).v : g.rows.v;
+    ggml_tensor * v      = reservation ? worst_of(g).v : g.rows.v();
 
     return kv.v_trans ? ggml_view_2d(ctx, v, n_rows, n_embd, ggml_row_size(v->type, n_rows), 0)
                       : ggml_view_2d(ctx, v, n_embd, n_rows, ggml_row_size(v->type, n_embd), 0);

@@ -15,7 +15,7 @@
 #include <cstdio>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 8;
+static const int32_t REFREEKV_ABI_VERSION = 9;
 
 static thread_local std::string g_error;
 
@@ -126,6 +126,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_type        = -1;
     res.cold_state       = true;
     res.fault_mass       = 0.0f;
+    res.fault_needed     = false;
     res.mask_only        = false;
     res.by_graph     = false;
 

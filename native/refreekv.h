@@ -112,11 +112,13 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
-    float   fault_mass;   // evicted blocks of cells that would draw more than this part of a head's attention take part in decoding,
-                          // read from the cold store; 0: none do. Needs such a store, and the cache in host memory
+    float   fault_mass;       // blocks of evicted cells take part in decoding, read from the cold store, until the others would draw
+                              // no more than this part of any head's attention, all together; 0: none do. Where that can be had: with
+                              // a cold store, the cache in host memory, and heads the decode kernel takes
+    bool    fault_needed;     // a context that cannot have it fails
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
-    bool    by_graph;     // debug: move rows and look at attention with graphs, as on a device, where the host could do it
+    bool    by_graph;         // debug: move rows and look at attention with graphs, as on a device, where the host could do it
 };
 
 struct refreekv_stats {
@@ -137,7 +139,8 @@ struct refreekv_stats {
     bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
-    int64_t  n_faults;    // evicted blocks that decoding has read from the cold store
+    float    fault_mass;  // what decoding goes by; 0: it goes on without what is evicted
+    int64_t  n_faults;    // evicted blocks that it has read from the cold store
     uint64_t bytes_sketch; // of evicted keys, by which it knows which
 };
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from refreekv_cpp.errors import PolicyError
 
-# a block of evicted cells counts where it would draw more than this part of a head's attention: docs/fidelity.md
+# of a head's attention, what all evicted cells that take no part in it may draw together: docs/fidelity.md
 TOLERANCE = 0.05
 
 
-def check(faults: bool | float | None, evicted: str) -> float:
-    """The tolerance; 0: there are no faults.
+@dataclass(frozen=True)
+class Faults:
+    """tolerance: 0: there are none. needed: a model that cannot have them is refused."""
+
+    tolerance: float
+    needed: bool
+
+
+def check(faults: bool | float | None, evicted: str) -> Faults:
+    """What `kv_faults` means. None: where they can be had.
 
     Raises:
         PolicyError: neither a bool nor a part of 1, or evicted rows are not kept.
     """
-    if faults is None or faults == 0:
-        return 0.0
-    if not isinstance(faults, (int, float)) or not (faults is True or 0 < faults < 1):
+    if faults is None:
+        return Faults(TOLERANCE if evicted == "restore" else 0.0, needed=False)
+    if not isinstance(faults, (int, float)) or not (faults is True or 0 <= faults < 1):
         raise PolicyError(f"kv_faults={faults!r}: valid are True, False, and a tolerance between 0 and 1")
+    if faults == 0:
+        return Faults(0.0, needed=False)
     if evicted != "restore":
         raise PolicyError(f"kv_faults={faults}: needs kv_evicted='restore', not {evicted!r}")
-    return TOLERANCE if faults is True else float(faults)
+    return Faults(TOLERANCE if faults is True else float(faults), needed=True)

@@ -50,9 +50,10 @@ class Llama(llama_cpp.Llama):
             both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
             kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
             read twice.
-        kv_faults: decoding sees what it misses: of the evicted keys 4 bits a number stay, and a block of 64 cells that
-            would draw more than a part of some head's attention (True: 0.05) takes part with its own rows, read from
-            the cold store. Needs kv_evicted="restore" and the cache in host memory. Default: False.
+        kv_faults: decoding sees what it misses: of the evicted keys 4 bits a number stay, and blocks of 64 cells take
+            part with their own rows, read from the cold store, until the others would draw no more than a part of any
+            head's attention (True: 0.05). Needs kv_evicted="restore" and the cache in host memory. Default: 0.05 where
+            it can be had, else 0.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -73,8 +74,8 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy, or not with `kv_guard` or `kv_faults`. (Where
-            REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
+        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_guard` or `kv_faults` that was
+            asked for. (Where REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
 
@@ -113,7 +114,7 @@ class Llama(llama_cpp.Llama):
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
         self.kv_guard = guard.check(kv_guard, kv.evicted)
-        self.kv_faults = faults.check(kv_faults, kv.evicted)
+        self._faults = faults.check(kv_faults, kv.evicted)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
@@ -178,9 +179,15 @@ class Llama(llama_cpp.Llama):
         return native.make_params(
             **options,
             memory_limit=self.kv_memory_limit or 0,
-            fault_mass=self.kv_faults if self._evicts else 0,
+            fault_mass=self._faults.tolerance if self._evicts else 0,
+            fault_needed=self._faults.needed,
             **self._cold_options,
         )
+
+    @property
+    def kv_faults(self) -> float:
+        """The tolerance that decoding goes by; 0: what is evicted takes no part in it."""
+        return float(native.stats(self._ctx.ctx).fault_mass) if self._evicts else 0.0
 
     @property
     def kv_stats(self) -> KVStats:

@@ -16,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._library import import_llama_cpp
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
 _library = import_llama_cpp()
 _lib: Any = ffi.dlopen(_library._name)

@@ -1,9 +1,10 @@
 """The policies on another backend, beside the CPU: docs/backends.md.
 
-    python tests/backends.py [--env NAME=VALUE ...] [--rpc HOST:PORT,HOST:PORT] [--policy NAME ...]
+    python tests/backends.py [--env NAME=VALUE ...] [--rpc HOST:PORT,HOST:PORT] [--policy NAME ...] [--n-ctx N]
 
 Runs the table policies x scenarios twice, in a process of its own each: on the CPU, with every other device hidden,
-and with its layers on what llama.cpp finds (or on RPC servers). Prints a Markdown table. A cell says whether the same
+and with its layers on what llama.cpp finds (or on RPC servers). On CUDA a cache of these small models grows in place
+from `--n-ctx 262144` on (native/refreekv-region-cuda.cpp). Prints a Markdown table. A cell says whether the same
 tokens came out, or which was the first that differs; how far the logits are apart up to there; and in how many cells
 the layers differ. The exit code is 1 when tokens differ that were further apart than the logits are, or keys and values
 came to the host.
@@ -68,6 +69,7 @@ class Answer:
     kept: list[list[int]]
     bytes_read: int
     bytes_bounced: int
+    bytes_most: int
     places: frozenset[str]  # names of the buffer types that the cache lies in
 
 
@@ -97,6 +99,7 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
         if evicts:
             llm.prune_kv()
     cells = kept(llm)
+    bytes_most = llm.kv_stats.bytes
     if scenario.state:
         state = llm.save_state()
         llm.reset()
@@ -109,7 +112,7 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
     llm.close()
     places = frozenset(buffer.name for buffer in stats.buffers if buffer.context > 0)
     tokens = [int(row.argmax()) for row in rows]
-    return Answer(tokens, np.array(rows), cells, stats.bytes_read, stats.bytes_bounced, places)
+    return Answer(tokens, np.array(rows), cells, stats.bytes_read, stats.bytes_bounced, bytes_most, places)
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,12 @@ def run_all(policies: list[str], rpc: str, options: dict[str, Any]) -> dict[tupl
 
 
 def in_a_process(
-    policies: list[str], environment: dict[str, str], rpc: str = "", *, on_cpu: bool = False
+    policies: list[str], environment: dict[str, str], n_ctx: int, rpc: str = "", *, on_cpu: bool = False
 ) -> dict[tuple[str, str], Answer]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers"
-        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc, *(["--on-cpu"] if on_cpu else [])]
+        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc, "--n-ctx", str(n_ctx)]
+        command += ["--on-cpu"] if on_cpu else []
         subprocess.run(
             [*command, *(f"--policy={policy}" for policy in policies)], check=True, env={**os.environ, **environment}
         )
@@ -186,16 +190,17 @@ def main(
     env: Annotated[list[str] | None, typer.Option(help="Of the process with the devices, NAME=VALUE.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Rows of the table.")] = None,
     rpc: Annotated[str, typer.Option(help="llama.cpp's RPC servers, HOST:PORT,...: the layers go there.")] = "",
+    n_ctx: Annotated[int, typer.Option(help="Of all contexts.")] = 2048,
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
     on_cpu: Annotated[bool, typer.Option("--on-cpu", hidden=True)] = False,
 ) -> None:
     policies = policy or TABLE_POLICIES
     if out is not None:
-        out.write_bytes(pickle.dumps(run_all(policies, rpc, ON_CPU if on_cpu else {})))
+        out.write_bytes(pickle.dumps(run_all(policies, rpc, {"n_ctx": n_ctx, **(ON_CPU if on_cpu else {})})))
         return
 
-    cpus = in_a_process(policies, NO_DEVICES, on_cpu=True)
-    ours = in_a_process(policies, dict(pair.split("=", 1) for pair in env or []), rpc)
+    cpus = in_a_process(policies, NO_DEVICES, n_ctx, on_cpu=True)
+    ours = in_a_process(policies, dict(pair.split("=", 1) for pair in env or []), n_ctx, rpc)
 
     failed = False
     print(f"| | {' | '.join(SCENARIOS)} |\n|{'---|' * (len(SCENARIOS) + 1)}")
@@ -208,6 +213,8 @@ def main(
     n_on_cpu = sum(answer.places == {"CPU"} for answer in ours.values())
     places = sorted(set().union(*(answer.places for answer in ours.values())))
     print(f"\nThe cache lay in {', '.join(places)}; in {n_on_cpu} of {len(ours)} runs in CPU alone.")
+    most = max(answer.bytes_most for answer in ours.values())
+    print(f"K and V took at most {most / 2**20:.3g} MiB. Contexts of {n_ctx} cells.")
     print(f"Read back by prunings: at most {read} bytes a run. Keys and values that came to the host: {bounced} bytes.")
     raise SystemExit(int(failed or bounced > 0))
 

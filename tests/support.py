@@ -21,7 +21,7 @@ F32, F16, Q8_0 = CACHE_TYPES["f32"], CACHE_TYPES["f16"], CACHE_TYPES["q8_0"]
 
 def load(path: Path, policy: str | Policy, *, kind: type[Llama] = Llama, **options: Any) -> Llama:
     """A Llama on one thread: with models this small more of them only wait for each other."""
-    defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "kv_faults": False}
     return kind(str(path), kv_policy=policy, **{**defaults, **options})
 
 

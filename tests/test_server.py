@@ -236,6 +236,7 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
     settings = read_config_file(path)
     assert settings.port == 8001
     cold = {"kv_cold": "auto", "kv_cold_dir": None, "kv_cold_limit": None, "kv_cold_type": None, "kv_cold_state": True}
+    cold |= {"kv_faults": None}
     assert [model.kv_options() for model in settings.models] == [
         {"kv_policy": "refreekv", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": 1000000, **cold},
         {"kv_policy": "full", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": None, **cold},

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+NO_FAULTS = "-no-faults"  # behind the name of a policy: with kv_faults=False
+
 
 def resident_bytes(kind: str = "VmRSS") -> int:
     """What the process has in memory now; 0 where the system does not say.
@@ -42,9 +44,12 @@ def load(spec: dict[str, Any]) -> Any:
 
     from refreekv_cpp import Llama as OurLlama
 
-    elastic = spec["kv_policy"] == "elastic"  # the full cache, growing with its contents
-    policy = "full" if elastic else spec["kv_policy"]
-    return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_elastic=elastic or None, **options)
+    if spec["kv_policy"] == "elastic":  # the full cache, growing with its contents
+        return OurLlama(spec["model"], verbose=False, kv_policy="full", kv_elastic=True, **options)
+
+    policy = spec["kv_policy"].removesuffix(NO_FAULTS)
+    faults = False if policy != spec["kv_policy"] else None
+    return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_faults=faults, **options)
 
 
 def begin(llm: Any, n_tokens: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
 from refreekv_cpp.bench.plot import write_plot
 from refreekv_cpp.bench.runner import Contestant, Result, run
+from refreekv_cpp.bench.worker import NO_FAULTS
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.document import write_document
@@ -31,7 +32,11 @@ def bench(
         Path | None, typer.Option(help="Folder of a stock libllama (cmake -DREFREEKV_STOCK=ON) to compare with.")
     ] = None,
     kv_policy: Annotated[
-        str, typer.Option(help="Policies, separated by commas; elastic is the full cache with kv_elastic.")
+        str,
+        typer.Option(
+            help=f"Policies, separated by commas; elastic is the full cache with kv_elastic, and {NO_FAULTS} behind a "
+            "name is without kv_faults."
+        ),
     ] = "full,refreekv",
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
     flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
@@ -105,7 +110,7 @@ def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) ->
         raise ValueError(f"{against}: there is no libllama in it")
     names = kv_policy.split(",")
     for name in names:
-        as_policy("full" if name == "elastic" else name)
+        as_policy("full" if name == "elastic" else name.removesuffix(NO_FAULTS))
     stock = [Contestant("stock", flash_attn, None, against)] if against else []
     return stock + [Contestant(name, flash_attn, name) for name in names]
 

@@ -15,7 +15,7 @@ from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
 
 _FULL = "full"
-_FAULTS = "+faults"
+_NO_FAULTS = "restore-no-faults"
 
 
 @common.user_errors()
@@ -23,7 +23,8 @@ def turns(
     model: ModelArgument,
     kv_policy: Annotated[str, typer.Option(help="The policy of the pruned caches.")] = "refreekv",
     kv_evicted: Annotated[
-        str, typer.Option(help="What becomes of what was evicted: several, by commas; restore+faults: with kv_faults.")
+        str,
+        typer.Option(help=f"What becomes of what was evicted, by commas; {_NO_FAULTS}: and kv_faults=False."),
     ] = "restore,drop",
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
@@ -35,13 +36,13 @@ def turns(
     """A chat about a long document, each question about another fact in it, with the full cache and pruned ones."""
     names = [_FULL, *(name.strip() for name in kv_evicted.split(","))]
     for name in names[1:]:
-        if name not in (*get_args(Evicted), f"restore{_FAULTS}"):
-            raise ValueError(f"--kv-evicted {name}: valid are {', '.join(get_args(Evicted))}, restore{_FAULTS}")
+        if name not in (*get_args(Evicted), _NO_FAULTS):
+            raise ValueError(f"--kv-evicted {name}: valid are {', '.join(get_args(Evicted))}, {_NO_FAULTS}")
     held: dict[str, list[Turn]] = {}
     for name in names:
         options: dict[str, Any] = {"kv_elastic": True}
         if name != _FULL:
-            options = {"kv_evicted": name.removesuffix(_FAULTS), "kv_faults": name.endswith(_FAULTS)}
+            options = {"kv_evicted": "restore", "kv_faults": False} if name == _NO_FAULTS else {"kv_evicted": name}
         n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
         policy = _FULL if name == _FULL else kv_policy
         with closing(

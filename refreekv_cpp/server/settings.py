@@ -15,11 +15,12 @@ from llama_cpp.server.settings import ServerSettings
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from refreekv_cpp import _options
+from refreekv_cpp import _options, faults
 
 _KV_OPTIONS = (
     "kv_policy",
     "kv_evicted",
+    "kv_faults",
     "kv_elastic",
     "kv_memory_limit",
     "kv_cold",
@@ -41,6 +42,11 @@ class ModelSettings(upstream.ModelSettings):
         default="restore",
         description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
         "(read it all again) or drop (go on).",
+    )
+    kv_faults: Union[bool, float, None] = Field(  # noqa: UP007
+        default=None,
+        description="What evicted cells may miss of a head's attention while an answer is given, 0.05 (true) by "
+        "default, where the cache is in host memory; false: whatever it is.",
     )
     kv_cold: Literal["auto", "memory", "file"] = Field(
         default="auto", description="Where evicted rows wait to be restored."
@@ -82,6 +88,7 @@ class ModelSettings(upstream.ModelSettings):
             self.kv_cold_type,
             self.kv_cold_state,
         )
+        faults.check(self.kv_faults, self.kv_evicted)
         return self
 
     def kv_options(self) -> dict[str, Any]:
