@@ -275,7 +275,7 @@ void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slot
 
 void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in) {
     const bool host     = ggml_backend_buffer_is_host(dst->buffer);
-    const bool in_place = src && src->data == dst->data;
+    const bool in_place = src && src->buffer == dst->buffer; // addresses alone say nothing: on Vulkan all buffers begin at the same one
 
     // those that stay where they are
     size_t first = 0;

@@ -54,30 +54,32 @@ static void note(const ggml_tensor * t, size_t size, bool to_host) {
     crossings.push_back(c);
 }
 
-// memory: what the host sees is this far from where it is, and nowhere that can be read
+// memory: every buffer begins at the same address, which is nowhere that can be read (as Vulkan's do)
 
 static const uintptr_t FAR = (uintptr_t) 1 << 62;
 
-static uint8_t * there(const void * ptr) { return (uint8_t *) ((uintptr_t) ptr - FAR); }
+static ggml_backend_buffer_t buffer_of(const ggml_tensor * t) { return t->view_src ? t->view_src->buffer : t->buffer; }
+
+static uint8_t * there(const ggml_tensor * t) { return (uint8_t *) buffer_of(t)->context + ((uintptr_t) t->data - FAR); }
 
 static const char * buft_name(ggml_backend_buffer_type_t) { return "FarDevice"; }
 
 static void   buffer_free (ggml_backend_buffer_t buf) { free(buf->context); }
-static void * buffer_base (ggml_backend_buffer_t buf) { return (uint8_t *) buf->context + FAR; }
+static void * buffer_base (ggml_backend_buffer_t)     { return (void *) FAR; }
 static void   buffer_clear(ggml_backend_buffer_t buf, uint8_t value) { memset(buf->context, value, buf->size); }
 
 static void buffer_memset(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
-    memset(there(t->data) + offset, value, size);
+    memset(there(t) + offset, value, size);
 }
 
 static void buffer_set(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     note(t, size, false);
-    memcpy(there(t->data) + offset, data, size);
+    memcpy(there(t) + offset, data, size);
 }
 
 static void buffer_get(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     note(t, size, true);
-    memcpy(data, there(t->data) + offset, size);
+    memcpy(data, there(t) + offset, size);
 }
 
 static bool is_ours(ggml_backend_buffer_t buf) { return buf && buf->buft->iface.get_name == buft_name; }
@@ -86,7 +88,7 @@ static bool buffer_copy(ggml_backend_buffer_t, const ggml_tensor * src, ggml_ten
     if (!is_ours(src->buffer)) {
         return false;
     }
-    memcpy(there(dst->data), there(src->data), ggml_nbytes(src));
+    memcpy(there(dst), there(src), ggml_nbytes(src));
     return true;
 }
 
@@ -125,17 +127,17 @@ static ggml_status backend_compute(ggml_backend_t, ggml_cgraph * gf) {
     }
     tensors.erase(nullptr);
 
-    std::vector<ggml_tensor *> moved;
+    std::vector<std::pair<ggml_tensor *, void *>> moved;
     for (ggml_tensor * t : tensors) {
-        if (is_ours(t->view_src ? t->view_src->buffer : t->buffer)) {
-            t->data = there(t->data);
-            moved.push_back(t);
+        if (is_ours(buffer_of(t))) {
+            moved.emplace_back(t, t->data);
+            t->data = there(t);
         }
     }
     const ggml_status res = ggml_backend_graph_compute(cpu(), gf);
 
-    for (ggml_tensor * t : moved) {
-        t->data = (uint8_t *) t->data + FAR;
+    for (const auto & [t, data] : moved) {
+        t->data = data;
     }
     return res;
 }
