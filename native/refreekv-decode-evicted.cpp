@@ -230,8 +230,8 @@ void refreekv_read_blocks(ggml_tensor * dst, int ith, int nth, void * userdata) 
     const int64_t n_v       = dst->ne[0] - N_LANES;
     const int64_t n_lines   = dst->ne[1];
 
-    const size_t row_k = ggml_row_size(k->type, n_k*n_head_kv);
-    const size_t row_v = ggml_row_size(v->type, n_v*n_head_kv);
+    const size_t row_k = evicted.row_k;
+    const size_t row_v = evicted.row_v;
 
     const auto dot = dot_tile_of(n_k/N_LANES);
     const auto add = add_tile_of(n_v/N_LANES);

@@ -36,8 +36,10 @@ struct refreekv_decode_evicted {
     // whether a token of the batch may see the cells of a block
     std::function<bool(int64_t token, uint32_t block)> sees;
 
-    // K and V of the cells of a block that are still evicted, one after the other, in the cache's types; false: they are lost.
-    // From several threads
+    // K and V of the cells of a block that are still evicted, one after the other, in rows of so many bytes (upstream may pad
+    // those of V) and the cache's types; false: they are lost. From several threads
+    size_t row_k;
+    size_t row_v;
     std::function<bool(uint32_t block, uint8_t * k, uint8_t * v)> read;
 
     std::atomic<int64_t> n_faults { 0 }; // blocks that were read

@@ -119,8 +119,11 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     });
 
     for (auto & s : scratch) {
-        finish_put(s);
-        status = status == REFREEKV_OK ? s.put_status : status;
+        const int32_t put = refreekv_guard([&]() {
+            finish_put(s);
+            return s.put_status;
+        });
+        status = status == REFREEKV_OK ? put : status;
     }
 
     n_expected = 0;

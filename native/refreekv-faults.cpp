@@ -48,6 +48,8 @@ void refreekv_store::make_faults(uint32_t i_group) {
 
     g.evicted->softmax   = &layers[il_to_layer.at(g.il)].softmax;
     g.evicted->tolerance = fault_mass;
+    g.evicted->row_k     = cache_row(g, false);
+    g.evicted->row_v     = cache_row(g, true);
     g.evicted->sketch.reset(n_embd(g, false));
 
     g.evicted->sees = [this, i_group](int64_t token, uint32_t block) {

@@ -1,10 +1,10 @@
 #include "refreekv-row-bytes.h"
 
-#include "refreekv-pages.h"
 #include "refreekv-runs.h"
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 // rows that are transposed together: few enough to stay in the first cache, and enough to fill its lines on the other side
 static const size_t REFREEKV_ROW_BLOCK = 64;
@@ -75,7 +75,34 @@ void refreekv_row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * s
     }
 }
 
-void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) {
+// f(i, slot) for those that have a source, in order; all have to say yes
+template <typename F>
+static bool refreekv_all_slots(const std::vector<uint32_t> & slots, F && f) {
+    int64_t last = -1;
+    for (size_t i = 0; i < slots.size(); ++i) {
+        if (slots[i] != refreekv_row_bytes::none) {
+            if (slots[i] <= last || !f(i, slots[i])) {
+                return false;
+            }
+            last = slots[i];
+        }
+    }
+    return true;
+}
+
+bool refreekv_row_bytes::forward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
+    return line <= src.line && refreekv_all_slots(slots, [](size_t i, uint32_t slot) { return slot >= i; });
+}
+
+bool refreekv_row_bytes::backward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
+    return line >= src.line && refreekv_all_slots(slots, [](size_t i, uint32_t slot) { return slot <= i; });
+}
+
+size_t refreekv_row_bytes::spare(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
+    return forward(src, slots) || backward(src, slots) ? 0 : slots.size()*row();
+}
+
+void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots, const refreekv_bytes & spare) {
     struct run {
         size_t to;
         size_t from;
@@ -83,19 +110,10 @@ void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<
     };
     std::vector<run> runs;
 
-    // in the same memory: no row is to be overwritten before it has been moved
-    bool forward  = line <= src.line;
-    bool backward = line >= src.line;
-
     refreekv_for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
-        if (slots[i] == none) {
-            return;
+        if (slots[i] != none) {
+            runs.push_back({ i, slots[i], n });
         }
-        const bool ascends = runs.empty() || runs.back().from < slots[i];
-
-        forward  = forward  && ascends && slots[i] >= i;
-        backward = backward && ascends && slots[i] <= i;
-        runs.push_back({ i, slots[i], n });
     });
 
     const auto move = [&](const run & r, size_t p) {
@@ -104,29 +122,29 @@ void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<
         }
     };
 
-    if (base != src.base || forward) {
+    if (base != src.base || forward(src, slots)) {
         for (size_t p = 0; p < n_parts; ++p) {
             for (auto r = runs.begin(); r != runs.end(); ++r) {
                 move(*r, p);
             }
         }
-    } else if (backward) {
+    } else if (backward(src, slots)) {
         for (size_t p = n_parts; p-- > 0;) {
             for (auto r = runs.rbegin(); r != runs.rend(); ++r) {
                 move(*r, p);
             }
         }
     } else {
-        std::vector<uint32_t> to;
-        std::vector<uint32_t> from;
-        for (size_t i = 0; i < slots.size(); ++i) {
-            if (slots[i] != none) {
-                to  .push_back(i);
-                from.push_back(slots[i]);
-            }
+        GGML_ASSERT(spare.size() >= slots.size()*row());
+
+        uint8_t * rows = spare.data();
+        for (const auto & r : runs) {
+            src.get(slots.data() + r.to, r.n, rows + r.to*row());
         }
-        refreekv_bytes rows(from.size()*row());
-        src.get(from.data(), from.size(), rows.data());
-        set(to.data(), to.size(), rows.data());
+        std::vector<uint32_t> all(slots.size());
+        std::iota(all.begin(), all.end(), 0);
+        for (const auto & r : runs) {
+            set(all.data() + r.to, r.n, rows + r.to*row());
+        }
     }
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "refreekv-pages.h"
+
 #include "ggml-backend.h"
 
 #include <cstdint>
@@ -24,13 +26,20 @@ public:
     // slot i gets what slots[i] of another tensor has, which may lie in the same memory; none: it is passed over
     static constexpr uint32_t none = UINT32_MAX;
 
-    void copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots);
+    void copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots, const refreekv_bytes & spare);
+
+    // bytes of other memory that this takes, in the same memory
+    size_t spare(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
 
 private:
     uint8_t * base;
     size_t    part;    // bytes that lie side by side
     size_t    n_parts; // of a cell
     size_t    line;    // from one part of a cell to the next
+
+    // rows that can be moved in this order, and none is overwritten before it has been
+    bool forward (const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
+    bool backward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
 
     bool trans() const { return n_parts > 1; }
 

@@ -9,8 +9,8 @@
 #include <cstring>
 
 // in: the rows of slots that have no source
-static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in) {
-    dst.copy(src, slots);
+static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in, const refreekv_bytes & spare) {
+    dst.copy(src, slots, spare);
 
     if (in.empty()) {
         return;
@@ -70,7 +70,7 @@ public:
             ggml_tensor * all = as_type(dst, GGML_TYPE_I32, dst->ne[1]);
             return ggml_cpy(ctx.get(), rows, ggml_view_2d(ctx.get(), all, all->ne[0], n, all->nb[1], i*all->nb[1]));
         }
-        return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], 0));
+        return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], i*dst->nb[0]));
     }
 
     bool compute(ggml_backend_t backend, ggml_tensor * out) {
@@ -136,7 +136,7 @@ size_t refreekv_rows::bytes_for(uint32_t capacity) {
     if (!has_regions()) {
         return capacity*row_bytes();
     }
-    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k)) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v));
+    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k) + behind_k) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v) + behind_v);
 }
 
 size_t refreekv_rows::row_bytes() const {
@@ -168,6 +168,9 @@ bool refreekv_rows::has_regions() {
     if (!region_k && !no_regions) {
         const layout most = make_layout(s.max_cells);
 
+        behind_k = most.size_k - ggml_nbytes(most.k);
+        behind_v = most.size_v - ggml_nbytes(most.v);
+
         region_k = refreekv_region::make(s.buft, most.size_k);
         region_v = refreekv_region::make(s.buft, most.size_v);
 
@@ -194,11 +197,14 @@ bool refreekv_rows::resize_regions(size_t size_k, size_t size_v) {
 }
 
 // not ggml_backend_tensor_alloc, for which the memory of a buffer is one piece
-static bool refreekv_place(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
+static void refreekv_place(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
     t->buffer = buf;
     t->data   = addr;
+}
 
-    return ggml_backend_buffer_init_tensor(buf, t) == GGML_STATUS_SUCCESS;
+// Once the rows are where they belong: CUDA clears what lies behind a quantised tensor, and that may have been rows.
+static void refreekv_init(ggml_tensor * t) {
+    ggml_backend_buffer_init_tensor(t->buffer, t);
 }
 
 static bool refreekv_fails_now() {
@@ -227,15 +233,18 @@ bool refreekv_rows::move_in_place(const std::vector<uint32_t> & slots, layout &&
     if (grows && (refreekv_fails_now() || !resize_regions(then.size_k, then.size_v))) {
         return false;
     }
-    if (!refreekv_place(then.k, region_k->buffer(), region_k->base()) || !refreekv_place(then.v, region_v->buffer(), region_v->base())) {
-        return false;
-    }
+    refreekv_place(then.k, region_k->buffer(), region_k->base());
+    refreekv_place(then.v, region_v->buffer(), region_v->base());
+
     move(then, slots, backend, force_graph, in);
 
     if (!grows) {
         resize_regions(then.size_k, then.size_v);
     }
     now = std::move(then);
+
+    refreekv_init(now.k);
+    refreekv_init(now.v);
 
     return true;
 }
@@ -253,9 +262,12 @@ bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && t
 
     char * base = (char *) ggml_backend_buffer_get_base(to.get());
 
-    if (!refreekv_place(then.k, to.get(), base) || !refreekv_place(then.v, to.get(), base + then.size_k)) {
-        return false;
-    }
+    refreekv_place(then.k, to.get(), base);
+    refreekv_place(then.v, to.get(), base + then.size_k);
+
+    refreekv_init(then.k);
+    refreekv_init(then.v);
+
     move(then, slots, backend, force_graph, in);
 
     now = std::move(then);
@@ -264,12 +276,25 @@ bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && t
     return true;
 }
 
+// that the host needs to move rows in place
+size_t refreekv_rows::spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const {
+    if (!now.k) {
+        return 0;
+    }
+    return std::max(refreekv_row_bytes(then.k, false)    .spare(refreekv_row_bytes(now.k, false),     slots),
+                    refreekv_row_bytes(then.v, s.v_trans).spare(refreekv_row_bytes(now.v, s.v_trans), slots));
+}
+
 void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
     const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
 
     if (any) {
+        spare.resize(has_regions() && ggml_backend_buffer_is_host(then.k->buffer) ? spare_bytes(then, slots) : 0); // before anything has moved
+
         move(now.k, then.k, false,     slots, backend, force_graph, in.k);
         move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+
+        spare = {};
     }
 }
 
@@ -289,7 +314,7 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
     }
 
     if (host && !force_graph) {
-        refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in);
+        refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in, spare);
         return;
     }
 
@@ -310,7 +335,7 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
         ggml_backend_tensor_get(src, from.data(), 0, from.size());
         n_bounced += from.size();
     }
-    refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans, from.data()), refreekv_row_bytes(dst, trans, to.data()), slots, in);
+    refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans, from.data()), refreekv_row_bytes(dst, trans, to.data()), slots, in, spare);
     ggml_backend_tensor_set(dst, to.data(), 0, to.size());
 }
 

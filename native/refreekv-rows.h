@@ -92,6 +92,9 @@ private:
     };
     layout now;
 
+    size_t behind_k = 0; // bytes that the buffer type wants behind K and V
+    size_t behind_v = 0;
+
     layout make_layout(uint32_t capacity) const;
 
     bool has_regions(); // made when they are first asked for
@@ -99,6 +102,9 @@ private:
 
     bool move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in);
     bool move_to_new  (const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in);
+
+    refreekv_bytes spare; // see spare_bytes()
+    size_t spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const;
 
     void move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in);
 

@@ -115,6 +115,7 @@ class Llama(llama_cpp.Llama):
         self.kv_prune_every = _options.check_every(kv_prune_every)
         self.kv_guard = guard.check(kv_guard, kv.evicted)
         self._faults = faults.check(kv_faults, kv.evicted)
+        self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
@@ -518,7 +519,8 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {**state, **{name: getattr(self, name) for name in _OWN_OPTIONS}}
+        options = {name: getattr(self, name) for name in _OWN_OPTIONS}
+        return {**state, **options, "kv_faults": self._kv_faults}  # what was asked for, not what came of it here
 
 
 def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:

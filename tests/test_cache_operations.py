@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from policies import POLICIES, Debug
 from support import CACHE_TYPES, F32, Sequences, ctx_of, feed, kept, load, logits
+from test_python_policy import PythonStreaming
 from tiny import random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, Policy, PolicyError, ReFreeKV, Streaming, native
@@ -681,3 +682,42 @@ def test_the_state_of_one_sequence_goes_into_another(sequences: Sequences) -> No
     assert not sequences.remove(1, 500)
     together = sequences.read_together({0: MORE, 1: MORE})
     assert_alike(together[0], together[1])
+
+
+# -- rows in place -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("by_graph", [False, True])
+def test_a_few_cells_are_evicted_and_come_back(tiny_model: Path, flash_attn: bool, by_graph: bool) -> None:
+    """... in the room that is there: rows move by less than the layers shrink or grow otherwise."""
+    kind = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    cold = {"cold": native.enum_value("COLD_MEMORY")}
+    answers = []
+    for evicts in (False, True):
+        policy = Debug(policy=PythonStreaming(), by_graph=by_graph)
+        sequences = Sequences(tiny_model, policy, cold=cold, flash_attn_type=kind)
+        sequences.read(0, PROMPT)
+        if evicts:
+            for layer in range(4):
+                positions = [*range(5), *range(12, 300), *range(307, N_PROMPT)]
+                assert native.keep(sequences.ctx, 0, layer, np.array(positions)) == 14
+            assert native.restore(sequences.ctx, 0) == 4 * 14
+        answers.append(sequences.read(0, MORE))
+        sequences.close()
+    assert_alike(*answers)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_rows_that_stay_are_the_same_by_graph(tiny_model: Path, flash_attn: bool) -> None:
+    kind = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    answers = []
+    for by_graph in (False, True):
+        policy = Debug(policy=PythonStreaming(), by_graph=by_graph)
+        sequences = Sequences(tiny_model, policy, flash_attn_type=kind)
+        sequences.read(0, PROMPT)
+        for layer in range(4):
+            native.keep(sequences.ctx, 0, layer, np.array([*range(5), *range(12, N_PROMPT)]))
+        answers.append(sequences.read(0, MORE))
+        sequences.close()
+    np.testing.assert_array_equal(*answers)

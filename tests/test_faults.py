@@ -16,7 +16,7 @@ from policies import Debug
 from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load
 from test_python_policy import PythonStreaming
 from tiny import TinyModel, random_tokens
-from tiny_architectures import ARCHITECTURES
+from tiny_architectures import ARCHITECTURES, Architecture
 
 from refreekv_cpp import Llama, PolicyError, SnapKV, UnsupportedModelError, native
 from refreekv_cpp.faults import TOLERANCE as DEFAULT
@@ -101,6 +101,35 @@ def test_layers_in_two_groups(tiny: Callable[[str], Path]) -> None:
             assert llm.prune_kv() > 0
         answers.append(feed(llm, ANSWER))
     assert_near(answers[1], answers[0], ERROR["f16"])
+
+
+def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
+    # upstream pads rows of a transposed V to the widest layer's
+    path = tmp_path / "model.gguf"
+    Architecture("openelm", keys={"attention.head_count_kv": [1, 2, 4, 1]}).write(path)
+    full = feed(read(path, False, prune=False, **CACHES["f32"]), ANSWER)
+    llm = read(path, EVERY, **CACHES["f32"])
+    assert_near(feed(llm, ANSWER), full, ERROR["f32"])
+    assert llm.kv_stats.n_faults > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_guard": 1e-6},
+        {"kv_prune_every": 4},
+        {"kv_policy": PythonStreaming()},
+        {"kv_protect": [(100, 200)]},
+        {"kv_cold": "memory"},
+    ],
+    ids=str,
+)
+def test_with_the_other_options(tiny: Callable[[str], Path], options: dict[str, Any]) -> None:
+    def answer(**more: Any) -> list[int]:
+        llm = Llama(str(tiny("gqa64")), n_ctx=2048, n_threads=1, verbose=False, **CACHES["f32"], **more)
+        return [token for token, _ in zip(llm.generate(PROMPT, temp=0), range(12), strict=False)]
+
+    assert answer(**{"kv_policy": POLICY, "kv_faults": EVERY, **options}) == answer(kv_policy="full")
 
 
 def test_below_the_tolerance_nothing_changes(tiny: Callable[[str], Path]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import ValidationError
 from test_cli import assert_one_error_line, refreekv
 from tiny import N_SPECIAL, TinyModel
 
 from refreekv_cpp import Llama
 from refreekv_cpp.document import QUESTION, SECRET, write_document
-from refreekv_cpp.server.settings import read_config_file
+from refreekv_cpp.server.settings import ModelSettings, read_config_file
 
 LONG = "x" * 1500
 # ASCII only: llama-cpp-python does not count tokens that leave a character unfinished
@@ -228,6 +229,13 @@ def test_a_config_file_that_is_not_valid(tmp_path: Path, models: list[dict[str, 
     with pytest.raises(ValueError, match=r"config\.json: ") as raised:
         read_config_file(path)
     assert message in str(raised.value)
+
+
+def test_a_tolerance_of_faults() -> None:
+    assert ModelSettings(model="a.gguf", kv_faults="0.1").kv_options()["kv_faults"] == 0.1
+    assert ModelSettings(model="a.gguf", kv_faults=0).kv_options()["kv_faults"] == 0
+    with pytest.raises(ValidationError, match="kv_faults=2"):
+        ModelSettings(model="a.gguf", kv_faults=2)
 
 
 def test_a_config_file_in_yaml(tmp_path: Path) -> None:

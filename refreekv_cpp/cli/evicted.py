@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -26,7 +26,8 @@ def evicted(
     common.check_file(model)
     common.check_file(text)
     n_ctx = tokens + answer + 8
-    llm = Llama(str(model), kv_policy=kv_policy, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
+    options: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+    llm = Llama(str(model), kv_policy=kv_policy, kv_faults=False, **options)
     prompt = llm.tokenize(text.read_bytes())[:tokens]
     if len(prompt) < tokens:
         raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")

@@ -43,10 +43,10 @@ class ModelSettings(upstream.ModelSettings):
         description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
         "(read it all again) or drop (go on).",
     )
-    kv_faults: Union[bool, float, None] = Field(  # noqa: UP007
+    kv_faults: Optional[float] = Field(  # noqa: UP045
         default=None,
-        description="What evicted cells may miss of a head's attention while an answer is given, 0.05 (true) by "
-        "default, where the cache is in host memory; false: whatever it is.",
+        description="What of a head's attention evicted cells may draw that take no part in it, while an answer is "
+        "given: by default 0.05, where the cache is in host memory. 0: whatever it is.",
     )
     kv_cold: Literal["auto", "memory", "file"] = Field(
         default="auto", description="Where evicted rows wait to be restored."
