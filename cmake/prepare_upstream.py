@@ -1,11 +1,14 @@
-"""Brings the pinned llama.cpp tree into the build: download, verify, unpack, patch.
+"""Brings the pinned llama-cpp-python into the build: download, verify, unpack, patch.
 
-    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests]
+    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests] [--bundle]
 
-OUT becomes the patched llama.cpp. Files that have not changed keep their time stamps, so that a changed patch rebuilds
-what it touches and nothing else. --source names an unpacked llama-cpp-python sdist to use in place of a download; it is
-read, never written to, and it gets the same patches. --stock leaves the hooks out: upstream but for mended bugs.
---tests brings upstream's tests and what they are built with, too. Anything unexpected ends the build.
+OUT/llama.cpp becomes the patched llama.cpp, OUT/python/llama_cpp the Python package without its native part. Files that
+have not changed keep their time stamps, so that a changed patch rebuilds what it touches and nothing else.
+
+--source names an unpacked llama-cpp-python sdist, or a folder that --bundle wrote, to use in place of a download. It is
+read, never written to, and it gets the same patches. --stock leaves the hooks out: upstream but for mended bugs. --tests
+brings upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches nothing:
+our own sdist carries it, and needs no download. Anything unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import filecmp
 import hashlib
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +34,9 @@ HOOKS = PIN_FILE.parent / "patches" / "0001-hooks.patch"
 # what the build reads of vendor/llama.cpp
 NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
 NEEDED_BY_TESTS = ["common", "tests"]
+
+# and of the rest of the sdist
+PYTHON = ["llama_cpp", "LICENSE.md", "PKG-INFO"]
 
 
 def read(path: Path) -> str:
@@ -89,6 +96,25 @@ def synchronise(new: Path, out: Path) -> None:
             shutil.copyfile(new / name, target)
 
 
+def copy(source: Path, names: list[str], target: Path) -> None:
+    """Copy these files and folders of `source`, given by their paths in it, to the same places in `target`."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def check_dependencies(source: Path) -> None:
+    """The Python package is ours once it is copied, so what it needs has to be among our own dependencies."""
+    ours = read(PIN_FILE.parent / "pyproject.toml")
+    for requirement in re.findall(r"^Requires-Dist: (.*)$", read(source / "PKG-INFO"), re.MULTILINE):
+        name = re.split(r"[^A-Za-z0-9_.-]", requirement)[0]
+        if "extra ==" not in requirement and f'"{name}' not in ours:
+            raise SystemExit(f"pyproject.toml does not name {name} as a dependency, and llama-cpp-python needs it")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -96,6 +122,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--tests", action="store_true")
+    parser.add_argument("--bundle", action="store_true")
     args = parser.parse_args()
 
     logging.getLogger("patch_ng").setLevel(logging.ERROR)
@@ -108,21 +135,24 @@ def main() -> None:
         else:
             args.downloads.mkdir(parents=True, exist_ok=True)
             source = unpack(download(version, sha256, args.downloads), Path(scratch) / "sdist")
+        check_dependencies(source)
 
-        tree = Path(scratch) / "llama.cpp"
-        for name in NEEDED + (NEEDED_BY_TESTS if args.tests else []):
-            item = source / "vendor" / "llama.cpp" / name
-            if item.is_dir():
-                shutil.copytree(item, tree / name)
-            else:
-                (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(item, tree / name)
+        new = Path(scratch) / "new"
+        if args.bundle:
+            copy(source, PYTHON, new)
+            copy(source / "vendor" / "llama.cpp", NEEDED, new / "vendor" / "llama.cpp")
+            synchronise(new, args.out)
+            print(f"sources of llama-cpp-python {version}: {args.out}")
+            return
 
+        copy(source, PYTHON, new / "python")
+        copy(source / "vendor" / "llama.cpp", NEEDED + (NEEDED_BY_TESTS if args.tests else []), new / "llama.cpp")
         patches = [path for path in PATCHES if not (args.stock and path == HOOKS)]
-        apply_patches(tree, patches)
-        synchronise(tree, args.out)
+        apply_patches(new / "llama.cpp", patches)
+        for name in ("llama.cpp", "python"):
+            synchronise(new / name, args.out / name)
 
-    print(f"llama.cpp of llama-cpp-python {version} with {len(patches)} patches: {args.out}")
+    print(f"llama-cpp-python {version} with {len(patches)} patches: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,11 @@
-"""Reads the upstream pin (upstream.txt), and gives the package its dependency on it.
-
-`dynamic_metadata` is scikit-build-core's protocol for metadata providers (pyproject.toml, tool.scikit-build.metadata).
-"""
+"""Reads the upstream pin (upstream.txt)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 PIN_FILE = Path(__file__).parent.parent / "upstream.txt"
-
-# what the package needs at run time besides upstream
-DEPENDENCIES = ["numpy>=1.24", "typing-extensions>=4.5", "cffi>=1.16", "typer>=0.12", "rich>=13", "platformdirs>=4"]
 
 
 def read_pin() -> tuple[str, str]:
@@ -24,9 +16,3 @@ def read_pin() -> tuple[str, str]:
     if not version or not sha256:
         raise SystemExit(f"{PIN_FILE}: needs llama-cpp-python==VERSION and --hash=sha256:HEX")
     return version[1], sha256[1]
-
-
-def dynamic_metadata(field: str, settings: Mapping[str, Any], project: Mapping[str, Any] | None = None) -> list[str]:
-    if field != "dependencies" or settings:
-        raise RuntimeError("upstream_pin provides the field 'dependencies' and takes no settings")
-    return [f"llama-cpp-python=={read_pin()[0]}", *DEPENDENCIES]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from native_build import ROOT, upstream_tree
 
-from refreekv_cpp._library import library_dir
+from refreekv_cpp._llama_cpp import library_dir
 
 
 class _Crossing(ctypes.Structure):

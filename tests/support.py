@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from refreekv_cpp import Llama, Policy, native
-
-import llama_cpp  # isort: skip
 
 # ggml's numbers of the types a cache can have
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q4_0": 2, "iq4_nl": 20}

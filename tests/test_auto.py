@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from tiny import N_SPECIAL, TinyModel
 
 from refreekv_cpp import Full, Llama, PolicyError, ReFreeKV, Streaming, UnsupportedModelError, dropin
-
-import llama_cpp  # isort: skip
 
 # knows nothing of refreekv_cpp
 PROGRAM = """

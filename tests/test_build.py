@@ -12,7 +12,7 @@ import llama_cpp
 import pytest
 
 from refreekv_cpp import Llama, native
-from refreekv_cpp._library import library_dir
+from refreekv_cpp._llama_cpp import library_dir
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,8 +17,6 @@ from test_python_policy import PythonStreaming
 from tiny import random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, Policy, PolicyError, ReFreeKV, Streaming, native
-
-import llama_cpp  # isort: skip
 
 POLICY = ReFreeKV(n_min=0)
 N_PROMPT = 700

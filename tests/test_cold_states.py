@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from support import Sequences, ctx_of, feed, kept, load
@@ -20,8 +21,6 @@ from test_restore import CACHES, COLD, MORE, POLICY, PROMPT, cache_of, generate,
 from tiny import N_SPECIAL, random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, PolicyError, native
-
-import llama_cpp  # isort: skip
 
 Tiny = Callable[[str], Path]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,9 +17,7 @@ from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES
 
 from refreekv_cpp import SnapKV, native
-from refreekv_cpp._library import library_dir
-
-import llama_cpp  # isort: skip
+from refreekv_cpp._llama_cpp import library_dir
 
 SHAPES = {
     "heads of 16": TinyModel(),

@@ -7,6 +7,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from policies import Debug
@@ -15,9 +16,7 @@ from test_python_policy import PythonStreaming
 from tiny import random_tokens
 
 from refreekv_cpp import ReFreeKV, native
-from refreekv_cpp._library import library_dir
-
-import llama_cpp  # isort: skip
+from refreekv_cpp._llama_cpp import library_dir
 
 
 class Places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 import reference
@@ -13,8 +14,6 @@ from support import CACHE_TYPES, F32, ctx_of, feed, kept, load
 from tiny import BOS, TinyModel, random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, induction, native
-
-import llama_cpp  # isort: skip
 
 PROMPT = random_tokens(1060)
 DECODED = random_tokens(41, seed=1)[1:]

@@ -7,6 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+import llama_cpp.llama_speculative
 import numpy as np
 import pytest
 from policies import POLICIES, PRESETS
@@ -29,9 +31,6 @@ from refreekv_cpp import (
     native,
 )
 from refreekv_cpp.policies import REGISTRY, as_policy
-
-import llama_cpp  # isort: skip
-import llama_cpp.llama_speculative  # isort: skip
 
 POLICY = ReFreeKV(n_min=0)
 N_PROMPT = 1060

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from support import Sequences, ctx_of, feed, kept, load
 from tiny import random_tokens
 
 from refreekv_cpp import ReFreeKV, UnsupportedModelError, native
-
-import llama_cpp  # isort: skip
 
 POLICY = ReFreeKV.window(n_min=0)
 PROMPT = random_tokens(900)

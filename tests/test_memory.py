@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from support import Sequences, ctx_of, feed, kept, load
 
 from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, Streaming, native
 from refreekv_cpp._units import parse_bytes
-
-import llama_cpp  # isort: skip
 
 N_PROMPT = 1500
 BLOCK = 256

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
 from support import Sequences
 
 from refreekv_cpp import ReFreeKV, Streaming, native
-
-import llama_cpp  # isort: skip
 
 POLICY = Streaming(budget=0.3)
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from tiny import TINY_MODELS, write_tokenizer
 
 import refreekv_cpp  # noqa: F401  (it loads the library that llama_cpp then uses)
-
-import llama_cpp  # isort: skip
 
 N_LAYER = 4
 _N_EMBD, _N_HEAD, _N_FF = 64, 4, 96

@@ -20,9 +20,9 @@ import pytest
 
 def use_ours(name: str) -> None:
     """Change what `llama_cpp.Llama` is: what a program does that changes one import."""
-    import refreekv_cpp
+    import llama_cpp
 
-    import llama_cpp  # isort: skip
+    import refreekv_cpp
 
     policy: refreekv_cpp.Policy = refreekv_cpp.Full()
     if name == "refreekv":

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from support import Sequences, load
 from tiny import N_SPECIAL, random_tokens
 
 from refreekv_cpp import Full, Llama, Policy, ReFreeKV, native
-
-import llama_cpp  # isort: skip
 
 # lenient enough to evict something of every tiny model
 POLICIES: dict[str, Policy] = {"full": Full(), "refreekv": ReFreeKV(n_min=0, threshold=0.5, n_pool=31)}

@@ -6,15 +6,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import llama_cpp
 import numpy as np
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support import feed, logits
 from tiny_lora import merge_lora, write_lora
 
 from compatibility.check import PROMPT, TEXT, Refused, Run, check, printable
 from refreekv_cpp import Llama
-
-import llama_cpp  # isort: skip
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
 MESSAGES: list[Any] = [

@@ -6,8 +6,10 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import llama_chat_format
 from policies import Debug
 from support import logits
 from tiny_projector import Kind, random_png, write_projector
@@ -15,9 +17,6 @@ from tiny_projector import Kind, random_png, write_projector
 from compatibility.check import TEXT, Run, check, printable
 from compatibility.options import error
 from refreekv_cpp import Policy, ReFreeKV
-
-import llama_cpp  # isort: skip
-from llama_cpp import llama_chat_format  # isort: skip
 
 N_EMBD = 64  # of the models below
 

@@ -11,14 +11,13 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import llama_cpp
 import numpy as np
 from support import feed
 from tiny import random_tokens
 
 from compatibility.check import POLICIES, PROMPT, Run, check
 from refreekv_cpp import Full, Llama
-
-import llama_cpp  # isort: skip
 
 
 @check("import llama_cpp after refreekv_cpp", prunes=False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from compatibility.check import PROMPT, Run, check, printable
-
-import llama_cpp  # isort: skip
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "temperature": {"temp": 1.3},

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 from tiny import random_tokens
 
 from compatibility.check import PROMPT, Refused, Run, check
 from refreekv_cpp import native
-
-import llama_cpp  # isort: skip
 
 MORE = random_tokens(9, seed=1)[1:]
 TABLES = {"unified": True, "a stream each": False}

@@ -10,14 +10,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 from support import feed
 from tiny import random_tokens
 
 from compatibility.check import POLICIES, PROMPT, Refused, Run, check, printable
 from refreekv_cpp import CacheStateError, Full, Llama
-
-import llama_cpp  # isort: skip
 
 MORE = random_tokens(9, seed=1)[1:]
 

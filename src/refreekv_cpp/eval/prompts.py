@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refreekv_cpp.eval.data import Item
+import llama_cpp
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
+from refreekv_cpp.eval.data import Item
 
 # a text that no template touches, to find the place of a message in what it renders
 _MARK = "<<message {}>>"

@@ -6,15 +6,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
+from llama_cpp._utils import suppress_stdout_stderr
 
 from refreekv_cpp.divergence import Logits
 from refreekv_cpp.eval.spec import Spec
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.stats import KVStats
-
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
-from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 
 class Session:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from llama_cpp._utils import suppress_stdout_stderr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,8 +18,6 @@ from refreekv_cpp import native
 from refreekv_cpp.errors import RefreeKVError
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.policies import as_policy
-
-from llama_cpp._utils import suppress_stdout_stderr  # isort: skip  (after refreekv_cpp, which has loaded our library)
 
 # stdout is the model's text alone
 stderr = Console(stderr=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import llama_cpp
+
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError
-
-import llama_cpp  # isort: skip
 
 _PLAIN = [None, *(CACHE_TYPES[name] for name in ("f32", "f16", "bf16"))]
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import llama_cpp
+
 from refreekv_cpp.divergence import Logits
 from refreekv_cpp.eval.data import Item
 from refreekv_cpp.eval.fidelity import compare, first_divergence
@@ -23,8 +25,6 @@ from refreekv_cpp.eval.scores import score
 from refreekv_cpp.eval.session import Session
 from refreekv_cpp.eval.spec import Spec
 from refreekv_cpp.policies import Full
-
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
 
 Mode = Literal["seen", "hidden"]
 

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
-from refreekv_cpp._library import import_llama_cpp
+from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
 _ABI_VERSION = 9
 
-_library = import_llama_cpp()
-_lib: Any = ffi.dlopen(_library._name)
+_lib: Any = ffi.dlopen(library._name)
 
 if _lib.refreekv_abi_version() != _ABI_VERSION:
     raise ImportError(

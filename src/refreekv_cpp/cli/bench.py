@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import llama_cpp
 import typer
+from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 
 from refreekv_cpp._figure import have_matplotlib
@@ -20,9 +22,6 @@ from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.document import write_document
 from refreekv_cpp.policies import as_policy
-
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
-from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 
 @common.user_errors()

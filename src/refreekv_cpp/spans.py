@@ -6,9 +6,9 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from refreekv_cpp.errors import PolicyError
+import llama_cpp
 
-import llama_cpp  # isort: skip
+from refreekv_cpp.errors import PolicyError
 
 if TYPE_CHECKING:
     from refreekv_cpp.llama import Llama

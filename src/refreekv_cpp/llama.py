@@ -11,6 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
+import llama_cpp
+
 from refreekv_cpp import _flash_attn, _options, faults, guard, induction, native, spans
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
@@ -20,8 +22,6 @@ from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedMo
 from refreekv_cpp.policies import Full, Policy, ReFreeKV
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
-
-import llama_cpp  # isort: skip  (after native, which has loaded our library)
 
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0

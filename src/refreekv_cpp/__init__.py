@@ -1,11 +1,12 @@
 """llama-cpp-python with a KV cache that keeps what the model still looks at, and gives the rest back.
 
-Import this before `llama_cpp`: it makes llama_cpp load the library it brings. With the environment variable
-REFREEKV_POLICY set, `llama_cpp.Llama` is `refreekv_cpp.Llama` from then on (`refreekv_cpp.dropin`).
+The package brings a private copy of llama-cpp-python, which is the module `llama_cpp` from this import on. With the
+environment variable REFREEKV_POLICY set, `llama_cpp.Llama` is `refreekv_cpp.Llama`, too (`refreekv_cpp.dropin`).
 """
 
 from __future__ import annotations
 
+from refreekv_cpp import _llama_cpp  # noqa: F401  (makes `llama_cpp` importable for what follows)
 from refreekv_cpp.dropin import install_if_asked
 from refreekv_cpp.errors import (
     CacheMemoryError,

@@ -4,7 +4,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import llama_cpp
 import typer
+from llama_cpp._utils import suppress_stdout_stderr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refreekv_cpp._figure import have_matplotlib
@@ -17,9 +19,6 @@ from refreekv_cpp.eval.prompts import Prompter
 from refreekv_cpp.eval.report import REPORT, write_report
 from refreekv_cpp.eval.runner import Mode, Run, Settings, Task
 from refreekv_cpp.eval.spec import parse_specs
-
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
-from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 _MODES: dict[str, list[Mode]] = {"seen": ["seen"], "hidden": ["hidden"], "both": ["seen", "hidden"]}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
@@ -17,8 +18,6 @@ from refreekv_cpp import native
 from refreekv_cpp.divergence import kl
 from refreekv_cpp.guard import next_token
 from refreekv_cpp.llama import Llama
-
-import llama_cpp  # isort: skip  (after refreekv_cpp, which has loaded our library)
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

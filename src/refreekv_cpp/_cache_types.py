@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from refreekv_cpp import native  # noqa: F401  (loads our library before llama_cpp is imported)
+import llama_cpp
 
-import llama_cpp  # isort: skip
+from refreekv_cpp import native  # noqa: F401  (loads our library before llama_cpp is imported)
 
 CACHE_TYPES: dict[str, int] = {
     "f32": llama_cpp.GGML_TYPE_F32,

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import llama_cpp
+
 from refreekv_cpp import _options
 from refreekv_cpp.llama import Llama
-
-import llama_cpp  # isort: skip  (after refreekv_cpp.llama, which has loaded our library)
 
 
 def install() -> None:

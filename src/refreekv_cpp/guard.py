@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import llama_cpp
 import numpy as np
 
 from refreekv_cpp.divergence import LogProbs, log_softmax
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Policy
-
-import llama_cpp  # isort: skip  (after native, which has loaded our library)
 
 
 def check(limit: float | None, evicted: str) -> float | None:

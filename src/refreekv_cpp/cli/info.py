@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import llama_cpp
 import typer
+from llama_cpp._internals import LlamaContext, LlamaModel
+from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 from rich.text import Text
 
@@ -16,10 +19,6 @@ from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument, NCtxOption
 from refreekv_cpp.errors import CacheStateError
-
-import llama_cpp  # isort: skip  (after native, which has loaded our library)
-from llama_cpp._internals import LlamaContext, LlamaModel  # isort: skip
-from llama_cpp._utils import suppress_stdout_stderr  # isort: skip
 
 
 @dataclass(frozen=True)

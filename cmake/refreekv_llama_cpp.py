@@ -1,0 +1,37 @@
+"""Finds `llama_cpp` where no other llama-cpp-python is installed: it is the private copy in refreekv_cpp.
+
+Python imports this module when it starts (refreekv_llama_cpp.pth), so it imports next to nothing itself. With it
+`from llama_cpp import LlamaGrammar` works above `from refreekv_cpp import Llama`, too, which is the order of isort.
+"""
+
+import sys
+
+
+class _Loader:
+    """Hands over the module that importing refreekv_cpp has made."""
+
+    @staticmethod
+    def create_module(spec):
+        module = sys.modules["llama_cpp"]
+        spec.loader_state = module.__spec__
+        return module
+
+    @staticmethod
+    def exec_module(module):
+        module.__spec__ = module.__spec__.loader_state
+
+
+class _Finder:
+    """The last one in sys.meta_path: it is asked when nobody else has `llama_cpp`."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "llama_cpp":
+            return None
+        import refreekv_cpp  # noqa: F401
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, _Loader)
+
+
+sys.meta_path.append(_Finder)
