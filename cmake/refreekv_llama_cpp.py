@@ -28,8 +28,9 @@ class _Finder:
     def find_spec(name, path=None, target=None):
         if name != "llama_cpp":
             return None
-        import refreekv_cpp  # noqa: F401
         from importlib.machinery import ModuleSpec
+
+        import refreekv_cpp  # noqa: F401
 
         return ModuleSpec(name, _Loader)
 

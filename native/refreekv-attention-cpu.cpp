@@ -1,4 +1,4 @@
-// Built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// Part of ggml's CPU backend (CMakeLists.txt).
 
 #include "refreekv-attention-cpu.h"
 
@@ -400,12 +400,6 @@ std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_a
                       has_to_float(in.k->type) && in.n_embd_head % ggml_blck_size(in.k->type) == 0;
 
     return fits ? std::make_unique<refreekv_attention_cpu>(in, memory) : nullptr;
-}
-
-#else
-
-std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_attention_inputs &, refreekv_attention_scratch &) {
-    return nullptr;
 }
 
 #endif

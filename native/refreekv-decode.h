@@ -58,12 +58,7 @@ struct refreekv_decode_call {
     refreekv_decode_evicted * evicted; // likewise; nullptr: what is evicted takes no part
 };
 
-// whether it can be computed, and faster than by upstream's ops: K and V in host memory, few tokens, lengths that are
-// multiples of the vectors'; false where the compiler has no vectors
+// Only in ggml's CPU backend; libllama reaches them through refreekv_kernels, which says what they do.
 bool refreekv_decode_fits(const refreekv_decode_call & call);
-
-// whether blocks of what is evicted can take part, whatever the batch
 bool refreekv_decode_can_fault(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v);
-
-// [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
 ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);

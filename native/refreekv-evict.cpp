@@ -2,7 +2,7 @@
 
 #include "refreekv-store.h"
 
-#include "refreekv-attention-cpu.h"
+#include "refreekv-kernels.h"
 #include "refreekv-error.h"
 #include "refreekv-parallel.h"
 
@@ -324,8 +324,8 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         in.pos  .push_back(c.pos);
     }
 
-    if (!params.by_graph) {
-        attn = refreekv_attention_cpu_make(in, scratch);
+    if (const auto * kernels = refreekv_find_kernels(); kernels && !params.by_graph) {
+        attn = kernels->make_attention(in, scratch);
     }
     if (!attn) {
         attn = std::make_unique<refreekv_attention_graph>(std::move(in), scratch);

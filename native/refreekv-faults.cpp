@@ -4,6 +4,7 @@
 
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
+#include "refreekv-kernels.h"
 #include "refreekv-row-bytes.h"
 
 #include "llama-batch.h"
@@ -18,6 +19,8 @@ float refreekv_store::check_faults() const {
         return 0.0f;
     }
 
+    const auto * kernels = refreekv_find_kernels();
+
     const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
 
     for (const auto & layer : layers) {
@@ -25,7 +28,7 @@ float refreekv_store::check_faults() const {
             why = "the cache is not in host memory";
         } else if (kv.hparams.use_alibi) {
             why = "attention with ALiBi is not supported";
-        } else if (!refreekv_decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.shape.type_k, layer.shape.type_v)) {
+        } else if (!kernels || !kernels->decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.shape.type_k, layer.shape.type_v)) {
             why = "this build has no decode kernel for the model's heads";
         }
     }

@@ -1,6 +1,7 @@
 #include "refreekv-graph.h"
 
 #include "refreekv-decode.h"
+#include "refreekv-kernels.h"
 #include "refreekv-heads.h"
 #include "refreekv-store.h"
 
@@ -291,11 +292,13 @@ ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, 
         q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax, store->evicted_of(i_group),
     };
 
-    if (!refreekv_decode_fits(call)) {
+    const auto * kernels = refreekv_find_kernels();
+
+    if (!kernels || !kernels->decode_fits(call)) {
         return nullptr;
     }
     std::vector<ggml_tensor *> nodes;
-    ggml_tensor * cur = refreekv_decode(ctx, call, nodes);
+    ggml_tensor * cur = kernels->decode(ctx, call, nodes);
 
     // pointers to functions are no work for another process: RPC says that it supports every operation
     for (auto * node : nodes) {

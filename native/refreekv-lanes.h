@@ -1,15 +1,15 @@
 #pragma once
 
-// Vectors of 16 floats, and what the kernels of ours on the CPU do with them. The compiler lowers them to what there is; where
-// it cannot, or ggml's CPU backend is not linked (REFREEKV_CPU), REFREEKV_LANES is not defined and there are no such kernels.
+// Vectors of 16 floats, and what our kernels for the CPU do with them. The compiler lowers them to what the instruction sets have
+// that it may use. A compiler without such vectors does not define REFREEKV_LANES, and then there are no kernels of ours.
 //
-// For sources that are built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// For sources that are part of ggml's CPU backend (CMakeLists.txt).
 
 #include "ggml-backend.h"
 #include "ggml.h"
 
 // GCC for Windows does not align such vectors on the stack
-#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__)))
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__))
 #define REFREEKV_LANES
 #endif
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from refreekv_cpp._llama_cpp import python_dir
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +38,16 @@ def upstream_tree() -> Path:
         stdout=sys.__stderr__,
     )
     return tree
+
+
+def stock_environment(library: Path) -> dict[str, str]:
+    """The environment of a process whose `llama_cpp` is the pinned llama-cpp-python on this stock library."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(python_dir()), os.environ.get("PYTHONPATH", "")]),
+        "LLAMA_CPP_LIB_PATH": str(library),
+        "MTMD_CPP_LIB": str(library),
+    }
 
 
 def stock_library(definitions: Iterable[str] = ()) -> Path:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_hooks_are_in_the_loaded_library_and_run(tiny_model: Path) -> None:
-    assert native._library._name.startswith(str(library_dir()))
+    assert native.library._name.startswith(str(library_dir()))
     llm = Llama(str(tiny_model), n_ctx=256, kv_policy="refreekv", verbose=False)
     llm.eval(list(range(5, 30)))
     # every hook but the update, which runs when something is pruned

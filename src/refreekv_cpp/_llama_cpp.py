@@ -16,6 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# The name of a build of ggml's CPU backend, such as "haswell", that is to be used in place of the best one for this
+# processor. Only a portable build has several of them (docs/building.md).
+CPU_VARIABLE = "REFREEKV_CPU"
+
 # llama_cpp reads these when it is imported; they would lead it to another library than ours
 _LIBRARY_VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
 
@@ -73,10 +77,43 @@ def _import_private_copy() -> None:
         with _libraries_in(library_dir()):
             spec.loader.exec_module(module)
             importlib.import_module("llama_cpp.mtmd_cpp")
+        _load_backends(library_dir())
     except BaseException:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]
         raise
+
+
+def cpu_variants() -> dict[str, Path]:
+    """The builds of ggml's CPU backend in this package, by name; empty where there is a single one without a name."""
+    files = {file.name.partition("ggml-cpu-")[2].partition(".")[0]: file for file in library_dir().glob("*ggml-cpu-*")}
+    return dict(sorted(files.items()))
+
+
+def _load_backends(folder: Path) -> None:
+    """Load ggml's backends where they are libraries of their own, which ggml would seek beside the Python program.
+
+    Raises:
+        ImportError: the environment asks for a CPU backend that is not here, or that this processor cannot run.
+    """
+    chosen = os.environ.get(CPU_VARIABLE)
+    variants = cpu_variants()
+    if not variants:
+        if chosen:
+            raise ImportError(f"{CPU_VARIABLE}={chosen}: this build is for one kind of processor, and has no choice")
+        return
+    ggml = ctypes.CDLL(str(next(file for file in folder.iterdir() if file.stem in ("libggml", "ggml"))))
+    if not chosen:
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+        return
+    if chosen not in variants:
+        raise ImportError(f"{CPU_VARIABLE}={chosen}: must be one of {', '.join(variants)}")
+    ggml.ggml_backend_load.restype = ctypes.c_void_p
+    if not ggml.ggml_backend_load(os.fsencode(variants[chosen])):
+        raise ImportError(f"{CPU_VARIABLE}={chosen}: this processor lacks instructions that it needs")
+    for file in folder.glob("*ggml-*"):
+        if not file.name.startswith(("libggml-base", "ggml-base", "libggml-cpu-", "ggml-cpu-")):
+            ggml.ggml_backend_load(os.fsencode(file))
 
 
 def _load() -> ctypes.CDLL:
