@@ -1,8 +1,8 @@
 """The private copy of llama-cpp-python, which the build puts beside this file, and the native libraries it loads.
 
 The copy becomes the module `llama_cpp` in every process that imports `refreekv_cpp` first, and in every process whose
-environment has no other llama-cpp-python (refreekv_llama_cpp.py). Another llama-cpp-python that is installed stays as it
-is: it keeps its own library, and works in every process that does not import this package.
+environment has no other llama-cpp-python (cmake/refreekv_llama_cpp.py). Another one that is installed stays as it is:
+it keeps its own library, and works in every process that does not import this package.
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ def _load() -> ctypes.CDLL:
     """
     if "llama_cpp" not in sys.modules:
         _import_private_copy()
-    module = importlib.import_module("llama_cpp.llama_cpp")
-    library: ctypes.CDLL = module._lib
+    library: ctypes.CDLL = importlib.import_module("llama_cpp.llama_cpp")._lib
     if not hasattr(library, "refreekv_abi_version"):
         raise ImportError(
             f"another llama-cpp-python was imported before refreekv_cpp, and has loaded {library._name}; "
