@@ -27,17 +27,17 @@ def build(folder: Path, definitions: Iterable[str], targets: Iterable[str]) -> N
 
 def upstream_tree() -> Path:
     """llama.cpp's sources as they are built here, for their headers."""
-    tree = ROOT / "build" / "headers" / "llama.cpp"
+    folder = ROOT / "build" / "headers"
     source = ["--source", os.environ["REFREEKV_UPSTREAM_DIR"]] if "REFREEKV_UPSTREAM_DIR" in os.environ else []
     subprocess.run(
         [
-            *[sys.executable, str(ROOT / "cmake" / "prepare_upstream.py"), str(tree), *source],
+            *[sys.executable, str(ROOT / "cmake" / "prepare_upstream.py"), str(folder), *source],
             *["--downloads", str(ROOT / "build" / "downloads")],
         ],
         check=True,
         stdout=sys.__stderr__,
     )
-    return tree
+    return folder / "llama.cpp"
 
 
 def stock_environment(library: Path) -> dict[str, str]:
