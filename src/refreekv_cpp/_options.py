@@ -47,8 +47,7 @@ class KVOptions:
     from_environment: bool = False
 
     def make_cold_dir(self) -> Path:
-        """The folder of the cold store's file: `cold_dir`, or the cache folder (REFREEKV_CACHE_DIR), or that of temporary
-        files.
+        """The folder of the cold store's file: `cold_dir`, or one in the cache folder, or that of temporary files.
 
         Raises:
             PolicyError: `cold_dir` is no folder that can be written.

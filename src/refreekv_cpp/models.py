@@ -69,7 +69,8 @@ def _from_hub(text: str) -> Path:
         except Exception as error:  # no network: of requests or httpx, by the version of huggingface_hub
             return _from_hub_cache(text, repo, match["wanted"], error)
         names = choose(text, [file.rfilename for file in siblings], match["wanted"])
-        return [Path(hf_hub_download(repo, name)) for name in names][0]
+        paths = [Path(hf_hub_download(repo, name)) for name in names]
+        return paths[0]
     except GatedRepoError:
         raise ModelDownloadError(
             f"{text}: the repository is gated: ask for access on its page, and set HF_TOKEN or run `hf auth login`"
