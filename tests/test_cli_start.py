@@ -121,7 +121,7 @@ def test_completion_can_be_installed() -> None:
 
 @pytest.fixture
 def options(tiny_model: Path) -> list[str | Path]:
-    return [tiny_model, "--n-ctx", "512", "--threads", "1", "--gpu-layers", "0"]
+    return [tiny_model, "--n-ctx", "512", "--threads", "1"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
