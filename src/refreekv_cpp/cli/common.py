@@ -107,8 +107,6 @@ def load(
     """
     policy = as_policy(kv_policy)
     check_file(model)
-    # llama.cpp rounds up to this, llama-cpp-python's own arrays would stay shorter than the context
-    n_ctx = -(-n_ctx // 256) * 256
     # verbose=False silences the weights, not the context
     with suppress_stdout_stderr(disable=False):
         return ReadingLlama(
