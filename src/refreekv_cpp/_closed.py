@@ -10,8 +10,10 @@ from refreekv_cpp.errors import ClosedError
 class Closed:
     """A wrapper of llama-cpp-python's (model, context or batch) whose native part is gone: asking it raises."""
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise_closed()
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return super().__getattribute__(name)
+        return raise_closed()
 
 
 def raise_closed() -> NoReturn:
@@ -21,4 +23,3 @@ def raise_closed() -> NoReturn:
 def mark_closed(wrapper: Any) -> None:
     """From now on everything that holds this wrapper (tokenizers do) gets a ClosedError, not freed memory."""
     wrapper.__class__ = Closed
-    wrapper.__dict__.clear()

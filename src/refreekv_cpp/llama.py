@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
@@ -422,7 +422,7 @@ class Llama(llama_cpp.Llama):
                 self._n_limit_prunes += 1
                 self._eval(batch)
 
-    def generate(self, tokens: Iterable[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
         one is read, or when the generator ends or is closed.
         """
