@@ -19,7 +19,8 @@ BROKEN = {
     'start ::= "a"': "needs a rule 'root'",
     'root ::= root "a"': "no rule may begin with itself",
     "no grammar at all": "expecting ::=",
-    'root ::= "a"{1,100000000}': "number of repetitions",
+    'root ::= "a"{5000}': "number of repetitions",
+    'root ::= "a"{5,2}': "fewer than the least: {5,2}",
     "root ::= " + "(" * 50 + '"a"': "expecting ')'",
 }
 
