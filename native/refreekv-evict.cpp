@@ -1,5 +1,6 @@
 // Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
 
+#include "refreekv-report.h"
 #include "refreekv-store.h"
 
 #include "refreekv-kernels.h"
@@ -32,6 +33,8 @@ bool refreekv_store::begin_update(llama_context * lctx) {
 bool refreekv_store::update(llama_context * lctx) {
     hook_ran(HOOK_UPDATE);
 
+    refreekv_publishing publish(this);
+
     this->lctx = lctx;
 
     synchronize();
@@ -52,6 +55,7 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back(std::move(job));
     lctx->memory_update(false);
+    refreekv_publish_buffers(lctx);
 
     return job_result;
 }
