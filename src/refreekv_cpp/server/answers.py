@@ -1,0 +1,108 @@
+"""Answers of a model: one at a time, given up when the client has left, with a status for what fails at the start."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import anyio
+from fastapi.responses import JSONResponse
+from sse_starlette.sse import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from refreekv_cpp.server.errors import error_response
+from refreekv_cpp.server.models import CountingLlama, Interrupted, Models
+
+Chunk = dict[str, Any]
+
+
+class Answer(Response):
+    """What a model says, found out while this response is sent.
+
+    It waits for its turn with the model. What fails before the first token is an error with its status. A client that
+    leaves ends it: in the queue at once, else before the next batch of the prompt or the next token.
+
+    Args:
+        models: the models of the server.
+        model: the name of the one that is asked; None: the first.
+        ask: asks it, in another thread; a dict is the body of the response, an iterator a stream of events.
+        give_way: a stream ends early when somebody else waits.
+        ping: what keeps the connection of a stream alive; None: sse-starlette's own.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        model: str | None,
+        ask: Callable[[CountingLlama], Chunk | Iterator[Chunk]],
+        *,
+        give_way: bool = False,
+        ping: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._models = models
+        self._model = model
+        self._ask = ask
+        self._give_way = give_way
+        self._ping = ping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = threading.Event()
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                gone.set()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await self._respond(gone.is_set, scope, send)
+            tasks.cancel_scope.cancel()
+
+    async def _respond(self, gone: Callable[[], bool], scope: Scope, send: Send) -> None:
+        async with self._models.turn:
+            try:
+                answer, first = await run_in_threadpool(self._begin, gone)
+            except Interrupted:
+                return
+            except Exception as error:
+                response: Response = error_response(error)
+            else:
+                if isinstance(answer, dict):
+                    response = JSONResponse(answer)
+                else:
+                    with closing(answer):  # type: ignore[type-var]
+                        await self._stream(answer, first)(scope, _never, send)
+                    return
+        await response(scope, _never, send)
+
+    def _begin(self, gone: Callable[[], bool]) -> tuple[Chunk | Iterator[Chunk], Chunk | None]:
+        """The answer; of a stream, the first chunk, too."""
+        llm = self._models.load(self._model)
+        llm.interrupted = gone
+        answer = self._ask(llm)
+        return answer, None if isinstance(answer, dict) else next(answer, None)
+
+    def _stream(self, chunks: Iterator[Chunk], first: Chunk | None) -> EventSourceResponse:
+        async def events() -> AsyncIterator[dict[str, str]]:
+            chunk = first
+            while chunk is not None:
+                yield {"data": json.dumps(chunk)}
+                if self._give_way and self._models.turn.statistics().tasks_waiting:
+                    break
+                chunk = await run_in_threadpool(next, chunks, None)
+            yield {"data": "[DONE]"}
+
+        return EventSourceResponse(events(), sep="\n", ping_message_factory=self._ping)
+
+
+async def _never() -> Message:
+    """The receive of a response whose client is watched already."""
+    await anyio.sleep_forever()
+    raise AssertionError
