@@ -205,9 +205,7 @@ def test_faults_are_a_switch_or_a_tolerance(text: Any, value: Any, monkeypatch: 
         check(ModelSettings(model="a.gguf"))
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("some", "kv_faults: must be true, false or a number"), (2, "=2")]
-)
+@pytest.mark.parametrize(("value", "message"), [("some", "kv_faults: must be true, false or a number"), (2, "=2")])
 def test_a_tolerance_that_is_none(value: Any, message: str) -> None:
     with pytest.raises(ValidationError) as raised:
         ModelSettings(model="a.gguf", kv_faults=value)
