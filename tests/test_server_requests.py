@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from serving import OPTIONS, QUICK, SWITCH, send, serving, user, write_config
+from tiny import N_SPECIAL
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONE = "\ud83d"
@@ -44,6 +45,7 @@ def assert_refused(client: openai.OpenAI, path: str, body: Any, param: str | Non
 # of either route
 EITHER = [
     ({"logprobs": 1}, "logprobs", "logits_all"),
+    ({"logprobs": 0}, "logprobs", "logits_all"),
     ({"logit_bias": {"cat": 1}}, "logit_bias", "'cat' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"259": 1}}, "logit_bias", "'259' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1' must be the number"),
@@ -113,7 +115,7 @@ def test_a_request_that_is_not_valid(
     client: openai.OpenAI, path: str, request_: dict[str, Any], param: str | None, parts: list[str], stream: bool
 ) -> None:
     if path == CHAT and "logprobs" in request_:
-        request_ = {"logprobs": True, "top_logprobs": 1}
+        request_ = {"logprobs": True, "top_logprobs": request_["logprobs"]}
     start: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": user("x")}
     assert_refused(client, path, {"model": "text", **start, **request_, "stream": stream}, param, *parts)
 
@@ -243,3 +245,31 @@ def test_tools_of_all_kinds(client: openai.OpenAI) -> None:
         client, CHAT, {**request, "tools": [SWITCH, plain], "tool_choice": "required"}, "tool_choice", "'auto'"
     )
     assert_refused(client, CHAT, {**request, "tools": [quote], "tool_choice": "auto"}, None, "does not parse")
+
+
+@pytest.mark.parametrize("setting", ["logits_all=true", "draft_model=prompt-lookup-decoding"])
+def test_logprobs_and_drafts_to_the_end_of_the_context(tiny_model: Path, setting: str) -> None:
+    options = ["--n-ctx", "1024", "--threads", "1", "--verbose", "false", "--option", setting]
+    with serving(tiny_model, *options) as client:
+        request = {"model": "x", "prompt": "x" * 900, "max_tokens": 400, "logprobs": 2}
+        answer = client.completions.create(**request)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+        assert len(answer.choices[0].logprobs.tokens) > 50
+        *_, last = client.completions.create(**request, stream=True)
+        assert last.choices[0].finish_reason in ("length", "stop")
+
+
+def test_an_answer_ends_with_the_context(client: openai.OpenAI) -> None:
+    """Also where the last token is the first byte of a character, at which upstream does not stop."""
+    half = {"logit_bias": {str(N_SPECIAL + 0xE2): 100}, "temperature": 0, "max_tokens": 400}
+    answer = client.completions.create(model="text", prompt="x" * 2000, **half)
+    assert answer.usage.completion_tokens + answer.usage.prompt_tokens <= 2049
+    *_, last = client.completions.create(model="text", prompt="x" * 2000, stream=True, **half)
+    assert last.choices[0].finish_reason in ("length", "stop")
+
+
+def test_a_vocabulary_answers_nothing(tiny_model: Path) -> None:
+    with serving(tiny_model, "--option", "vocab_only=true", "--verbose", "false") as client:
+        for path, body in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": user("x"), "stream": True})):
+            assert_refused(client, path, body, None, "vocab_only")
+        assert send(client, "/extras/tokenize", {"input": "x"})[0] == 200

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
 import anyio
-from fastapi.responses import JSONResponse
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -68,38 +67,44 @@ class Answer(Response):
     async def _respond(self, gone: Callable[[], bool], scope: Scope, send: Send) -> None:
         async with self._models.turn:
             try:
-                answer, first = await run_in_threadpool(self._begin, gone)
+                text, rest = await run_in_threadpool(self._begin, gone)
             except Interrupted:
                 return
             except Exception as error:
                 response: Response = error_response(error)
             else:
-                if isinstance(answer, dict):
-                    response = JSONResponse(answer)
-                else:
-                    with closing(answer):  # type: ignore[type-var]
-                        await self._stream(answer, first)(scope, _never, send)
+                if rest is not None:
+                    with closing(rest):
+                        await self._stream(text, rest)(scope, _never, send)
                     return
+                response = Response(text, media_type="application/json")
         await response(scope, _never, send)
 
-    def _begin(self, gone: Callable[[], bool]) -> tuple[Chunk | Iterator[Chunk], Chunk | None]:
-        """The answer; of a stream, the first chunk, too."""
+    def _begin(self, gone: Callable[[], bool]) -> tuple[str, Generator[str, None, None] | None]:
+        """The answer in JSON, and None; or the first chunk of a stream, and the others."""
         llm = self._models.load(self._model)
         llm.interrupted = gone
         answer = self._ask(llm)
-        return answer, None if isinstance(answer, dict) else next(answer, None)
+        if isinstance(answer, dict):
+            return _to_json(answer), None
+        chunks = (_to_json(chunk) for chunk in answer)
+        return next(chunks), chunks
 
-    def _stream(self, chunks: Iterator[Chunk], first: Chunk | None) -> EventSourceResponse:
+    def _stream(self, first: str, rest: Generator[str, None, None]) -> EventSourceResponse:
         async def events() -> AsyncIterator[dict[str, str]]:
-            chunk = first
-            while chunk is not None:
-                yield {"data": json.dumps(chunk)}
+            text: str | None = first
+            while text is not None:
+                yield {"data": text}
                 if self._give_way and self._models.turn.statistics().tasks_waiting:
                     break
-                chunk = await run_in_threadpool(next, chunks, None)
+                text = await run_in_threadpool(next, rest, None)
             yield {"data": "[DONE]"}
 
         return EventSourceResponse(events(), sep="\n", ping_message_factory=self._ping)
+
+
+def _to_json(answer: Chunk) -> str:
+    return json.dumps(answer, default=float)  # logprobs are numpy's
 
 
 async def _never() -> Message:

@@ -109,6 +109,8 @@ async def detokenize(body: DetokenizeRequest) -> Response:
 
 def _complete(body: CompletionRequest | ChatCompletionRequest, method: Callable[..., Any]) -> Response:
     def ask(llm: CountingLlama) -> Any:
+        if llm.model_params.vocab_only:
+            raise RequestError("This model is served for its vocabulary only; the setting vocab_only is on.")
         return complete(method, llm, include_usage=body.include_usage, options=body.options(llm))
 
     return _answer(body.model, ask)

@@ -70,9 +70,13 @@ class CountingLlama(Llama):
         if not len(tokens):
             raise RequestError("The prompt is empty, and this model has no token that begins a text.", param="prompt")
         self.n_prompt += len(tokens)
-        for token in super().generate(tokens, *args, **kwargs):
+        for n, token in enumerate(super().generate(tokens, *args, **kwargs), start=1):
             self.n_completion += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
             yield token
+            if len(tokens) + n > self._n_ctx:
+                # upstream goes on at the end of the context where a token ends in the middle of a character
+                yield self.token_eos()
+                return
 
 
 class Models(LlamaProxy):
@@ -118,6 +122,8 @@ class Models(LlamaProxy):
                 if options["embedding"]:
                     # a text is read in one batch, and llama.cpp ends the process where it has no room for one
                     options["n_batch"] = min(options["n_batch"], options["n_ubatch"])
+                # upstream keeps the logits for a draft, but only has room for all of them if it is told
+                options["logits_all"] |= options["draft_model"] is not None
                 layers = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
                 super().__init__(model_path, n_gpu_layers=layers, **options)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from refreekv_cpp.errors import CacheMemoryError
-from refreekv_cpp.server.errors import describe, request_error
+from refreekv_cpp.server.errors import RequestError, describe, request_error
 from refreekv_cpp.server.models import CountingLlama, Interrupted
 
 Chunk = dict[str, Any]
@@ -48,6 +48,8 @@ def complete(
         """Whose error it is: what upstream raises before the model reads, it raises because of the request."""
         if isinstance(error, Interrupted):
             return error
+        if isinstance(error, AssertionError):  # of the functions that upstream has for chat formats
+            return RequestError("The chat format of this model cannot do what is asked for.")
         if llm.n_prompt == n_prompt or isinstance(error, (ValueError, jinja2.TemplateError, CacheMemoryError)):
             return request_error(error)
         return error

@@ -90,8 +90,9 @@ class _GenerationRequest(_Request):
             RequestError: this model cannot do that.
         """
         request: Any = self
-        options = self.model_dump(exclude=_NOT_OPTIONS)
-        if request.logprobs not in (None, False) and not llm._logits_all:
+        # it would warn of contents, which have become text
+        options = self.model_dump(exclude=_NOT_OPTIONS, warnings=False)
+        if request.logprobs is not None and request.logprobs is not False and not llm._logits_all:
             raise RequestError(
                 "logprobs: this model is served without them; the setting logits_all turns them on", param="logprobs"
             )
