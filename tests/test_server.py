@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import llama_cpp
 import openai
 import pytest
 from pydantic import ValidationError
@@ -17,8 +19,10 @@ from test_cli import assert_one_error_line, refreekv
 from tiny import TinyModel
 
 from refreekv_cpp import Llama
+from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.cli.serve import _settings
 from refreekv_cpp.document import QUESTION, SECRET, write_document
+from refreekv_cpp.server import models
 from refreekv_cpp.server.settings import ModelSettings, explain, read_config_file
 
 LONG = "x" * 1500
@@ -161,6 +165,9 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard"), "must be NAME=VALUE")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_gard=1"), "did you mean 'kv_guard'")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard=-1"), "kv_guard=-1")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
+    quiet = ["--verbose", "false", "--option"]
+    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "value of a wrong kind")
     assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
     assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
@@ -239,13 +246,36 @@ def test_the_options_of_the_other_commands() -> None:
 
 
 def test_any_option_of_llama() -> None:
-    options = ["kv_guard=0.5", "kv_protect=[[0, 4]]", "kv-cold-dir=/tmp", "n_ctx=512", "swa_full=false"]
+    options = ["kv_guard=0.5", "kv_protect=[[0, 4]]", "kv-cold-dir=/tmp", "n_ctx=512", "swa_full=False"]
     (model,) = _settings(["a.gguf", *(f"--option={option}" for option in options)])[1]
     passed = model.llama_options()
     assert (passed["kv_guard"], passed["kv_protect"], passed["kv_cold_dir"]) == (0.5, [[0, 4]], "/tmp")
     assert passed["swa_full"] is False
     assert model.n_ctx == 512
     assert "n_ctx" not in passed
+    assert of_command_line("a.gguf", "--option", "type_k=q8_0", "--type-v", "f16")["type_k"] == CACHE_TYPES["q8_0"]
+
+
+def test_a_model_and_its_layers_are_found_by_the_same_code_as_elsewhere(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def layers(path: str, **options: Any) -> int:
+        asked.append((path, options["n_ctx"], options["kv_policy"]))
+        return 3
+
+    monkeypatch.setitem(sys.modules, "refreekv_cpp.models", SimpleNamespace(resolve={"hf:a/b": tiny_model}.__getitem__))
+    monkeypatch.setitem(sys.modules, "refreekv_cpp.fit", SimpleNamespace(gpu_layers=layers))
+    assert models.model_file("hf:a/b") == str(tiny_model)
+    options = {"n_ctx": 512, "kv_policy": "refreekv", "mul_mat_q": True}
+    assert models.gpu_layers("auto", "a.gguf", options) == 0
+    assert models.gpu_layers("all", "a.gguf", options) == -1
+    assert models.gpu_layers(7, "a.gguf", options) == 7
+    assert asked == []
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    assert models.gpu_layers("auto", "a.gguf", options) == 3
+    assert asked == [("a.gguf", 512, "refreekv")]
 
 
 def test_an_option_reaches_the_model(tiny_model: Path) -> None:

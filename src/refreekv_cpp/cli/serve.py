@@ -13,6 +13,7 @@ from refreekv_cpp.cli import common
 
 _DESCRIPTION = """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy for each model.
 Options can be written with - or _, or as environment variables (MODEL, PORT, ...)."""
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
 _SWITCHES = ("auto", "true", "false", "1", "0", "on", "off", "t", "f", "y", "n", "yes", "no")
 
 
@@ -108,10 +109,14 @@ def _spelled(args: list[str]) -> list[str]:
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON or one of Python's words where it can be read as that, and text otherwise."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise ValueError(f"--option {text}: must be NAME=VALUE")
+    name = name.replace("-", "_")
+    if value in _PYTHON_WORDS:
+        return name, _PYTHON_WORDS[value]
     try:
-        return name.replace("-", "_"), json.loads(value)
+        return name, json.loads(value)
     except ValueError:
-        return name.replace("-", "_"), value
+        return name, value

@@ -80,8 +80,7 @@ class _Grammar:
         self.sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
         if not self.sampler:
             raise ValueError(
-                "the grammar does not parse: it must be GBNF, with a rule `root` and without left recursion "
-                "(the server's log says more)"
+                "the grammar does not parse: it must be GBNF, with a rule `root`, and no rule may begin with itself"
             )
 
     def __del__(self) -> None:

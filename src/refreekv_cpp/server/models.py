@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -18,7 +19,7 @@ from refreekv_cpp import dropin
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.server.errors import RequestError
 from refreekv_cpp.server.grammars import Sampler
-from refreekv_cpp.server.settings import ModelSettings
+from refreekv_cpp.server.settings import LLAMA_OPTIONS, ModelSettings
 
 # what every Llama of this process makes its samplers of
 llama_cpp._internals.LlamaSampler = Sampler  # type: ignore[misc]
@@ -124,8 +125,11 @@ class Models(LlamaProxy):
                     options["n_batch"] = min(options["n_batch"], options["n_ubatch"])
                 # upstream keeps the logits for a draft, but only has room for all of them if it is told
                 options["logits_all"] |= options["draft_model"] is not None
-                layers = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
-                super().__init__(model_path, n_gpu_layers=layers, **options)
+                options["n_gpu_layers"] = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
+                try:
+                    super().__init__(model_path, **options)
+                except (TypeError, ctypes.ArgumentError) as error:
+                    raise ValueError(f"an option of the model has a value of a wrong kind: {error}") from error
 
         with dropin.replaced_by(Configured):
             return LlamaProxy.load_llama_from_model_settings(settings)
@@ -140,7 +144,8 @@ def gpu_layers(layers: str | int, model_path: str, options: dict[str, Any]) -> i
     if not llama_cpp.llama_supports_gpu_offload():
         return 0
     fit: Any = _optional_module("refreekv_cpp.fit")
-    n_layers: int = -1 if fit is None else fit.gpu_layers(model_path, **options)
+    known = {name: value for name, value in options.items() if name in LLAMA_OPTIONS}
+    n_layers: int = -1 if fit is None else fit.gpu_layers(model_path, **known)
     print(f"refreekv: {'all' if n_layers == -1 else n_layers} layers of {model_path} go to the GPU", file=sys.stderr)
     return n_layers
 

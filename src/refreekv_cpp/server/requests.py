@@ -226,7 +226,7 @@ def _with_parameters(function: Any) -> Any:
 
 
 class _FunctionFields(TypedDict):
-    name: str
+    name: Annotated[str, Field(pattern=r'^[^"\\\x00-\x1f]+$')]  # it becomes a part of grammars
     description: NotRequired[str]
     parameters: Annotated[dict[str, Any], AfterValidator(grammars.check_schema)]
 

@@ -19,11 +19,12 @@ from pydantic_settings import SettingsConfigDict
 from typing_extensions import Annotated, Self  # noqa: UP035
 
 from refreekv_cpp import _options, faults
+from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.llama import Llama
 
 # those of Llama that a file or a command line can say, besides the fields below
-_LLAMA_OPTIONS = {
+LLAMA_OPTIONS = {
     name
     for function in (upstream_llama.Llama.__init__, Llama.__init__)
     for name, parameter in inspect.signature(function).parameters.items()
@@ -74,7 +75,15 @@ def _as_tolerance(value: Any) -> Any:
         raise ValueError("must be true, false or a number from 0 to 1") from None
 
 
+def _as_type(value: Any) -> Any:
+    try:
+        return value if value is None else CACHE_TYPES[value] if value in CACHE_TYPES else int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be one of {', '.join(CACHE_TYPES)}, or ggml's number of a type") from None
+
+
 _BOOL = TypeAdapter(bool)
+_Type = Annotated[Union[str, int, None], BeforeValidator(_as_type)]  # noqa: UP007
 
 
 class ModelSettings(upstream.ModelSettings):
@@ -91,6 +100,8 @@ class ModelSettings(upstream.ModelSettings):
     flash_attn: Annotated[Union[str, bool], BeforeValidator(_as_switch)] = Field(  # type: ignore[assignment]  # noqa: UP007
         default="auto", description="Flash attention: true, false or auto."
     )
+    type_k: _Type = Field(default=None, description="What keys are stored in: f16 (the default), q8_0, ...")  # type: ignore[assignment]
+    type_v: _Type = Field(default=None, description="What values are stored in.")  # type: ignore[assignment]
     kv_policy: str = Field(
         default="refreekv",
         description="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
@@ -137,8 +148,8 @@ class ModelSettings(upstream.ModelSettings):
     @classmethod
     def _check_names(cls, values: Any) -> Any:
         for name in values:
-            if name not in cls.model_fields and name not in _LLAMA_OPTIONS:
-                known = sorted({*ModelSettings.model_fields, *_LLAMA_OPTIONS})
+            if name not in cls.model_fields and name not in LLAMA_OPTIONS:
+                known = sorted({*ModelSettings.model_fields, *LLAMA_OPTIONS})
                 raise ValueError(f"{name}: unknown setting{did_you_mean(name, known)}")
         for name in ("n_threads", "n_threads_batch"):
             if values.get(name) == "-1":
