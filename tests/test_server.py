@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.cli.serve import _settings
 from refreekv_cpp.document import QUESTION, SECRET, write_document
 from refreekv_cpp.server import models
+from refreekv_cpp.server.receipts import kv_receipt
 from refreekv_cpp.server.settings import ModelSettings, explain, read_config_file
 
 LONG = "x" * 1500
@@ -73,7 +75,10 @@ def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert last.choices == []
     assert last.id == chunks[0].id
-    untimed = [{**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0}} for usage in (last.usage, answer.usage)]
+    untimed = [
+        {**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0, "memory": None}}
+        for usage in (last.usage, answer.usage)
+    ]
     assert untimed[0] == untimed[1]
 
     # the token that ends an answer is not counted
@@ -85,6 +90,20 @@ def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
     for chunk in client.completions.create(model="pruned", prompt="x", **OPTIONS, stream=True):
         assert chunk.usage is None
         assert chunk.choices
+
+
+def test_a_receipt_leads_with_the_memory_of_the_process() -> None:
+    @dataclass
+    class Memory:
+        rss: int
+        kv: int
+
+    stats = SimpleNamespace(policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0)
+    llm: Any = SimpleNamespace(kv_stats=stats)
+    without = kv_receipt(llm, prune_ms_before=1.0)
+    assert "memory" not in without
+    stats.memory = Memory(rss=100, kv=7)
+    assert list(kv_receipt(llm, prune_ms_before=1.0).items()) == [("memory", {"rss": 100, "kv": 7}), *without.items()]
 
 
 def test_tools(client: openai.OpenAI) -> None:
