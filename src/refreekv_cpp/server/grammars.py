@@ -1,0 +1,145 @@
+"""Grammars of requests. llama.cpp ends the process over some of them, so they are checked and watched here."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp._internals import LlamaModel, LlamaSampler
+from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
+
+# llama.cpp reads a grammar recursively: several times these fit a thread's stack of 8 MiB
+MAX_CHARACTERS = 100_000
+MAX_NESTING = 4000
+# llama-cpp-python writes a repetition out, item by item
+MAX_REPETITIONS = 4000
+
+_TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+_REPETITION = re.compile(r"\{(\d*),?(\d*)\}")
+
+
+def check_schema(schema: Any) -> Any:
+    """A JSON schema that does not become a grammar of any size.
+
+    Raises:
+        ValueError: something in it is repeated too often.
+    """
+    for name, value in _members(schema):
+        n: float = 0
+        if name in ("minItems", "maxItems", "minLength", "maxLength") and isinstance(value, (int, float)):
+            n = value
+        elif name == "pattern" and isinstance(value, str):
+            n = math.prod(int(count) for counts in _REPETITION.findall(value) for count in counts if count.strip("0"))
+        if n > MAX_REPETITIONS:
+            raise ValueError(f"{name} of a JSON schema must not repeat anything more than {MAX_REPETITIONS} times")
+    return schema
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of all objects inside a JSON value, however deep."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def from_schema(schema: Any) -> str:
+    """The grammar of a JSON schema.
+
+    Raises:
+        ValueError: it is no schema, or uses what llama-cpp-python has no grammar for.
+    """
+    try:
+        return str(json_schema_to_gbnf(json.dumps(check_schema(schema))))
+    except Exception as error:  # it raises all kinds
+        raise ValueError(f"there is no grammar for this JSON schema: {error}") from error
+
+
+class _Grammar:
+    """A grammar of llama.cpp's, and the place in it.
+
+    Raises:
+        ValueError: it does not parse, or is too large.
+    """
+
+    def __init__(self, model: LlamaModel, text: str) -> None:
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"the grammar has {len(text)} characters; it must have {MAX_CHARACTERS} at most")
+        if _nesting(text) > MAX_NESTING:
+            raise ValueError(f"the grammar must not nest more than {MAX_NESTING} parentheses")
+        self.sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
+        if not self.sampler:
+            raise ValueError(
+                "the grammar does not parse: it must be GBNF, with a rule `root`, and no rule may begin with itself"
+            )
+
+    def __del__(self) -> None:
+        if getattr(self, "sampler", None):
+            llama_cpp.llama_sampler_free(self.sampler)
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall("[()]", _TEXTS.sub("", text)):
+        depth += 1 if bracket == "(" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def check(model: LlamaModel, text: str) -> None:
+    """
+    Raises:
+        ValueError: the grammar does not parse, or is too large.
+    """
+    _Grammar(model, text)
+
+
+class Sampler(LlamaSampler):
+    """Upstream's, with a grammar that raises.
+
+    In upstream's chain a grammar that does not parse is a null pointer, and a token that it does not allow an exception
+    that no C++ code catches: both end the process. Here the grammar is no member of the chain: one that is applies it,
+    and a token that has been chosen is only accepted where it is allowed.
+    """
+
+    _grammar: _Grammar | None = None
+
+    def add_grammar(self, model: LlamaModel, grammar: LlamaGrammar) -> None:
+        """
+        Raises:
+            ValueError: the grammar does not parse, or is too large.
+        """
+        if not grammar._grammar:
+            return  # as llama.cpp, which takes it for none
+        self._grammar = _Grammar(model, grammar._grammar)
+        self.add_custom(self._apply_grammar)
+
+    def _apply_grammar(self, candidates: Any) -> None:
+        assert self._grammar is not None
+        llama_cpp.llama_sampler_apply(self._grammar.sampler, candidates)
+        array = candidates.contents
+        data = (llama_cpp.llama_token_data * array.size).from_address(ctypes.addressof(array.data.contents))
+        tokens = np.frombuffer(data, dtype=[("id", np.intc), ("logit", np.single), ("p", np.single)])
+        self._allowed = tokens["id"][tokens["logit"] > -np.inf]
+
+    def sample(self, ctx: Any, idx: int = -1) -> int:
+        """
+        Raises:
+            ValueError: the model has no token that goes on with the grammar.
+        """
+        token: int = super().sample(ctx, idx)
+        if self._grammar is not None:
+            if token not in self._allowed:
+                raise ValueError("the model has no token that goes on with the grammar")
+            llama_cpp.llama_sampler_accept(self._grammar.sampler, token)
+        return token
