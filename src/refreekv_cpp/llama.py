@@ -68,7 +68,8 @@ class Llama(llama_cpp.Llama):
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
             prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
-        flash_attn: True, False, or "auto": the faster setting for the backend and the type of V. Default: "auto".
+        flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
+            False unless the backend or the type of V makes True the better setting. Default: "auto".
         **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error (not in the drop-in, see
             `refreekv_cpp.dropin`).
 
@@ -117,7 +118,6 @@ class Llama(llama_cpp.Llama):
         self._faults = faults.check(kv_faults, kv.evicted)
         self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
-        options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")
@@ -149,7 +149,7 @@ class Llama(llama_cpp.Llama):
         self._heads_set = False
 
         try:
-            self._load(model_path, options)
+            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
