@@ -19,9 +19,6 @@ static const int64_t TILE = 4;
 static const int64_t TILE = 1;
 #endif
 
-// bounds the memory that the weights take, where one query head's do not take more
-static const size_t SLICE_BYTES = 8u*1024*1024;
-
 // the rows of a head are taken in tiles, of TILE vectors as long as there are so many: f(first row, vectors)
 template <typename F>
 static inline void for_tiles(int64_t n_lanes_rows, F && f) {
@@ -113,7 +110,7 @@ refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs &
     n_rows  = in.rows.size();
     n_head  = in.heads.size()*in.n_gqa;
 
-    n_head_slice = std::clamp<int64_t>(SLICE_BYTES/weights_bytes(1), 1, n_head);
+    n_head_slice = std::clamp<int64_t>(memory.weights_limit/weights_bytes(1), 1, n_head);
 }
 
 size_t refreekv_attention_cpu::weights_bytes(int64_t n_heads) const {

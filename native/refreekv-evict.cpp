@@ -13,7 +13,8 @@
 #include <algorithm>
 #include <cinttypes>
 
-static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads
+static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
+static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
@@ -108,6 +109,9 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     const auto all = all_cells(seq_id);
 
     std::vector<eviction_scratch> scratch(n_threads);
+    for (auto & s : scratch) {
+        s.attention.weights_limit = REFREEKV_WEIGHTS_BYTES/n_threads;
+    }
     std::atomic<int64_t>          n_evicted { 0 };
 
     int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
