@@ -15,7 +15,7 @@
 // Operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
 // bit for bit whatever the number of threads is; the last joins the chunks. Three between them see to what is evicted
 // (refreekv-decode-evicted.h): its blocks are judged by their sketches, those that count are chosen, and read. All sums are f32, while upstream rounds the
-// queries and (without flash attention) the weights to f16: logits differ from upstream's by that.
+// queries and (without flash attention) the weights to f16: logits differ from upstream's by that, also before an eviction.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
 struct refreekv_decode_softmax {

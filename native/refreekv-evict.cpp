@@ -14,7 +14,8 @@
 #include <algorithm>
 #include <cinttypes>
 
-static const size_t REFREEKV_SCRATCH_BYTES = 256u*1024*1024; // of all threads
+static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
+static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
@@ -104,14 +105,17 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     // which rows a store with a limit has room for hangs on their order
     uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
 
-    // nor is the scratch memory to grow with them beyond a bound: a KV head's weights at least (refreekv-attention-cpu.cpp)
-    const size_t size = (size_t) std::max(1, table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*kv.hparams.n_gqa(layers[0].il)*sizeof(float);
+    // nor is the scratch memory to grow with them beyond a bound: a query head's weights at least (refreekv-attention-cpu.cpp)
+    const size_t size = (size_t) std::max(1, table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*sizeof(float);
 
     n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
     const auto all = all_cells(seq_id);
 
     std::vector<eviction_scratch> scratch(n_threads);
+    for (auto & s : scratch) {
+        s.attention.weights_limit = REFREEKV_WEIGHTS_BYTES/n_threads;
+    }
     std::atomic<int64_t>          n_evicted { 0 };
 
     int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {

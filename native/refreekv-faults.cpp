@@ -11,6 +11,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 // the tolerance, or 0; throws where there can be none and they are needed
@@ -134,6 +135,11 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
         }
         it->cells.emplace_back(pos_of(cells[i]), i);
     }
+
+    const size_t n_blocks = std::accumulate(runs.begin(), runs.end(), (size_t) 0,
+            [](size_t n, const run & r) { return n + (r.cells.size() + refreekv_sketch::n_cells - 1)/refreekv_sketch::n_cells; });
+
+    g.evicted->sketch.reserve(n_blocks);
 
     const ggml_type type = cache_type(g, false);
     const int64_t   n    = n_embd(g, false);

@@ -25,7 +25,7 @@ public:
         llm_graph_input_attn_kv(hparams, cparams, mctx),
         store(refreekv_store::of(mctx)),
         reservation(refreekv_store::is_reservation(mctx)),
-        decodes(!reservation && store->is_pruned()),
+        decodes(!reservation && store->evicts()),
         generation(store->generation()) {
     }
 
@@ -48,7 +48,7 @@ private:
     refreekv_store * store;
 
     const bool     reservation; // worst case: one layout of n_ctx cells
-    const bool     decodes;     // single tokens by our own kernel; until cells are evicted every logit is upstream's bit for bit
+    const bool     decodes;     // single tokens by our own kernel; the elastic full cache is upstream's bit for bit
     const uint64_t generation;
 
     struct kind {
@@ -228,7 +228,7 @@ bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const 
         k.inp->mctx = mctx;
     }
 
-    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation() || decodes != store->is_pruned()) {
+    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation()) {
         return false;
     }
 

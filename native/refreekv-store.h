@@ -176,8 +176,8 @@ public:
     // nullptr: the attention of the layer is not of that kind
     const refreekv_decode_softmax * softmax_of(int32_t il) const;
 
-    // whether a sequence was pruned and has not got everything back
-    bool is_pruned() const;
+    // whether cells may be evicted: the cache is not the elastic full one
+    bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
 
     // what decoding may have of a group's evicted rows; nullptr: nothing
     refreekv_decode_evicted * evicted_of(uint32_t i_group) const;

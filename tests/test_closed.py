@@ -72,7 +72,9 @@ def test_what_was_begun_before(tiny_model: Path, policy: str) -> None:
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
-    "options", [{"kv_policy": "no such"}, {"model_path": "no such"}, {"type_v": Q8_0, "flash_attn": False}], ids=["option", "file", "type"]
+    "options",
+    [{"kv_policy": "no such"}, {"model_path": "no such"}, {"type_v": Q8_0, "flash_attn": False}],
+    ids=["option", "file", "type"],
 )
 def test_a_llama_that_could_not_be_loaded_says_so(tiny_model: Path, use: str, options: dict[str, Any]) -> None:
     llm = Llama.__new__(Llama)

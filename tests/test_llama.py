@@ -342,8 +342,9 @@ def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
 def test_a_prompt_that_goes_on_from_a_whole_state_is_pruned_as_a_fresh_one(
     tiny_model: Path, name: str, n_more: int
 ) -> None:
-    # once the queries since the state were all that the policy judged by
-    source, llm, fresh = (load(tiny_model, POLICIES[name]) for _ in range(3))
+    # once the queries since the state were all that the policy judged by. With flash attention, what a token computes
+    # depends a little on the batch that it is read in
+    source, llm, fresh = (load(tiny_model, POLICIES[name], flash_attn=False) for _ in range(3))
     source.eval(PROMPT)
     llm.load_state(source.save_state())
     tokens = [*PROMPT, *QUESTION[:n_more]]

@@ -70,7 +70,8 @@ class Llama(llama_cpp.Llama):
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
             prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
-        flash_attn: True, False, or "auto": the faster setting for the backend and the type of V. Default: "auto".
+        flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
+            False unless the backend or the type of V makes True the better setting. Default: "auto".
         verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
             to the logger "refreekv_cpp" with level INFO, whatever this says; where the program's logging shows them,
             they are not printed besides. Default: True, as upstream.
@@ -122,7 +123,6 @@ class Llama(llama_cpp.Llama):
         self._faults = faults.check(kv_faults, kv.evicted)
         self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
-        options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: must be a number of tokens, or 0 for the model's own")
@@ -159,7 +159,7 @@ class Llama(llama_cpp.Llama):
         self._heads_set = False
 
         try:
-            self._load(model_path, options)
+            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
