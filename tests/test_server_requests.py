@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import openai
@@ -16,6 +18,7 @@ from tiny_projector import random_png, write_projector
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONE = "\ud83d"
+CALL = {"name": "switch", "arguments": '{"on": true}'}
 PIXEL = "data:image/png;base64,AAAA"
 
 
@@ -225,7 +228,7 @@ def test_text_in_parts(client: openai.OpenAI, model: str) -> None:
 @pytest.mark.parametrize("model", ["text", "tools"])
 @pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}, {"content": []}], ids=str)
 def test_calls_without_content(client: openai.OpenAI, model: str, content: dict[str, Any]) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "switch", "arguments": '{"on": true}'}}
+    call = {"id": "1", "type": "function", "function": CALL}
     messages = [
         *user("x"),
         {"role": "assistant", **content, "tool_calls": [call]},
@@ -299,3 +302,55 @@ def test_images(tiny: Callable[[str], Path], tmp_path: Path) -> None:
             for stream in (False, True):
                 body = {"messages": user([{"type": "image_url", "image_url": url}]), "stream": stream}
                 assert_refused(client, CHAT, body, None)
+
+
+JUNK: list[Any] = [
+    None, True, 0, -1, 2**31, 2**70, 0.5, 1e308, 1e-320, "", "x", "\0", LONE, "x" * 3000, [], ["x"], [[]], [None], {},
+    {"a": 1}, {"type": "text"}, {"5": 100}, {"cat": 1}, "auto", "required", "json_object", "{{ 7 * 7 }}", "</s>",
+    'root ::= "a"', "root ::= [a-z]*", 'root ::= <[300]> | !<[5]>', "root ::= [^\\x01-\\U0010FFFF]", "root ::= (",
+    {"type": "function", "function": {"name": "switch"}}, {"type": "json_object", "schema": {"$ref": "#/x"}},
+    {"type": "json_object", "schema": {"enum": []}}, {"type": "json_object", "schema": {"properties": 5}},
+    {"type": "json_object", "schema": {"type": "string", "pattern": "("}},
+]  # fmt: skip
+TURNS = [
+    {"role": "system", "content": "x"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": CALL}]},
+    {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}]},
+]
+VALID: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "x", "suffix": "y", "echo": True, "stop": ["a"], "seed": 1, "grammar": 'root ::= "ab"'}),
+    (COMPLETIONS, {"prompt": ["x"], "temperature": 0.5, "top_k": 5, "repeat_penalty": 2, "min_tokens": 1}),
+    (CHAT, {"messages": TURNS, "tools": [SWITCH], "tool_choice": "auto", "mirostat_mode": 2, "mirostat_tau": 1}),
+    (CHAT, {"messages": user("x"), "functions": [SWITCH["function"]], "function_call": {"name": "switch"}}),
+    (CHAT, {"messages": user("x"), "response_format": {"type": "json_object"}, "logit_bias": {"5": 1}}),
+    ("/v1/embeddings", {"input": ["a", "b"]}),
+    ("/extras/detokenize", {"tokens": [5, 6]}),
+]
+
+
+def changed(random: Random, value: Any) -> Any:
+    """A JSON value with something else in one place of it."""
+    if not value or not isinstance(value, (dict, list)) or random.random() < 0.2:
+        return copy.deepcopy(random.choice(JUNK))
+    res = copy.copy(value)
+    key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if isinstance(res, dict) and random.random() < 0.2:
+        del res[key]
+    else:
+        res[key] = changed(random, value[key])
+    return res
+
+
+@pytest.mark.parametrize("model", ["text", "tools", "embeddings"])
+def test_no_request_is_too_much(client: openai.OpenAI, model: str) -> None:
+    random = Random(model)
+    for _ in range(150):
+        path, valid = random.choice(VALID)
+        body = valid
+        for _ in range(random.randint(1, 3)):
+            name = random.choice(list(valid))
+            body = {**body, name: changed(random, body[name])}
+        body = {**body, "model": model, "max_tokens": 3, "stream": random.random() < 0.3}
+        status, text = send(client, path, body)
+        assert status in (200, 400), (path, body, text)
+        assert "internal_server_error" not in text, (path, body, text)

@@ -1,4 +1,4 @@
-"""Answers of a model: one at a time, given up when the client has left, with a status for what fails at the start."""
+"""Responses that a model generates: one at a time, and only as long as the client is connected."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ Chunk = dict[str, Any]
 
 
 class Answer(Response):
-    """What a model says, found out while this response is sent.
+    """A response whose content a model generates while the response is being sent.
 
-    It waits for its turn with the model. What fails before the first token is an error with its status. A client that
-    leaves ends it: in the queue at once, else before the next batch of the prompt or the next token.
+    It first waits until no other response uses the model. An error before the first token becomes an error response
+    with the right HTTP status. When the client disconnects, a response that still waits is dropped at once, and one
+    that uses the model stops before the next batch of the prompt or before the next token.
 
     Args:
         models: the models of the server.
         model: the name of the one that is asked; None: the first.
-        ask: asks it, in another thread; a dict is the body of the response, an iterator a stream of events.
-        give_way: a stream ends early when somebody else waits.
-        ping: what keeps the connection of a stream alive; None: sse-starlette's own.
+        ask: called with the model in another thread; it returns the body of the response, or an iterator over the
+            events of a stream.
+        give_way: whether a stream ends early when another request waits for the model.
+        ping: makes the messages that keep the connection of a stream open; None: sse-starlette's own.
     """
 
     def __init__(
@@ -108,6 +110,6 @@ def _to_json(answer: Chunk) -> str:
 
 
 async def _never() -> Message:
-    """The receive of a response whose client is watched already."""
+    """Replaces `receive` for the inner responses: `Answer` itself watches for the client's disconnect."""
     await anyio.sleep_forever()
     raise AssertionError

@@ -1,4 +1,4 @@
-"""Grammars of requests. llama.cpp ends the process over some of them, so they are checked and watched here."""
+"""Grammars of requests. Some of them make llama.cpp abort or crash; this module turns those into exceptions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from llama_cpp._internals import LlamaModel, LlamaSampler
 from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
 
-# llama.cpp reads a grammar recursively: several times these fit a thread's stack of 8 MiB
+# llama.cpp parses a grammar recursively. These bounds are a quarter or less of what overflows a stack of 8 MiB.
 MAX_CHARACTERS = 100_000
 MAX_NESTING = 4000
-# llama-cpp-python writes a repetition out, item by item
+# llama-cpp-python writes each repetition of a schema out, item by item
 MAX_REPETITIONS = 4000
 
 _TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
@@ -25,7 +25,7 @@ _REPETITION = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 def check_schema(schema: Any) -> Any:
-    """A JSON schema that does not become a grammar of any size.
+    """The JSON schema, if its grammar has a reasonable size.
 
     Raises:
         ValueError: something in it is repeated too often.
@@ -105,11 +105,12 @@ def check(model: LlamaModel, text: str) -> None:
 
 
 class Sampler(LlamaSampler):
-    """Upstream's, with a grammar that raises.
+    """llama-cpp-python's sampler, except that a grammar raises Python exceptions.
 
-    In upstream's chain a grammar that does not parse is a null pointer, and a token that it does not allow an exception
-    that no C++ code catches: both end the process. Here the grammar is no member of the chain: one that is applies it,
-    and a token that has been chosen is only accepted where it is allowed.
+    llama-cpp-python adds the grammar to llama.cpp's chain of samplers. If it does not parse, a null pointer is added;
+    if it allows none of the model's tokens, llama.cpp throws a C++ exception that nothing catches. Both end the
+    process. Here a custom sampler in the chain applies the grammar, and the grammar accepts the chosen token only if it
+    allows it.
     """
 
     _grammar: _Grammar | None = None

@@ -21,12 +21,12 @@ from refreekv_cpp.server.errors import RequestError
 from refreekv_cpp.server.grammars import Sampler
 from refreekv_cpp.server.settings import LLAMA_OPTIONS, ModelSettings
 
-# what every Llama of this process makes its samplers of
+# from now on every Llama of this process makes its samplers of this class
 llama_cpp._internals.LlamaSampler = Sampler  # type: ignore[misc]
 
 
 class Interrupted(Exception):
-    """Nobody waits for this answer any more."""
+    """The client that asked for this answer has disconnected."""
 
 
 def _never() -> bool:
@@ -40,7 +40,7 @@ class CountingLlama(Llama):
         n_prompt: tokens of prompts.
         n_completion: tokens generated, without those that end a generation.
         takes_images: the model has a projector.
-        interrupted: asked before each batch of a prompt and each token; where it says yes, Interrupted is raised.
+        interrupted: called before each batch of a prompt and each token; where it returns True, Interrupted is raised.
     """
 
     # the server's settings have some that Llama no longer has
@@ -84,7 +84,7 @@ class Models(LlamaProxy):
     """Upstream's proxy; what it loads is a `CountingLlama`.
 
     Attributes:
-        turn: who holds it may use the model.
+        turn: the lock that a response holds while it uses the model.
     """
 
     def __init__(self, models: list[llama_cpp.server.settings.ModelSettings]) -> None:
@@ -121,9 +121,9 @@ class Models(LlamaProxy):
             def __init__(self, model_path: str, **options: Any) -> None:
                 options |= more
                 if options["embedding"]:
-                    # a text is read in one batch, and llama.cpp ends the process where it has no room for one
+                    # a model without causal attention needs a text in one physical batch, else llama.cpp aborts
                     options["n_batch"] = min(options["n_batch"], options["n_ubatch"])
-                # upstream keeps the logits for a draft, but only has room for all of them if it is told
+                # llama-cpp-python keeps the logits of all tokens for a draft, but makes room for them only with this
                 options["logits_all"] |= options["draft_model"] is not None
                 options["n_gpu_layers"] = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
                 try:

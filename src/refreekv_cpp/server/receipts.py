@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,8 @@ from refreekv_cpp.server.errors import RequestError, describe, request_error
 from refreekv_cpp.server.models import CountingLlama, Interrupted
 
 Chunk = dict[str, Any]
+
+_logger = logging.getLogger(__name__)
 
 
 def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
@@ -45,19 +48,21 @@ def complete(
     n_prompt, n_completion = llm.n_prompt, llm.n_completion
 
     def blame(error: Exception) -> Exception:
-        """Whose error it is: what upstream raises before the model reads, it raises because of the request."""
-        if isinstance(error, Interrupted):
-            return error
-        if isinstance(error, AssertionError):  # of the functions that upstream has for chat formats
-            return RequestError("The chat format of this model cannot do what is asked for.")
-        if llm.n_prompt == n_prompt or isinstance(error, (ValueError, jinja2.TemplateError, CacheMemoryError)):
+        """The error as a RequestError where the request is its cause. Before the model reads a prompt, llama-cpp-python
+        only works on the request, so that whatever fails there has its cause in the request, too."""
+        if isinstance(error, (RequestError, ValueError, jinja2.TemplateError, CacheMemoryError)):
+            return request_error(error)
+        if isinstance(error, AssertionError):  # of llama-cpp-python's functions for chat formats
+            return RequestError("The chat format of this model does not support this combination of parameters.")
+        if llm.n_prompt == n_prompt and not isinstance(error, Interrupted):
+            _logger.warning("llama-cpp-python failed at a request", exc_info=error)
             return request_error(error)
         return error
 
     try:
         response = method(llm, **options)
     except Exception as error:
-        raise blame(error) from error
+        raise blame(error) from None
     if isinstance(response, dict):
         response["usage"]["kv"] = kv_receipt(llm, prune_ms_before=prune_ms)
         return response
@@ -85,7 +90,7 @@ def _stream(
             yield chunk
     except Exception as error:
         if not chunk or isinstance(error, Interrupted):
-            raise blame(error) from error
+            raise blame(error) from None
         yield describe(blame(error))[1]
         return
     if usage:

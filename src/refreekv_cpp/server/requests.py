@@ -1,4 +1,4 @@
-"""What clients ask for: upstream's requests, checked as far as upstream leaves them to chance."""
+"""The bodies of requests: upstream's models, with the checks that upstream lacks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from refreekv_cpp.server.models import CountingLlama
 
 # of a request, not of the methods of Llama
 _NOT_OPTIONS = {"n", "best_of", "logit_bias_type", "user", "min_tokens", "stream_options"}
-# a bias beyond all logits, which are still numbers after it
+# far beyond all logits, but small enough that a logit plus a bias is still finite
 _MAX_BIAS = 1e9
 
 
 class _Request(BaseModel):
-    """null is the default of a parameter, as with OpenAI; but of max_tokens it is no limit, as with upstream."""
+    """null means the default of a parameter, as in OpenAI's API, except for max_tokens, where it means no limit."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -108,7 +108,8 @@ class _GenerationRequest(_Request):
 
 
 class _MinTokens(llama_cpp.MinTokensLogitsProcessor):
-    """Upstream's, which leaves no token at all where a grammar has come to its end: that goes first here."""
+    """Upstream's, but with a large finite bias in place of -inf. At the end of a grammar only the token that ends the
+    answer is allowed, and with a finite bias it can still be chosen."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores = super().__call__(input_ids, scores)
