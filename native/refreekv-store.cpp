@@ -691,8 +691,19 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() 
     for (const auto & g : groups) {
         res[g.rows.get_shape().buft] += g.rows.bytes();
     }
-    for (const auto & [_, buf] : ring_bufs) {
-        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & [buft, size] : ring_breakdown()) {
+        res[buft] += size;
+    }
+
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    for (const auto & [ctx, buf] : ring_bufs) {
+        auto * buft = ggml_backend_buffer_get_type(buf.get());
+        res[buft] += kv.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
     }
 
     return res;

@@ -167,6 +167,9 @@ public:
 
     const refreekv_ring & get_ring() const { return ring; }
     bool has_rings() const { return !ring_bufs.empty(); }
+
+    // their bytes; without allocation (hparams.no_alloc) what they would need
+    std::map<ggml_backend_buffer_type_t, size_t> ring_breakdown() const;
     ggml_tensor * ring_of(int32_t il) const { return layers[il_to_layer.at(il)].ring; }
 
     // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;

@@ -153,6 +153,21 @@ struct refreekv_buffer_info {
     uint64_t     bytes_compute;
 };
 
+// what a model and its context take of the memory of one device
+struct refreekv_device_info {
+    const char * name;               // ggml's: "CUDA0", "CPU"; static
+    const char * description;        // what the machine calls it; static
+    bool         is_host;            // host memory: the last one, with all that lies on no device
+    uint64_t     bytes_free;         // as the device has it now; 0 of 0 where it does not say
+    uint64_t     bytes_total;
+    uint64_t     bytes_model;
+    uint64_t     bytes_repacked;     // of bytes_model: weights that the CPU's kernels want in another order than the file has
+    uint64_t     bytes_context;      // the cache of n_ctx and what belongs to it, whether it is there yet or not
+    uint64_t     bytes_compute;      // compute buffers, as reserved
+    uint64_t     bytes_compute_used; // of them: what graphs need that put out one row of logits per sequence
+    uint64_t     bytes_work;         // scratch memory of the CPU's threads beside them
+};
+
 struct refreekv_group_info {
     int32_t  il;          // layer in the model
     int32_t  n_head;      // query heads
@@ -234,6 +249,10 @@ REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refre
 // upstream's llama_get_memory_breakdown, of the same moment; returns the number of buffer types, writes at most n_max of
 // them. Any thread; works without a policy, too
 REFREEKV_API int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * info, int32_t n_max);
+
+// the devices of the context's model, then the host; returns their number, writes at most n_max of them. bytes_compute_used and
+// bytes_work are those of models that were loaded with no_alloc, 0 otherwise; bytes_context of others is what is allocated now
+REFREEKV_API int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_info * info, int32_t n_max);
 
 // the positions of a sequence that a group holds, ascending; returns their number, writes at most n_max of them
 REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max);

@@ -225,6 +225,14 @@ def _copies(pointer: str, array: Any, n: int) -> list[Any]:
     return [ffi.new(pointer, array[i]) for i in range(min(n, len(array)))]
 
 
+def devices(ctx: Any) -> list[Any]:
+    """What a model and its context take of each device's memory, a `refreekv_device_info` each; the host is the last."""
+    n_max = 64
+    out = ffi.new("struct refreekv_device_info[]", n_max)
+    n = _check(_lib.refreekv_get_devices(_context(ctx), out, n_max))
+    return [ffi.new("struct refreekv_device_info *", out[i]) for i in range(min(n, n_max))]
+
+
 def kept(ctx: Any, seq_id: int, index: int) -> Positions:
     """The positions of a sequence that a group holds, ascending."""
     out = np.empty(group(ctx, index).n_kept, dtype=np.int32)
