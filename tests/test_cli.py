@@ -12,7 +12,9 @@ from refreekv_cpp import Llama
 from refreekv_cpp.cli import app, common
 from refreekv_cpp.document import FACT, write_document
 
-_SHORT = ["--n-ctx", "512", "--max-tokens", "4", "--temperature", "0"]
+# without a word on what was chosen for the GPU and the context
+_CHOSEN = ["--n-ctx", "512", "--gpu-layers", "0"]
+_SHORT = [*_CHOSEN, "--max-tokens", "4", "--temperature", "0"]
 
 
 def refreekv(*args: str | Path, stdin: str | None = None) -> Result:
@@ -52,9 +54,10 @@ def test_unknown_policy(command: list[str], no_model: Path) -> None:
     assert_one_error_line(result, "kv_policy='refrekv': unknown, did you mean 'refreekv'?", "'streaming'")
 
 
-@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["info"]])
-def test_not_a_model(command: list[str], no_model: Path) -> None:
-    assert_one_error_line(refreekv(*command, no_model), "Failed to load model", str(no_model))
+@pytest.mark.parametrize(("command", "options"), [(["run", "--prompt", "hi"], ["--gpu-layers", "0"]), (["info"], [])])
+def test_not_a_model(command: list[str], options: list[str], no_model: Path) -> None:
+    result = refreekv(*command, no_model, *options)
+    assert_one_error_line(result, "Failed to load model", str(no_model))
 
 
 def test_unknown_type(no_model: Path) -> None:
@@ -88,7 +91,7 @@ def test_info_of_quantised_cache(tiny: Callable[[str], Path]) -> None:
 # a context is as long as llama.cpp rounds it up to
 @pytest.mark.parametrize("n_ctx", ["200", "256"])
 def test_run_too_long(tiny_model: Path, n_ctx: str) -> None:
-    result = refreekv("run", tiny_model, "--prompt", "x" * 250, "--n-ctx", n_ctx)
+    result = refreekv("run", tiny_model, "--prompt", "x" * 250, "--n-ctx", n_ctx, "--gpu-layers", "0")
     assert_one_error_line(result, "exceed context window of 256")
 
 
@@ -124,7 +127,7 @@ def test_info(default_model: Path) -> None:
 
 @pytest.mark.model
 def test_run(default_model: Path) -> None:
-    options = ["--n-ctx", "512", "--max-tokens", "8", "--temperature", "0"]
+    options = [*_CHOSEN, "--max-tokens", "8", "--temperature", "0"]
     result = refreekv("run", default_model, "--prompt", "Say hello.", *options)
     assert result.exit_code == 0
     assert result.stdout.strip()
@@ -133,7 +136,7 @@ def test_run(default_model: Path) -> None:
 
 @pytest.mark.model
 def test_run_raw_counts_up(default_model: Path) -> None:
-    options = ["--n-ctx", "512", "--max-tokens", "6", "--temperature", "0", "--kv-policy", "full", "--raw"]
+    options = [*_CHOSEN, "--max-tokens", "6", "--temperature", "0", "--kv-policy", "full", "--raw"]
     result = refreekv("run", default_model, "--prompt", "1, 2, 3, 4, 5, 6, 7,", *options)
     assert result.exit_code == 0
     assert "8, 9" in result.stdout

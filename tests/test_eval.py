@@ -300,10 +300,10 @@ def test_a_question_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--policies", "full,refrekv"], "did you mean 'refreekv'"),
         (["--policies", "full@q9"], "no cache type 'q9'"),
-        (["--question", "open"], "--question open: valid are seen, hidden, both"),
+        (["--question", "open"], "--question open: must be one of seen, hidden, both"),
         (["--generate", "needel"], "did you mean 'needle'"),
-        (["--depths", "1.5"], "--depths 1.5: valid are numbers from 0 to 1"),
-        (["--lengths", "long"], "--lengths long: valid are"),
+        (["--depths", "1.5"], "--depths 1.5: must be a number from 0 to 1"),
+        (["--lengths", "long"], "--lengths long: must be a number"),
         (["--data", "nowhere"], "there is no *.jsonl"),
         (["--lengths", "600", "--depths", "0", "--min-tokens", "2000"], "none of 3 items has 2000 to 4096 tokens"),
     ],

@@ -265,7 +265,7 @@ def test_heads_above_the_threshold_are_kept_whole(tiny_model: Path, monkeypatch:
 def test_scores_are_measured_once_per_model_file(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REFREEKV_CACHE_DIR", str(tmp_path))
     expected = None
     for _ in range(2):
         llm = load(tiny_model, ReFreeKV())
@@ -297,14 +297,14 @@ def test_every_query_of_the_window_is_looked_at(tiny_model: Path) -> None:
 def test_a_damaged_or_unwritable_store_of_scores_does_no_harm(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("REFREEKV_CACHE_DIR", str(tmp_path / "file"))
     (tmp_path / "file").write_text("no folder")
     llm = load(tiny_model, ReFreeKV())
     llm.eval(PROMPT)
     assert induction.load(tiny_model, induction.options_of(llm, 64)) is None
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REFREEKV_CACHE_DIR", str(tmp_path))
     induction.save(tiny_model, "", {(0, 0): 0.5})
     assert induction.load(tiny_model, "") == {(0, 0): 0.5}
-    next((tmp_path / "refreekv-cpp" / "induction").iterdir()).write_text('{"format": 1, "scores": [[1]]}')
+    next((tmp_path / "induction").iterdir()).write_text('{"format": 1, "scores": [[1]]}')
     assert induction.load(tiny_model, "") is None

@@ -6,6 +6,8 @@ environment variable REFREEKV_POLICY set, `llama_cpp.Llama` is `refreekv_cpp.Lla
 
 from __future__ import annotations
 
+import importlib.metadata
+
 from refreekv_cpp import _llama_cpp  # noqa: F401  (makes `llama_cpp` importable for what follows)
 from refreekv_cpp.dropin import install_if_asked
 from refreekv_cpp.errors import (
@@ -40,5 +42,10 @@ __all__ = [
     "UnsupportedModelError",
 ]
 
+try:
+    __version__ = importlib.metadata.version("refreekv-cpp")
+except importlib.metadata.PackageNotFoundError:  # run from its sources
+    __version__ = "0+unknown"
+
 install_if_asked()
-del install_if_asked
+del install_if_asked, importlib

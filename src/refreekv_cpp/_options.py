@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-import platformdirs
-
+from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
@@ -48,7 +47,7 @@ class KVOptions:
     from_environment: bool = False
 
     def make_cold_dir(self) -> Path:
-        """The folder of the cold store's file: `cold_dir`, or the user's cache folder, or that of temporary files.
+        """The folder of the cold store's file: `cold_dir`, or one in the cache folder, or that of temporary files.
 
         Raises:
             PolicyError: `cold_dir` is no folder that can be written.
@@ -57,7 +56,7 @@ class KVOptions:
             if not _can_write(self.cold_dir):
                 raise PolicyError(f"kv_cold_dir={str(self.cold_dir)!r}: not a folder that can be written")
             return self.cold_dir
-        folder = platformdirs.user_cache_path("refreekv-cpp") / "cold"
+        folder = cache_dir() / "cold"
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder if _can_write(folder) else Path(tempfile.gettempdir())

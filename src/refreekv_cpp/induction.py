@@ -19,9 +19,9 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import platformdirs
 
 from refreekv_cpp import native
+from refreekv_cpp._cache_dir import cache_dir
 
 # of one half; on two models scores from 256 tokens and from 512 agree (correlation .98)
 N_RANDOM = 128
@@ -112,4 +112,4 @@ def _file_of(model_path: Path, options: str) -> Path:
         digest.update(file.read(2**20))
         file.seek(max(0, size - 2**20))
         digest.update(file.read())
-    return platformdirs.user_cache_path("refreekv-cpp") / "induction" / f"{digest.hexdigest()[:32]}.json"
+    return cache_dir() / "induction" / f"{digest.hexdigest()[:32]}.json"

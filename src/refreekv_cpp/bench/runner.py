@@ -11,7 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,17 @@ N_BATCH = 512  # tokens read at a turn; llama-cpp-python's n_batch
 
 @dataclass(frozen=True)
 class Contestant:
-    """kv_policy None: stock llama-cpp-python on the library in `library`."""
+    """kv_policy None: stock llama-cpp-python on the library in `library`.
+
+    options: further ones of `Llama`; stock leaves out those that start with kv_.
+    """
 
     name: str
     flash_attn: bool
     kv_policy: str | None
     library: Path | None = None
     n_gpu_layers: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass
@@ -97,6 +101,7 @@ class Worker:
             "flash_attn": contestant.flash_attn,
             "kv_policy": contestant.kv_policy,
             "n_gpu_layers": contestant.n_gpu_layers,
+            "options": contestant.options,
         }
         environment = dict(os.environ)
         if contestant.library:

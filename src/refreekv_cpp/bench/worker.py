@@ -1,6 +1,6 @@
 """One contestant of a benchmark, in a process of its own (two libllama do not go into one). Run by path, by runner.py.
 
-    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "n_gpu_layers", "kv_policy": null for stock}'
+    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "n_gpu_layers", "options", "kv_policy": null for stock}'
 
 Reads commands from stdin, one JSON a line, and answers each with one JSON line on stdout:
 
@@ -36,20 +36,22 @@ def resident_bytes(kind: str = "VmRSS") -> int:
 
 
 def load(spec: dict[str, Any]) -> Any:
-    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads", "n_gpu_layers")}
+    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads", "n_gpu_layers")} | spec["options"]
     if spec["kv_policy"] is None:
         from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the library
 
-        return Llama(spec["model"], verbose=False, **options)
+        stock = {name: value for name, value in options.items() if not name.startswith("kv_")}
+        return Llama(spec["model"], verbose=False, **stock)
 
     from refreekv_cpp import Llama as OurLlama
 
     if spec["kv_policy"] == "elastic":  # the full cache, growing with its contents
-        return OurLlama(spec["model"], verbose=False, kv_policy="full", kv_elastic=True, **options)
+        return OurLlama(spec["model"], verbose=False, kv_policy="full", **{**options, "kv_elastic": True})
 
     policy = spec["kv_policy"].removesuffix(NO_FAULTS)
-    faults = False if policy != spec["kv_policy"] else None
-    return OurLlama(spec["model"], verbose=False, kv_policy=policy, kv_faults=faults, **options)
+    if policy != spec["kv_policy"]:
+        options["kv_faults"] = False
+    return OurLlama(spec["model"], verbose=False, kv_policy=policy, **options)
 
 
 def begin(llm: Any, n_tokens: int) -> dict[str, Any]:

@@ -12,21 +12,24 @@ import typer
 from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 
-from refreekv_cpp._figure import have_matplotlib
+from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
 from refreekv_cpp.bench.plot import write_plot
 from refreekv_cpp.bench.runner import Contestant, Result, run
 from refreekv_cpp.bench.worker import NO_FAULTS
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.document import write_document
+from refreekv_cpp.models import resolve
 from refreekv_cpp.policies import as_policy
 
 
 @common.user_errors()
+@takes_options
 def bench(
     model: ModelArgument,
+    machine: MachineOptions,
     against: Annotated[
         Path | None, typer.Option(help="Folder of a stock libllama (cmake -DREFREEKV_STOCK=ON) to compare with.")
     ] = None,
@@ -38,38 +41,46 @@ def bench(
         ),
     ] = "full,refreekv",
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
-    flash_attn: Annotated[str, typer.Option(help="off, on, or both.")] = "both",
+    flash_attn: Annotated[
+        bool | None,
+        typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.", show_default="one after the other"),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    n_gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU; -1: all.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Bursts of decoding per contestant.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="How often all of it is done, with new processes.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per token there (needs matplotlib).")] = None,
 ) -> None:
     """Speed and memory, stock and policies side by side; they read and decode in turn."""
-    common.check_file(model)
-    settings = {"off": [False], "on": [True], "both": [False, True]}.get(flash_attn)
-    if settings is None:
-        raise ValueError(f"--flash-attn {flash_attn}: valid are off, on and both")
+    with needs_extra("eval", "refreekv bench"):
+        from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
+    if plot:
+        with needs_extra("eval", "--plot"):
+            import matplotlib  # noqa: F401
+    settings = [False, True] if flash_attn is None else [flash_attn]
     lengths = lengths_of(tokens)
+    # as little room as the run needs: stock allocates all of it
+    contexts = {length: -(-(length + 8 * rounds + 8) // 256) * 256 for length in lengths}
     contestants = [
-        replace(contestant, n_gpu_layers=n_gpu_layers)
-        for setting in settings
-        for contestant in contestants_of(kv_policy, against, flash_attn=setting)
+        contestant for setting in settings for contestant in contestants_of(kv_policy, against, flash_attn=setting)
     ]
+    path = resolve(model)
+    n_gpu_layers = machine.n_gpu_layers(path, n_ctx=max(contexts.values()), kv_policy="full")
+    contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
 
-    if plot and not have_matplotlib():
-        raise ValueError("--plot: needs matplotlib: pip install 'refreekv-cpp[eval]'")
-
-    text = document_tokens(model, max(lengths))
-    bandwidth, n_weights = read_bandwidth(threads), weight_bytes(model)
+    text = document_tokens(path, max(lengths))
+    bandwidth, n_weights = read_bandwidth(threads), weight_bytes(path)
     results = []
     for length in lengths:
         common.stderr.print(f"{length} tokens ...", style="dim")
-        # as little room as the run needs: stock allocates all of it
-        n_ctx = -(-(length + 8 * rounds + 8) // 256) * 256
         results += run(
-            contestants, model, text[:length], n_ctx=n_ctx, n_threads=threads, rounds=rounds, repeats=repeats
+            contestants,
+            path,
+            text[:length],
+            n_ctx=contexts[length],
+            n_threads=threads,
+            rounds=rounds,
+            repeats=repeats,
         )
         if json_path:
             json_path.write_text(json.dumps([result.as_dict() for result in results], indent=1))
@@ -95,7 +106,7 @@ def lengths_of(text: str) -> list[int]:
     """
     lengths = [int(length) if length.strip().isdigit() else 0 for length in text.split(",")]
     if min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        raise ValueError(f"--tokens {text}: valid are different positive numbers, separated by commas")
+        raise ValueError(f"--tokens {text}: must be different positive numbers, separated by commas")
     return lengths
 
 

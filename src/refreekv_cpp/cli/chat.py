@@ -4,49 +4,26 @@ import contextlib
 from typing import Any
 
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import (
-    EvictedOption,
-    FlashAttnOption,
-    MaxTokensOption,
-    MemoryLimitOption,
-    ModelArgument,
-    NCtxOption,
-    PolicyOption,
-    SystemOption,
-    TemperatureOption,
-    ThreadsOption,
-)
+from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, SystemOption, TemperatureOption
+from refreekv_cpp.cli.options import LoadOptions, takes_options
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.models import resolve
 
 with contextlib.suppress(ImportError):  # Windows has none
     import readline  # noqa: F401  (makes input() editable)
 
 
 @common.user_errors()
+@takes_options
 def chat(
     model: ModelArgument,
+    options: LoadOptions,
     system: SystemOption = None,
     max_tokens: MaxTokensOption = 512,
-    n_ctx: NCtxOption = 0,
-    kv_policy: PolicyOption = "refreekv",
-    kv_evicted: EvictedOption = "restore",
-    kv_memory_limit: MemoryLimitOption = None,
-    flash_attn: FlashAttnOption = None,
-    threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
 ) -> None:
     """Talk with the model. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D ends it."""
-    with contextlib.closing(
-        common.load(
-            model,
-            n_ctx=n_ctx,
-            kv_policy=kv_policy,
-            kv_evicted=kv_evicted,
-            kv_memory_limit=kv_memory_limit,
-            flash_attn=flash_attn,
-            threads=threads,
-        )
-    ) as llm:
+    with contextlib.closing(options.load(resolve(model))) as llm:
         history = common.messages(system)
         while (line := _read_line()) not in (None, "/exit"):
             if line == "/clear":
@@ -58,7 +35,7 @@ def chat(
 def _read_line() -> str | None:
     """What the user typed; None: no more will come."""
     try:
-        return input("> ").strip()
+        return common.whole_text(input("> ")).strip()
     except EOFError:
         print()
         return None

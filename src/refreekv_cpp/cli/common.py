@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import llama_cpp
 import typer
+from llama_cpp._internals import LlamaModel
 from llama_cpp._utils import suppress_stdout_stderr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from refreekv_cpp import native
+from refreekv_cpp import models, native
+from refreekv_cpp.cli.log import Log
 from refreekv_cpp.errors import RefreeKVError
 from refreekv_cpp.llama import Llama
-from refreekv_cpp.policies import as_policy
 
 # stdout is the model's text alone
 stderr = Console(stderr=True)
+messages_log = Log(stderr)
 
 
 def print_tables(*tables: Table) -> None:
@@ -31,28 +36,70 @@ def print_tables(*tables: Table) -> None:
     console.print(*tables)
 
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default=False)]
-SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
-MaxTokensOption = Annotated[int, typer.Option(min=0, help="Tokens to answer with at most; 0: as many as fit.")]
-NCtxOption = Annotated[int, typer.Option(min=0, help="Tokens of context; 0: the model's own.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {models.VALID}.", show_default=False)]
+_PANEL = "Model and cache"  # of --help
+GpuLayersOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        metavar="N",
+        help="Layers on the GPU: a number, all, or auto (as many as fit; 0 in a build without a GPU).",
+    ),
+]
+FlashAttnOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--flash-attn/--no-flash-attn",
+        rich_help_panel=_PANEL,
+        help="Use flash attention.",
+        show_default="by policy and backend",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=_PANEL, help="CPU threads.", show_default="by the number of cores")
+]
+OtherOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        rich_help_panel=_PANEL,
+        metavar="NAME=VALUE",
+        help="Any other option of Llama, such as kv_cold=memory, type_k=q8_0 or n_ubatch=256. Can be repeated.",
+    ),
+]
+NCtxOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        metavar="TOKENS",
+        help="Tokens of context: a number, or auto (what fits, 32768 at most). 0 is as many as the model was made for.",
+    ),
+]
 PolicyOption = Annotated[
-    str, typer.Option(help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...")
+    str,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
+    ),
 ]
 EvictedOption = Annotated[
     str,
     typer.Option(
+        rich_help_panel=_PANEL,
         help="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute (read "
-        "it all again) or drop (go on)."
+        "it all again) or drop (go on).",
     ),
 ]
 MemoryLimitOption = Annotated[
-    str | None, typer.Option(help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.")
+    str | None,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.",
+    ),
 ]
-FlashAttnOption = Annotated[
-    bool | None,
-    typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.", show_default="the faster setting"),
-]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="by the number of cores")]
+
+SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
+MaxTokensOption = Annotated[int, typer.Option(min=0, help="Tokens to answer with at most; 0: as many as fit.")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 
@@ -97,30 +144,31 @@ class ReadingLlama(Llama):
                 del self._ctx.decode
 
 
-def load(
-    model: Path, *, n_ctx: int, kv_policy: str, flash_attn: bool | None, threads: int | None, **kv_options: Any
-) -> ReadingLlama:
-    """The model, ready to read a prompt. kv_options: further options of `Llama` that start with kv_.
+def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
+    """The model, ready to read a prompt. options: those of `Llama` (cli.options has them of the command line).
 
     Raises:
-        ValueError: no such file, no such policy, or the model cannot have it.
+        ValueError: no such policy, the model cannot have it, or an option has a wrong value.
     """
-    policy = as_policy(kv_policy)
-    check_file(model)
+    verbose = messages_log.is_verbose()
     # llama.cpp rounds up to this, llama-cpp-python's own arrays would stay shorter than the context
-    n_ctx = -(-n_ctx // 256) * 256
+    n_ctx = -(-options["n_ctx"] // 256) * 256
     # verbose=False silences the weights, not the context
+    with messages_log.held(), suppress_stdout_stderr(disable=verbose):
+        try:
+            return ReadingLlama(str(model), **{**options, "n_ctx": n_ctx, "verbose": verbose})
+        except TypeError as error:  # an option of --option that nothing has checked
+            raise ValueError(f"an option has a value of a wrong kind: {error}") from error
+
+
+def load_without_weights(model: Path) -> LlamaModel:
+    """llama.cpp reads the metadata, and allocates nothing for the tensors."""
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     with suppress_stdout_stderr(disable=False):
-        return ReadingLlama(
-            str(model),
-            kv_policy=policy,
-            n_ctx=n_ctx,
-            flash_attn="auto" if flash_attn is None else flash_attn,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-            **kv_options,
-        )
+        llama_cpp.llama_backend_init()
+        return LlamaModel(path_model=str(model), params=params, verbose=False)
 
 
 def check_file(model: Path) -> None:
@@ -130,7 +178,24 @@ def check_file(model: Path) -> None:
 
 def messages(system: str | None, user: str | None = None) -> list[Any]:
     turns = [("system", system), ("user", user)]
-    return [{"role": role, "content": text} for role, text in turns if text is not None]
+    return [{"role": role, "content": whole_text(text)} for role, text in turns if text is not None]
+
+
+def whole_text(text: str) -> str:
+    """Text without lone surrogates, which no model can read. Python puts them where bytes of a terminal, a pipe or an
+    argument are no text in the locale's encoding; bytes that are UTF-8 become their characters again."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
+
+
+def accept_any_text() -> None:
+    """From now on stdout and stderr replace what their encoding does not have, and stdin takes any bytes."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "replace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper):  # None without a console
+            stream.reconfigure(errors=errors)
 
 
 def stream_chat(llm: Llama, history: list[Any], *, max_tokens: int, temperature: float) -> Iterator[str]:
@@ -141,7 +206,12 @@ def stream_chat(llm: Llama, history: list[Any], *, max_tokens: int, temperature:
 
 
 def print_receipt(llm: Llama) -> None:
-    stderr.print(llm.kv_stats.receipt(), style="dim", markup=False, highlight=False, soft_wrap=True)
+    print_note(llm.kv_stats.receipt())
+
+
+def print_note(text: str) -> None:
+    """What a user may want to know and did not ask for."""
+    stderr.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(error: Exception | str) -> None:

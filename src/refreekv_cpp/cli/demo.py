@@ -3,18 +3,17 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from refreekv_cpp import models
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import FlashAttnOption, PolicyOption, ThreadsOption
-from refreekv_cpp.default_model import default_model
+from refreekv_cpp.cli.options import LoadOptions, takes_options
 from refreekv_cpp.document import FACT, QUESTION, SECRET, write_document
-from refreekv_cpp.policies import as_policy
 from refreekv_cpp.stats import KVStats
 
 # for the question, the chat template and the answer
@@ -31,33 +30,29 @@ class Result:
 
 
 @common.user_errors()
+@takes_options
 def demo(
-    model: Annotated[
-        Path | None, typer.Option(help="A GGUF file of a chat model.", show_default="SmolLM2-135M-Instruct")
-    ] = None,
-    kv_policy: PolicyOption = "refreekv",
+    options: LoadOptions,
+    model: Annotated[str, typer.Option(metavar="MODEL", help=f"A chat model: {models.VALID}.")] = models.DEFAULT,
     tokens: Annotated[int, typer.Option(min=2000, help="Length of the document.")] = 4000,
-    flash_attn: FlashAttnOption = None,
-    threads: ThreadsOption = None,
 ) -> None:
     """Find a fact in a long document, with the full KV cache and with a pruned one, side by side."""
-    as_policy(kv_policy)
-    path = model or default_model()
+    path = models.resolve(model)
     common.stderr.print(
         f"A document of {tokens} tokens says after a tenth of it: {FACT}\nQuestion: {QUESTION}",
         highlight=False,
     )
-    results = {
-        policy: _answer(path, policy, tokens, flash_attn=flash_attn, threads=threads) for policy in ("full", kv_policy)
-    }
+    # the layers that fit with the full cache fit with the other, too
+    full = options.llama_options(path, n_ctx=tokens + _ROOM, kv_policy="full", kv_memory_limit=None)
+    pruned = {**full, "kv_policy": options.kv_policy, "kv_memory_limit": options.kv_memory_limit}
+    results = {"full": _answer(path, "full", tokens, full)}
+    results[options.kv_policy] = _answer(path, options.kv_policy, tokens, pruned)
     common.print_tables(_table(results))
 
 
-def _answer(path: Path, policy: str, tokens: int, *, flash_attn: bool | None, threads: int | None) -> Result:
+def _answer(path: Path, policy: str, tokens: int, options: dict[str, Any]) -> Result:
     common.stderr.print(f"{policy} ...", style="dim")
-    with closing(
-        common.load(path, n_ctx=tokens + _ROOM, kv_policy=policy, flash_attn=flash_attn, threads=threads)
-    ) as llm:
+    with closing(common.load(path, options)) as llm:
         document = write_document(tokens, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
         messages = common.messages(None, f"{document}\n\n{QUESTION}")
         answer = "".join(common.stream_chat(llm, messages, max_tokens=_MAX_ANSWER, temperature=0)).strip()

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refreekv_cpp._figure import have_matplotlib
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import ModelArgument, ThreadsOption
+from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.eval.data import Item, draw, of_datasets, read_items
 from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
 from refreekv_cpp.eval.plots import write_plots
@@ -19,13 +20,16 @@ from refreekv_cpp.eval.prompts import Prompter
 from refreekv_cpp.eval.report import REPORT, write_report
 from refreekv_cpp.eval.runner import Mode, Run, Settings, Task
 from refreekv_cpp.eval.spec import parse_specs
+from refreekv_cpp.models import resolve
 
 _MODES: dict[str, list[Mode]] = {"seen": ["seen"], "hidden": ["hidden"], "both": ["seen", "hidden"]}
 
 
 @common.user_errors()
+@takes_options
 def evaluate(
     model: ModelArgument,
+    machine: MachineOptions,
     out: Annotated[Path, typer.Option(help="Folder of the run: records and report. One that is there goes on.")],
     policies: Annotated[
         str,
@@ -51,25 +55,21 @@ def evaluate(
     continuation: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most; so many are compared.")] = 128,
     template: Annotated[bool, typer.Option(help="Use the model's chat template for questions.")] = True,
     flash_attn: Annotated[bool, typer.Option(help="Use flash attention for caches that do not need it.")] = False,
-    threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
 ) -> None:
     """What a pruned cache costs in answer quality, compared with the full cache on the same items."""
     specs = parse_specs(policies)
     if question not in _MODES:
-        raise ValueError(f"--question {question}: valid are {', '.join(_MODES)}")
+        raise ValueError(f"--question {question}: must be one of {', '.join(_MODES)}")
     names = list(GENERATORS) if generators is None and data is None else _names(generators or "")
     check_names(names)
     sizes = [_number(text, "--lengths", 16, 2**20) for text in _names(lengths)]
     places = [_number(text, "--depths", 0, 1) for text in _names(depths)]
-    common.check_file(model)
+    path = resolve(model)
     written = of_datasets(read_items(data), _names(datasets)) if data else []
 
-    settings = Settings(
-        n_continuation=continuation, n_threads=threads, flash_attn=flash_attn, template=template, seed=seed
-    )
     with suppress_stdout_stderr(disable=False):
-        vocabulary = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
+        vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     with closing(vocabulary):
         prompter = Prompter(vocabulary, template=template)
 
@@ -81,7 +81,16 @@ def evaluate(
         tasks = [Task(item, prompter.prompt(item)) for item in chosen]
     if not tasks:
         raise ValueError(f"none of {len(written) + len(made_up)} items has {min_tokens} to {max_tokens} tokens")
-    run = Run(out, model, tasks, specs, _MODES[question], settings)
+    settings = Settings(
+        n_continuation=continuation,
+        n_threads=machine.threads,
+        flash_attn=flash_attn,
+        n_gpu_layers=machine.n_gpu_layers(path, n_ctx=max_tokens + continuation, kv_policy="full"),
+        options=machine.others,
+        template=template,
+        seed=seed,
+    )
+    run = Run(out, path, tasks, specs, _MODES[question], settings)
     common.stderr.print(
         f"{len(tasks)} items, {len(specs)} caches; {run.n_done} records are there, {len(run.jobs)} to do",
         style="dim",
@@ -125,5 +134,5 @@ def _number(text: str, option: str, low: float, high: float) -> float:
     except ValueError:
         number = float("nan")
     if not low <= number <= high:
-        raise ValueError(f"{option} {text}: valid are numbers from {low} to {high}")
+        raise ValueError(f"{option} {text}: must be a number from {low} to {high}")
     return number

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -9,13 +9,17 @@ from rich.table import Table
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.eval.evicted import rank_correlation, study
-from refreekv_cpp.llama import Llama
+from refreekv_cpp.models import resolve
+from refreekv_cpp.policies import as_policy
 
 
 @common.user_errors()
+@takes_options
 def evicted(
     model: ModelArgument,
+    machine: MachineOptions,
     text: Annotated[Path, typer.Option(help="A text; its beginning is the prompt.")],
     kv_policy: Annotated[str, typer.Option(help="A policy that looks at attention.")] = "refreekv",
     tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt.")] = 4096,
@@ -23,11 +27,10 @@ def evicted(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """What evicted cells would have drawn of an answer's attention, and whether that says how far the answer is off."""
-    common.check_file(model)
     common.check_file(text)
-    n_ctx = tokens + answer + 8
-    options: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
-    llm = Llama(str(model), kv_policy=kv_policy, kv_faults=False, **options)
+    path = resolve(model)
+    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=as_policy(kv_policy), kv_faults=False)
+    llm = common.load(path, options)
     prompt = llm.tokenize(text.read_bytes())[:tokens]
     if len(prompt) < tokens:
         raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import llama_cpp
@@ -17,8 +16,9 @@ from refreekv_cpp import native
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import ModelArgument, NCtxOption
+from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.errors import CacheStateError
+from refreekv_cpp.models import resolve
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Cache:
 @common.user_errors()
 def info(
     model: ModelArgument,
-    n_ctx: NCtxOption = 0,
+    n_ctx: Annotated[int, typer.Option(min=0, help="Tokens of context; 0: as many as the model was made for.")] = 0,
     type_k: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(CACHE_TYPES)}.")] = "f16",
     type_v: Annotated[str, typer.Option(help="Type of the values.")] = "f16",
 ) -> None:
     """What a model's KV cache needs, and whether it can have a KV policy."""
     types = _type(type_k), _type(type_v)
     table = Table(show_header=False)
-    with closing(_load(model)) as loaded:
+    with closing(common.load_without_weights(resolve(model))) as loaded:
         metadata = loaded.metadata()
         for name, value in [
             ("architecture", metadata.get("general.architecture", "?")),
@@ -53,17 +53,6 @@ def info(
         refusal = native.model_refusal(loaded.model)
         table.add_row("KV policies", Text(f"no: {refusal}", "red") if refusal else Text("yes", "green"))
     common.print_tables(table)
-
-
-def _load(path: Path) -> LlamaModel:
-    """The model without its weights: llama.cpp reads the metadata and allocates nothing."""
-    common.check_file(path)
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    with suppress_stdout_stderr(disable=False):
-        llama_cpp.llama_backend_init()
-        return LlamaModel(path_model=str(path), params=params, verbose=False)
 
 
 def _read_cache(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> Cache | None:
@@ -114,5 +103,5 @@ def _range(values: Iterable[int]) -> str:
 
 def _type(name: str) -> int:
     if name not in CACHE_TYPES:
-        raise ValueError(f"type {name!r}: valid are {', '.join(CACHE_TYPES)}")
+        raise ValueError(f"type {name!r}: must be one of {', '.join(CACHE_TYPES)}")
     return CACHE_TYPES[name]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +15,17 @@ from refreekv_cpp.bench.runner import Contestant, Worker
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.bench import contestants_of, document_tokens
 from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.options import MachineOptions, takes_options
+from refreekv_cpp.models import resolve
 
 _TURN_TOKENS = 100
 
 
 @common.user_errors()
+@takes_options
 def memory(
     model: ModelArgument,
+    machine: MachineOptions,
     against: Annotated[Path | None, typer.Option(help="Folder of a stock libllama to compare with.")] = None,
     kv_policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "refreekv",
     tokens: Annotated[int, typer.Option(min=512, help="Length of the long prompt.")] = 7000,
@@ -30,14 +35,17 @@ def memory(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """What a process has in memory: after loading, with a long prompt, pruned; and after many conversations."""
-    common.check_file(model)
-    text = document_tokens(model, tokens)
+    contestants = contestants_of(kv_policy, against, flash_attn=bool(machine.flash_attn))
+    path = resolve(model)
+    n_gpu_layers = machine.n_gpu_layers(path, n_ctx=n_ctx, kv_policy="full")
+    text = document_tokens(path, tokens)
     stages = Table("cache", "stage", "RSS", "KV (allocator)", "RSS - KV", "kept cells need")
     growth = Table("cache", "tokens decoded", "ms/token", "slowest", "slowest / median")
     drift = Table("cache", "conversations", "RSS", "of it anonymous", "KV bytes after the same prompt")
-    for contestant in contestants_of(kv_policy, against, flash_attn=False):
+    for contestant in contestants:
+        contestant = replace(contestant, n_gpu_layers=n_gpu_layers, options=machine.others)
         common.stderr.print(f"{contestant.name} ...", style="dim")
-        worker = Worker(contestant, model, n_ctx, threads)
+        worker = Worker(contestant, path, n_ctx, threads)
         try:
             _stages(stages, worker, contestant, text)
             _growth(growth, worker, contestant)

@@ -9,33 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import (
-    FlashAttnOption,
-    MaxTokensOption,
-    MemoryLimitOption,
-    ModelArgument,
-    NCtxOption,
-    PolicyOption,
-    RawOption,
-    SystemOption,
-    TemperatureOption,
-    ThreadsOption,
-)
+from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, RawOption, SystemOption, TemperatureOption
+from refreekv_cpp.cli.options import LoadOptions, takes_options
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.models import resolve
 
 
 @common.user_errors()
+@takes_options
 def run(
     model: ModelArgument,
+    options: LoadOptions,
     prompt: Annotated[str | None, typer.Option(help="The prompt. Without it and --file: stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
     system: SystemOption = None,
     max_tokens: MaxTokensOption = 512,
-    n_ctx: NCtxOption = 0,
-    kv_policy: PolicyOption = "refreekv",
-    kv_memory_limit: MemoryLimitOption = None,
-    flash_attn: FlashAttnOption = None,
-    threads: ThreadsOption = None,
     temperature: TemperatureOption = 0.2,
     raw: RawOption = False,
 ) -> None:
@@ -43,16 +31,7 @@ def run(
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
     text = _read_prompt(prompt, file)
-    with closing(
-        common.load(
-            model,
-            n_ctx=n_ctx,
-            kv_policy=kv_policy,
-            kv_memory_limit=kv_memory_limit,
-            flash_attn=flash_attn,
-            threads=threads,
-        )
-    ) as llm:
+    with closing(options.load(resolve(model))) as llm:
         if raw:
             pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
         else:
@@ -77,7 +56,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         text = sys.stdin.read()
     if not text.strip():
         raise ValueError("the prompt is empty")
-    return text
+    return common.whole_text(text)
 
 
 def _read_text(file: Path) -> str:

@@ -12,15 +12,20 @@ from refreekv_cpp._options import Evicted
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.turns import Conversation, Turn
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import FlashAttnOption, ModelArgument, ThreadsOption
+from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.options import MachineOptions, takes_options
+from refreekv_cpp.models import resolve
+from refreekv_cpp.policies import as_policy
 
 _FULL = "full"
 _NO_FAULTS = "restore-no-faults"
 
 
 @common.user_errors()
+@takes_options
 def turns(
     model: ModelArgument,
+    options: MachineOptions,
     kv_policy: Annotated[str, typer.Option(help="The policy of the pruned caches.")] = "refreekv",
     kv_evicted: Annotated[
         str,
@@ -29,25 +34,25 @@ def turns(
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with at most.")] = 40,
-    flash_attn: FlashAttnOption = None,
-    threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(help="Of the document and the questions.")] = 0,
 ) -> None:
     """A chat about a long document, each question about another fact in it, with the full cache and pruned ones."""
     names = [_FULL, *(name.strip() for name in kv_evicted.split(","))]
     for name in names[1:]:
         if name not in (*get_args(Evicted), _NO_FAULTS):
-            raise ValueError(f"--kv-evicted {name}: valid are {', '.join(get_args(Evicted))}, {_NO_FAULTS}")
+            raise ValueError(f"--kv-evicted {name}: must be one of {', '.join(get_args(Evicted))}, {_NO_FAULTS}")
+    as_policy(kv_policy)
+    path = resolve(model)
+    n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
+    # the layers that fit with the full cache fit with the others, too
+    shared = options.llama_options(path, n_ctx=n_ctx, kv_policy=_FULL, kv_elastic=True)
     held: dict[str, list[Turn]] = {}
     for name in names:
-        options: dict[str, Any] = {"kv_elastic": True}
+        kv: dict[str, Any] = {}
         if name != _FULL:
-            options = {"kv_evicted": "restore", "kv_faults": False} if name == _NO_FAULTS else {"kv_evicted": name}
-        n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
-        policy = _FULL if name == _FULL else kv_policy
-        with closing(
-            common.load(model, n_ctx=n_ctx, kv_policy=policy, flash_attn=flash_attn, threads=threads, **options)
-        ) as llm:
+            kv = {"kv_evicted": "restore", "kv_faults": False} if name == _NO_FAULTS else {"kv_evicted": name}
+            kv |= {"kv_policy": kv_policy}
+        with closing(common.load(path, {**shared, **kv})) as llm:
             conversation = Conversation.make(llm, n_tokens=tokens, n_turns=n_turns, seed=seed)
             held[name] = list(
                 track(

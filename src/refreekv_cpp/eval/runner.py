@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Settings:
         n_continuation: tokens of an answer at most; so many are compared.
         n_second: tokens of a second answer at most.
         flash_attn: of caches that are not quantised.
+        options: further ones of `Llama`.
         template: whether the model's chat template is used.
         seed: items were drawn and made with it, intervals are.
     """
@@ -45,6 +46,8 @@ class Settings:
     n_second: int = 32
     n_threads: int | None = None
     flash_attn: bool = False
+    n_gpu_layers: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
     template: bool = True
     seed: int = 0
 
@@ -133,6 +136,8 @@ class Run:
                     n_ctx=n_ctx,
                     n_threads=self.settings.n_threads,
                     flash_attn=self.settings.flash_attn,
+                    n_gpu_layers=self.settings.n_gpu_layers,
+                    **self.settings.options,
                 )
                 stack.callback(session.close)
                 sessions[spec.text] = session

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -18,12 +19,18 @@ from refreekv_cpp.stats import KVStats
 
 class Session:
     """
+    Args:
+        others: further options of `Llama`; those of `spec` win.
+
     Raises:
         ValueError: no such file, or the model cannot have this cache.
     """
 
-    def __init__(self, model: Path, spec: Spec, *, n_ctx: int, n_threads: int | None, flash_attn: bool) -> None:
+    def __init__(
+        self, model: Path, spec: Spec, *, n_ctx: int, n_threads: int | None, flash_attn: bool, **others: Any
+    ) -> None:
         options = {
+            **others,
             "n_ctx": -(-n_ctx // 256) * 256,
             "n_threads": n_threads,
             "n_threads_batch": n_threads,
