@@ -141,7 +141,7 @@ def test_the_context_is_at_most_32k_unless_a_number_is_given(tiny_model: Path, m
 def test_a_context_shorter_than_the_models_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["run", tiny_model, "--prompt", "x", "--max-tokens", "1", "--threads", "1", "--gpu-layers", "0"]
     assert "context" not in refreekv(*arguments).stderr
-    monkeypatch.setattr(options._fit, "n_ctx", lambda model, **others: 512)
+    monkeypatch.setattr(options.fit, "n_ctx", lambda model, **others: 512)
     result = refreekv(*arguments)
     assert result.exit_code == 0, result.output
     assert "context: 512 of the model's 4096 tokens (--n-ctx)\n" in result.stderr

@@ -226,7 +226,7 @@ def _copies(pointer: str, array: Any, n: int) -> list[Any]:
 
 
 def devices(ctx: Any) -> list[Any]:
-    """What a model and its context take of each device's memory, a `refreekv_device_info` each; the host is the last."""
+    """What a model and its context take of each device: a `refreekv_device_info` each, the host's last."""
     n_max = 64
     out = ffi.new("struct refreekv_device_info[]", n_max)
     n = _check(_lib.refreekv_get_devices(_context(ctx), out, n_max))

@@ -17,6 +17,7 @@ from refreekv_cpp.cli.eval import eval_report, evaluate
 from refreekv_cpp.cli.evicted import evicted
 from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.memory import memory
+from refreekv_cpp.cli.plan import plan
 from refreekv_cpp.cli.run import run
 from refreekv_cpp.cli.serve import serve
 from refreekv_cpp.cli.turns import turns
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (run, chat, demo, info, bench, memory, turns):
+for command in (run, chat, demo, info, plan, bench, memory, turns):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-report")(eval_report)

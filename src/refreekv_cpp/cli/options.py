@@ -21,11 +21,12 @@ from typing import Any, get_args, get_type_hints
 
 import llama_cpp
 
+from refreekv_cpp import fit
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._options import Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp._units import parse_bytes
-from refreekv_cpp.cli import _fit, common
+from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import (
     EvictedOption,
     FlashAttnOption,
@@ -132,24 +133,34 @@ class MachineOptions:
 
     def llama_options(self, model: Path, **own: Any) -> dict[str, Any]:
         """The options of `Llama` for a model. `own`: those that the command itself decides, such as n_ctx."""
-        options = {
+        options = {**self.machine, **own}
+        return {**options, "n_gpu_layers": self.n_gpu_layers(model, **options)}
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """The options of `Llama` that do not depend on the model."""
+        layers = {} if self.gpu_layers == "auto" else {"n_gpu_layers": self.asked_layers}
+        return {
             "flash_attn": "auto" if self.flash_attn is None else self.flash_attn,
             "n_threads": self.threads,
             "n_threads_batch": self.threads,
+            **layers,
             **self.others,
-            **own,
         }
-        return {**options, "n_gpu_layers": self.n_gpu_layers(model, **options)}
+
+    @property
+    def asked_layers(self) -> int:
+        return -1 if self.gpu_layers == "all" else int(self.gpu_layers)
 
     def n_gpu_layers(self, model: Path, **options: Any) -> int:
         """What --gpu-layers says, as `Llama` wants it; what was chosen is printed. `options`: of `Llama`, to fit by."""
         if self.gpu_layers == "auto":
-            n_layers = _fit.gpu_layers(model, **options)
+            n_layers = fit.gpu_layers(model, **options)
             number = "all" if n_layers < 0 else str(n_layers)
             why = "as many as fit" if llama_cpp.llama_supports_gpu_offload() else "this build has no GPU backend"
             common.print_note(f"GPU layers: {number} ({why})")
             return n_layers
-        n_layers = -1 if self.gpu_layers == "all" else int(self.gpu_layers)
+        n_layers = self.asked_layers
         if n_layers and not llama_cpp.llama_supports_gpu_offload():
             common.print_note(f"--gpu-layers {self.gpu_layers}: this build has no GPU backend, the CPU computes all")
         return n_layers
@@ -184,7 +195,7 @@ class LoadOptions(MachineOptions):
         if self.n_ctx != "auto":
             options["n_ctx"] = int(self.n_ctx)
         elif "n_ctx" not in options:
-            options["n_ctx"] = _fit.n_ctx(model, **self.others, **options)
+            options["n_ctx"] = fit.n_ctx(model, **self.machine, **options)
         return super().llama_options(model, **options)
 
     def load(self, model: Path) -> common.ReadingLlama:
