@@ -297,6 +297,7 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
         *stats = refreekv_store::full_stats(mem);
         for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
             groups[i] = refreekv_store::full_group(mem, i);
+            groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
         }
     }
 

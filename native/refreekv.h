@@ -243,7 +243,8 @@ REFREEKV_API void refreekv_fail_allocation(int32_t n);
 REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id);
 
 // The figures of the cache and of its groups, all of one moment: the end of the last operation on it, or of the last batch.
-// Returns the number of groups, writes at most n_max of them. Any thread; works without a policy, too
+// Returns the number of groups, writes at most n_max of them. Any thread. Works without a policy, too: the only figure that
+// changes is n_tokens then, and it is that of now
 REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max);
 
 // upstream's llama_get_memory_breakdown, of the same moment; returns the number of buffer types, writes at most n_max of

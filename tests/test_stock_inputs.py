@@ -42,7 +42,7 @@ MESSAGES: dict[str, Callable[[], Any]] = {
     "objects": lambda: [Message("system", SYSTEM), Message("user", QUESTION)],
     "deque of objects": lambda: deque([Message("system", SYSTEM), Message("user", QUESTION)]),
     "mappings": lambda: [MappingProxyType(message) for message in DICTS],
-    "keys of a dict": lambda: {i: message for i, message in enumerate(DICTS)}.values(),
+    "keys of a dict": lambda: dict(enumerate(DICTS)).values(),
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import llama_cpp
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from refreekv_cpp import native
 
 
-def check(vocab: Any, grammar: llama_cpp.LlamaGrammar | None) -> None:
+def check(vocab: Any, grammar: LlamaGrammar | None) -> None:
     """
     Args:
         vocab: the llama_vocab of the model that the grammar is for.
