@@ -58,9 +58,7 @@ def test_a_policy_that_evicts_uses_it(tiny_model: Path, policy: str, options: di
     assert llm.context_params.flash_attn_type == getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{kind}")
 
 
-def test_a_model_without_policies_is_loaded_as_upstream_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_policies_is_loaded_as_upstream_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFREEKV_POLICY", "refreekv")
     TinyModel(causal=False).write(tmp_path / "refused.gguf")
     with pytest.warns(UserWarning, match="REFREEKV_POLICY"):

@@ -74,9 +74,7 @@ def _processes(results: list[Result]) -> Table:
     return table
 
 
-def _soak(
-    table: Table, worker: Worker, contestant: Contestant, text: list[int], *, prompts: int, n_ctx: int
-) -> None:
+def _soak(table: Table, worker: Worker, contestant: Contestant, text: list[int], *, prompts: int, n_ctx: int) -> None:
     """A chat, then prompts of random length; now and then the same short prompt, whose cache must not have grown."""
     rng = random.Random(0)
     same = text[:600]
