@@ -19,7 +19,7 @@ from serving import OPTIONS, QUICK, SWITCH, serving, user, write_config
 from test_cli import assert_one_error_line, refreekv
 from tiny import TinyModel
 
-from refreekv_cpp import Llama
+from refreekv_cpp import Llama, fit
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.cli.serve import _settings
 from refreekv_cpp.document import QUESTION, SECRET, write_document
@@ -275,18 +275,14 @@ def test_any_option_of_llama() -> None:
     assert of_command_line("a.gguf", "--option", "type_k=q8_0", "--type-v", "f16")["type_k"] == CACHE_TYPES["q8_0"]
 
 
-def test_a_model_and_its_layers_are_found_by_the_same_code_as_elsewhere(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_chosen_by_the_same_code_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def layers(path: str, **options: Any) -> int:
         asked.append((path, options["n_ctx"], options["kv_policy"]))
         return 3
 
-    monkeypatch.setitem(sys.modules, "refreekv_cpp.models", SimpleNamespace(resolve={"hf:a/b": tiny_model}.__getitem__))
-    monkeypatch.setitem(sys.modules, "refreekv_cpp.fit", SimpleNamespace(gpu_layers=layers))
-    assert models.model_file("hf:a/b") == str(tiny_model)
+    monkeypatch.setattr(fit, "gpu_layers", layers)
     options = {"n_ctx": 512, "kv_policy": "refreekv", "mul_mat_q": True}
     assert models.gpu_layers("auto", "a.gguf", options) == 0
     assert models.gpu_layers("all", "a.gguf", options) == -1

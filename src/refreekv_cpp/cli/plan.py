@@ -118,7 +118,7 @@ def _needs_table(caches: list[Cache], base: int, policy: Needs) -> Table:
     table.add_section()
     add("process, resident (RAM)", lambda needs: fit.process_bytes(needs, base))
     for i, device in enumerate(policy.devices[:-1]):
-        add(f"{device.name} (VRAM)", lambda needs, i=i: needs.devices[i].bytes)
+        add(f"{device.name} (VRAM)", lambda needs, at=i: needs.devices[at].bytes)  # type: ignore[misc]
     return table
 
 

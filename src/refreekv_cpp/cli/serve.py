@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from refreekv_cpp._extras import needs_extra
 from refreekv_cpp.cli import common
 
 _DESCRIPTION = """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy for each model.
@@ -20,14 +21,12 @@ _SWITCHES = ("auto", "true", "false", "1", "0", "on", "off", "t", "f", "y", "n",
 @common.user_errors()
 def serve(context: typer.Context) -> None:
     """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy."""
-    try:
+    with needs_extra("server", "refreekv serve"):
         import uvicorn
         from pydantic import ValidationError
 
         from refreekv_cpp.server.app import create_app
         from refreekv_cpp.server.settings import explain
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: install what the server needs with `pip install 'refreekv-cpp[server]'`") from error
 
     try:
         server, models = _settings(context.args)

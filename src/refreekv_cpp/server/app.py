@@ -13,9 +13,10 @@ from fastapi.routing import APIRoute
 from llama_cpp.server.settings import ServerSettings
 from starlette.exceptions import HTTPException
 
+from refreekv_cpp.models import resolve
 from refreekv_cpp.server.answers import Answer, Chunk
 from refreekv_cpp.server.errors import RequestError, error_response
-from refreekv_cpp.server.models import CountingLlama, Models, model_file
+from refreekv_cpp.server.models import CountingLlama, Models
 from refreekv_cpp.server.receipts import complete
 from refreekv_cpp.server.requests import (
     ChatCompletionRequest,
@@ -149,4 +150,4 @@ def _found(settings: ModelSettings) -> ModelSettings:
     if settings.hf_model_repo_id is not None:
         return settings  # upstream fetches it
     alias = settings.model_alias or settings.model
-    return settings.model_copy(update={"model": model_file(settings.model), "model_alias": alias})
+    return settings.model_copy(update={"model": str(resolve(settings.model)), "model_alias": alias})

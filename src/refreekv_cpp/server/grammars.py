@@ -14,13 +14,11 @@ import numpy as np
 from llama_cpp._internals import LlamaModel, LlamaSampler
 from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
 
-# llama.cpp parses a grammar recursively. These bounds are a quarter or less of what overflows a stack of 8 MiB.
-MAX_CHARACTERS = 100_000
-MAX_NESTING = 4000
+from refreekv_cpp import _grammar
+
 # llama-cpp-python writes each repetition of a schema out, item by item
 MAX_REPETITIONS = 4000
 
-_TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 _REPETITION = re.compile(r"\{(\d*),?(\d*)\}")
 
 
@@ -73,27 +71,11 @@ class _Grammar:
     """
 
     def __init__(self, model: LlamaModel, text: str) -> None:
-        if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"the grammar has {len(text)} characters; it must have {MAX_CHARACTERS} at most")
-        if _nesting(text) > MAX_NESTING:
-            raise ValueError(f"the grammar must not nest more than {MAX_NESTING} parentheses")
-        self.sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
-        if not self.sampler:
-            raise ValueError(
-                "the grammar does not parse: it must be GBNF, with a rule `root`, and no rule may begin with itself"
-            )
+        self.sampler = _grammar.make_sampler(model.vocab, text, "root")
 
     def __del__(self) -> None:
         if getattr(self, "sampler", None):
             llama_cpp.llama_sampler_free(self.sampler)
-
-
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for bracket in re.findall("[()]", _TEXTS.sub("", text)):
-        depth += 1 if bracket == "(" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def check(model: LlamaModel, text: str) -> None:
@@ -113,7 +95,7 @@ class Sampler(LlamaSampler):
     allows it.
     """
 
-    _grammar: _Grammar | None = None
+    _active: _Grammar | None = None
 
     def add_grammar(self, model: LlamaModel, grammar: LlamaGrammar) -> None:
         """
@@ -122,12 +104,12 @@ class Sampler(LlamaSampler):
         """
         if not grammar._grammar:
             return  # as llama.cpp, which takes it for none
-        self._grammar = _Grammar(model, grammar._grammar)
+        self._active = _Grammar(model, grammar._grammar)
         self.add_custom(self._apply_grammar)
 
     def _apply_grammar(self, candidates: Any) -> None:
-        assert self._grammar is not None
-        llama_cpp.llama_sampler_apply(self._grammar.sampler, candidates)
+        assert self._active is not None
+        llama_cpp.llama_sampler_apply(self._active.sampler, candidates)
         array = candidates.contents
         data = (llama_cpp.llama_token_data * array.size).from_address(ctypes.addressof(array.data.contents))
         tokens = np.frombuffer(data, dtype=[("id", np.intc), ("logit", np.single), ("p", np.single)])
@@ -139,8 +121,8 @@ class Sampler(LlamaSampler):
             ValueError: the model has no token that goes on with the grammar.
         """
         token: int = super().sample(ctx, idx)
-        if self._grammar is not None:
+        if self._active is not None:
             if token not in self._allowed:
                 raise ValueError("the model has no token that goes on with the grammar")
-            llama_cpp.llama_sampler_accept(self._grammar.sampler, token)
+            llama_cpp.llama_sampler_accept(self._active.sampler, token)
         return token

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import sys
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,7 +13,7 @@ import llama_cpp._internals
 import llama_cpp.server.settings
 from llama_cpp.server.model import LlamaProxy
 
-from refreekv_cpp import dropin
+from refreekv_cpp import dropin, fit
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.server.errors import RequestError
 from refreekv_cpp.server.grammars import Sampler
@@ -143,31 +141,7 @@ def gpu_layers(layers: str | int, model_path: str, options: dict[str, Any]) -> i
         return -1
     if not llama_cpp.llama_supports_gpu_offload():
         return 0
-    fit: Any = _optional_module("refreekv_cpp.fit")
     known = {name: value for name, value in options.items() if name in LLAMA_OPTIONS}
-    n_layers: int = -1 if fit is None else fit.gpu_layers(model_path, **known)
+    n_layers = fit.gpu_layers(model_path, **known)
     print(f"refreekv: {'all' if n_layers == -1 else n_layers} layers of {model_path} go to the GPU", file=sys.stderr)
     return n_layers
-
-
-def model_file(text: str) -> str:
-    """The GGUF file of a model that was named: a path, or what `refreekv_cpp.models` knows besides.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it cannot be had.
-    """
-    models: Any = _optional_module("refreekv_cpp.models")
-    path = Path(text) if models is None else models.resolve(text)
-    if not path.is_file():
-        raise FileNotFoundError(f"{text}: no such file")
-    return str(path)
-
-
-def _optional_module(name: str) -> Any | None:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
