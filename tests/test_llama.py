@@ -464,3 +464,9 @@ def test_the_first_token_does_not_wait_for_the_pruning(tiny_model: Path) -> None
     assert native.pruned_pos(ctx_of(llm), 0) == -1
     next(tokens)
     assert native.pruned_pos(ctx_of(llm), 0) == N_PROMPT - 1
+
+
+@pytest.mark.parametrize("option", ["type_k", "type_v"])
+def test_a_cache_type_that_llama_cpp_does_not_know_is_refused(tiny_model: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}=10000: must be None or one of"):
+        Llama(str(tiny_model), verbose=False, **{option: 10000})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import llama_cpp
+from typing import Any
 
-from refreekv_cpp import native  # noqa: F401  (loads our library before llama_cpp is imported)
+import llama_cpp
 
 CACHE_TYPES: dict[str, int] = {
     "f32": llama_cpp.GGML_TYPE_F32,
@@ -17,3 +17,14 @@ CACHE_TYPES: dict[str, int] = {
     "q4_0": llama_cpp.GGML_TYPE_Q4_0,
     "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
 }
+
+
+def check(option: str, value: Any) -> None:
+    """llama.cpp aborts on a type that it does not know.
+
+    Raises:
+        ValueError: it is no type of a cache, and not None.
+    """
+    if value is not None and value not in CACHE_TYPES.values():
+        types = ", ".join(f"{number} ({name})" for name, number in CACHE_TYPES.items())
+        raise ValueError(f"{option}={value!r}: must be None or one of ggml's numbers {types}")

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 import llama_cpp
 import numpy as np
 
-from refreekv_cpp import _closed, _flash_attn, _grammar, _options, _states, faults, guard, induction, native, spans
+from refreekv_cpp import (
+    _cache_types,
+    _closed,
+    _flash_attn,
+    _grammar,
+    _options,
+    _states,
+    faults,
+    guard,
+    induction,
+    native,
+    spans,
+)
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._log import inform, logger
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
@@ -123,6 +135,8 @@ class Llama(llama_cpp.Llama):
         self._faults = faults.check(kv_faults, kv.evicted)
         self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
+        for name in ("type_k", "type_v"):
+            _cache_types.check(name, options.get(name))
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: must be a number of tokens, or 0 for the model's own")

@@ -209,8 +209,8 @@ class KVStats:
         parts = [
             f"weights {_mib(memory.weights)}",
             f"compute {_mib(memory.compute)}",
-            f"KV {_mib(memory.kv)} of {_mib(self.bytes_full)} "
-            f"({self.policy}, {self.budget:.0%} kept, {self.n_tokens} tokens)",
+            f"KV {_mib(memory.kv)} "
+            f"({self.policy}: {self.budget:.0%} of {_mib(self.bytes_full)} for {self.n_tokens} tokens)",
             *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
         ]
         pruned = f"; pruned {_times(self.n_prunes)} in {self.prune_ms:.0f} ms" if self.n_prunes else ""
