@@ -24,6 +24,7 @@ import psutil
 from llama_cpp._internals import LlamaContext
 
 from refreekv_cpp import native
+from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError, UnsupportedModelError
 from refreekv_cpp.llama import Llama
@@ -275,7 +276,7 @@ def _context(llm: Unallocated, n_ctx: int) -> Iterator[Any]:
         try:
             yield context.ctx
         finally:
-            context.close()
+            context.close()  # type: ignore[no-untyped-call]
 
 
 def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
@@ -322,8 +323,8 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
 
 def _device(info: Any) -> Device:
     return Device(
-        name=native.ffi.string(info.name).decode(),
-        description=native.ffi.string(info.description).decode(errors="replace"),
+        name=ffi.string(info.name).decode(),
+        description=ffi.string(info.description).decode(errors="replace"),
         is_host=info.is_host,
         free=host_free() if info.is_host else info.bytes_free,
         total=host_total() if info.is_host else info.bytes_total,
