@@ -2,13 +2,14 @@
 
     prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests] [--bundle]
 
-OUT/llama.cpp becomes the patched llama.cpp, OUT/python/llama_cpp the Python package without its native part. Files that
-have not changed keep their time stamps, so that a changed patch rebuilds what it touches and nothing else.
+OUT/llama.cpp becomes the patched llama.cpp, OUT/python/llama_cpp the Python package without its native part, and
+OUT/licenses has the licence texts. Files that have not changed keep their time stamps, so that a changed patch rebuilds
+what it touches and nothing else.
 
 --source names an unpacked llama-cpp-python sdist, or a folder that --bundle wrote, to use in place of a download. It is
-read, never written to, and it gets the same patches. --stock leaves the hooks out: upstream but for mended bugs. --tests
-brings upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches nothing:
-our own sdist carries it, and needs no download. Anything unexpected ends the build.
+only read, and gets the same patches. --stock leaves the hooks out: upstream but for mended bugs. --tests brings
+upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches nothing: our
+own sdist carries that, so that it builds without a download. Anything unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 import patch_ng
+from licenses import collect
 from upstream_pin import PIN_FILE, read_pin
 
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
@@ -149,7 +151,8 @@ def main() -> None:
         copy(source / "vendor" / "llama.cpp", NEEDED + (NEEDED_BY_TESTS if args.tests else []), new / "llama.cpp")
         patches = [path for path in PATCHES if not (args.stock and path == HOOKS)]
         apply_patches(new / "llama.cpp", patches)
-        for name in ("llama.cpp", "python"):
+        collect(source, new / "licenses")
+        for name in ("llama.cpp", "python", "licenses"):
             synchronise(new / name, args.out / name)
 
     print(f"llama-cpp-python {version} with {len(patches)} patches: {args.out}")

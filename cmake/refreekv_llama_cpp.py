@@ -4,20 +4,29 @@ Python imports this module when it starts (refreekv_llama_cpp.pth), so it import
 `from llama_cpp import LlamaGrammar` works above `from refreekv_cpp import Llama`, too, which is the order of isort.
 """
 
+from __future__ import annotations
+
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 
 class _Loader:
     """Hands over the module that importing refreekv_cpp has made."""
 
     @staticmethod
-    def create_module(spec):
+    def create_module(spec: ModuleSpec) -> ModuleType:
         module = sys.modules["llama_cpp"]
         spec.loader_state = module.__spec__
         return module
 
     @staticmethod
-    def exec_module(module):
+    def exec_module(module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
@@ -25,13 +34,14 @@ class _Finder:
     """The last one in sys.meta_path: it is asked when nobody else has `llama_cpp`."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "llama_cpp":
             return None
-        import refreekv_cpp  # noqa: F401
         from importlib.machinery import ModuleSpec
 
-        return ModuleSpec(name, _Loader)
+        import refreekv_cpp  # noqa: F401
+
+        return ModuleSpec(name, _Loader)  # type: ignore[arg-type]
 
 
 sys.meta_path.append(_Finder)

@@ -1,4 +1,4 @@
-// Built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// Part of ggml's CPU backend (CMakeLists.txt).
 
 #include "refreekv-attention-cpu.h"
 
@@ -18,9 +18,6 @@ static const int64_t TILE = 4;
 #else
 static const int64_t TILE = 1;
 #endif
-
-// bounds the memory that the weights take, where one KV head's do not take more
-static const size_t SLICE_BYTES = 64u*1024*1024;
 
 // the rows of a head are taken in tiles, of TILE vectors as long as there are so many: f(first row, vectors)
 template <typename F>
@@ -79,11 +76,11 @@ private:
     const int64_t n_lanes_rows; // n_rows, rounded up to whole vectors
     const int64_t n_chunks;
 
-    int64_t n_head_kv_slice; // KV heads whose weights are there together
+    int64_t n_head_slice; // query heads whose weights are there together
 
     // of the slice that was computed last
-    int64_t h_kv    = -1; // its first KV head; -1: none was
-    int64_t n_heads = 0;  // query heads
+    int64_t first_head = -1; // among the query heads of the group; -1: none was
+    int64_t n_heads    = 0;
 
     std::vector<float> queries_memory;
 
@@ -91,7 +88,7 @@ private:
     std::vector<float> top;     // [n_chunks][n_heads][n_lanes_rows]
     std::vector<float> factors; // the same
 
-    size_t weights_bytes(int64_t n_head_kv) const;
+    size_t weights_bytes(int64_t n_heads) const;
 
     // [CHUNK][n_lanes_rows]
     float * weights(int64_t chunk, int64_t head) const;
@@ -113,11 +110,11 @@ refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs &
     n_rows  = in.rows.size();
     n_head  = in.heads.size()*in.n_gqa;
 
-    n_head_kv_slice = std::clamp<int64_t>(SLICE_BYTES/weights_bytes(1), 1, in.heads.size());
+    n_head_slice = std::clamp<int64_t>(memory.weights_limit/weights_bytes(1), 1, n_head);
 }
 
-size_t refreekv_attention_cpu::weights_bytes(int64_t n_head_kv) const {
-    return sizeof(float)*n_chunks*CHUNK*n_lanes_rows*n_gqa*n_head_kv;
+size_t refreekv_attention_cpu::weights_bytes(int64_t n_heads) const {
+    return sizeof(float)*n_chunks*CHUNK*n_lanes_rows*n_heads;
 }
 
 float * refreekv_attention_cpu::weights(int64_t chunk, int64_t head) const {
@@ -127,11 +124,9 @@ float * refreekv_attention_cpu::weights(int64_t chunk, int64_t head) const {
 // f() once the weights of a slice are there, for each slice in turn
 template <typename F>
 void refreekv_attention_cpu::for_each_slice(F && f) {
-    const int64_t n_head_kv = in.heads.size();
-
-    for (int64_t h = 0; h < n_head_kv; h += n_head_kv_slice) {
-        if (h != h_kv) {
-            compute_slice(h, std::min(n_head_kv_slice, n_head_kv - h));
+    for (int64_t h = 0; h < n_head; h += n_head_slice) {
+        if (h != first_head) {
+            compute_slice(h, std::min<int64_t>(n_head_slice, n_head - h));
         }
         f();
     }
@@ -140,8 +135,8 @@ void refreekv_attention_cpu::for_each_slice(F && f) {
 void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
     memory.weights.resize(weights_bytes(n));
 
-    h_kv    = h;
-    n_heads = n*n_gqa;
+    first_head = h;
+    n_heads    = n;
 
     pack_queries();
 
@@ -164,7 +159,7 @@ void refreekv_attention_cpu::pack_queries() {
 
     for (uint32_t r = 0; r < n_rows; ++r) {
         for (int64_t h = 0; h < n_heads; ++h) {
-            const int64_t head = in.heads[h_kv + h/n_gqa]*n_gqa + h%n_gqa; // of the layer
+            const int64_t head = in.heads[(first_head + h)/n_gqa]*n_gqa + (first_head + h)%n_gqa; // of the layer
 
             const char * src = (const char *) in.ring->data + in.rows[r]*in.ring->nb[1] + head*n_embd_head*sizeof(ggml_fp16_t);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, row.data(), n_embd_head);
@@ -183,9 +178,10 @@ void refreekv_attention_cpu::pack_queries() {
 
 void refreekv_attention_cpu::weigh_chunks() {
     const int64_t n_embd_head = in.n_embd_head;
-    const int64_t n_embd      = n_embd_head*n_heads/n_gqa;
+    const int64_t first_kv    = first_head/n_gqa;
+    const int64_t n_embd      = n_embd_head*((first_head + n_heads - 1)/n_gqa - first_kv + 1); // of the KV heads of the slice
 
-    const size_t k_first = ggml_row_size(in.k->type, h_kv*n_embd_head);
+    const size_t k_first = ggml_row_size(in.k->type, first_kv*n_embd_head);
 
     // in registers: a store to the weights may be one to anything, for all that the compiler knows
     const float pre_scale  = in.pre_scale;
@@ -209,7 +205,7 @@ void refreekv_attention_cpu::weigh_chunks() {
         const bool plain = in.pos[first + n - 1] <= in.row_pos[0] && !in.use_alibi;
 
         for (int64_t h = 0; h < n_heads; ++h) {
-            const float * k     = keys.data() + h/n_gqa*n_embd_head;
+            const float * k     = keys.data() + ((first_head + h)/n_gqa - first_kv)*n_embd_head;
             const float * q     = queries + h*n_lanes_rows*n_embd_head;
             float *       w     = weights(chunk, h);
             float *       t     = top.data()     + (chunk*n_heads + h)*n_lanes_rows;
@@ -221,7 +217,7 @@ void refreekv_attention_cpu::weigh_chunks() {
                 });
             }
 
-            const float slope = alibi_slope(in.max_bias, h_kv*n_gqa + h, n_head);
+            const float slope = alibi_slope(in.max_bias, first_head + h, n_head);
 
             for (int64_t r = 0; r < n_lanes_rows; r += N_LANES) {
                 ilanes at;
@@ -274,7 +270,7 @@ void refreekv_attention_cpu::join_chunks() {
     const int64_t n_line = n_heads*n_lanes_rows;
 
     for (int64_t l = 0; l < n_line; l += N_LANES) {
-        const float sink = in.sinks.empty() ? -INFINITY : in.sinks[h_kv*n_gqa + l/n_lanes_rows];
+        const float sink = in.sinks.empty() ? -INFINITY : in.sinks[first_head + l/n_lanes_rows];
 
         lanes m = all(sink);
         for (int64_t c = 0; c < n_chunks; ++c) {
@@ -339,7 +335,7 @@ void refreekv_attention_cpu::add_scores(join heads, float * out) const {
 bool refreekv_attention_cpu::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.assign((size_t) n_head*n_rows*n_blocks, 0.0f);
 
-    for_each_slice([&]() { add_sums(block, n_blocks, squared, out.data() + h_kv*n_gqa*n_rows*n_blocks); });
+    for_each_slice([&]() { add_sums(block, n_blocks, squared, out.data() + first_head*n_rows*n_blocks); });
 
     return true;
 }
@@ -379,7 +375,7 @@ void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32
 bool refreekv_attention_cpu::read(float * out) {
     for_each_slice([&]() {
         for (int64_t h = 0; h < n_heads; ++h) {
-            float * head = out + (h_kv*n_gqa + h)*n_rows*n_cells;
+            float * head = out + (first_head + h)*n_rows*n_cells;
 
             for (uint32_t j = 0; j < n_cells; ++j) {
                 const float * w = weights(j/CHUNK, h) + j%CHUNK*n_lanes_rows;
@@ -400,12 +396,6 @@ std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_a
                       has_to_float(in.k->type) && in.n_embd_head % ggml_blck_size(in.k->type) == 0;
 
     return fits ? std::make_unique<refreekv_attention_cpu>(in, memory) : nullptr;
-}
-
-#else
-
-std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_attention_inputs &, refreekv_attention_scratch &) {
-    return nullptr;
 }
 
 #endif

@@ -55,6 +55,8 @@ struct refreekv_attention_inputs {
 struct refreekv_attention_scratch {
     refreekv_bytes weights; // the kernel's
 
+    size_t weights_limit = 8u*1024*1024; // of their bytes, where one query head's do not take more
+
     std::map<std::pair<int, ggml_backend_t>, ggml_gallocr_ptr> graphs; // of each kind
 };
 

@@ -1,4 +1,4 @@
-// Built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// Part of ggml's CPU backend (CMakeLists.txt).
 
 #include "refreekv-decode-evicted.h"
 

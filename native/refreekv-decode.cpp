@@ -1,4 +1,4 @@
-// Built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// Part of ggml's CPU backend (CMakeLists.txt).
 
 #include "refreekv-decode.h"
 
@@ -209,20 +209,6 @@ ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & c
     ggml_tensor * blocks = node(n_v + N_LANES, n_head*n_tokens, n_blocks, { call.q, call.k, call.v, judged, least }, refreekv_read_blocks, call.evicted);
 
     return node(n_v*n_head, n_tokens, 1, with_sinks({ parts, blocks }), join_chunks, call.evicted);
-}
-
-#else
-
-bool refreekv_decode_fits(const refreekv_decode_call &) {
-    return false;
-}
-
-bool refreekv_decode_can_fault(int64_t, int64_t, ggml_type, ggml_type) {
-    return false;
-}
-
-ggml_tensor * refreekv_decode(ggml_context *, const refreekv_decode_call &, std::vector<ggml_tensor *> &) {
-    GGML_ABORT("refreekv: no decode kernel in this build");
 }
 
 #endif

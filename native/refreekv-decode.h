@@ -15,7 +15,7 @@
 // Operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
 // bit for bit whatever the number of threads is; the last joins the chunks. Three between them see to what is evicted
 // (refreekv-decode-evicted.h): its blocks are judged by their sketches, those that count are chosen, and read. All sums are f32, while upstream rounds the
-// queries and (without flash attention) the weights to f16: logits differ from upstream's by that.
+// queries and (without flash attention) the weights to f16: logits differ from upstream's by that, also before an eviction.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
 struct refreekv_decode_softmax {
@@ -58,12 +58,7 @@ struct refreekv_decode_call {
     refreekv_decode_evicted * evicted; // likewise; nullptr: what is evicted takes no part
 };
 
-// whether it can be computed, and faster than by upstream's ops: K and V in host memory, few tokens, lengths that are
-// multiples of the vectors'; false where the compiler has no vectors
+// Only in ggml's CPU backend; libllama reaches them through refreekv_kernels, which says what they do.
 bool refreekv_decode_fits(const refreekv_decode_call & call);
-
-// whether blocks of what is evicted can take part, whatever the batch
 bool refreekv_decode_can_fault(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v);
-
-// [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
 ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);

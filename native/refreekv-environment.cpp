@@ -1,5 +1,6 @@
 #include "refreekv-environment.h"
 
+#include "refreekv-report.h"
 #include "refreekv-store.h"
 
 #include "llama-context.h"
@@ -65,5 +66,7 @@ const refreekv_environment & refreekv_get_environment() {
 void refreekv_after_decode(llama_context * lctx) {
     if (auto * store = refreekv_store::of(lctx->get_memory())) {
         store->prune_read(lctx);
+        store->publish();
     }
+    refreekv_publish_buffers(lctx);
 }

@@ -21,5 +21,5 @@ struct refreekv_environment {
 const refreekv_environment & refreekv_get_environment();
 
 // hook at the end of llama_context::decode: with REFREEKV_NATIVE_PRUNE=auto, prune the sequences that the batch added to,
-// unless it was one token. What cannot be pruned is logged.
+// unless it was one token (what cannot be pruned is logged); and publish the figures for refreekv_get_stats() and its like
 void refreekv_after_decode(llama_context * lctx);

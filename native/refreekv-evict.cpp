@@ -1,8 +1,9 @@
 // Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
 
+#include "refreekv-report.h"
 #include "refreekv-store.h"
 
-#include "refreekv-attention-cpu.h"
+#include "refreekv-kernels.h"
 #include "refreekv-error.h"
 #include "refreekv-parallel.h"
 
@@ -13,7 +14,8 @@
 #include <algorithm>
 #include <cinttypes>
 
-static const size_t REFREEKV_SCRATCH_BYTES = 256u*1024*1024; // of all threads
+static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
+static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 bool refreekv_store::begin_update(llama_context * lctx) {
     this->lctx = lctx;
@@ -31,6 +33,8 @@ bool refreekv_store::begin_update(llama_context * lctx) {
 
 bool refreekv_store::update(llama_context * lctx) {
     hook_ran(HOOK_UPDATE);
+
+    refreekv_publishing publish(this);
 
     this->lctx = lctx;
 
@@ -52,6 +56,7 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back(std::move(job));
     lctx->memory_update(false);
+    refreekv_publish_buffers(lctx);
 
     return job_result;
 }
@@ -100,14 +105,17 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     // which rows a store with a limit has room for hangs on their order
     uint32_t n_threads = params.cold_limit > 0 ? 1 : this->n_threads();
 
-    // nor is the scratch memory to grow with them beyond a bound: a KV head's weights at least (refreekv-attention-cpu.cpp)
-    const size_t size = (size_t) std::max(1, table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*kv.hparams.n_gqa(layers[0].il)*sizeof(float);
+    // nor is the scratch memory to grow with them beyond a bound: a query head's weights at least (refreekv-attention-cpu.cpp)
+    const size_t size = (size_t) std::max(1, table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*sizeof(float);
 
     n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
     const auto all = all_cells(seq_id);
 
     std::vector<eviction_scratch> scratch(n_threads);
+    for (auto & s : scratch) {
+        s.attention.weights_limit = REFREEKV_WEIGHTS_BYTES/n_threads;
+    }
     std::atomic<int64_t>          n_evicted { 0 };
 
     int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
@@ -324,8 +332,8 @@ int32_t refreekv_store::look(const group & g, llama_seq_id seq_id, const std::ve
         in.pos  .push_back(c.pos);
     }
 
-    if (!params.by_graph) {
-        attn = refreekv_attention_cpu_make(in, scratch);
+    if (const auto * kernels = refreekv_find_kernels(); kernels && !params.by_graph) {
+        attn = kernels->make_attention(in, scratch);
     }
     if (!attn) {
         attn = std::make_unique<refreekv_attention_graph>(std::move(in), scratch);

@@ -4,12 +4,14 @@
 
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
+#include "refreekv-kernels.h"
 #include "refreekv-row-bytes.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 // the tolerance, or 0; throws where there can be none and they are needed
@@ -18,6 +20,8 @@ float refreekv_store::check_faults() const {
         return 0.0f;
     }
 
+    const auto * kernels = refreekv_find_kernels();
+
     const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
 
     for (const auto & layer : layers) {
@@ -25,7 +29,7 @@ float refreekv_store::check_faults() const {
             why = "the cache is not in host memory";
         } else if (kv.hparams.use_alibi) {
             why = "attention with ALiBi is not supported";
-        } else if (!refreekv_decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.shape.type_k, layer.shape.type_v)) {
+        } else if (!kernels || !kernels->decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.shape.type_k, layer.shape.type_v)) {
             why = "this build has no decode kernel for the model's heads";
         }
     }
@@ -131,6 +135,11 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
         }
         it->cells.emplace_back(pos_of(cells[i]), i);
     }
+
+    const size_t n_blocks = std::accumulate(runs.begin(), runs.end(), (size_t) 0,
+            [](size_t n, const run & r) { return n + (r.cells.size() + refreekv_sketch::n_cells - 1)/refreekv_sketch::n_cells; });
+
+    g.evicted->sketch.reserve(n_blocks);
 
     const ggml_type type = cache_type(g, false);
     const int64_t   n    = n_embd(g, false);

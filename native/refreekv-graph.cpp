@@ -1,6 +1,7 @@
 #include "refreekv-graph.h"
 
 #include "refreekv-decode.h"
+#include "refreekv-kernels.h"
 #include "refreekv-heads.h"
 #include "refreekv-store.h"
 
@@ -24,7 +25,7 @@ public:
         llm_graph_input_attn_kv(hparams, cparams, mctx),
         store(refreekv_store::of(mctx)),
         reservation(refreekv_store::is_reservation(mctx)),
-        decodes(!reservation && store->is_pruned()),
+        decodes(!reservation && store->evicts()),
         generation(store->generation()) {
     }
 
@@ -47,7 +48,7 @@ private:
     refreekv_store * store;
 
     const bool     reservation; // worst case: one layout of n_ctx cells
-    const bool     decodes;     // single tokens by our own kernel; until cells are evicted every logit is upstream's bit for bit
+    const bool     decodes;     // single tokens by our own kernel; the elastic full cache is upstream's bit for bit
     const uint64_t generation;
 
     struct kind {
@@ -227,7 +228,7 @@ bool refreekv_graph_input::can_reuse(const llama_kv_cache_context * mctx, const 
         k.inp->mctx = mctx;
     }
 
-    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation() || decodes != store->is_pruned()) {
+    if (reservation || refreekv_store::is_reservation(mctx) || generation != store->generation()) {
         return false;
     }
 
@@ -291,11 +292,13 @@ ggml_tensor * refreekv_graph_input::decode(ggml_context * ctx, ggml_tensor * q, 
         q, store->get_k(ctx, i_group, false), store->get_v(ctx, i_group, false), inp_of(i_group).self_kq_mask, sinks, softmax, store->evicted_of(i_group),
     };
 
-    if (!refreekv_decode_fits(call)) {
+    const auto * kernels = refreekv_find_kernels();
+
+    if (!kernels || !kernels->decode_fits(call)) {
         return nullptr;
     }
     std::vector<ggml_tensor *> nodes;
-    ggml_tensor * cur = refreekv_decode(ctx, call, nodes);
+    ggml_tensor * cur = kernels->decode(ctx, call, nodes);
 
     // pointers to functions are no work for another process: RPC says that it supports every operation
     for (auto * node : nodes) {

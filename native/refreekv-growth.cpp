@@ -60,6 +60,8 @@ bool refreekv_store::move(group & g, const std::vector<uint32_t> & slots, uint32
 bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     hook_ran(HOOK_RESERVE);
 
+    refreekv_publishing publish(this);
+
     release_stale();
 
     restoring = false;

@@ -1,15 +1,15 @@
 #pragma once
 
-// Vectors of 16 floats, and what the kernels of ours on the CPU do with them. The compiler lowers them to what there is; where
-// it cannot, or ggml's CPU backend is not linked (REFREEKV_CPU), REFREEKV_LANES is not defined and there are no such kernels.
+// Vectors of 16 floats, and what our kernels for the CPU do with them. The compiler lowers them to what the instruction sets have
+// that it may use. A compiler without such vectors does not define REFREEKV_LANES, and then there are no kernels of ours.
 //
-// For sources that are built with the instruction sets of ggml's CPU backend (CMakeLists.txt).
+// For sources that are part of ggml's CPU backend (CMakeLists.txt).
 
 #include "ggml-backend.h"
 #include "ggml.h"
 
 // GCC for Windows does not align such vectors on the stack
-#if defined(REFREEKV_CPU) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__)))
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12 && !defined(__MINGW32__))
 #define REFREEKV_LANES
 #endif
 
@@ -60,7 +60,8 @@ static inline float * aligned(std::vector<float> & memory, size_t n) {
     return (float *) GGML_PAD((uintptr_t) memory.data(), sizeof(lanes));
 }
 
-static inline lanes max(lanes a, lanes b) {
+template <typename V>
+static inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
@@ -79,25 +80,30 @@ static inline lanes sums(lanes a[N_LANES]) {
     return a[0];
 }
 
-static inline float sum(lanes a) {
+template <typename V>
+static inline float sum(V a) {
     float res = 0.0f;
-    for (int i = 0; i < N_LANES; ++i) {
+    for (size_t i = 0; i < sizeof(V)/sizeof(float); ++i) {
         res += a[i];
     }
     return res;
 }
 
 // e^x for x <= 0: 2^k * 2^f, |f| <= 1/2, the second factor by its Taylor series. Relative error below 3e-7; below 2^-126: 0
-static inline lanes exp_neg(lanes x) {
-    const lanes y = x*1.44269504f;
-    const lanes r = max(y, all(-127.0f)) + 12582912.0f; // 1.5*2^23: rounds, and leaves k in the low bits
-    const lanes f = max(y, all(-127.0f)) - (r - 12582912.0f);
+template <typename V>
+static inline V exp_neg(V x) {
+    using ints = decltype(x > x);
 
-    const lanes p = 1.0f + f*(0.69314718f + f*(0.24022651f + f*(0.05550411f + f*(0.00961813f + f*(0.00133336f + f*0.00015403f)))));
+    const V y = x*1.44269504f;
+    const V m = max(y, V {} - 127.0f);
+    const V r = m + 12582912.0f; // 1.5*2^23: rounds, and leaves k in the low bits
+    const V f = m - (r - 12582912.0f);
 
-    const lanes res = (lanes) ((ilanes) p + ((ilanes) r << 23));
+    const V p = 1.0f + f*(0.69314718f + f*(0.24022651f + f*(0.05550411f + f*(0.00961813f + f*(0.00133336f + f*0.00015403f)))));
 
-    return y > -126.0f ? res : lanes {};
+    const V res = (V) ((ints) p + ((ints) r << 23));
+
+    return y > -126.0f ? res : V {};
 }
 
 static inline void to_float(const ggml_tensor * t, const char * src, float * dst, int64_t n) {
@@ -135,9 +141,10 @@ static inline void to_float(const ggml_tensor * t, const char * src, float * dst
     }
 }
 
-static inline lanes tanh(lanes x) {
-    const lanes e = exp_neg(-2.0f*max(x, -x));
-    const lanes t = (1.0f - e)/(1.0f + e);
+template <typename V>
+static inline V tanh(V x) {
+    const V e = exp_neg(-2.0f*max(x, -x));
+    const V t = (1.0f - e)/(1.0f + e);
 
     return x < 0.0f ? -t : t;
 }

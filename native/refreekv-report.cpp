@@ -1,11 +1,13 @@
 // What a refreekv_store says of itself, for kv_stats, tests and research.
 
+#include "refreekv-report.h"
 #include "refreekv-store.h"
 
 #include "refreekv-attention.h"
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
 
+#include "llama-context.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -97,9 +99,12 @@ refreekv_stats refreekv_store::stats() const {
 refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
     const auto & g = groups[i_group];
 
-    uint32_t n_kept = 0;
-    for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-        n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !is_empty(g.res.cell(s));
+    uint32_t n_kept = g.res.n_visible();
+    if (stale_slots) {
+        n_kept = 0;
+        for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
+            n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !is_empty(g.res.cell(s));
+        }
     }
 
     refreekv_group_info res = {};
@@ -116,6 +121,81 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
     res.kq_scale    = layer_of(g).kq_scale;
 
     return res;
+}
+
+void refreekv_store::publish() {
+    auto & next = unpublished;
+
+    next.stats = stats();
+
+    next.groups.resize(groups.size());
+    for (uint32_t i = 0; i < groups.size(); ++i) {
+        next.groups[i] = group_info(i);
+    }
+
+    next.bytes.clear();
+    const auto add = [&](ggml_backend_buffer_type_t buft, size_t size) {
+        for (auto & [known, sum] : next.bytes) {
+            if (known == buft) {
+                sum += size;
+                return;
+            }
+        }
+        next.bytes.emplace_back(buft, size);
+    };
+    if (!kv.hparams.no_alloc) {
+        for (const auto & g : groups) {
+            add(g.rows.get_shape().buft, g.rows.bytes());
+        }
+        for (const auto & [_, buf] : ring_bufs) {
+            add(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
+        }
+    }
+
+    std::lock_guard<std::mutex> lock(figures_mutex);
+    std::swap(published, unpublished);
+}
+
+refreekv_publishing::~refreekv_publishing() {
+    if (!store) {
+        return;
+    }
+    try {
+        store->publish();
+    } catch (const std::bad_alloc &) {
+        // the figures of before stay
+    }
+}
+
+void refreekv_publish_buffers(llama_context * lctx) {
+    auto * sched = lctx->get_sched();
+
+    uint64_t bytes_compute = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        bytes_compute += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
+    }
+
+    if (!lctx->buffers) {
+        lctx->buffers = std::make_shared<refreekv_buffers>();
+    } else if (lctx->buffers->bytes_compute == bytes_compute) {
+        return;
+    }
+
+    const auto * store = refreekv_store::of(lctx->get_memory());
+
+    std::map<ggml_backend_buffer_type_t, size_t> own;
+    if (store) {
+        store->read_figures([&](const refreekv_store::figures & f) { own.insert(f.bytes.begin(), f.bytes.end()); });
+    }
+
+    std::vector<refreekv_buffer_info> infos;
+    for (const auto & [buft, data] : lctx->memory_breakdown()) {
+        infos.push_back({ ggml_backend_buft_name(buft), data.model, data.context - own[buft], data.compute });
+    }
+
+    std::lock_guard<std::mutex> lock(lctx->buffers->mutex);
+    lctx->buffers->infos         = std::move(infos);
+    lctx->buffers->bytes_compute = bytes_compute;
 }
 
 std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
@@ -179,6 +259,8 @@ int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float *
 
 int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
     this->lctx = lctx;
+
+    refreekv_publishing publish(this); // what was read back
 
     const auto & g    = groups[i_group];
     const auto   list = held_cells(g, all_cells(seq_id));

@@ -14,6 +14,14 @@ void refreekv_residency::hide(uint32_t slot_id) {
     is_hidden[slot_id] = 1;
 }
 
+uint32_t refreekv_residency::n_visible() const {
+    uint32_t res = n_used();
+    for (uint32_t s = 0; s < is_hidden.size(); ++s) {
+        res -= is_hidden[s] && cell_of[s] >= 0;
+    }
+    return res;
+}
+
 uint32_t refreekv_residency::n_slots_after(uint32_t n_new) const {
     return n_slots() + (n_new > free.size() ? n_new - free.size() : 0);
 }

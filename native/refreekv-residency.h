@@ -23,6 +23,9 @@ public:
     bool hidden(uint32_t slot_id) const { return !is_hidden.empty() && is_hidden[slot_id]; }
     void hide  (uint32_t slot_id);
 
+    // slots of cells that queries may see
+    uint32_t n_visible() const;
+
     // how many slots there will be once n_new cells without a slot have got one
     uint32_t n_slots_after(uint32_t n_new) const;
 

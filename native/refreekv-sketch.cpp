@@ -11,6 +11,12 @@ void refreekv_sketch::reset(int64_t n_embd) {
     all_codes.clear();
 }
 
+void refreekv_sketch::reserve(size_t n_more) {
+    blocks      .reserve( blocks.size() + n_more);
+    all_channels.reserve((blocks.size() + n_more)*n_embd);
+    all_codes   .reserve((blocks.size() + n_more)*n_embd*n_cells/2);
+}
+
 void refreekv_sketch::add(const std::vector<uint32_t> & cells, const float * keys) {
     GGML_ASSERT(!cells.empty() && cells.size() <= n_cells);
 
@@ -98,4 +104,8 @@ void refreekv_sketch::drop_empty() {
     blocks.resize(n);
     all_channels.resize(n*n_embd);
     all_codes.resize(n*n_codes);
+
+    blocks.shrink_to_fit();
+    all_channels.shrink_to_fit();
+    all_codes.shrink_to_fit();
 }

@@ -20,6 +20,9 @@ public:
     // of a cell's key: channels
     void reset(int64_t n_embd);
 
+    // memory for so many blocks more, and not for twice as many, as it would grow by itself
+    void reserve(size_t n_more);
+
     // a block; keys: [n_embd] of each of its cells
     void add(const std::vector<uint32_t> & cells, const float * keys);
 

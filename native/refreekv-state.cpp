@@ -352,6 +352,8 @@ bool refreekv_store::read_divided_anew(llama_io_read_i & io, const heads_list & 
 
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
 bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
+    refreekv_publishing publish(this);
+
     std::vector<uint32_t> list;
     for_cells(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 

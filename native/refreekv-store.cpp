@@ -140,6 +140,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
     }
 
     update_layouts();
+    publish();
 
     LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }

@@ -14,6 +14,7 @@
 #include <future>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <string>
 #include <vector>
@@ -178,8 +179,8 @@ public:
     // nullptr: the attention of the layer is not of that kind
     const refreekv_decode_softmax * softmax_of(int32_t il) const;
 
-    // whether a sequence was pruned and has not got everything back
-    bool is_pruned() const;
+    // whether cells may be evicted: the cache is not the elastic full one
+    bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
 
     // what decoding may have of a group's evicted rows; nullptr: nothing
     refreekv_decode_evicted * evicted_of(uint32_t i_group) const;
@@ -213,9 +214,24 @@ public:
     llama_pos pruned_pos(llama_seq_id seq_id) const;
     bool      valid_seq (llama_seq_id seq_id) const;
 
-    refreekv_stats      stats() const;
-    refreekv_group_info group_info(uint32_t i_group) const;
-    uint32_t            n_groups() const { return groups.size(); }
+    // What the store says of itself, of one moment, and allocated so that publishing allocates nothing
+    struct figures {
+        refreekv_stats                                             stats = {};
+        std::vector<refreekv_group_info>                           groups;
+        std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> bytes; // of rows and rings; empty when nothing is allocated
+    };
+
+    // note the figures of now, for other threads to read. The owner's, between changes (refreekv_publishing)
+    void publish();
+
+    // f(figures) of the last publish(); any thread
+    template <typename F>
+    void read_figures(F && f) const {
+        std::lock_guard<std::mutex> lock(figures_mutex);
+        f(published);
+    }
+
+    uint32_t n_groups() const { return groups.size(); }
 
     std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_group) const;
 
@@ -337,6 +353,13 @@ private:
 
     std::vector<std::function<int64_t()>> jobs; // what the next update() does
     int64_t          job_result = 0;
+
+    mutable std::mutex figures_mutex; // of published
+    figures            published;
+    figures            unpublished;
+
+    refreekv_stats      stats() const;
+    refreekv_group_info group_info(uint32_t i_group) const;
 
     int64_t  n_prunes    = 0;
     int64_t  prune_us    = 0;
@@ -494,4 +517,16 @@ private:
     bool visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const;
 
     const slot_info & current(const llama_kv_cache_context * mctx) const;
+};
+
+// Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none
+class refreekv_publishing {
+public:
+    explicit refreekv_publishing(refreekv_store * store) : store(store) {}
+    ~refreekv_publishing();
+
+    refreekv_publishing(const refreekv_publishing &) = delete;
+
+private:
+    refreekv_store * store;
 };

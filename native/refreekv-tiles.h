@@ -30,11 +30,57 @@ static inline void read_rows(const ggml_tensor * t, int64_t cell, float * dst, i
     }
 }
 
-// out[i] = q . rows[i]; n: vectors in q, a constant where the compiler is to keep them in registers
+// Sums are kept in vectors of the size of a register: GCC keeps arrays of larger ones in memory.
+#if defined(__AVX512F__)
+typedef lanes reg;
+#elif defined(__AVX__)
+typedef float reg __attribute__((vector_size(32)));
+#else
+typedef float reg __attribute__((vector_size(16)));
+#endif
+
+static const int N_REG  = sizeof(reg)/sizeof(float);
+static const int N_SUMS = 8; // that are in registers together, beside what is added to them
+
+static inline reg load_reg(const float * p) {
+    reg res;
+    memcpy(&res, p, sizeof(res));
+    return res;
+}
+
+static inline void store_reg(float * p, reg v) {
+    memcpy(p, &v, sizeof(v));
+}
+
+// out[i]: the sum of a[i]
+static inline void store_sums(float * out, const reg a[N_SUMS]) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    reg b[4];
+    for (int i = 0; i < 4; ++i) {
+        b[i] = __builtin_shufflevector(a[2*i], a[2*i + 1], 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a[2*i], a[2*i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+    }
+    reg c[2];
+    for (int i = 0; i < 2; ++i) {
+        c[i] = __builtin_shufflevector(b[2*i], b[2*i + 1], 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(b[2*i], b[2*i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+    }
+    const reg res = __builtin_shufflevector(c[0], c[1], 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    store_reg(out, res);
+#else
+    for (int i = 0; i < N_SUMS; ++i) {
+        out[i] = 0.0f;
+        for (int j = 0; j < N_REG; ++j) {
+            out[i] += a[i][j];
+        }
+    }
+#endif
+}
+
+// out[i] = q . rows[i]; n: vectors of N_LANES in q, a constant where the compiler is to unroll
 template <int N>
 static inline void dot_tile(const float * q, const float * rows, int64_t stride, int64_t n, float * out) {
     n = N ? N : n;
 
+#if defined(__AVX512F__)
     lanes acc[TILE];
     for (int64_t i = 0; i < TILE; ++i) {
         const float * row = rows + i*stride;
@@ -45,25 +91,40 @@ static inline void dot_tile(const float * q, const float * rows, int64_t stride,
         }
     }
     store(out, sums(acc));
+#else
+    for (int64_t i = 0; i < TILE; i += N_SUMS) {
+        reg acc[N_SUMS] = {};
+        for (int64_t d = 0; d < n*N_LANES; d += N_REG) {
+            const reg x = load_reg(q + d);
+            for (int64_t j = 0; j < N_SUMS; ++j) {
+                acc[j] += x*load_reg(rows + (i + j)*stride + d);
+            }
+        }
+        store_sums(out + i, acc);
+    }
+#endif
 }
 
 // out += sum over i of w[i]*rows[i]
 template <int N>
 static inline void add_tile(const float * w, const float * rows, int64_t stride, int64_t n, float * out) {
-    n = N ? N : n;
+    const int64_t n_floats = (N ? N : n)*N_LANES;
 
-    for (int64_t d0 = 0; d0 < n; d0 += N ? N : 1) {
-        lanes acc[N ? N : 1];
-        for (int64_t d = 0; d < (N ? N : 1); ++d) {
-            acc[d] = load(out + (d0 + d)*N_LANES);
+    // registers at a time
+    constexpr int64_t D = N ? (N*N_LANES/N_REG < N_SUMS ? N*N_LANES/N_REG : N_SUMS) : N_LANES/N_REG;
+
+    for (int64_t d0 = 0; d0 < n_floats; d0 += D*N_REG) {
+        reg acc[D];
+        for (int64_t d = 0; d < D; ++d) {
+            acc[d] = load_reg(out + d0 + d*N_REG);
         }
         for (int64_t i = 0; i < TILE; ++i) {
-            for (int64_t d = 0; d < (N ? N : 1); ++d) {
-                acc[d] += w[i]*load(rows + i*stride + (d0 + d)*N_LANES);
+            for (int64_t d = 0; d < D; ++d) {
+                acc[d] += w[i]*load_reg(rows + i*stride + d0 + d*N_REG);
             }
         }
-        for (int64_t d = 0; d < (N ? N : 1); ++d) {
-            store(out + (d0 + d)*N_LANES, acc[d]);
+        for (int64_t d = 0; d < D; ++d) {
+            store_reg(out + d0 + d*N_REG, acc[d]);
         }
     }
 }
@@ -80,26 +141,26 @@ static inline tile_fn add_tile_of(int64_t n) {
 
 // the scores of n cells become weights relative to their maximum
 static inline void weigh(float * s, int64_t n, const float * mask, const refreekv_decode_softmax & by, float slope, float & top, float & total) {
-    lanes m = all(-INFINITY);
-    for (int64_t i = 0; i < n; i += N_LANES) {
-        lanes x = load(s + i)*by.pre_scale;
+    reg m = reg {} - INFINITY;
+    for (int64_t i = 0; i < n; i += N_REG) {
+        reg x = load_reg(s + i)*by.pre_scale;
         if (by.soft_cap > 0.0f) {
             x = tanh(x)*by.soft_cap;
         }
-        x = x*by.post_scale + load(mask + i)*slope;
-        store(s + i, x);
+        x = x*by.post_scale + load_reg(mask + i)*slope;
+        store_reg(s + i, x);
         m = max(x, m);
     }
 
     top = -INFINITY;
-    for (int i = 0; i < N_LANES; ++i) {
+    for (int i = 0; i < N_REG; ++i) {
         top = std::max(top, m[i]);
     }
 
-    lanes t = {};
-    for (int64_t i = 0; i < n; i += N_LANES) {
-        const lanes w = top > -INFINITY ? exp_neg(load(s + i) - top) : lanes {};
-        store(s + i, w);
+    reg t = {};
+    for (int64_t i = 0; i < n; i += N_REG) {
+        const reg w = top > -INFINITY ? exp_neg(load_reg(s + i) - top) : reg {};
+        store_reg(s + i, w);
         t += w;
     }
     total = sum(t);

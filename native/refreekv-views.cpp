@@ -269,10 +269,6 @@ const refreekv_decode_softmax * refreekv_store::softmax_of(int32_t il) const {
     return layer.known ? &layer.softmax : nullptr;
 }
 
-bool refreekv_store::is_pruned() const {
-    return std::any_of(pruned.begin(), pruned.begin() + n_seq_ids(), [](llama_pos pos) { return pos >= 0; });
-}
-
 void refreekv_store::run_with_cache(ggml_tensor * node, uint32_t i_group) const {
     ggml_backend_sched_set_tensor_backend(lctx->get_sched(), node, backend_of(groups[i_group]));
 }

@@ -4,6 +4,7 @@
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
 #include "refreekv-model.h"
+#include "refreekv-report.h"
 #include "refreekv-store.h"
 
 #include "llama-context.h"
@@ -15,7 +16,7 @@
 #include <cstdio>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 9;
+static const int32_t REFREEKV_ABI_VERSION = 10;
 
 static thread_local std::string g_error;
 
@@ -269,40 +270,46 @@ llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {
     return store->pruned_pos(seq_id);
 }
 
-int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats) {
+// the part of a context's memory that is not the store's, or that of upstream's cache, by buffer type
+template <typename F>
+static void refreekv_read_buffers(llama_context * ctx, F && f) {
+    if (ctx->buffers) {
+        std::lock_guard<std::mutex> lock(ctx->buffers->mutex);
+        for (const auto & info : ctx->buffers->infos) {
+            f(info);
+        }
+    }
+}
+
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max) {
     auto * mem = refreekv_get_memory(ctx);
     if (!mem) {
         return REFREEKV_ERR_NO_POLICY;
     }
 
     const auto * store = refreekv_store::of(mem);
-    *stats = store ? store->stats() : refreekv_store::full_stats(mem);
-
-    for (const auto & [_, size] : mem->memory_breakdown()) {
-        stats->bytes_other += size;
+    if (store) {
+        store->read_figures([&](const refreekv_store::figures & f) {
+            *stats = f.stats;
+            std::copy_n(f.groups.begin(), std::min<int32_t>(n_max, f.groups.size()), groups);
+        });
+    } else {
+        *stats = refreekv_store::full_stats(mem);
+        for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
+            groups[i] = refreekv_store::full_group(mem, i);
+            groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
+        }
     }
-    stats->bytes_other -= stats->bytes + stats->bytes_ring;
 
-    return REFREEKV_OK;
+    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) { stats->bytes_other += info.bytes_context; });
+    if (!store) {
+        stats->bytes_other -= stats->bytes;
+    }
+
+    return stats->n_group;
 }
 
-int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct refreekv_group_info * info) {
-    auto * mem = refreekv_get_memory(ctx);
-    if (!mem) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-
-    const auto * store = refreekv_store::of(mem);
-
-    if (!refreekv_check_group(store ? store->n_groups() : refreekv_store::full_stats(mem).n_group, i_group)) {
-        return REFREEKV_ERR_ARGUMENT;
-    }
-    *info = store ? store->group_info(i_group) : refreekv_store::full_group(mem, i_group);
-
-    return REFREEKV_OK;
-}
-
-int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * info, int32_t n_max) {
+int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {
     refreekv_clear_error();
 
     if (!ctx) {
@@ -311,11 +318,24 @@ int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_
     }
 
     int32_t n = 0;
-    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) {
         if (n < n_max) {
-            info[n] = { ggml_backend_buft_name(buft), data.model, data.context, data.compute };
+            infos[n] = info;
         }
         n++;
+    });
+
+    if (const auto * store = refreekv_store::of(ctx->get_memory())) {
+        store->read_figures([&](const refreekv_store::figures & f) {
+            for (const auto & [buft, size] : f.bytes) {
+                for (int32_t i = 0; i < std::min(n, n_max); ++i) {
+                    if (infos[i].name == ggml_backend_buft_name(buft)) {
+                        infos[i].bytes_context += size;
+                        break;
+                    }
+                }
+            }
+        });
     }
 
     return n;

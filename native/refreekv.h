@@ -7,7 +7,8 @@
 // but REFREEKV_API.
 //
 // Errors: functions that can fail return a negative refreekv_status or NULL; refreekv_last_error() then names what was
-// wrong and what is valid. Thread safety: as llama.h, one thread at a time per context.
+// wrong and what is valid. Thread safety: as llama.h, one thread at a time per context;
+// refreekv_get_stats() and refreekv_get_buffers() may be called by any thread as long as the context exists.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -241,12 +242,13 @@ REFREEKV_API void refreekv_fail_allocation(int32_t n);
 // -1 when the sequence is whole, < -1 on error
 REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id);
 
-// both work without a policy too
-REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats);
-REFREEKV_API int32_t refreekv_get_group(struct llama_context * ctx, int32_t i_group, struct refreekv_group_info * info);
+// The figures of the cache and of its groups, all of one moment: the end of the last operation on it, or of the last batch.
+// Returns the number of groups, writes at most n_max of them. Any thread. Works without a policy, too: the only figure that
+// changes is n_tokens then, and it is that of now
+REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max);
 
-// upstream's llama_get_memory_breakdown; returns the number of buffer types, writes at most n_max of them. Works without a
-// policy, too
+// upstream's llama_get_memory_breakdown, of the same moment; returns the number of buffer types, writes at most n_max of
+// them. Any thread; works without a policy, too
 REFREEKV_API int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * info, int32_t n_max);
 
 // the devices of the context's model, then the host; returns their number, writes at most n_max of them. bytes_compute_used and

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from refreekv_cpp._llama_cpp import python_dir
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,17 +27,27 @@ def build(folder: Path, definitions: Iterable[str], targets: Iterable[str]) -> N
 
 def upstream_tree() -> Path:
     """llama.cpp's sources as they are built here, for their headers."""
-    tree = ROOT / "build" / "headers" / "llama.cpp"
+    folder = ROOT / "build" / "headers"
     source = ["--source", os.environ["REFREEKV_UPSTREAM_DIR"]] if "REFREEKV_UPSTREAM_DIR" in os.environ else []
     subprocess.run(
         [
-            *[sys.executable, str(ROOT / "cmake" / "prepare_upstream.py"), str(tree), *source],
+            *[sys.executable, str(ROOT / "cmake" / "prepare_upstream.py"), str(folder), *source],
             *["--downloads", str(ROOT / "build" / "downloads")],
         ],
         check=True,
         stdout=sys.__stderr__,
     )
-    return tree
+    return folder / "llama.cpp"
+
+
+def stock_environment(library: Path) -> dict[str, str]:
+    """The environment of a process whose `llama_cpp` is the pinned llama-cpp-python on this stock library."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(python_dir()), os.environ.get("PYTHONPATH", "")]),
+        "LLAMA_CPP_LIB_PATH": str(library),
+        "MTMD_CPP_LIB": str(library),
+    }
 
 
 def stock_library(definitions: Iterable[str] = ()) -> Path:

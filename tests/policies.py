@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP
+from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP, native
 
 # the presets with their own constants
 PRESETS: dict[str, Policy] = {
@@ -67,3 +67,13 @@ class Debug(Policy):
         options = self.policy.native_options()
         assert options is not None
         return {**options, "mask_only": self.mask_only, "by_graph": self.by_graph}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic(Policy):
+    """The full cache that grows with its contents, for a context without a `Llama` (there, it is kv_elastic=True)."""
+
+    name: ClassVar[str] = "elastic"
+
+    def native_options(self) -> dict[str, Any]:
+        return {"policy": native.ELASTIC}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from native_build import stock_environment
 from tiny_architectures import ENCODER, tiny_models
 
 ROOT = Path(__file__).parent.parent
@@ -47,12 +47,11 @@ Results = dict[str, dict[str, Any]]
 
 def run(name: str, sdist: Path, stock: Path, models: Path, out: Path) -> Results:
     """In a process of its own: two libllama do not go into one."""
-    libraries = {"LLAMA_CPP_LIB_PATH": str(stock), "MTMD_CPP_LIB": str(stock)} if name == "stock" else {}
     child = ROOT / "tests" / "upstream_tests_child.py"
     subprocess.run(
         [sys.executable, str(child), name, str(models), str(out)],
         cwd=sdist,
-        env={**os.environ, **libraries},
+        env=stock_environment(stock) if name == "stock" else None,
         stdout=sys.stderr,
         check=True,
     )

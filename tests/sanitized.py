@@ -45,8 +45,8 @@ def install(folder: Path) -> Path:
     """The Python package with the library that was built in `folder`; returns where Python finds it."""
     package = folder / "package"
     subprocess.run(["cmake", "--install", str(folder), "--component", "refreekv", "--prefix", str(package)], check=True)
-    ours = shutil.ignore_patterns("lib", "_binding.py", "__pycache__")
-    shutil.copytree(ROOT / "refreekv_cpp", package / "refreekv_cpp", ignore=ours, dirs_exist_ok=True)
+    ours = shutil.ignore_patterns("lib", "upstream", "_binding.py", "__pycache__")
+    shutil.copytree(ROOT / "src" / "refreekv_cpp", package / "refreekv_cpp", ignore=ours, dirs_exist_ok=True)
     return package
 
 

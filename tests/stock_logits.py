@@ -18,7 +18,7 @@ def main() -> None:
     if who == "ours":
         from refreekv_cpp import Llama
     else:
-        from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the stock library
+        from llama_cpp import Llama  # on the stock library (native_build.stock_environment)
 
     llm = Llama(
         model, n_ctx=1024, n_batch=256, flash_attn=flash_attn == "1", n_threads=2, logits_all=True, verbose=False

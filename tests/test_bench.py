@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from refreekv_cpp.bench.runner import Contestant, Result
 from refreekv_cpp.cli import app
+from refreekv_cpp.cli.bench import contestants_of
 
 FULL = Contestant("full", False, "full")
 
@@ -48,6 +49,8 @@ def test_ratios_by_hand() -> None:
     [
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'"),
         *((["--tokens", text], "must be different positive numbers") for text in ("0", "abc", "64,64", "")),
+        (["--kv-policy", "full@q9"], "the type must be one of"),
+        (["--kv-policy", "full@q8_0", "--no-flash-attn"], "quantised values need --flash-attn"),
         (["--against", "nowhere"], "there is no libllama in it"),
     ],
 )
@@ -55,3 +58,27 @@ def test_what_cannot_run_is_refused(tiny_model: Path, arguments: list[str], mess
     result = CliRunner().invoke(app, ["bench", str(tiny_model), *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_memory_of_whole_processes(tiny_model: Path) -> None:
+    arguments = ["memory", str(tiny_model), "--kv-policy", "full,streaming,streaming@f32"]
+    result = CliRunner().invoke(app, [*arguments, "--tokens", "600", "--n-ctx", "1024", "--threads", "1"])
+    assert result.exit_code == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == ["full", "streaming", "streaming@f32"]
+    for row in rows:
+        loaded, peak, settled = (float(cell.removesuffix(" MiB")) for cell in row[1:4])
+        assert 0 < loaded <= peak
+        assert 0 < settled <= peak
+    assert rows[0][4:6] == ["× 1.000", "× 1.000"]
+
+
+def test_stock_has_each_of_the_types(tmp_path: Path) -> None:
+    (tmp_path / "libllama.so").touch()
+    contestants = contestants_of("refreekv,refreekv@q8_0", tmp_path, flash_attn=True)
+    assert [(c.name, c.kv_policy, c.cache_type) for c in contestants] == [
+        ("stock", None, "f16"),
+        ("stock@q8_0", None, "q8_0"),
+        ("refreekv", "refreekv", "f16"),
+        ("refreekv@q8_0", "refreekv", "q8_0"),
+    ]

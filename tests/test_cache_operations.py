@@ -580,7 +580,7 @@ def test_hidden_cells_are_not_saved(tiny_model: Path) -> None:
         (POLICY, {"type_v": F32}, "other cache types"),
         (POLICY, {"type_k": CACHE_TYPES["bf16"]}, "other cache types"),  # of the same size
         (POLICY, {"type_v": CACHE_TYPES["bf16"]}, "other cache types"),
-        (POLICY, {"flash_attn": True}, "flash_attn = False; this context has True"),
+        (POLICY, {"flash_attn": False}, "flash_attn = True; this context has False"),
         (POLICY, {"n_ctx": 512}, ""),  # upstream's refusal
     ],
     ids=lambda value: getattr(value, "name", None) or str(value),

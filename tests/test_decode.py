@@ -1,5 +1,5 @@
-"""The attention of single tokens to a pruned cache, which on the CPU is a kernel of our own: what upstream's operations
-answer, which still read a batch of tokens."""
+"""The attention of single tokens to a cache with a policy that evicts, which on the CPU is a kernel of our own: what
+upstream's operations answer, which still read a batch of tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
+from policies import Elastic
 from support import CACHE_TYPES, Sequences
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES
 
-from refreekv_cpp import SnapKV, native
+from refreekv_cpp import Full, SnapKV, native
 from refreekv_cpp._llama_cpp import library_dir
 
 SHAPES = {
@@ -137,26 +138,36 @@ def test_the_number_of_threads_changes_no_bit_of_it(tmp_path: Path, flash_attn: 
     assert np.array_equal(run(1), run(3))
 
 
-@pytest.mark.parametrize("flash_attn", [False, True], ids=["", "flash attention"])
-def test_a_cache_that_was_not_pruned_is_left_to_upstream(tiny_model: Path, flash_attn: bool) -> None:
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_it_decodes_from_the_first_token_on(tmp_path: Path, shape: str) -> None:
+    """Not only after an eviction; and with the same answer as the full cache, but for rounding."""
+    SHAPES[shape].write(tmp_path / "model.gguf")
     operations = Operations()
     policy = SnapKV(budget=384, n_min=0)
-    sequences = Sequences(tiny_model, policy, flash_attn_type=int(flash_attn), cb_eval=operations.callback)
+    answers = {}
+    for of in (policy, Full()):
+        sequences = Sequences(tmp_path / "model.gguf", of, cb_eval=operations.callback)
+        sequences.read(0, random_tokens(600))
+        assert operations.n_own == 0
+        answers[of.name] = [sequences.read(0, [token]) for token in random_tokens(8, seed=1)]
+        assert (operations.n_own > 0) == (OWN_KERNEL[shape] and of is policy)
+        operations.n_own = 0
+        sequences.close()
+    full = np.array(answers["full"])
+    assert np.abs(answers[policy.name] - full).max() <= TOLERANCE["f32"] * np.abs(full).max()
 
-    sequences.read(0, random_tokens(1024))
-    sequences.read(0, [1])
-    assert operations.n_own == 0
 
-    native.prune(sequences.ctx, 0)
-    sequences.read(0, [1])
-    assert operations.n_own > 0
-
-    operations.n_own = 0
-    sequences.remove(0)
-    sequences.read(0, random_tokens(512))
-    sequences.read(0, [1])
-    assert operations.n_own == 0
-    sequences.close()
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["", "flash attention"])
+def test_the_elastic_full_cache_is_left_to_upstream(tiny_model: Path, flash_attn: bool) -> None:
+    operations = Operations()
+    answers = []
+    for policy in (Elastic(), Full()):
+        sequences = Sequences(tiny_model, policy, flash_attn_type=int(flash_attn), cb_eval=operations.callback)
+        sequences.read(0, random_tokens(600))
+        answers.append([sequences.read(0, [token]) for token in random_tokens(8, seed=1)])
+        assert operations.n_own == 0
+        sequences.close()
+    np.testing.assert_array_equal(*answers)
 
 
 def test_sequences_side_by_side(tmp_path: Path) -> None:

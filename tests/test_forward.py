@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,8 @@ def decode_masked(model: reference.LlamaReference, sets: list[list[int]]) -> npt
 # and values to f16 whatever the cache is, and adds up in f16 too.
 TOLERANCES = {(False, "f32"): 5e-5, (False, "f16"): 5e-3, (True, "f32"): 2e-2, (True, "f16"): 2e-2}
 
+SINGLE: dict[str, Any] = {"type_k": F32, "type_v": F32, "flash_attn": False}
+
 
 @pytest.mark.parametrize(
     ("flash_attn", "cache"), TOLERANCES, ids=[f"{'flash' if f else 'plain'}-{c}" for f, c in TOLERANCES]
@@ -111,7 +114,7 @@ def test_logits_are_those_of_the_masked_model(
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_logits_after_a_policy_are_those_of_the_masked_model(tiny_model: Path, models: Models, name: str) -> None:
-    llm = load(tiny_model, POLICIES[name], type_k=F32, type_v=F32)
+    llm = load(tiny_model, POLICIES[name], **SINGLE)
     llm.eval(PROMPT)
     assert llm.prune_kv() > 0
     sets = kept(llm)
@@ -122,7 +125,7 @@ def test_logits_after_a_policy_are_those_of_the_masked_model(tiny_model: Path, m
 
 def test_a_batch_after_an_eviction(tiny_model: Path, models: Models) -> None:
     # causal among themselves, and each sees what is kept of the prompt: in batches of 24, the last of 16
-    llm = load(tiny_model, ReFreeKV(), type_k=F32, type_v=F32, n_ubatch=24)
+    llm = load(tiny_model, ReFreeKV(), **SINGLE, n_ubatch=24)
     llm.eval(PROMPT)
     sets = by_hand(4)
     evict(llm, sets)
@@ -134,7 +137,7 @@ def test_a_batch_after_an_eviction(tiny_model: Path, models: Models) -> None:
 def test_a_second_eviction(tiny_model: Path, models: Models) -> None:
     # of the prompt and of what was decoded since
     model = models("gqa")
-    llm = load(tiny_model, ReFreeKV(), type_k=F32, type_v=F32)
+    llm = load(tiny_model, ReFreeKV(), **SINGLE)
     llm.eval(PROMPT)
     evict(llm, by_hand(4))
     feed(llm, DECODED)
@@ -149,7 +152,7 @@ def test_a_second_eviction(tiny_model: Path, models: Models) -> None:
 
 
 def test_a_layer_with_nothing_left(tiny_model: Path, models: Models) -> None:
-    llm = load(tiny_model, ReFreeKV(), type_k=F32, type_v=F32)
+    llm = load(tiny_model, ReFreeKV(), **SINGLE)
     llm.eval(PROMPT)
     sets = [list(range(N_PROMPT)), [], list(range(N_PROMPT)), []]
     evict(llm, sets)
@@ -176,16 +179,23 @@ Run = Callable[..., npt.NDArray[np.float32]]
 
 @pytest.fixture(scope="module")
 def decoded(tiny: Callable[[str], Path]) -> Run:
-    """The logits for DECODED with some caches, after an eviction by hand unless the cache is to stay whole."""
+    """The logits for DECODED with some caches, after an eviction by hand unless the cache is to stay whole: those of
+    each token, which is read by itself; or those after each batch of some tokens."""
 
     @functools.cache
-    def run(caches: str, policy: Policy, *, whole: bool = False) -> npt.NDArray[np.float32]:
+    def run(caches: str, policy: Policy, *, whole: bool = False, n_batch: int = 1) -> npt.NDArray[np.float32]:
         type_k, type_v, flash_attn = CACHES[caches]
         llm = load(tiny("gqa64"), policy, type_k=type_k, type_v=type_v, flash_attn=flash_attn, n_ctx=512)
         llm.eval(PROMPT[:N_SHORT])
         if not whole:
             evict(llm, by_hand(4, N_SHORT))
             assert llm.kv_stats.cells_capacity == (256,) * 4 or getattr(policy, "mask_only", False)
+        if n_batch > 1:
+            res = []
+            for i in range(0, N_DECODED, n_batch):
+                llm.eval(DECODED[i : i + n_batch])
+                res.append(logits(llm))
+            return np.array(res)
         res = feed(llm, DECODED)
         if not whole:
             assert llm.kv_stats.cells_capacity[3] == 512
@@ -209,9 +219,14 @@ def test_masked_in_place_is_the_same_as_moved(decoded: Run, caches: str) -> None
 
 
 @pytest.mark.parametrize("caches", CACHES)
-def test_a_policy_that_evicts_nothing_is_bit_identical_to_full(decoded: Run, caches: str) -> None:
+def test_a_policy_that_has_evicted_nothing(decoded: Run, caches: str) -> None:
+    """Batches are read by upstream's operations, bit for bit as with the full cache. Single tokens are decoded by a
+    kernel of our own, which rounds less than upstream's operations do."""
+    batches = decoded(caches, Full(), whole=True, n_batch=8)
+    np.testing.assert_array_equal(batches, decoded(caches, ReFreeKV(), whole=True, n_batch=8))
+
     full = decoded(caches, Full(), whole=True)
-    np.testing.assert_array_equal(full, decoded(caches, ReFreeKV(), whole=True))
+    assert error(full, decoded(caches, ReFreeKV(), whole=True)) < (1e-5 if caches == "f32-plain" else 2e-2)
     # what is compared above does depend on what is evicted
     assert error(full, decoded(caches, ReFreeKV())) > 0.05
 

@@ -214,16 +214,17 @@ def test_embedding_keeps_upstreams_cache(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_generation_prunes_once_before_its_first_token(tiny_model: Path, name: str) -> None:
+def test_a_generation_prunes_once_after_its_first_token(tiny_model: Path, name: str) -> None:
     by_hand, llm = (load(tiny_model, POLICIES[name], n_batch=256) for _ in range(2))
     by_hand.eval(PROMPT)
     by_hand.prune_kv()
 
     generator = llm.generate(PROMPT, temp=0.0)
     first = next(generator)
-    assert llm.kv_stats.n_prunes == 1
-    assert kept(llm) == kept(by_hand)
-    assert [first, *itertools.islice(generator, 5)] == generate(by_hand, PROMPT)
+    assert llm.kv_stats.n_prunes == 0  # once looking at the figures pruned
+    second = next(generator)
+    assert [[pos for pos in layer if pos < N_PROMPT] for layer in kept(llm)] == kept(by_hand)
+    assert [first, second, *itertools.islice(generator, 4)] == generate(by_hand, PROMPT)
     assert llm.kv_stats.n_prunes == 1
     generator.close()
 
@@ -341,8 +342,9 @@ def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
 def test_a_prompt_that_goes_on_from_a_whole_state_is_pruned_as_a_fresh_one(
     tiny_model: Path, name: str, n_more: int
 ) -> None:
-    # once the queries since the state were all that the policy judged by
-    source, llm, fresh = (load(tiny_model, POLICIES[name]) for _ in range(3))
+    # once the queries since the state were all that the policy judged by. With flash attention, what a token computes
+    # depends a little on the batch that it is read in
+    source, llm, fresh = (load(tiny_model, POLICIES[name], flash_attn=False) for _ in range(3))
     source.eval(PROMPT)
     llm.load_state(source.save_state())
     tokens = [*PROMPT, *QUESTION[:n_more]]

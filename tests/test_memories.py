@@ -115,15 +115,15 @@ def test_a_copy_without_room_leaves_the_target_empty_everywhere(tiny: Tiny, name
 
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_a_pruned_state_comes_back(tiny: Tiny, name: str) -> None:
-    llm = load(tiny(name), POLICY)
+    # the windowed cells come back in other places, and are summed in another order (in f16, with flash attention)
+    llm = load(tiny(name), POLICY, flash_attn=False)
     llm.eval(PROMPT)
     assert llm.prune_kv() > 0
     state, sets = llm.save_state(), kept(llm)
     expected = feed(llm, MORE)
-    other = load(tiny(name), POLICY)
+    other = load(tiny(name), POLICY, flash_attn=False)
     other.load_state(state)
     assert kept(other) == sets
-    # the windowed cells come back in other places, and are summed in another order
     np.testing.assert_allclose(feed(other, MORE), expected, atol=1e-3)
 
 
@@ -139,8 +139,8 @@ def test_a_state_that_fails_in_its_second_part_leaves_nothing(tiny: Tiny, name: 
 def test_images_share_a_position(tiny: Tiny) -> None:
     """M-RoPE: the cells of an image have one position, and see each other by row and column, as upstream has it."""
     logits = []
-    for policy in ("full", POLICY):
-        llm = load(tiny("qwen2vl (M-RoPE)"), policy)
+    for policy, elastic in (("full", False), ("full", True), (POLICY, None)):
+        llm = load(tiny("qwen2vl (M-RoPE)"), policy, kv_elastic=elastic, flash_attn=False)
         llm.eval(PROMPT[:50])
         # a picture of 3 x 3 patches at position 50, then text at 53
         n_embd, n = llm.n_embd(), 9
@@ -158,7 +158,9 @@ def test_images_share_a_position(tiny: Tiny) -> None:
         llama_cpp.llama_batch_free(batch)
         llm.n_tokens = 53
         logits.append(feed(llm, MORE))
-    np.testing.assert_array_equal(*logits)
+    full, elastic_full, evicting = logits
+    np.testing.assert_array_equal(full, elastic_full)
+    np.testing.assert_allclose(full, evicting, atol=1e-3)  # decoded by our own kernel
 
 
 def test_what_is_all_windows_is_refused_by_name(tiny: Tiny) -> None:

@@ -8,6 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from support import Sequences, ctx_of, feed, kept, load
+from tiny import TinyModel, random_tokens
 
 from refreekv_cpp import CacheMemoryError, Llama, PolicyError, ReFreeKV, Streaming, native
 from refreekv_cpp._units import parse_bytes
@@ -106,6 +107,23 @@ def test_buffers_stay_what_they_were(tiny_model: Path) -> None:
     others = [native.ffi.new("struct refreekv_buffer_info[]", 64) for _ in range(16)]  # in the same place, zero
     assert sum(info.bytes_model for _, info in found) > 0
     del others
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak of the resident memory")
+def test_the_scratch_memory_of_a_pruning_is_bounded(tmp_path: Path) -> None:
+    """It was the peak of a process: the weights of a group's whole attention to the window took 62 MiB here."""
+    TinyModel(n_layer=2, n_head=16).write(tmp_path / "model.gguf")
+    llm = load(tmp_path / "model.gguf", ReFreeKV(n_window=256), n_ctx=4096)
+    llm.eval(random_tokens(4000))
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = status("VmRSS")
+    assert llm.prune_kv() > 0
+    assert status("VmHWM") - before < 32 * 2**20
 
 
 def test_a_shorter_conversation_gives_memory_back(tiny_model: Path, prompt: list[int]) -> None:

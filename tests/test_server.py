@@ -2,81 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-import subprocess
+import os
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import llama_cpp
 import openai
 import pytest
 from pydantic import ValidationError
+from serving import OPTIONS, QUICK, SWITCH, serving, user, write_config
 from test_cli import assert_one_error_line, refreekv
-from tiny import N_SPECIAL, TinyModel
+from tiny import TinyModel
 
-from refreekv_cpp import Llama
+from refreekv_cpp import Llama, fit
+from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp.cli.serve import _settings
 from refreekv_cpp.document import QUESTION, SECRET, write_document
-from refreekv_cpp.server.settings import ModelSettings, read_config_file
+from refreekv_cpp.server import models
+from refreekv_cpp.server.receipts import kv_receipt
+from refreekv_cpp.server.settings import ModelSettings, explain, read_config_file
 
 LONG = "x" * 1500
-# ASCII only: llama-cpp-python does not count tokens that leave a character unfinished
-OPTIONS = {
-    "max_tokens": 4,
-    "temperature": 0,
-    "logit_bias": {str(N_SPECIAL + byte): -100 for byte in range(128, 256)} | {"2": -100},
-}
-SWITCH = {
-    "type": "function",
-    "function": {
-        "name": "switch",
-        "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
-    },
-}
-
-
-def user(text: str) -> list[Any]:
-    return [{"role": "user", "content": text}]
-
-
-@contextlib.contextmanager
-def serving(*args: str | Path) -> Iterator[openai.OpenAI]:
-    """A client of `refreekv serve` with these arguments."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from refreekv_cpp.cli import main; main()"
-    options = ["--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-c", code, "serve", *options, *args])
-    try:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(openai.APIConnectionError):
-                    client.models.list()
-                    break
-                assert process.poll() is None, "the server ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            yield client
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def write_config(folder: Path, models: list[dict[str, Any]], **server: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**server, "models": models}))
-    return path
 
 
 @pytest.fixture(scope="module")
 def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """Of a server with the models `pruned`, `whole`, `limited` and `tools`."""
-    common = {"model": str(tiny_model), "n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    common = {"model": str(tiny_model), **QUICK}
     models = [
         {**common, "model_alias": "pruned", "kv_policy": "streaming"},
         {**common, "model_alias": "whole", "kv_policy": "full"},
@@ -93,7 +50,7 @@ def test_usage_has_the_receipt_of_the_models_policy(client: openai.OpenAI) -> No
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
     assert answer.usage.completion_tokens == 4
     receipt = answer.usage.kv
-    assert receipt.keys() == {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms"}
+    assert receipt.keys() - {"memory"} == {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms"}
     assert receipt["policy"] == "streaming"
     assert receipt["n_tokens"] == answer.usage.total_tokens - 1  # the last one is not read
     assert 0.3 < receipt["budget"] < 0.6
@@ -118,7 +75,10 @@ def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert last.choices == []
     assert last.id == chunks[0].id
-    untimed = [{**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0}} for usage in (last.usage, answer.usage)]
+    untimed = [
+        {**usage.model_dump(), "kv": {**usage.kv, "prune_ms": 0, "memory": None}}
+        for usage in (last.usage, answer.usage)
+    ]
     assert untimed[0] == untimed[1]
 
     # the token that ends an answer is not counted
@@ -130,6 +90,20 @@ def test_a_stream_says_what_the_response_does(client: openai.OpenAI) -> None:
     for chunk in client.completions.create(model="pruned", prompt="x", **OPTIONS, stream=True):
         assert chunk.usage is None
         assert chunk.choices
+
+
+def test_a_receipt_leads_with_the_memory_of_the_process() -> None:
+    @dataclass
+    class Memory:
+        rss: int
+        kv: int
+
+    stats = SimpleNamespace(policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0)
+    llm: Any = SimpleNamespace(kv_stats=stats)
+    without = kv_receipt(llm, prune_ms_before=1.0)
+    assert "memory" not in without
+    stats.memory = Memory(rss=100, kv=7)
+    assert list(kv_receipt(llm, prune_ms_before=1.0).items()) == [("memory", {"rss": 100, "kv": 7}), *without.items()]
 
 
 def test_tools(client: openai.OpenAI) -> None:
@@ -159,14 +133,14 @@ def test_errors_say_whose_they_are(client: openai.OpenAI) -> None:
     error(bad, "messages: ", "valid list", messages="x")
     error(bad, "maximum context length is 2048 tokens", messages=user("x" * 2100))
     error(bad, "kv_memory_limit is 307200", model="limited", messages=user(LONG))
-    unknown = "The model `prund` does not exist; valid are pruned, whole, limited, tools"
+    unknown = "The model `prund` does not exist; it must be one of pruned, whole, limited, tools"
     error(openai.NotFoundError, unknown, model="prund")
 
-    # an answer that has begun has no status
+    # of a stream, too, as long as it has not begun
     error(openai.NotFoundError, unknown, model="prund", stream=True)
     too_long = "maximum context length is 2048 tokens"
-    error(openai.APIError, too_long, messages=user("x" * 2100), stream=True)
-    error(openai.APIError, "kv_memory_limit is 307200", model="limited", messages=user(LONG), stream=True)
+    error(bad, too_long, messages=user("x" * 2100), stream=True)
+    error(bad, "kv_memory_limit is 307200", model="limited", messages=user(LONG), stream=True)
 
     with pytest.raises(bad, match="prompt: must be text, or a list of one"):
         client.completions.create(model="pruned", prompt=["x", "y"])
@@ -204,6 +178,15 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     TinyModel(causal=False).write(refused)
     model = ["--model", tiny_model]
     assert_one_error_line(refreekv("serve"), "model: Field required")
+    assert_one_error_line(refreekv("serve", tiny_model, *model), "MODEL and --model: only one")
+    assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "some"), "must be auto, all or a number")
+    assert_one_error_line(refreekv("serve", tiny_model, "--flash-attn=some"), "must be true, false or auto")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard"), "must be NAME=VALUE")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_gard=1"), "did you mean 'kv_guard'")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard=-1"), "kv_guard=-1")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
+    quiet = ["--verbose", "false", "--option"]
+    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "value of a wrong kind")
     assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
     assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
@@ -217,7 +200,7 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ([{"model": "x", "kv_polcy": "full"}], "models.0.kv_polcy: Extra inputs"),
+        ([{"model": "x", "kv_polcy": "full"}], "models.0: kv_polcy: unknown setting, did you mean 'kv_policy'?"),
         ([{"model": "x"}, {"model": "y", "kv_policy": "ful"}], "models.1: kv_policy='ful': unknown, did you mean"),
         ([{"model": "x", "kv_policy": "full", "kv_memory_limit": 5}], "models.0: kv_memory_limit: upstream's cache"),
         ([], "models: List should have at least 1 item"),
@@ -231,11 +214,94 @@ def test_a_config_file_that_is_not_valid(tmp_path: Path, models: list[dict[str, 
     assert message in str(raised.value)
 
 
-def test_a_tolerance_of_faults() -> None:
-    assert ModelSettings(model="a.gguf", kv_faults="0.1").kv_options()["kv_faults"] == 0.1
-    assert ModelSettings(model="a.gguf", kv_faults=0).kv_options()["kv_faults"] == 0
-    with pytest.raises(ValidationError, match="kv_faults=2"):
-        ModelSettings(model="a.gguf", kv_faults=2)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("false", False), ("0.1", 0.1), ("0", 0.0), (True, True), (0.1, 0.1), (0, 0.0), (None, None)],
+)
+def test_faults_are_a_switch_or_a_tolerance(text: Any, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(settings: Any) -> None:
+        assert settings.kv_faults == value
+        assert type(settings.kv_faults) is type(value)
+
+    check(ModelSettings(model="a.gguf", kv_faults=text))
+    if isinstance(text, str):
+        (model,) = _settings(["a.gguf", "--kv-faults", text])[1]
+        check(model)
+        monkeypatch.setenv("KV_FAULTS", text)
+        check(ModelSettings(model="a.gguf"))
+
+
+@pytest.mark.parametrize(("value", "message"), [("some", "kv_faults: must be true, false or a number"), (2, "=2")])
+def test_a_tolerance_that_is_none(value: Any, message: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        ModelSettings(model="a.gguf", kv_faults=value)
+    assert message in explain(raised.value.errors())
+
+
+def of_command_line(*args: str) -> dict[str, Any]:
+    """The settings of the one model, those that are not the defaults."""
+    (model,) = _settings(list(args))[1]
+    settings: dict[str, Any] = model.model_dump(exclude_unset=True)
+    return settings
+
+
+def test_the_options_of_the_other_commands() -> None:
+    assert of_command_line("a.gguf") == {"model": "a.gguf"}
+    assert of_command_line("--gpu-layers", "auto", "a.gguf") == {"model": "a.gguf", "n_gpu_layers": "auto"}
+    assert of_command_line("a.gguf", "--gpu-layers=all")["n_gpu_layers"] == "all"
+    assert of_command_line("a.gguf", "--gpu-layers", "-1")["n_gpu_layers"] == -1
+    assert of_command_line("a.gguf", "--n_gpu_layers", "7")["n_gpu_layers"] == 7
+    given = of_command_line("--n-ctx", "512", "--kv-policy", "full", "--kv-evicted", "drop", "--threads", "3", "a.gguf")
+    threads = {"n_threads": 3, "n_threads_batch": 3}
+    assert given == {"model": "a.gguf", "n_ctx": 512, "kv_policy": "full", "kv_evicted": "drop", **threads}
+    assert of_command_line("a.gguf", "--threads", "3", "--n_threads", "2")["n_threads"] == 2
+    assert of_command_line("a.gguf", "--n_threads", "-1")["n_threads"] == os.cpu_count()
+
+    assert ModelSettings(model="a.gguf").flash_attn == "auto"
+    assert of_command_line("--flash-attn", "a.gguf") == {"model": "a.gguf", "flash_attn": True}
+    assert of_command_line("a.gguf", "--no-flash-attn")["flash_attn"] is False
+    assert of_command_line("a.gguf", "--flash_attn", "false")["flash_attn"] is False
+    assert of_command_line("a.gguf", "--flash-attn=auto")["flash_attn"] == "auto"
+
+
+def test_any_option_of_llama() -> None:
+    options = ["kv_guard=0.5", "kv_protect=[[0, 4]]", "kv-cold-dir=/tmp", "n_ctx=512", "swa_full=False"]
+    (model,) = _settings(["a.gguf", *(f"--option={option}" for option in options)])[1]
+    passed = model.llama_options()
+    assert (passed["kv_guard"], passed["kv_protect"], passed["kv_cold_dir"]) == (0.5, [[0, 4]], "/tmp")
+    assert passed["swa_full"] is False
+    assert model.n_ctx == 512
+    assert "n_ctx" not in passed
+    assert of_command_line("a.gguf", "--option", "type_k=q8_0", "--type-v", "f16")["type_k"] == CACHE_TYPES["q8_0"]
+
+
+def test_layers_are_chosen_by_the_same_code_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def layers(path: str, **options: Any) -> int:
+        asked.append((path, options["n_ctx"], options["kv_policy"]))
+        return 3
+
+    monkeypatch.setattr(fit, "gpu_layers", layers)
+    options = {"n_ctx": 512, "kv_policy": "refreekv", "mul_mat_q": True}
+    assert models.gpu_layers("auto", "a.gguf", options) == 0
+    assert models.gpu_layers("all", "a.gguf", options) == -1
+    assert models.gpu_layers(7, "a.gguf", options) == 7
+    assert asked == []
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    assert models.gpu_layers("auto", "a.gguf", options) == 3
+    assert asked == [("a.gguf", 512, "refreekv")]
+
+
+def test_an_option_reaches_the_model(tiny_model: Path) -> None:
+    options = ["--option", "kv_protect=[[0, 600]]", "--threads", "1", "--option", "verbose=false"]
+    with serving(tiny_model, "--kv-policy", "streaming", "--n-ctx", "1024", *options) as client:
+        protected = client.completions.create(model="x", prompt="x" * 900, **OPTIONS).usage.kv["budget"]
+    assert protected > 0.6
+
+
+def kv_settings(model: ModelSettings) -> dict[str, Any]:
+    return {name: value for name, value in model.llama_options().items() if name.startswith("kv_")}
 
 
 def test_a_config_file_in_yaml(tmp_path: Path) -> None:
@@ -245,7 +311,7 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
     assert settings.port == 8001
     cold = {"kv_cold": "auto", "kv_cold_dir": None, "kv_cold_limit": None, "kv_cold_type": None, "kv_cold_state": True}
     cold |= {"kv_faults": None}
-    assert [model.kv_options() for model in settings.models] == [
+    assert [kv_settings(model) for model in settings.models] == [
         {"kv_policy": "refreekv", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": 1000000, **cold},
         {"kv_policy": "full", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": None, **cold},
     ]

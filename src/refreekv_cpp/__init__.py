@@ -13,6 +13,7 @@ from refreekv_cpp.dropin import install_if_asked
 from refreekv_cpp.errors import (
     CacheMemoryError,
     CacheStateError,
+    ClosedError,
     ComputeError,
     PolicyError,
     RefreeKVError,
@@ -20,18 +21,20 @@ from refreekv_cpp.errors import (
 )
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.policies import H2O, Full, Policy, PyramidKV, PythonPolicy, ReFreeKV, SnapKV, Streaming, TopP
-from refreekv_cpp.stats import KVStats
+from refreekv_cpp.stats import KVStats, ProcessMemory
 
 __all__ = [
     "H2O",
     "CacheMemoryError",
     "CacheStateError",
+    "ClosedError",
     "ComputeError",
     "Full",
     "KVStats",
     "Llama",
     "Policy",
     "PolicyError",
+    "ProcessMemory",
     "PyramidKV",
     "PythonPolicy",
     "ReFreeKV",

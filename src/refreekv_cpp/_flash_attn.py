@@ -1,4 +1,4 @@
-"""flash_attn="auto": the setting that decodes faster."""
+"""flash_attn="auto"."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from refreekv_cpp.errors import PolicyError
 _PLAIN = [None, *(CACHE_TYPES[name] for name in ("f32", "f16", "bf16"))]
 
 
-def resolve(options: Mapping[str, Any]) -> bool:
-    """Of the options of a `Llama`: what flash_attn says (None: no, as upstream), or where it is "auto" or missing, the
-    faster setting.
+def resolve(options: Mapping[str, Any], *, evicts: bool) -> bool:
+    """Whether a `Llama` with these options uses flash attention.
 
-    On CPU it makes llama.cpp's decoding several times slower on long contexts, and prefill some 10 % faster (`refreekv
-    bench` shows both). A pruned cache decodes as fast with it as without (native/refreekv-decode.h), but it is still
-    left out: it adds V up in f16 there, and answers are to be those of the full cache as llama-cpp-python runs it. On
-    a GPU that holds the cache it is faster, and a quantised V needs it.
+    True, False and None (no, as upstream) are taken as they are. "auto", or no option, means:
+
+    - With a policy that evicts: yes. Without flash attention the compute buffers grow with n_ctx times the number of
+      heads. On the CPU, prompts are also read faster with it; single tokens are decoded by our own kernel, which is
+      as fast with it as without (native/refreekv-decode.h).
+    - With "full": no on the CPU, as upstream, where it can make decoding slower. Yes where a GPU holds the cache,
+      which is faster there, and where V is quantised, which needs it.
+
+    Args:
+        options: those of a `Llama`.
+        evicts: its policy is not "full".
 
     Raises:
-        PolicyError: neither.
+        PolicyError: flash_attn is something else.
     """
     flash_attn = options.get("flash_attn", "auto")
     if flash_attn != "auto":
         if not isinstance(flash_attn, (bool, int, type(None))):
-            raise PolicyError(f"flash_attn={flash_attn!r}: valid are True, False and 'auto'")
+            raise PolicyError(f"flash_attn={flash_attn!r}: must be one of True, False and 'auto'")
         return bool(flash_attn)
     on_device = (
         options.get("n_gpu_layers", 0) != 0
         and options.get("offload_kqv", True)
         and llama_cpp.llama_supports_gpu_offload()
     )
-    return on_device or options.get("type_v") not in _PLAIN
+    return evicts or on_device or options.get("type_v") not in _PLAIN

@@ -1,8 +1,8 @@
 """The private copy of llama-cpp-python, which the build puts beside this file, and the native libraries it loads.
 
 The copy becomes the module `llama_cpp` in every process that imports `refreekv_cpp` first, and in every process whose
-environment has no other llama-cpp-python (refreekv_llama_cpp.py). Another llama-cpp-python that is installed stays as it
-is: it keeps its own library, and works in every process that does not import this package.
+environment has no other llama-cpp-python (cmake/refreekv_llama_cpp.py). Another one that is installed stays as it is:
+it keeps its own library, and works in every process that does not import this package.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+# The name of a build of ggml's CPU backend, such as "haswell", that is to be used in place of the best one for this
+# processor. Only a portable build has several of them (docs/building.md).
+CPU_VARIABLE = "REFREEKV_CPU"
 
 # llama_cpp reads these when it is imported; they would lead it to another library than ours
 _LIBRARY_VARIABLES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
@@ -73,10 +77,43 @@ def _import_private_copy() -> None:
         with _libraries_in(library_dir()):
             spec.loader.exec_module(module)
             importlib.import_module("llama_cpp.mtmd_cpp")
+        _load_backends(library_dir())
     except BaseException:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]
         raise
+
+
+def cpu_variants() -> dict[str, Path]:
+    """The builds of ggml's CPU backend in this package, by name; empty where there is a single one without a name."""
+    files = {file.name.partition("ggml-cpu-")[2].partition(".")[0]: file for file in library_dir().glob("*ggml-cpu-*")}
+    return dict(sorted(files.items()))
+
+
+def _load_backends(folder: Path) -> None:
+    """Load ggml's backends where they are libraries of their own, which ggml would seek beside the Python program.
+
+    Raises:
+        ImportError: the environment asks for a CPU backend that is not here, or that this processor cannot run.
+    """
+    chosen = os.environ.get(CPU_VARIABLE)
+    variants = cpu_variants()
+    if not variants:
+        if chosen:
+            raise ImportError(f"{CPU_VARIABLE}={chosen}: this build is for one kind of processor, and has no choice")
+        return
+    ggml = ctypes.CDLL(str(next(file for file in folder.iterdir() if file.stem in ("libggml", "ggml"))))
+    if not chosen:
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+        return
+    if chosen not in variants:
+        raise ImportError(f"{CPU_VARIABLE}={chosen}: must be one of {', '.join(variants)}")
+    ggml.ggml_backend_load.restype = ctypes.c_void_p
+    if not ggml.ggml_backend_load(os.fsencode(variants[chosen])):
+        raise ImportError(f"{CPU_VARIABLE}={chosen}: this processor lacks instructions that it needs")
+    for file in folder.glob("*ggml-*"):
+        if not file.name.startswith(("libggml-base", "ggml-base", "libggml-cpu-", "ggml-cpu-")):
+            ggml.ggml_backend_load(os.fsencode(file))
 
 
 def _load() -> ctypes.CDLL:
@@ -87,8 +124,7 @@ def _load() -> ctypes.CDLL:
     """
     if "llama_cpp" not in sys.modules:
         _import_private_copy()
-    module = importlib.import_module("llama_cpp.llama_cpp")
-    library: ctypes.CDLL = module._lib
+    library: ctypes.CDLL = importlib.import_module("llama_cpp.llama_cpp")._lib
     if not hasattr(library, "refreekv_abi_version"):
         raise ImportError(
             f"another llama-cpp-python was imported before refreekv_cpp, and has loaded {library._name}; "

@@ -25,3 +25,7 @@ class CacheMemoryError(RefreeKVError, MemoryError):
 
 class ComputeError(RefreeKVError, RuntimeError):
     """The backend could not compute the eviction."""
+
+
+class ClosedError(RefreeKVError, RuntimeError):
+    """The `Llama` is closed, or could not be loaded."""

@@ -276,7 +276,7 @@ def _context(llm: Unallocated, n_ctx: int) -> Iterator[Any]:
         try:
             yield context.ctx
         finally:
-            context.close()  # type: ignore[no-untyped-call]
+            context.close()
 
 
 def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-import sys
+import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import llama_cpp
+import numpy as np
 
-from refreekv_cpp import _flash_attn, _options, faults, guard, induction, native, spans
+from refreekv_cpp import _closed, _flash_attn, _grammar, _options, _states, faults, guard, induction, native, spans
 from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._log import inform, logger
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.divergence import kl
@@ -68,7 +70,11 @@ class Llama(llama_cpp.Llama):
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
             prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
-        flash_attn: True, False, or "auto": the faster setting for the backend and the type of V. Default: "auto".
+        flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
+            False unless the backend or the type of V makes True the better setting. Default: "auto".
+        verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
+            to the logger "refreekv_cpp" with level INFO, whatever this says; where the program's logging shows them,
+            they are not printed besides. Default: True, as upstream.
         **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error (not in the drop-in, see
             `refreekv_cpp.dropin`).
 
@@ -117,13 +123,14 @@ class Llama(llama_cpp.Llama):
         self._faults = faults.check(kv_faults, kv.evicted)
         self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
-        options["flash_attn"] = _flash_attn.resolve(options)
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
-            raise ValueError(f"n_ctx={n_ctx!r}: valid are a number of tokens, or 0 for the model's own")
+            raise ValueError(f"n_ctx={n_ctx!r}: must be a number of tokens, or 0 for the model's own")
         if options.get("embedding") and not isinstance(kv.policy, Full):
-            if options.get("verbose", True):
-                print("refreekv: embedding=True keeps no cache between calls, kv_policy is ignored", file=sys.stderr)
+            inform(
+                "embedding=True keeps no cache between calls, kv_policy is ignored",
+                verbose=options.get("verbose", True),
+            )
             kv = _options.check("full", kv.evicted, kv_elastic)
 
         self.kv_policy = kv.policy
@@ -137,6 +144,9 @@ class Llama(llama_cpp.Llama):
         self.kv_cold_state = kv.cold_state
         self._cold_options = _cold_options(kv)
         self._evicts = not isinstance(kv.policy, Full)
+        self._reading = threading.RLock()  # held while figures are read, and while what they are read from is freed
+        self._pruning = threading.RLock()  # held while a pruning that is due is done
+        self._refused_state = False  # an entry of the cache of states did not fit, and the log says so
         self._prompt_of: object = None  # the generation whose prompt is still to be read
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
@@ -149,12 +159,11 @@ class Llama(llama_cpp.Llama):
         self._heads_set = False
 
         try:
-            self._load(model_path, options)
+            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
             warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
-            self.close()
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
         if self.kv_guard is not None and self._evicts and self._is_hybrid:
@@ -162,16 +171,23 @@ class Llama(llama_cpp.Llama):
             raise UnsupportedModelError(
                 f"kv_guard={self.kv_guard}: a hybrid model cannot take a token back; leave it out"
             )
+        self._loaded = True
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with native.next_context(self._native_params()):
             try:
                 super().__init__(model_path, **options)
-            except ValueError as error:
-                if reason := native.last_error():
+            except Exception as error:
+                self.close()
+                if isinstance(error, ValueError) and (reason := native.last_error()):
                     other = "leave kv_faults out" if reason.startswith("faults: ") else 'kv_policy="full" runs it'
                     raise UnsupportedModelError(f"{reason}; {other}") from error
                 raise
+        n_ctx = self.n_ctx()
+        if len(self.input_ids) != n_ctx:  # llama.cpp has rounded it up, upstream's arrays are as long as was asked for
+            self.input_ids = np.ndarray((n_ctx,), dtype=np.intc)
+            if self._logits_all:
+                self.scores = np.ndarray((n_ctx, self.n_vocab()), dtype=np.single)
 
     def _native_params(self) -> Any | None:
         if not self.kv_elastic:
@@ -192,9 +208,18 @@ class Llama(llama_cpp.Llama):
 
     @property
     def kv_stats(self) -> KVStats:
-        """What the KV cache holds now."""
-        self._prune_prompt()
-        return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes, self._n_guarded, self._divergence)
+        """The memory of the process and what the KV cache holds. Reading it changes nothing.
+
+        Any thread may read it, also while another one generates: the figures are those of the end of the last batch or
+        operation. A prompt is pruned when the token after the first one is read, or when the generation ends.
+
+        Raises:
+            ClosedError: the Llama is closed.
+        """
+        with self._reading:
+            return KVStats.read(
+                self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes, self._n_guarded, self._divergence
+            )
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -204,28 +229,29 @@ class Llama(llama_cpp.Llama):
         Raises:
             CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
             PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
+            ClosedError: the Llama is closed.
         """
         return self._prune(self.kv_policy)
 
     def _prune(self, policy: Policy) -> int:
+        ctx = self._ctx.ctx
         self._unpruned_of = None
         if not self._evicts or self.n_tokens == 0:
             return 0
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         for start, end in spans.resolve(self.kv_protect, self, self._system):
-            native.protect(self._ctx.ctx, _SEQ_ID, start, end)
-        before = self.kv_stats
+            native.protect(ctx, _SEQ_ID, start, end)
+        before = native.stats(ctx)
         if policy is self.kv_policy:
-            n_evicted = policy.prune(self._ctx.ctx, _SEQ_ID)
+            n_evicted = policy.prune(ctx, _SEQ_ID)
         else:
-            n_evicted = native.prune(self._ctx.ctx, _SEQ_ID, native.make_params(**(policy.native_options() or {})))
-        if self.verbose:
-            after = self.kv_stats
-            print(
-                f"refreekv: {after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
-                f"in {after.prune_ms - before.prune_ms:.0f} ms",
-                file=sys.stderr,
-            )
+            n_evicted = native.prune(ctx, _SEQ_ID, native.make_params(**(policy.native_options() or {})))
+        after = self.kv_stats
+        inform(
+            f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
+            f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
+            verbose=self.verbose,
+        )
         return n_evicted
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -243,7 +269,7 @@ class Llama(llama_cpp.Llama):
 
         if self._guards(tokens) and self._prune_guarded(tokens):
             return
-        self._prune_prompt()
+        self._prune_due()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
         if 0 < self.n_tokens <= pruned_pos and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
@@ -266,14 +292,26 @@ class Llama(llama_cpp.Llama):
                 self._n_generated = 0
                 self.prune_kv()
 
-    def _prune_prompt(self) -> None:
-        """Before whatever comes after the first token, which needs no pruning: its logits are there."""
-        if self._unpruned_of is None:
+    def _prune_due(self, generation: object = None) -> None:
+        """Prune a prompt that was read and is not pruned yet, of any generation or just of this one.
+
+        The first token of an answer does not wait for it: its logits are there. A generation that was given up may end
+        in another thread while the next one begins: one of the two prunes, and the other waits.
+        """
+        if not self._evicts:
             return
-        self._unpruned_of = None
-        # nothing was read when the whole prompt was there already, and then it may have been pruned, too
-        if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
-            self.prune_kv()
+        with self._pruning:
+            if self._unpruned_of is None or (generation is not None and generation is not self._unpruned_of):
+                return
+            self._unpruned_of = None
+            # nothing was read when the whole prompt was there already, and then it may have been pruned, too
+            if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
+                self.prune_kv()
+
+    def _nothing_due(self) -> None:
+        """What was read is about to be replaced."""
+        with self._pruning:
+            self._unpruned_of = None
 
     def _guards(self, tokens: Sequence[int]) -> bool:
         """Whether these are the first token of an answer, and the prompt before it is to be pruned under the guard."""
@@ -305,8 +343,7 @@ class Llama(llama_cpp.Llama):
             try:
                 native.restore(self._ctx.ctx, _SEQ_ID)
             except (CacheStateError, CacheMemoryError) as error:
-                if self.verbose:
-                    print(f"refreekv: {error}; the guard lets it be", file=sys.stderr)
+                inform(f"{error}; the guard lets it be", verbose=self.verbose)
                 return True
             self._n_guarded += 1
         self._go_back(n_tokens)
@@ -330,7 +367,7 @@ class Llama(llama_cpp.Llama):
                 self._heads = self._find_heads()
             except CacheMemoryError:
                 return  # again before the next prompt
-        if self._heads or self.kv_stats.n_whole_heads:
+        if self._heads or any(group.whole for group in native.figures(self._ctx.ctx)[1]):
             self._ctx.kv_cache_clear()
             native.keep_heads(self._ctx.ctx, self._heads)
         self._heads_set = True
@@ -369,8 +406,8 @@ class Llama(llama_cpp.Llama):
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
         if not self._evicts:
-            stats = self.kv_stats
-            needed = stats.bytes_per_token * (self.n_tokens + len(tokens))
+            bytes_per_token = sum(group.row_bytes for group in native.figures(self._ctx.ctx)[1])
+            needed = bytes_per_token * (self.n_tokens + len(tokens))
             if needed > limit:
                 raise CacheMemoryError(
                     f"{self.n_tokens + len(tokens)} tokens need {needed} bytes of KV cache; kv_memory_limit is {limit}"
@@ -386,10 +423,13 @@ class Llama(llama_cpp.Llama):
                 self._eval(batch)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out."""
+        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
+        one is read, or when the generator ends or is closed.
+        """
         generation = object()
+        tokens = list(tokens)
         if self._evicts:
-            self._prune_prompt()
+            self._prune_due()
             reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
             if reset and self._goes_on_otherwise(tokens) and not self._restore(tokens):
                 self.reset()
@@ -400,11 +440,20 @@ class Llama(llama_cpp.Llama):
             self._divergence = None
         try:
             yield from super().generate(tokens, *args, **kwargs)
-            self._prune_prompt()
         finally:
             # one that was given up may be closed, by another thread, while the next one reads its prompt
             if self._prompt_of is generation:
                 self._prompt_of = None
+            self._prune_due(generation)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's, of which it is the one place where samplers are made.
+
+        Raises:
+            ValueError: the grammar does not parse.
+        """
+        _grammar.check(self._model.vocab, kwargs.get("grammar"))
+        return super()._init_sampler(*args, **kwargs)
 
     def _goes_on_otherwise(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt may ask for what was evicted. The one that was read last can be sampled from at once."""
@@ -425,8 +474,7 @@ class Llama(llama_cpp.Llama):
                 native.restore(self._ctx.ctx, _SEQ_ID)
                 return True
         except (CacheStateError, CacheMemoryError) as error:
-            if self.verbose:
-                print(f"refreekv: {error}; the conversation is read again", file=sys.stderr)
+            inform(f"{error}; the conversation is read again", verbose=self.verbose)
         return False
 
     @property
@@ -441,28 +489,23 @@ class Llama(llama_cpp.Llama):
         if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             self._go_back(n_tokens)
 
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's."""
-        completion: Any = super().create_completion(*args, **kwargs)
-        if kwargs.get("stream"):
-            return self._prune_after(completion)
-        self._prune_prompt()
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As upstream's, which `create_completion` calls; but a grammar is checked at once, before a stream begins."""
+        _grammar.check(self._model.vocab, kwargs.get("grammar"))
+        completion: Iterator[Any] = super()._create_completion(*args, **kwargs)
         return completion
 
-    def _prune_after(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        """An answer of one token leaves the pruning to be done."""
-        yield from chunks
-        self._prune_prompt()
-
     def save_state(self) -> llama_cpp.LlamaState:
-        """As upstream's; with what was evicted, unless `kv_cold_state` is False.
+        """As upstream's, but without `scores` that were not asked for (`logits_all`); and with what was evicted, unless
+        `kv_cold_state` is False.
 
         Raises:
             CacheStateError: what was evicted cannot be read any more.
         """
-        self._prune_prompt()
+        self._prune_due()
         native.clear_error()
-        state = super().save_state()
+        with _states.without_scores(self):
+            state = super().save_state()
         if state.llama_state_size == 0:
             raise CacheStateError(f"the state cannot be saved: {native.last_error().removeprefix('state: ')}")
         return state
@@ -474,26 +517,31 @@ class Llama(llama_cpp.Llama):
             CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
                 is left in the cache then.
         """
+        self._nothing_due()
         if self.kv_elastic:
             self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
         self._heads_set = False
         try:
-            super().load_state(state)
-        except RuntimeError as error:
+            with _states.without_scores(self):
+                super().load_state(_states.fitted(state, self))
+        except (RuntimeError, ValueError) as error:
             self._ctx.kv_cache_clear()
             self.reset()
             reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
-            raise CacheStateError(f"{error}: {reason.removeprefix('state: ')}") from error
+            message = f"{error}: {reason.removeprefix('state: ')}"
+            if self.cache is not None and not self._refused_state:
+                self._refused_state = True
+                logger.warning("an entry of the cache of states does not fit, and is not used: %s", message)
+            raise _states.UnfitStateError(message) from error
         self._queries_lost = True
-        self._unpruned_of = None
         self._divergence = None
 
     def reset(self) -> None:
         """As upstream's."""
+        self._nothing_due()
         super().reset()
         self._queries_lost = False  # what comes is read from its beginning
-        self._unpruned_of = None
         self._divergence = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -502,7 +550,11 @@ class Llama(llama_cpp.Llama):
         Raises:
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. An image is not read in parts
                 with prunings between them, as text is.
+            ClosedError: the Llama is closed.
         """
+        _ = self.ctx  # a handler of images has a context of its own, whose model may be gone
+        if isinstance(messages, Iterator):
+            messages = list(messages)
         self._system = spans.system_text(messages)
         native.clear_error()
         try:
@@ -513,9 +565,22 @@ class Llama(llama_cpp.Llama):
             raise
 
     def close(self) -> None:
-        """Free the model and the context."""
-        if hasattr(self, "_stack"):  # not there yet when an argument was refused
+        """Free the model and the context. All that needs them raises ClosedError from now on."""
+        if "_stack" not in self.__dict__:  # not there yet when an argument was refused
+            return
+        with self._pruning, self._reading:
+            self._unpruned_of = None
             super().close()
+            for name in ("_batch", "_ctx", "_model"):
+                if name in self.__dict__:
+                    _closed.mark_closed(self.__dict__[name])
+
+    if not TYPE_CHECKING:  # for a type checker, any attribute would be there
+
+        def __getattr__(self, name: str) -> Any:
+            if "_loaded" not in self.__dict__ and not name.startswith("__"):
+                _closed.raise_closed()
+            return self.__getattribute__(name)  # raises its own error
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -16,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 _lib: Any = ffi.dlopen(library._name)
 
@@ -180,26 +180,49 @@ def pruned_pos(ctx: Any, seq_id: int) -> int:
     return int(_lib.refreekv_pruned_pos(_context(ctx), seq_id))
 
 
-def stats(ctx: Any) -> Any:
+def figures(ctx: Any) -> tuple[Any, list[Any]]:
+    """The `refreekv_stats` of a cache and the `refreekv_group_info` of each of its groups, all of one moment.
+
+    Any thread may ask, while the context exists: the figures are those of the end of the last operation or batch.
+    """
     out = ffi.new("struct refreekv_stats *")
-    _check(_lib.refreekv_get_stats(_context(ctx), out))
-    return out
+    n_max = 0
+    while True:  # a cache is seldom divided anew
+        groups = ffi.new("struct refreekv_group_info[]", n_max)
+        n = _check(_lib.refreekv_get_stats(_context(ctx), out, groups, n_max))
+        if n <= n_max:
+            return out, _copies("struct refreekv_group_info *", groups, n)
+        n_max = n
+
+
+def stats(ctx: Any) -> Any:
+    """The `refreekv_stats` of a cache. Any thread, see `figures`."""
+    return figures(ctx)[0]
 
 
 def group(ctx: Any, index: int) -> Any:
-    out = ffi.new("struct refreekv_group_info *")
-    _check(_lib.refreekv_get_group(_context(ctx), index, out))
-    return out
+    """The `refreekv_group_info` of one group. Any thread, see `figures`.
+
+    Raises:
+        PolicyError: there is no such group.
+    """
+    groups = figures(ctx)[1]
+    if not 0 <= index < len(groups):
+        raise PolicyError(f"group {index}: there are {len(groups)}")
+    return groups[index]
 
 
 def buffers(ctx: Any) -> list[tuple[str, Any]]:
-    """The memory of a model and its context: name and `refreekv_buffer_info` of each kind."""
+    """The memory of a model and its context: name and `refreekv_buffer_info` of each kind. Any thread, as `figures`."""
     n_max = 64  # buffer types; a machine has a few
     out = ffi.new("struct refreekv_buffer_info[]", n_max)
     n = _check(_lib.refreekv_get_buffers(_context(ctx), out, n_max))
-    # out[i] does not keep the array alive
-    copies = [ffi.new("struct refreekv_buffer_info *", out[i]) for i in range(min(n, n_max))]
-    return [(ffi.string(info.name).decode(), info) for info in copies]
+    return [(ffi.string(info.name).decode(), info) for info in _copies("struct refreekv_buffer_info *", out, n)]
+
+
+def _copies(pointer: str, array: Any, n: int) -> list[Any]:
+    """The first elements of an array, which do not keep it alive by themselves."""
+    return [ffi.new(pointer, array[i]) for i in range(min(n, len(array)))]
 
 
 def devices(ctx: Any) -> list[Any]:

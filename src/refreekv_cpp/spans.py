@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
@@ -37,15 +37,23 @@ def check(protect: Any) -> Literal["system"] | tuple[Span, ...]:
     return found
 
 
-def system_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the system message says; None: there is none, or it is no text."""
-    for message in messages[:1]:
-        content = message.get("content")
-        if isinstance(content, list):  # OpenAI's parts
-            content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
-        if message.get("role") in ("system", "developer") and isinstance(content, str):
-            return content.strip() or None
-    return None
+def system_text(messages: Iterable[Any]) -> str | None:
+    """What the system message says; None: there is none, or it is no text. Messages are mappings or objects."""
+    first = next(iter(messages), None)
+    if first is None or _field(first, "role") not in ("system", "developer"):
+        return None
+    content = _field(first, "content")
+    if isinstance(content, Iterable) and not isinstance(content, str):  # OpenAI's parts
+        content = "".join(_field(part, "text") or "" for part in content if _field(part, "type") == "text")
+    return content.strip() or None if isinstance(content, str) else None
+
+
+def _field(of: Any, name: str) -> Any:
+    """As the templates of chats look it up: an item or else an attribute; None: it has neither."""
+    try:
+        return of[name]
+    except (TypeError, KeyError):
+        return getattr(of, name, None)
 
 
 def resolve(protect: Literal["system"] | tuple[Span, ...], llm: Llama, system: str | None) -> Sequence[Span]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refreekv_cpp import native
-from refreekv_cpp._units import mebibytes
+from refreekv_cpp import _process, native
 
 _COLD_MEMORY, _COLD_FILE = native.enum_value("COLD_MEMORY"), native.enum_value("COLD_FILE")
 
@@ -29,10 +28,38 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class KVStats:
-    """A snapshot of the KV cache (`Llama.kv_stats`).
+class ProcessMemory:
+    """The memory of the whole process, and what this model and its context have allocated of it, in bytes.
+
+    What is allocated on a GPU is not resident in the process. `KVStats.buffers` says where each part is.
 
     Attributes:
+        rss: resident in the process now, weights that are mapped from the file among it.
+        rss_peak: the most there was at once; None where the operating system does not say.
+        weights: of the model.
+        compute: buffers for graphs.
+        kv: K and V.
+        sketches: what `kv_faults` keeps of evicted keys.
+        rings: the last queries, which an evicting policy judges by.
+        other: the rest of the context: layers with a sliding window, recurrent states.
+    """
+
+    rss: int
+    rss_peak: int | None
+    weights: int
+    compute: int
+    kv: int
+    sketches: int
+    rings: int
+    other: int
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """The memory of the process and the figures of the KV cache (`Llama.kv_stats`): a snapshot, all of one moment.
+
+    Attributes:
+        memory: of the whole process.
         policy: the policy's name.
         n_tokens: logical tokens in the cache.
         cells_kept: cells held, per group of KV heads: a layer, or one part of it where some heads are kept whole.
@@ -69,6 +96,7 @@ class KVStats:
         buffers: where the memory of the model and the context lies.
     """
 
+    memory: ProcessMemory
     policy: str
     n_tokens: int
     cells_kept: tuple[int, ...]
@@ -110,11 +138,24 @@ class KVStats:
         n_guarded: int = 0,
         divergence: float | None = None,
     ) -> KVStats:
-        stats = native.stats(ctx)
-        groups = [native.group(ctx, i) for i in range(stats.n_group)]
+        """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
+        stats, groups = native.figures(ctx)
+        buffers = tuple(
+            Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute) for name, info in native.buffers(ctx)
+        )
         kept = tuple(group.n_kept for group in groups)
         bytes_kept = sum(group.n_kept * group.row_bytes for group in groups)
         return cls(
+            memory=ProcessMemory(
+                rss=_process.rss(),
+                rss_peak=_process.rss_peak(),
+                weights=sum(buffer.model for buffer in buffers),
+                compute=sum(buffer.compute for buffer in buffers),
+                kv=stats.bytes,
+                sketches=stats.bytes_sketch,
+                rings=stats.bytes_ring,
+                other=stats.bytes_other,
+            ),
             policy=policy,
             n_tokens=stats.n_tokens,
             cells_kept=kept,
@@ -145,10 +186,7 @@ class KVStats:
             n_faults=stats.n_faults,
             bytes_sketch=stats.bytes_sketch,
             n_layouts=stats.n_layout,
-            buffers=tuple(
-                Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute)
-                for name, info in native.buffers(ctx)
-            ),
+            buffers=buffers,
         )
 
     def cells_per_layer(self) -> list[float]:
@@ -164,12 +202,29 @@ class KVStats:
         return asdict(self)
 
     def receipt(self) -> str:
-        """One line for a person."""
-        return (
-            f"{self.policy}: {self.n_tokens} tokens, {self.budget:.0%} kept, {mebibytes(self.bytes)} of KV cache "
-            f"(full: {mebibytes(self.bytes_full)}), pruned {self.n_prunes}x in {self.prune_ms:.0f} ms"
-        )
+        """One line for a person, in MiB: the process, and what of it the model and the cache have."""
+        memory = self.memory
+        peak = "" if memory.rss_peak is None else f" (peak {_mib(memory.rss_peak)})"
+        small = {name: _mib(getattr(memory, name)) for name in ("sketches", "rings", "other")}
+        parts = [
+            f"weights {_mib(memory.weights)}",
+            f"compute {_mib(memory.compute)}",
+            f"KV {_mib(memory.kv)} of {_mib(self.bytes_full)} "
+            f"({self.policy}, {self.budget:.0%} kept, {self.n_tokens} tokens)",
+            *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
+        ]
+        pruned = f"; pruned {_times(self.n_prunes)} in {self.prune_ms:.0f} ms" if self.n_prunes else ""
+        return f"process {_mib(memory.rss)} MiB{peak}: {', '.join(parts)}{pruned}"
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
         return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} groups>"
+
+
+def _mib(n_bytes: int) -> str:
+    mib = n_bytes / 2**20
+    return f"{mib:.0f}" if mib >= 10 else f"{mib:.1f}"
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"

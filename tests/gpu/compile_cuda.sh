@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=$(mkdir -p "${1:-build/cuda-objects}" && cd "${1:-build/cuda-objects}" && pwd)
 
-python cmake/prepare_upstream.py "$out/llama.cpp" --downloads "$out/downloads" \
+python cmake/prepare_upstream.py "$out" --downloads "$out/downloads" \
     ${REFREEKV_UPSTREAM_DIR:+--source "$REFREEKV_UPSTREAM_DIR"}
 ggml=$out/llama.cpp/ggml
 

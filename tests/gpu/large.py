@@ -33,6 +33,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from refreekv_cpp._llama_cpp import python_dir
+
 D = 128  # numbers of a head, n_embd / n_head
 SHARES = (0.42, 0.08, 0.15, 0.35)  # of a prompt's runs that are of each kind; kind 0 is never attended to
 STRENGTHS = (4.0, 5.0, 6.0)  # of the attention logit, cycled over the layers
@@ -231,9 +233,12 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
 def in_a_process(name: str, model: Path, n_tokens: int, against: Path | None) -> Result | None:
     """None: it failed, and has said why."""
     out = model.with_suffix(".result")
-    library = {key: str(against) for key in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB") if name == "stock"}
+    environment = dict(os.environ)
+    if name == "stock":
+        library = str(against)
+        environment |= {"PYTHONPATH": str(python_dir()), "LLAMA_CPP_LIB_PATH": library, "MTMD_CPP_LIB": library}
     command = [sys.executable, __file__, "--only", name, "--tokens", str(n_tokens), "--model", str(model)]
-    if subprocess.run([*command, "--out", str(out)], env={**os.environ, **library}).returncode:
+    if subprocess.run([*command, "--out", str(out)], env=environment).returncode:
         return None
     res: Result = pickle.loads(out.read_bytes())
     return res

@@ -11,7 +11,6 @@ report=$(realpath -m "${1:-build/gpu/report.md}")
 
 python3 -m venv build/gpu/venv
 . build/gpu/venv/bin/activate
-pip install --quiet --no-deps -r upstream.txt
 CMAKE_ARGS="${2:--DGGML_CUDA=ON}" pip install --quiet ".[test]"
 model=$(python -c "from refreekv_cpp.default_model import default_model; print(default_model())")
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._llama_cpp import python_dir
+
 WORKER = Path(__file__).parent / "worker.py"
 N_BATCH = 512  # tokens read at a turn; llama-cpp-python's n_batch
 
@@ -25,6 +28,7 @@ class Contestant:
     """kv_policy None: stock llama-cpp-python on the library in `library`.
 
     options: further ones of `Llama`; stock leaves out those that start with kv_.
+    cache_type: of K and V, one of CACHE_TYPES.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Contestant:
     library: Path | None = None
     n_gpu_layers: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    cache_type: str = "f16"
 
 
 @dataclass
@@ -41,11 +46,12 @@ class Result:
 
     Attributes:
         load_s: to load the model, per repetition.
+        rss_loaded: resident then.
         read_s: per batch of the prompt, in the order of all contestants' turns, over all repetitions.
         prune_s: per repetition.
         decode_s: per token.
         n_reused: decoded tokens that ran on the graph of the one before, of n_decoded.
-        rss: resident after the last token; rss_peak: the most there was.
+        rss: resident after the last token; rss_peak: the most there was (Linux's VmHWM).
         kv: what `kv_stats` says then; None for stock.
     """
 
@@ -57,6 +63,7 @@ class Result:
     decode_s: list[float] = field(default_factory=list)
     n_decoded: int = 0
     n_reused: int = 0
+    rss_loaded: int = 0
     rss: int = 0
     rss_peak: int = 0
     kv: dict[str, Any] | None = None
@@ -85,6 +92,7 @@ class Result:
             "name": c.name,
             "flash_attn": c.flash_attn,
             "kv_policy": c.kv_policy,
+            "cache_type": c.cache_type,
             "decode_ms": self.decode_ms,
             "decode_ms_quartiles": self.decode_quartiles_ms,
             "tokens_per_second": self.tokens_per_second,
@@ -102,6 +110,8 @@ class Worker:
             "kv_policy": contestant.kv_policy,
             "n_gpu_layers": contestant.n_gpu_layers,
             "options": contestant.options,
+            "cache_type": CACHE_TYPES[contestant.cache_type],
+            "python": str(python_dir()),
         }
         environment = dict(os.environ)
         if contestant.library:
@@ -163,7 +173,9 @@ def _run_once(
         for result in results:
             worker = Worker(result.contestant, model, n_ctx, n_threads)
             workers.append(worker)
-            result.load_s.append(worker.answer()["load_s"])
+            answer = worker.answer()
+            result.load_s.append(answer["load_s"])
+            result.rss_loaded = answer["rss"]
         pairs = list(zip(workers, results, strict=True))
 
         for worker in workers:

@@ -1,6 +1,9 @@
 """One contestant of a benchmark, in a process of its own (two libllama do not go into one). Run by path, by runner.py.
 
-    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "n_gpu_layers", "options", "kv_policy": null for stock}'
+    worker.py '{"model", "n_ctx", "flash_attn", "n_threads", "n_gpu_layers", "options", "cache_type", "kv_policy",
+     "python"}'
+
+kv_policy null is stock: llama-cpp-python from the folder "python", on the library that LLAMA_CPP_LIB_PATH names.
 
 Reads commands from stdin, one JSON a line, and answers each with one JSON line on stdout:
 
@@ -36,9 +39,12 @@ def resident_bytes(kind: str = "VmRSS") -> int:
 
 
 def load(spec: dict[str, Any]) -> Any:
-    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads", "n_gpu_layers")} | spec["options"]
+    options = {key: spec[key] for key in ("n_ctx", "flash_attn", "n_threads", "n_gpu_layers")}
+    options |= {"type_k": spec["cache_type"], "type_v": spec["cache_type"]}
+    options |= spec["options"]
     if spec["kv_policy"] is None:
-        from llama_cpp import Llama  # LLAMA_CPP_LIB_PATH names the library
+        sys.path.insert(0, spec["python"])
+        from llama_cpp import Llama
 
         stock = {name: value for name, value in options.items() if not name.startswith("kv_")}
         return Llama(spec["model"], verbose=False, **stock)

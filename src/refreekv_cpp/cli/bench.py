@@ -12,6 +12,7 @@ import typer
 from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 
+from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.plot import write_plot
@@ -36,8 +37,8 @@ def bench(
     kv_policy: Annotated[
         str,
         typer.Option(
-            help=f"Policies, separated by commas; elastic is the full cache with kv_elastic, and {NO_FAULTS} behind a "
-            "name is without kv_faults."
+            help=f"Policies, separated by commas; elastic is the full cache with kv_elastic, {NO_FAULTS} behind a "
+            "name is without kv_faults, and @q8_0 behind it is with K and V of that type."
         ),
     ] = "full,refreekv",
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
@@ -111,18 +112,29 @@ def lengths_of(text: str) -> list[int]:
 
 
 def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) -> list[Contestant]:
-    """Stock, when its library is given, then these policies (names separated by commas).
+    """These policies (names separated by commas, with @TYPE behind them for K and V of another type than f16). When
+    the folder of a stock library is given, stock comes first, once with each of these types.
 
     Raises:
-        ValueError: no such policy, or no library there.
+        ValueError: no such policy or type, a type that needs flash attention, or no library there.
     """
     if against and not any(against.glob("*llama.*")):
         raise ValueError(f"{against}: there is no libllama in it")
-    names = kv_policy.split(",")
-    for name in names:
+    ours = []
+    for text in kv_policy.split(","):
+        name, at, cache_type = text.partition("@")
         as_policy("full" if name == "elastic" else name.removesuffix(NO_FAULTS))
-    stock = [Contestant("stock", flash_attn, None, against)] if against else []
-    return stock + [Contestant(name, flash_attn, name) for name in names]
+        if at and cache_type not in CACHE_TYPES:
+            raise ValueError(f"{text}: the type must be one of {', '.join(CACHE_TYPES)}")
+        if at and not flash_attn and cache_type not in ("f32", "f16", "bf16"):
+            raise ValueError(f"{text}: quantised values need --flash-attn")
+        ours.append(Contestant(text, flash_attn, name, cache_type=cache_type or "f16"))
+    types = dict.fromkeys(contestant.cache_type for contestant in ours) if against else {}
+    stock = [
+        Contestant(f"stock@{kind}" if kind != "f16" else "stock", flash_attn, None, against, cache_type=kind)
+        for kind in types
+    ]
+    return stock + ours
 
 
 def document_tokens(model: Path, n_tokens: int) -> list[int]:
@@ -138,7 +150,9 @@ def cell_bytes(result: Result, results: list[Result]) -> int:
     """What the kept cells need; stock says nothing of its cache, which is full's."""
     if result.kv:
         return int(result.kv["bytes_kept"])
-    return max((r.kv["bytes_full"] for r in results if r.kv and r.n_tokens == result.n_tokens), default=0)
+    cache_type = result.contestant.cache_type
+    same = [r for r in results if r.n_tokens == result.n_tokens and r.contestant.cache_type == cache_type]
+    return max((r.kv["bytes_full"] for r in same if r.kv), default=0)
 
 
 def _baseline(result: Result, results: list[Result]) -> list[Result]:

@@ -151,12 +151,10 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
         ValueError: no such policy, the model cannot have it, or an option has a wrong value.
     """
     verbose = messages_log.is_verbose()
-    # llama.cpp rounds up to this, llama-cpp-python's own arrays would stay shorter than the context
-    n_ctx = -(-options["n_ctx"] // 256) * 256
     # verbose=False silences the weights, not the context
     with messages_log.held(), suppress_stdout_stderr(disable=verbose):
         try:
-            return ReadingLlama(str(model), **{**options, "n_ctx": n_ctx, "verbose": verbose})
+            return ReadingLlama(str(model), **{**options, "verbose": verbose})
         except TypeError as error:  # an option of --option that nothing has checked
             raise ValueError(f"an option has a value of a wrong kind: {error}") from error
 

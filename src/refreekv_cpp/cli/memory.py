@@ -1,23 +1,23 @@
 from __future__ import annotations
 
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import track
 from rich.table import Table
 
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.bench.runner import Contestant, Worker
+from refreekv_cpp.bench.runner import Contestant, Result, Worker, run
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.bench import contestants_of, document_tokens
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.models import resolve
 
+_TURNS = 20
 _TURN_TOKENS = 100
 
 
@@ -26,76 +26,62 @@ _TURN_TOKENS = 100
 def memory(
     model: ModelArgument,
     machine: MachineOptions,
-    against: Annotated[Path | None, typer.Option(help="Folder of a stock libllama to compare with.")] = None,
-    kv_policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "refreekv",
-    tokens: Annotated[int, typer.Option(min=512, help="Length of the long prompt.")] = 7000,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of a stock libllama (cmake -DREFREEKV_STOCK=ON) to compare with.")
+    ] = None,
+    kv_policy: Annotated[
+        str, typer.Option(help="Policies, separated by commas; @q8_0 behind one is with K and V of that type.")
+    ] = "refreekv,refreekv@q8_0",
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt.")] = 7000,
     n_ctx: Annotated[int, typer.Option(min=512, help="Tokens of context.")] = 8192,
-    turns: Annotated[int, typer.Option(min=0, help="Turns of the chat.")] = 20,
-    prompts: Annotated[int, typer.Option(min=0, help="Prompts of random length.")] = 200,
+    prompts: Annotated[int, typer.Option(min=0, help="Then read so many prompts of random length in one process.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
-    """What a process has in memory: after loading, with a long prompt, pruned; and after many conversations."""
-    contestants = contestants_of(kv_policy, against, flash_attn=bool(machine.flash_attn))
+    """Memory of the whole process, and the time of a decoded token: stock and policies side by side, each in a process
+    of its own. All of them use flash attention."""
+    contestants = contestants_of(kv_policy, against, flash_attn=True)
     path = resolve(model)
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=n_ctx, kv_policy="full")
+    contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
     text = document_tokens(path, tokens)
-    stages = Table("cache", "stage", "RSS", "KV (allocator)", "RSS - KV", "kept cells need")
-    growth = Table("cache", "tokens decoded", "ms/token", "slowest", "slowest / median")
-    drift = Table("cache", "conversations", "RSS", "of it anonymous", "KV bytes after the same prompt")
-    for contestant in contestants:
-        contestant = replace(contestant, n_gpu_layers=n_gpu_layers, options=machine.others)
-        common.stderr.print(f"{contestant.name} ...", style="dim")
-        worker = Worker(contestant, path, n_ctx, threads)
-        try:
-            _stages(stages, worker, contestant, text)
-            _growth(growth, worker, contestant)
-            if contestant.kv_policy and prompts:
-                _soak(drift, worker, contestant, text, turns=turns, prompts=prompts, n_ctx=n_ctx)
-        finally:
-            worker.close()
-    common.print_tables(stages, growth, *([drift] if drift.row_count else []))
+    common.stderr.print(f"{len(text)} tokens, n_ctx {n_ctx} ...", style="dim")
+    results = run(contestants, path, text, n_ctx=n_ctx, n_threads=threads)
+    common.print_tables(_processes(results))
+    if prompts:
+        drift = Table("cache", "conversations", "RSS", "of it anonymous", "KV bytes after the same prompt")
+        for contestant in contestants:
+            if contestant.kv_policy:
+                worker = Worker(contestant, path, n_ctx, threads)
+                try:
+                    worker.answer()
+                    _soak(drift, worker, contestant, text, prompts=prompts, n_ctx=n_ctx)
+                finally:
+                    worker.close()
+        common.print_tables(drift)
 
 
-def _stages(table: Table, worker: Worker, contestant: Contestant, text: list[int]) -> None:
-    loaded = worker.answer()
-    answer = worker.ask(prefill=text)
-    rows: list[tuple[str, int, dict[str, Any] | None]] = [
-        ("loaded", loaded["rss"], loaded["kv"]),
-        (f"{len(text)} tokens read", answer["rss_prompt"], answer["kv_prompt"]),
-        ("pruned", answer["rss"], answer["kv"]),
-    ]
-    for stage, rss, kv in rows:
-        if kv is None:
-            if stage != "pruned":
-                table.add_row(contestant.name, stage, mebibytes(rss), "-", "-", "-")
-            continue
+def _processes(results: list[Result]) -> Table:
+    """`peak` is over the whole life of a process; `settled` is after the last token, with the prompt pruned."""
+    table = Table("cache")
+    for column in ("loaded", "peak", "settled", "peak, ratio", "settled, ratio", "KV", "decode ms", "ratio"):
+        table.add_column(column, justify="right")
+    first = results[0]
+    for result in results:
         table.add_row(
-            contestant.name,
-            stage,
-            mebibytes(rss),
-            mebibytes(kv["bytes"]),
-            mebibytes(rss - kv["bytes"]),
-            mebibytes(kv["bytes_kept"]),
+            result.contestant.name,
+            mebibytes(result.rss_loaded),
+            mebibytes(result.rss_peak),
+            mebibytes(result.rss),
+            f"× {result.rss_peak / first.rss_peak:.3f}",
+            f"× {result.rss / first.rss:.3f}",
+            mebibytes(result.kv["bytes"]) if result.kv else "-",
+            f"{result.decode_ms:.1f}",
+            f"× {result.decode_ms / first.decode_ms:.3f}",
         )
+    return table
 
 
-def _growth(table: Table, worker: Worker, contestant: Contestant) -> None:
-    """Enough tokens that a growing cache takes a block more at least once."""
-    n_tokens = 300
-    seconds = worker.ask(decode=n_tokens)["decode_s"]
-    median = statistics.median(seconds)
-    table.add_row(
-        contestant.name,
-        str(n_tokens),
-        f"{median * 1000:.1f}",
-        f"{max(seconds) * 1000:.1f}",
-        f"{max(seconds) / median:.2f}",
-    )
-
-
-def _soak(
-    table: Table, worker: Worker, contestant: Contestant, text: list[int], *, turns: int, prompts: int, n_ctx: int
-) -> None:
+def _soak(table: Table, worker: Worker, contestant: Contestant, text: list[int], *, prompts: int, n_ctx: int) -> None:
     """A chat, then prompts of random length; now and then the same short prompt, whose cache must not have grown."""
     rng = random.Random(0)
     same = text[:600]
@@ -106,9 +92,9 @@ def _soak(
         table.add_row(contestant.name, stage, *rss, str(answer["kv"]["bytes"]))
 
     look("none yet")
-    for _ in track(range(turns), "chat", console=common.stderr, transient=True):
+    for _ in track(range(_TURNS), "chat", console=common.stderr, transient=True):
         worker.ask(turn=text[:_TURN_TOKENS])
-    look(f"a chat of {turns} turns")
+    look(f"a chat of {_TURNS} turns")
     for i in track(range(1, prompts + 1), "prompts", console=common.stderr, transient=True):
         worker.ask(prefill=text[: rng.randint(16, min(len(text), n_ctx // 8))])
         worker.ask(decode=4)

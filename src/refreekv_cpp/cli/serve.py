@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from pathlib import Path
@@ -8,23 +9,24 @@ from typing import Any
 
 import typer
 
+from refreekv_cpp._extras import needs_extra
 from refreekv_cpp.cli import common
 
 _DESCRIPTION = """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy for each model.
 Options can be written with - or _, or as environment variables (MODEL, PORT, ...)."""
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+_SWITCHES = ("auto", "true", "false", "1", "0", "on", "off", "t", "f", "y", "n", "yes", "no")
 
 
 @common.user_errors()
 def serve(context: typer.Context) -> None:
     """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy."""
-    try:
+    with needs_extra("server", "refreekv serve"):
         import uvicorn
         from pydantic import ValidationError
 
         from refreekv_cpp.server.app import create_app
         from refreekv_cpp.server.settings import explain
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: install what the server needs with `pip install 'refreekv-cpp[server]'`") from error
 
     try:
         server, models = _settings(context.args)
@@ -38,34 +40,82 @@ def serve(context: typer.Context) -> None:
 
 def _settings(args: list[str]) -> tuple[Any, list[Any]]:
     """The ServerSettings, and the ModelSettings of each model."""
-    from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
     from llama_cpp.server.settings import ServerSettings
 
-    from refreekv_cpp.server.settings import ModelSettings, Settings, read_config_file
+    from refreekv_cpp.server.settings import ModelSettings, read_config_file
+
+    given = _given(args)
+    config_file = given.pop("config_file", None)
+    server = {name: value for name, value in given.items() if name in ServerSettings.model_fields}
+    model = {name: value for name, value in given.items() if name not in ServerSettings.model_fields}
+    if config_file:
+        if model:
+            others = ", ".join(f"--{name}" for name in model)
+            raise ValueError(f"{others}: with --config_file, the models in it have these settings")
+        config = read_config_file(config_file)
+        return config.model_copy(update=server), config.models
+    return ServerSettings(**server), [ModelSettings(**model)]
+
+
+def _given(args: list[str]) -> dict[str, Any]:
+    """What the command line says, by the names of the settings."""
+    from llama_cpp.server.cli import add_args_from_model
+
+    from refreekv_cpp.server.settings import Settings
 
     parser = argparse.ArgumentParser(
         prog="refreekv serve",
-        usage="%(prog)s (--model PATH | --config_file PATH) [options]",
+        usage="%(prog)s (MODEL | --config_file PATH) [options]",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
+    parser.add_argument("MODEL", nargs="?", help="A GGUF file. (--model is the same.)")
     parser.add_argument(
         "--config_file",
         default=os.environ.get("CONFIG_FILE"),
         type=Path,
         help="JSON or YAML: these settings of the server, and those of each model in a list `models`.",
     )
+    parser.add_argument("--gpu_layers", dest="n_gpu_layers", help="The same as --n_gpu_layers.")
+    parser.add_argument("--threads", type=int, help="The same as --n_threads and --n_threads_batch.")
+    parser.add_argument("--no_flash_attn", action="store_const", const=False, dest="flash_attn")
+    parser.add_argument(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="Any other option of Llama, such as kv_guard=0.5; JSON where the value is JSON, else text. Repeatable.",
+    )
     add_args_from_model(parser, Settings)
-    # --kv-policy is --kv_policy
-    arguments = parser.parse_args([re.sub(r"^--[^=]+", lambda name: _underscores(name[0]), arg) for arg in args])
-    if arguments.config_file:
-        given = {name: value for name, value in vars(arguments).items() if value is not None and name != "config_file"}
-        if others := [f"--{name}" for name in given if name not in ServerSettings.model_fields]:
-            raise ValueError(f"{', '.join(others)}: with --config_file, the models in it have these settings")
-        config = read_config_file(arguments.config_file)
-        return config.model_copy(update=given), config.models
-    return parse_model_from_args(ServerSettings, arguments), [parse_model_from_args(ModelSettings, arguments)]
+    given = {name: value for name, value in vars(parser.parse_args(_spelled(args))).items() if value is not None}
+
+    if model := given.pop("MODEL", None):
+        if "model" in given:
+            raise ValueError("MODEL and --model: only one of them can be the model")
+        given["model"] = model
+    if threads := given.pop("threads", None):
+        given = {"n_threads": threads, "n_threads_batch": threads, **given}
+    options = given.pop("option", [])
+    return {**given, **dict(map(_parse_option, options))}
 
 
-def _underscores(option: str) -> str:
-    return "--" + option[2:].replace("-", "_")
+def _spelled(args: list[str]) -> list[str]:
+    """Options with underscores, and --flash_attn with a value: it needs none, but upstream's server has one."""
+    spelled = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+    for i, arg in enumerate(spelled):
+        if arg == "--flash_attn" and (i + 1 == len(spelled) or spelled[i + 1].lower() not in _SWITCHES):
+            spelled[i] = "--flash_attn=true"
+    return spelled
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON or one of Python's words where it can be read as that, and text otherwise."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"--option {text}: must be NAME=VALUE")
+    name = name.replace("-", "_")
+    if value in _PYTHON_WORDS:
+        return name, _PYTHON_WORDS[value]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

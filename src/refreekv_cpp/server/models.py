@@ -2,64 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import anyio
 import llama_cpp
+import llama_cpp._internals
 import llama_cpp.server.settings
 from llama_cpp.server.model import LlamaProxy
 
-from refreekv_cpp import dropin
-from refreekv_cpp.errors import RefreeKVError
+from refreekv_cpp import dropin, fit
 from refreekv_cpp.llama import Llama
-from refreekv_cpp.server.settings import ModelSettings
+from refreekv_cpp.server.errors import RequestError
+from refreekv_cpp.server.grammars import Sampler
+from refreekv_cpp.server.settings import LLAMA_OPTIONS, ModelSettings
+
+# from now on every Llama of this process makes its samplers of this class
+llama_cpp._internals.LlamaSampler = Sampler  # type: ignore[misc]
 
 
-class UnknownModelError(RefreeKVError, ValueError):
-    """A request for a model that the server does not have."""
+class Interrupted(Exception):
+    """The client that asked for this answer has disconnected."""
+
+
+def _never() -> bool:
+    return False
 
 
 class CountingLlama(Llama):
-    """Counts the tokens of all generations, which upstream does not do for streams.
+    """Counts the tokens of all generations, which upstream does not do for streams, and stops when it is told to.
 
     Attributes:
         n_prompt: tokens of prompts.
         n_completion: tokens generated, without those that end a generation.
+        takes_images: the model has a projector.
+        interrupted: called before each batch of a prompt and each token; where it returns True, Interrupted is raised.
     """
 
     # the server's settings have some that Llama no longer has
     ignore_unknown_options = True
+    takes_images = False
     n_prompt = 0
     n_completion = 0
+    interrupted: Callable[[], bool] = staticmethod(_never)
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        super().__init__(model_path, **options)
+        decode = self._ctx.decode
+
+        def decode_unless_interrupted(batch: Any) -> None:
+            if self.interrupted():
+                raise Interrupted
+            decode(batch)
+
+        self._ctx.decode = decode_unless_interrupted  # type: ignore[method-assign]
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As upstream's.
+
+        Raises:
+            RequestError: there are no tokens to go on from.
+            Interrupted: see `interrupted`.
+        """
+        if not len(tokens):
+            raise RequestError("The prompt is empty, and this model has no token that begins a text.", param="prompt")
         self.n_prompt += len(tokens)
-        for token in super().generate(tokens, *args, **kwargs):
+        for n, token in enumerate(super().generate(tokens, *args, **kwargs), start=1):
             self.n_completion += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
             yield token
+            if len(tokens) + n > self._n_ctx:
+                # upstream goes on at the end of the context where a token ends in the middle of a character
+                yield self.token_eos()
+                return
 
 
 class Models(LlamaProxy):
-    """Upstream's proxy; what it loads is a `CountingLlama`."""
+    """Upstream's proxy; what it loads is a `CountingLlama`.
 
-    def __call__(self, model: str | None = None) -> llama_cpp.Llama:
-        self.check(model)
-        return super().__call__(model)
+    Attributes:
+        turn: the lock that a response holds while it uses the model.
+    """
 
-    def check(self, model: str | None) -> None:
-        """Raises UnknownModelError where one of several models is asked for. A single one answers to any name."""
-        valid = list(self)
-        if model is not None and len(valid) > 1 and model not in valid:
-            raise UnknownModelError(f"The model `{model}` does not exist; valid are {', '.join(valid)}")
+    def __init__(self, models: list[llama_cpp.server.settings.ModelSettings]) -> None:
+        self.turn = anyio.Lock()
+        super().__init__(models)
+
+    def load(self, model: str | None) -> CountingLlama:
+        """The model with this name, in place of the one that was loaded; None: the first. One alone has any name.
+
+        Raises:
+            RequestError: there is none.
+            ValueError: it cannot be loaded.
+        """
+        names = list(self)
+        if model is not None and len(names) > 1 and model not in names:
+            raise RequestError(
+                f"The model `{model}` does not exist; it must be one of {', '.join(names)}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        llm = self(model)
+        assert isinstance(llm, CountingLlama)
+        return llm
 
     @staticmethod
     def load_llama_from_model_settings(settings: llama_cpp.server.settings.ModelSettings) -> llama_cpp.Llama:
         assert isinstance(settings, ModelSettings)
-        options = settings.kv_options()
+        more = settings.llama_options()
 
         class Configured(CountingLlama):
-            def __init__(self, model_path: str, **others: Any) -> None:
-                super().__init__(model_path, **options, **others)
+            takes_images = settings.clip_model_path is not None
+
+            def __init__(self, model_path: str, **options: Any) -> None:
+                options |= more
+                if options["embedding"]:
+                    # a model without causal attention needs a text in one physical batch, else llama.cpp aborts
+                    options["n_batch"] = min(options["n_batch"], options["n_ubatch"])
+                # llama-cpp-python keeps the logits of all tokens for a draft, but makes room for them only with this
+                options["logits_all"] |= options["draft_model"] is not None
+                options["n_gpu_layers"] = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
+                try:
+                    super().__init__(model_path, **options)
+                except (TypeError, ctypes.ArgumentError) as error:
+                    raise ValueError(f"an option of the model has a value of a wrong kind: {error}") from error
 
         with dropin.replaced_by(Configured):
             return LlamaProxy.load_llama_from_model_settings(settings)
+
+
+def gpu_layers(layers: str | int, model_path: str, options: dict[str, Any]) -> int:
+    """How many layers go to the GPU, -1 for all. "auto" are as many as fit, none where the build has no GPU."""
+    if isinstance(layers, int):
+        return layers
+    if layers == "all":
+        return -1
+    if not llama_cpp.llama_supports_gpu_offload():
+        return 0
+    known = {name: value for name, value in options.items() if name in LLAMA_OPTIONS}
+    n_layers = fit.gpu_layers(model_path, **known)
+    print(f"refreekv: {'all' if n_layers == -1 else n_layers} layers of {model_path} go to the GPU", file=sys.stderr)
+    return n_layers

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-from refreekv_cpp.server.models import CountingLlama
+import jinja2
+
+from refreekv_cpp.errors import CacheMemoryError
+from refreekv_cpp.server.errors import RequestError, describe, request_error
+from refreekv_cpp.server.models import CountingLlama, Interrupted
 
 Chunk = dict[str, Any]
 
+_logger = logging.getLogger(__name__)
+
 
 def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
-    """What the cache holds after a request, and the milliseconds that pruning took in it."""
+    """The memory of the process, what the cache holds after a request, and the milliseconds that pruning took in it."""
     stats = llm.kv_stats
+    memory = getattr(stats, "memory", None)
     return {
+        **({} if memory is None else {"memory": asdict(memory)}),
         "policy": stats.policy,
         "n_tokens": stats.n_tokens,
         "budget": round(stats.budget, 4),
@@ -24,21 +34,35 @@ def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
 
 
 def complete(
-    method: Callable[..., Any],
-    llm: CountingLlama,
-    *,
-    include_usage: bool,
-    describe_error: Callable[[Exception], tuple[int, Any]],
-    **options: Any,
+    method: Callable[..., Any], llm: CountingLlama, *, include_usage: bool, options: dict[str, Any]
 ) -> Chunk | Iterator[Chunk]:
     """A completion method of `Llama`, called; the receipt is `usage.kv` of its response.
 
     A stream ends with a chunk for it, which has no choices, when include_usage says so (as OpenAI's stream_options).
-    An error in a stream, which is too late for a status, is its last chunk; describe_error gives status and error.
+    An error in a stream that has begun, which is too late for a status, is its last chunk.
+
+    Raises:
+        RequestError: the request is not valid.
     """
     prune_ms = llm.kv_stats.prune_ms
     n_prompt, n_completion = llm.n_prompt, llm.n_completion
-    response = method(llm, **options)
+
+    def blame(error: Exception) -> Exception:
+        """The error as a RequestError where the request is its cause. Before the model reads a prompt, llama-cpp-python
+        only works on the request, so that whatever fails there has its cause in the request, too."""
+        if isinstance(error, (RequestError, ValueError, jinja2.TemplateError, CacheMemoryError)):
+            return request_error(error)
+        if isinstance(error, AssertionError):  # of llama-cpp-python's functions for chat formats
+            return RequestError("The chat format of this model does not support this combination of parameters.")
+        if llm.n_prompt == n_prompt and not isinstance(error, Interrupted):
+            _logger.warning("llama-cpp-python failed at a request", exc_info=error)
+            return request_error(error)
+        return error
+
+    try:
+        response = method(llm, **options)
+    except Exception as error:
+        raise blame(error) from None
     if isinstance(response, dict):
         response["usage"]["kv"] = kv_receipt(llm, prune_ms_before=prune_ms)
         return response
@@ -52,20 +76,22 @@ def complete(
             "kv": kv_receipt(llm, prune_ms_before=prune_ms),
         }
 
-    return _stream(response, usage if include_usage else None, describe_error)
+    return _stream(response, usage if include_usage else None, blame)
 
 
 def _stream(
     chunks: Iterator[Chunk],
     usage: Callable[[], dict[str, Any]] | None,
-    describe_error: Callable[[Exception], tuple[int, Any]],
+    blame: Callable[[Exception], Exception],
 ) -> Iterator[Chunk]:
     chunk: Chunk = {}
     try:
         for chunk in chunks:
             yield chunk
     except Exception as error:
-        yield {"error": describe_error(error)[1]}
+        if not chunk or isinstance(error, Interrupted):
+            raise blame(error) from None
+        yield describe(blame(error))[1]
         return
     if usage:
         yield {**chunk, "choices": [], "usage": usage()}

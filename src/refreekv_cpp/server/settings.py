@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,13 +10,26 @@ from pathlib import Path
 # argparse takes its types from these annotations (llama_cpp.server.cli), and does not know `X | None`
 from typing import Any, Literal, Optional, Union
 
+import llama_cpp as upstream_llama
 import llama_cpp.server.settings as upstream
 import yaml
 from llama_cpp.server.settings import ServerSettings
-from pydantic import Field, ValidationError, model_validator
-from typing_extensions import Self
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import SettingsConfigDict
+from typing_extensions import Annotated, Self  # noqa: UP035
 
 from refreekv_cpp import _options, faults
+from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.llama import Llama
+
+# those of Llama that a file or a command line can say, besides the fields below
+LLAMA_OPTIONS = {
+    name
+    for function in (upstream_llama.Llama.__init__, Llama.__init__)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+} - {"chat_handler", "tokenizer"}
 
 _KV_OPTIONS = (
     "kv_policy",
@@ -31,9 +45,63 @@ _KV_OPTIONS = (
 )
 
 
-class ModelSettings(upstream.ModelSettings):
-    """What to load a model with."""
+def _as_layers(value: Any) -> Any:
+    try:
+        layers = value if value in ("auto", "all") else int(value)
+    except (TypeError, ValueError):
+        layers = -2
+    if isinstance(layers, int) and layers < -1:
+        raise ValueError("must be auto, all or a number of layers")
+    return layers
 
+
+def _as_switch(value: Any) -> Any:
+    try:
+        return value if value == "auto" else _BOOL.validate_python(value)
+    except ValidationError:
+        raise ValueError("must be true, false or auto") from None
+
+
+def _as_tolerance(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return _BOOL.validate_python(value)
+    except ValidationError:
+        raise ValueError("must be true, false or a number from 0 to 1") from None
+
+
+def _as_type(value: Any) -> Any:
+    try:
+        return value if value is None else CACHE_TYPES[value] if value in CACHE_TYPES else int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be one of {', '.join(CACHE_TYPES)}, or ggml's number of a type") from None
+
+
+_BOOL = TypeAdapter(bool)
+_Type = Annotated[Union[str, int, None], BeforeValidator(_as_type)]  # noqa: UP007
+
+
+class ModelSettings(upstream.ModelSettings):
+    """What to load a model with. Options of `Llama` that have no field here are extra fields."""
+
+    model_config = SettingsConfigDict(extra="allow")
+
+    model: str = Field(description="A GGUF file, or what else MODEL can be.")
+    # `str` comes first where a text of the command line is looked at by a validator here, and not by argparse
+    n_gpu_layers: Annotated[Union[str, int], BeforeValidator(_as_layers)] = Field(  # type: ignore[assignment]  # noqa: UP007
+        default="auto",
+        description="Layers on the GPU: auto (as many as fit; 0 in a build without GPU), all (also -1), or a number.",
+    )
+    flash_attn: Annotated[Union[str, bool], BeforeValidator(_as_switch)] = Field(  # type: ignore[assignment]  # noqa: UP007
+        default="auto", description="Flash attention: true, false or auto."
+    )
+    type_k: _Type = Field(default=None, description="What keys are stored in: f16 (the default), q8_0, ...")  # type: ignore[assignment]
+    type_v: _Type = Field(default=None, description="What values are stored in.")  # type: ignore[assignment]
     kv_policy: str = Field(
         default="refreekv",
         description="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
@@ -43,10 +111,11 @@ class ModelSettings(upstream.ModelSettings):
         description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
         "(read it all again) or drop (go on).",
     )
-    kv_faults: Optional[float] = Field(  # noqa: UP045
+    kv_faults: Annotated[Union[str, bool, float, None], BeforeValidator(_as_tolerance)] = Field(  # noqa: UP007
         default=None,
-        description="What of a head's attention evicted cells may draw that take no part in it, while an answer is "
-        "given: by default 0.05, where the cache is in host memory. 0: whatever it is.",
+        description="The part of a head's attention that evicted cells may draw without being read back, while an "
+        "answer is given: a number from 0 to 1, true (0.05) or false (none is read back). Default: true where the "
+        "cache is in host memory.",
     )
     kv_cold: Literal["auto", "memory", "file"] = Field(
         default="auto", description="Where evicted rows wait to be restored."
@@ -75,6 +144,18 @@ class ModelSettings(upstream.ModelSettings):
         description="Keep the logits of the whole prompt, which logprobs need: n_ctx times n_vocab floats.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        for name in values:
+            if name not in cls.model_fields and name not in LLAMA_OPTIONS:
+                known = sorted({*ModelSettings.model_fields, *LLAMA_OPTIONS})
+                raise ValueError(f"{name}: unknown setting{did_you_mean(name, known)}")
+        for name in ("n_threads", "n_threads_batch"):
+            if values.get(name) == "-1":
+                values[name] = -1  # upstream compares it with the number
+        return values
+
     @model_validator(mode="after")
     def _check_kv_options(self) -> Self:
         _options.check(
@@ -88,12 +169,13 @@ class ModelSettings(upstream.ModelSettings):
             self.kv_cold_type,
             self.kv_cold_state,
         )
+        assert not isinstance(self.kv_faults, str)
         faults.check(self.kv_faults, self.kv_evicted)
         return self
 
-    def kv_options(self) -> dict[str, Any]:
-        """Those that are arguments of `Llama`, by name."""
-        return {name: getattr(self, name) for name in _KV_OPTIONS}
+    def llama_options(self) -> dict[str, Any]:
+        """Arguments of `Llama` that upstream's proxy does not pass, by name."""
+        return {**{name: getattr(self, name) for name in _KV_OPTIONS}, **(self.model_extra or {})}
 
 
 class Settings(ServerSettings, ModelSettings):

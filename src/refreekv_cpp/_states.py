@@ -1,0 +1,60 @@
+"""`llama_cpp.LlamaState` without the room for logits that upstream copies, n_batch x n_vocab floats that nobody reads.
+
+With `logits_all=True` the logits are data, and states carry them as upstream's do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from refreekv_cpp.errors import CacheStateError
+
+
+class UnfitStateError(CacheStateError, KeyError):
+    """The error of `Llama.load_state`.
+
+    It is a KeyError as well, because that is what llama-cpp-python's completions take as a miss: an entry of a
+    `LlamaDiskCache` that was written under another policy, version or cache type must not end them.
+    """
+
+    __str__ = Exception.__str__  # a KeyError quotes its message
+
+
+def _no_scores() -> npt.NDArray[np.single]:
+    # upstream assigns it to [n_tokens, n_vocab], and this fits any
+    return np.zeros((1, 1), dtype=np.single)
+
+
+@contextmanager
+def without_scores(llm: llama_cpp.Llama) -> Iterator[None]:
+    """Inside, upstream's code that saves and loads states finds next to nothing in the place of `llm.scores`."""
+    scores = llm.scores
+    if not llm._logits_all:
+        llm.scores = _no_scores()
+    try:
+        yield
+    finally:
+        llm.scores = scores
+
+
+def fitted(state: llama_cpp.LlamaState, llm: llama_cpp.Llama) -> llama_cpp.LlamaState:
+    """The state with arrays as this Llama has them; for `without_scores`.
+
+    Raises:
+        ValueError: it holds more tokens than the context has room for.
+    """
+    n_tokens, n_ctx = state.n_tokens, len(llm.input_ids)
+    if n_tokens > n_ctx:
+        raise ValueError(f"it holds {n_tokens} tokens; this context has room for {n_ctx}")
+    res = copy.copy(state)
+    res.input_ids = llm.input_ids.copy()
+    res.input_ids[:n_tokens] = state.input_ids[:n_tokens]
+    if not llm._logits_all:
+        res.scores = _no_scores()
+    return res
