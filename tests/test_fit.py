@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import llama_cpp
 import pytest
+from far_device import compile_device, plugged_in
 from support import CACHE_TYPES, ctx_of, load
 from tiny import N_VOCAB, random_tokens
 
@@ -161,6 +163,26 @@ def test_what_llama_cpp_logs_goes_where_it_went(tiny: Tiny, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     load(tiny("gqa"), "full", verbose=True)
     assert "llama_context" in capfd.readouterr().err
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("policy", ["full", "streaming"])
+def test_a_device_gets_its_part(tiny: Tiny, tmp_path: Path, policy: str) -> None:
+    """A device whose 4 GiB of memory the host cannot see (far_device.cpp)."""
+    with plugged_in(compile_device(tmp_path)):
+        needs = foreseen(tiny("gqa"), 2048, kv_policy=policy, n_gpu_layers=3)
+        device, host = needs.devices
+        assert (device.free, device.is_host, host.is_host) == (4 * 2**30, False, True)
+        llm = load(tiny("gqa"), policy, n_gpu_layers=3)
+        llm.eval(random_tokens(2048))
+        taken, of_host = native.devices(ctx_of(llm))
+        assert device.weights == taken.bytes_model > 0
+        assert (device.context, device.compute) == (taken.bytes_context, taken.bytes_compute)
+        assert (host.context, host.compute) == (of_host.bytes_context, of_host.bytes_compute)
+        llm.close()
+        assert fit.gpu_layers(tiny("gqa")) == -1
+        assert fit.n_ctx(tiny("gqa")) == 4096
+        gc.collect()
 
 
 # errors

@@ -24,7 +24,7 @@ import psutil
 from llama_cpp._internals import LlamaContext
 
 from refreekv_cpp import native
-from refreekv_cpp._binding import ffi
+from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError, UnsupportedModelError
 from refreekv_cpp.llama import Llama

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,8 +119,12 @@ def _needs_table(caches: list[Cache], base: int, policy: Needs) -> Table:
     table.add_section()
     add("process, resident (RAM)", lambda needs: fit.process_bytes(needs, base))
     for i, device in enumerate(policy.devices[:-1]):
-        add(f"{device.name} (VRAM)", lambda needs, at=i: needs.devices[at].bytes)  # type: ignore[misc]
+        add(f"{device.name} (VRAM)", partial(_device_bytes, i))
     return table
+
+
+def _device_bytes(i: int, needs: Needs) -> int:
+    return needs.devices[i].bytes
 
 
 def _compute_used(needs: Needs) -> int:
