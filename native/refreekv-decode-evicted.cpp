@@ -15,41 +15,73 @@
 typedef uint8_t  codes16 __attribute__((vector_size(N_LANES)));
 typedef uint16_t words16 __attribute__((vector_size(2*N_LANES)));
 
+static const int N_PARTS = N_LANES/N_REG; // registers in N_LANES numbers
+
 // by these steps, for each of which there is an instruction: GCC takes the numbers one by one else
-static inline lanes numbers_of(codes16 codes) {
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(codes, words16), ilanes), lanes);
+static inline void numbers_of(codes16 codes, reg numbers[N_PARTS]) {
+    const words16 words = __builtin_convertvector(codes, words16);
+#if defined(__AVX__) && !defined(__AVX512F__)
+    typedef uint16_t words8 __attribute__((vector_size(16)));
+    typedef int32_t  ints8  __attribute__((vector_size(32)));
+
+    const words8 halves[2] = { __builtin_shufflevector(words, words, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(words, words, 8, 9, 10, 11, 12, 13, 14, 15) };
+    for (int i = 0; i < 2; ++i) {
+        numbers[i] = __builtin_convertvector(__builtin_convertvector(halves[i], ints8), reg);
+    }
+#else
+    const lanes all = __builtin_convertvector(__builtin_convertvector(words, ilanes), lanes);
+    memcpy(numbers, &all, sizeof(all));
+#endif
 }
 
 static const int64_t BLOCK = refreekv_sketch::n_cells;
 
-static_assert(BLOCK == 4*N_LANES, "codes are unpacked to four vectors");
+static_assert(BLOCK == 4*N_LANES, "codes are unpacked to four times N_LANES numbers");
+
+// quarters of a block whose sums are in registers together
+#if defined(__AVX512F__)
+static const int QUARTERS = 4;
+#else
+static const int QUARTERS = 1;
+#endif
 
 // out[i][cell] = base[i] + q[i] . codes of the cell, for N queries; q: [N][n_embd_head], out: [N][BLOCK]
 template <int N>
 static void dot_codes(const float * q, const float * base, const uint8_t * codes, int64_t n_embd_head, float * out) {
-    lanes acc[N][4];
-    for (int i = 0; i < N; ++i) {
-        for (int v = 0; v < 4; ++v) {
-            acc[i][v] = all(base[i]);
-        }
-    }
-
-    for (int64_t d = 0; d < n_embd_head; ++d) {
-        codes16 pair[2];
-        memcpy(pair, codes + d*BLOCK/2, sizeof(pair));
-
-        const lanes numbers[4] = { numbers_of(pair[0] & 15), numbers_of(pair[1] & 15), numbers_of(pair[0] >> 4), numbers_of(pair[1] >> 4) };
+    for (int v0 = 0; v0 < 4; v0 += QUARTERS) {
+        reg acc[N][QUARTERS][N_PARTS];
         for (int i = 0; i < N; ++i) {
-            const lanes x = all(q[i*n_embd_head + d]);
-            for (int v = 0; v < 4; ++v) {
-                acc[i][v] += x*numbers[v];
+            for (int v = 0; v < QUARTERS; ++v) {
+                for (int p = 0; p < N_PARTS; ++p) {
+                    acc[i][v][p] = reg {} + base[i];
+                }
             }
         }
-    }
 
-    for (int i = 0; i < N; ++i) {
-        for (int v = 0; v < 4; ++v) {
-            store(out + i*BLOCK + v*N_LANES, acc[i][v]);
+        for (int64_t d = 0; d < n_embd_head; ++d) {
+            reg numbers[QUARTERS][N_PARTS];
+            for (int v = 0; v < QUARTERS; ++v) {
+                codes16 pair;
+                memcpy(&pair, codes + d*BLOCK/2 + (v0 + v)%2*N_LANES, sizeof(pair));
+
+                numbers_of(v0 + v < 2 ? pair & 15 : pair >> 4, numbers[v]);
+            }
+            for (int i = 0; i < N; ++i) {
+                const float x = q[i*n_embd_head + d];
+                for (int v = 0; v < QUARTERS; ++v) {
+                    for (int p = 0; p < N_PARTS; ++p) {
+                        acc[i][v][p] += x*numbers[v][p];
+                    }
+                }
+            }
+        }
+
+        for (int i = 0; i < N; ++i) {
+            for (int v = 0; v < QUARTERS; ++v) {
+                for (int p = 0; p < N_PARTS; ++p) {
+                    store_reg(out + i*BLOCK + (v0 + v)*N_LANES + p*N_REG, acc[i][v][p]);
+                }
+            }
         }
     }
 }
