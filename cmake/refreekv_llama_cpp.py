@@ -20,9 +20,7 @@ class _Loader:
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
-        module = sys.modules["llama_cpp"]
-        spec.loader_state = module.__spec__
-        return module
+        return sys.modules["llama_cpp"]
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
@@ -41,7 +39,10 @@ class _Finder:
 
         import refreekv_cpp  # noqa: F401
 
-        return ModuleSpec(name, _Loader)  # type: ignore[arg-type]
+        # importlib takes the spec of a module that is there by now, and would run the module once more with it
+        module = sys.modules["llama_cpp"]
+        module.__spec__ = ModuleSpec(name, _Loader, loader_state=module.__spec__)  # type: ignore[arg-type]
+        return module.__spec__
 
 
 sys.meta_path.append(_Finder)

@@ -53,6 +53,7 @@ def test_without_another_one_the_order_of_imports_does_not_matter() -> None:
         "from refreekv_cpp import Llama\n"
         "import llama_cpp, refreekv_cpp\n"
         "assert llama_cpp.LlamaGrammar is LlamaGrammar and issubclass(Llama, llama_cpp.Llama)\n"
+        "import refreekv_cpp.llama; assert refreekv_cpp.llama.llama_cpp is llama_cpp; llama_cpp._internals\n"
         "assert llama_cpp.__spec__.submodule_search_locations\n"
         "import llama_cpp.llama_speculative\n"
     )

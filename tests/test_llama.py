@@ -466,6 +466,13 @@ def test_the_first_token_does_not_wait_for_the_pruning(tiny_model: Path) -> None
     assert native.pruned_pos(ctx_of(llm), 0) == N_PROMPT - 1
 
 
+def test_an_adapter_that_is_not_there_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no adapter")
+    for path, reason in ((tmp_path / "nowhere", "No such file"), (tmp_path / "text", "must be a GGUF file")):
+        with pytest.raises(ValueError, match=reason):
+            Llama(str(tiny_model), verbose=False, lora_path=str(path))
+
+
 @pytest.mark.parametrize("option", ["type_k", "type_v"])
 def test_a_cache_type_that_llama_cpp_does_not_know_is_refused(tiny_model: Path, option: str) -> None:
     with pytest.raises(ValueError, match=rf"{option}=10000: must be None or one of"):

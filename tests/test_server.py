@@ -322,7 +322,7 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert_one_error_line(refreekv("serve", "--model", tiny_model), "uvicorn", "pip install 'refreekv-cpp[server]'")
+    assert_one_error_line(refreekv("serve", "--model", tiny_model), "uvicorn", 'pip install "refreekv-cpp[server]"')
 
 
 def test_help_has_upstreams_options_and_ours() -> None:

@@ -1,11 +1,14 @@
-"""Grammars that llama.cpp cannot use. Upstream puts its NULL into the chain of samplers, which crashes."""
+"""Grammars that make llama.cpp crash or abort; this module turns them into exceptions."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from typing import Any
 
 import llama_cpp
+import numpy as np
+from llama_cpp._internals import LlamaModel, LlamaSampler
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from refreekv_cpp import native
@@ -60,3 +63,60 @@ def _nesting(text: str) -> int:
 def _shortened(reason: str) -> str:
     """llama.cpp's reasons quote all of the grammar from the error on."""
     return reason if len(reason) <= 200 else reason[:200] + "..."
+
+
+class _Active:
+    """A grammar of llama.cpp's, and the place in it.
+
+    Raises:
+        ValueError: it does not parse, or is too large.
+    """
+
+    def __init__(self, model: LlamaModel, text: str) -> None:
+        self.sampler = make_sampler(model.vocab, text, "root")
+
+    def __del__(self) -> None:
+        if getattr(self, "sampler", None):
+            llama_cpp.llama_sampler_free(self.sampler)
+
+
+class Sampler(LlamaSampler):
+    """llama-cpp-python's sampler, except that a grammar raises Python exceptions.
+
+    llama-cpp-python adds the grammar to llama.cpp's chain of samplers. If it does not parse, a null pointer is added;
+    if it allows none of the model's tokens, llama.cpp throws a C++ exception that nothing catches. Both end the
+    process. Here a custom sampler in the chain applies the grammar, and the grammar accepts the chosen token only if it
+    allows it.
+    """
+
+    _active: _Active | None = None
+
+    def add_grammar(self, model: LlamaModel, grammar: LlamaGrammar) -> None:
+        """
+        Raises:
+            ValueError: the grammar does not parse, or is too large.
+        """
+        if not grammar._grammar:
+            return  # as llama.cpp, which takes it for none
+        self._active = _Active(model, grammar._grammar)
+        self.add_custom(self._apply_grammar)
+
+    def _apply_grammar(self, candidates: Any) -> None:
+        assert self._active is not None
+        llama_cpp.llama_sampler_apply(self._active.sampler, candidates)
+        array = candidates.contents
+        data = (llama_cpp.llama_token_data * array.size).from_address(ctypes.addressof(array.data.contents))
+        tokens = np.frombuffer(data, dtype=[("id", np.intc), ("logit", np.single), ("p", np.single)])
+        self._allowed = tokens["id"][tokens["logit"] > -np.inf]
+
+    def sample(self, ctx: Any, idx: int = -1) -> int:
+        """
+        Raises:
+            ValueError: the model has no token that goes on with the grammar.
+        """
+        token: int = super().sample(ctx, idx)
+        if self._active is not None:
+            if token not in self._allowed:
+                raise ValueError("the model has no token that goes on with the grammar")
+            llama_cpp.llama_sampler_accept(self._active.sampler, token)
+        return token

@@ -86,26 +86,25 @@ def _import_private_copy() -> None:
 
 def cpu_variants() -> dict[str, Path]:
     """The builds of ggml's CPU backend in this package, by name; empty where there is a single one without a name."""
-    files = {file.name.partition("ggml-cpu-")[2].partition(".")[0]: file for file in library_dir().glob("*ggml-cpu-*")}
-    return dict(sorted(files.items()))
+    return {file.stem.partition("ggml-cpu-")[2]: file for file in sorted(library_dir().glob("*ggml-cpu-*"))}
 
 
 def _load_backends(folder: Path) -> None:
-    """Load ggml's backends where they are libraries of their own, which ggml would seek beside the Python program.
+    """Load ggml's backends where they are modules (GGML_BACKEND_DL), which ggml would seek beside the Python program.
 
     Raises:
         ImportError: the environment asks for a CPU backend that is not here, or that this processor cannot run.
     """
     chosen = os.environ.get(CPU_VARIABLE)
     variants = cpu_variants()
-    if not variants:
-        if chosen:
-            raise ImportError(f"{CPU_VARIABLE}={chosen}: this build is for one kind of processor, and has no choice")
-        return
     ggml = ctypes.CDLL(str(next(file for file in folder.iterdir() if file.stem in ("libggml", "ggml"))))
     if not chosen:
-        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+        ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+        if ggml.ggml_backend_reg_count() == 0:
+            ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
         return
+    if not variants:
+        raise ImportError(f"{CPU_VARIABLE}={chosen}: this build is for one kind of processor, and has no choice")
     if chosen not in variants:
         raise ImportError(f"{CPU_VARIABLE}={chosen}: must be one of {', '.join(variants)}")
     ggml.ggml_backend_load.restype = ctypes.c_void_p

@@ -37,6 +37,9 @@ from refreekv_cpp.policies import Full, Policy, ReFreeKV
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
+# from now on every `llama_cpp.Llama` of this process makes its samplers of this class
+llama_cpp._internals.LlamaSampler = _grammar.Sampler  # type: ignore[misc]
+
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0
 
@@ -137,6 +140,7 @@ class Llama(llama_cpp.Llama):
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
             _cache_types.check(name, options.get(name))
+        _check_adapter(options.get("lora_path"))
         n_ctx = options.get("n_ctx", 512)
         if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
             raise ValueError(f"n_ctx={n_ctx!r}: must be a number of tokens, or 0 for the model's own")
@@ -218,7 +222,8 @@ class Llama(llama_cpp.Llama):
     @property
     def kv_faults(self) -> float:
         """The tolerance that decoding goes by; 0: what is evicted takes no part in it."""
-        return float(native.stats(self._ctx.ctx).fault_mass) if self._evicts else 0.0
+        with self._reading:
+            return float(native.stats(self._ctx.ctx).fault_mass) if self._evicts else 0.0
 
     @property
     def kv_stats(self) -> KVStats:
@@ -612,6 +617,23 @@ def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:
         "cold_type": -1 if kv.cold_type is None else CACHE_TYPES[kv.cold_type],
         "cold_state": kv.cold_state,
     }
+
+
+def _check_adapter(path: str | None) -> None:
+    """llama-cpp-python does not look whether an adapter could be loaded, and llama.cpp crashes on one that was not.
+
+    Raises:
+        ValueError: there is no GGUF file.
+    """
+    if path is None:
+        return
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return
+    except OSError as error:
+        raise ValueError(f"lora_path={path!r}: {error.strerror}") from error
+    raise ValueError(f"lora_path={path!r}: must be a GGUF file")
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)

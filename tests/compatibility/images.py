@@ -79,7 +79,7 @@ def register(feature: str, vision: Vision) -> None:
 
         whole = with_policy(ReFreeKV(n_min=10_000))
         assert whole.text == stock.text
-        np.testing.assert_array_equal(whole.logits, stock.logits)
+        assert error(whole.logits, stock.logits) < 2e-3
         masked = with_policy(Debug(policy=run.policy, mask_only=True))
         assert actual.text == masked.text
         assert error(actual.logits, masked.logits) < 2e-3

@@ -31,8 +31,8 @@ def assert_right(run: Run, model: str = "gqa", *, tolerance: float = 2e-3, **opt
     """The logits after a prompt, against other ways to the same.
 
     full: in whatever batches the prompt was read; and a cache that grows with its contents has the same bits.
-    Evicting: with nothing to evict, the bits of full; else the logits of a cache in which what was evicted is masked in
-    place, and not those of full.
+    Evicting: with nothing to evict, the logits of full but for rounding (upstream adds V up in f16); else the logits of
+    a cache in which what was evicted is masked in place, and not those of full.
 
     Raises:
         Refused: the model or the context could not be made.
@@ -41,10 +41,11 @@ def assert_right(run: Run, model: str = "gqa", *, tolerance: float = 2e-3, **opt
         run.load(model, **options).close()
     except ValueError as refusal:
         raise Refused(f"{type(refusal).__name__}: {refusal}") from refusal
-    upstream = decoded(run, model, Full(), **options)
+    # a policy that evicts has flash attention by default
+    upstream = decoded(run, model, Full(), **{"flash_attn": run.evicts, **options})
     if run.evicts:
         whole = ReFreeKV(n_min=len(PROMPT) + 1)
-        np.testing.assert_array_equal(decoded(run, model, whole, **options), upstream)
+        assert error(decoded(run, model, whole, **options), upstream) < 5 * tolerance
         pruned = decoded(run, model, run.policy, **options)
         masked = decoded(run, model, Debug(policy=run.policy, mask_only=True), **options)
         assert error(pruned, masked) < tolerance

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import closing
 from typing import Any
 
 import anyio
@@ -76,8 +75,12 @@ class Answer(Response):
                 response: Response = error_response(error)
             else:
                 if rest is not None:
-                    with closing(rest):
+                    try:
                         await self._stream(text, rest)(scope, _never, send)
+                    finally:
+                        # in a thread, because a pruning may be due at the end of a generation
+                        with anyio.CancelScope(shield=True):
+                            await run_in_threadpool(rest.close)
                     return
                 response = Response(text, media_type="application/json")
         await response(scope, _never, send)
@@ -99,7 +102,10 @@ class Answer(Response):
                 yield {"data": text}
                 if self._give_way and self._models.turn.statistics().tasks_waiting:
                     break
-                text = await run_in_threadpool(next, rest, None)
+                try:
+                    text = await run_in_threadpool(next, rest, None)
+                except Interrupted:
+                    return
             yield {"data": "[DONE]"}
 
         return EventSourceResponse(events(), sep="\n", ping_message_factory=self._ping)

@@ -16,11 +16,7 @@ from llama_cpp.server.model import LlamaProxy
 from refreekv_cpp import dropin, fit
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.server.errors import RequestError
-from refreekv_cpp.server.grammars import Sampler
 from refreekv_cpp.server.settings import LLAMA_OPTIONS, ModelSettings
-
-# from now on every Llama of this process makes its samplers of this class
-llama_cpp._internals.LlamaSampler = Sampler  # type: ignore[misc]
 
 
 class Interrupted(Exception):

@@ -21,9 +21,8 @@ _logger = logging.getLogger(__name__)
 def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
     """The memory of the process, what the cache holds after a request, and the milliseconds that pruning took in it."""
     stats = llm.kv_stats
-    memory = getattr(stats, "memory", None)
     return {
-        **({} if memory is None else {"memory": asdict(memory)}),
+        "memory": asdict(stats.memory),
         "policy": stats.policy,
         "n_tokens": stats.n_tokens,
         "budget": round(stats.budget, 4),
