@@ -217,7 +217,11 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _with_content(message: Any) -> Any:
-    return {"content": None, **_without_nulls(message)} if isinstance(message, dict) else message
+    if not isinstance(message, dict):
+        return message
+    message = {"content": None, **_without_nulls(message)}
+    # OpenAI's newer name; templates know the older one
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 def _with_parameters(function: Any) -> Any:
