@@ -54,10 +54,13 @@ def test_unknown_policy(command: list[str], no_model: Path) -> None:
     assert_one_error_line(result, "kv_policy='refrekv': unknown, did you mean 'refreekv'?", "'streaming'")
 
 
-@pytest.mark.parametrize(("command", "options"), [(["run", "--prompt", "hi"], ["--gpu-layers", "0"]), (["info"], [])])
-def test_not_a_model(command: list[str], options: list[str], no_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [(["run", "--prompt", "hi"], ["--gpu-layers", "0"], "not a GGUF file"), (["info"], [], "Failed to load model")],
+)
+def test_not_a_model(command: list[str], options: list[str], message: str, no_model: Path) -> None:
     result = refreekv(*command, no_model, *options)
-    assert_one_error_line(result, "not a GGUF file", str(no_model))
+    assert_one_error_line(result, message, str(no_model))
 
 
 def test_unknown_type(no_model: Path) -> None:

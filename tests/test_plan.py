@@ -145,4 +145,4 @@ llm.eval([100 + i % 1000 for i in range(1024)])
 print(resident_bytes())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert foreseen == pytest.approx(int(done.stdout), rel=0.03)
+    assert foreseen == pytest.approx(int(done.stdout), rel=0.05)

@@ -47,7 +47,7 @@ _KEPT_BY_DEFAULT = (0.39, 0.66)
 _SKETCH_SHARE = 1 / 7
 
 # what a first prompt takes beside all that is counted: code of kernels that is read now, graphs, stacks, logits
-_FIRST_PROMPT_BYTES = 3 * 2**20
+_FIRST_PROMPT_BYTES = 4 * 2**20
 _FIRST_PROMPT_BYTES_PER_WORD = 24  # of the vocabulary
 
 
