@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,18 @@ def python_dir() -> Path:
 
 
 @contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """ggml says which backends it loads, through llama-cpp-python's logger; an import prints nothing."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _libraries_in(folder: Path) -> Iterator[None]:
     saved = {name: os.environ.get(name) for name in _LIBRARY_VARIABLES}
     os.environ.update(dict.fromkeys(_LIBRARY_VARIABLES, str(folder)))
@@ -77,7 +90,8 @@ def _import_private_copy() -> None:
         with _libraries_in(library_dir()):
             spec.loader.exec_module(module)
             importlib.import_module("llama_cpp.mtmd_cpp")
-        _load_backends(library_dir())
+        with _errors_only():
+            _load_backends(library_dir())
     except BaseException:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]
