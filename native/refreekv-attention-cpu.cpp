@@ -12,47 +12,45 @@
 static const int64_t CHUNK = 64; // cells
 static const int64_t STEP  = 4;  // cells whose logits are in registers together
 
-// vectors of rows that are in registers together
+// vectors of rows that are in registers together: with STEP*TILE sums AVX-512 has 32 registers, others 16
 #if defined(__AVX512F__)
 static const int64_t TILE = 4;
 #else
-static const int64_t TILE = 1;
+static const int64_t TILE = 2;
 #endif
 
 // the rows of a head are taken in tiles, of TILE vectors as long as there are so many: f(first row, vectors)
 template <typename F>
-static inline void for_tiles(int64_t n_lanes_rows, F && f) {
+static inline void for_tiles(int64_t n_padded_rows, F && f) {
     int64_t r = 0;
-    for (; r + TILE*N_LANES <= n_lanes_rows; r += TILE*N_LANES) {
+    for (; r + TILE*N_REG <= n_padded_rows; r += TILE*N_REG) {
         f(r, std::integral_constant<int64_t, TILE>());
     }
-    for (; r < n_lanes_rows; r += N_LANES) {
+    for (; r < n_padded_rows; r += N_REG) {
         f(r, std::integral_constant<int64_t, 1>());
     }
 }
 
-// out[cell][row] = k[cell] . q[row], of STEP cells and a tile of rows; q: [n_embd_head][N*N_LANES]
+// out[cell][row] = k[cell] . q[row], of STEP cells and a tile of rows; q: [n_embd_head][N*N_REG]
 template <int64_t N>
 static inline void dot_tile(const float * q, const float * k, int64_t k_stride, int64_t n_embd_head, float * out, int64_t out_stride) {
-    lanes acc[STEP][N] = {};
+    reg acc[STEP][N] = {};
 
     for (int64_t d = 0; d < n_embd_head; ++d) {
-        lanes rows[N];
+        reg rows[N];
         for (int64_t v = 0; v < N; ++v) {
-            rows[v] = load(q + (d*N + v)*N_LANES);
+            rows[v] = load_reg(q + (d*N + v)*N_REG);
             hold(rows[v]);
         }
         for (int64_t i = 0; i < STEP; ++i) {
-            const lanes x = all(k[i*k_stride + d]);
-
             for (int64_t v = 0; v < N; ++v) {
-                acc[i][v] += x*rows[v];
+                acc[i][v] += k[i*k_stride + d]*rows[v];
             }
         }
     }
     for (int64_t i = 0; i < STEP; ++i) {
         for (int64_t v = 0; v < N; ++v) {
-            store(out + i*out_stride + v*N_LANES, acc[i][v]);
+            store_reg(out + i*out_stride + v*N_REG, acc[i][v]);
         }
     }
 }
@@ -73,7 +71,7 @@ private:
     refreekv_attention_scratch & memory;
 
     const int64_t n_gqa;
-    const int64_t n_lanes_rows; // n_rows, rounded up to whole vectors
+    const int64_t n_padded_rows; // n_rows, rounded up to whole vectors
     const int64_t n_chunks;
 
     int64_t n_head_slice; // query heads whose weights are there together
@@ -84,13 +82,13 @@ private:
 
     std::vector<float> queries_memory;
 
-    float * queries = nullptr;  // [n_heads][n_lanes_rows][n_embd_head], in the order that dot_tile reads them
-    std::vector<float> top;     // [n_chunks][n_heads][n_lanes_rows]
+    float * queries = nullptr;  // [n_heads][n_padded_rows][n_embd_head], in the order that dot_tile reads them
+    std::vector<float> top;     // [n_chunks][n_heads][n_padded_rows]
     std::vector<float> factors; // the same
 
     size_t weights_bytes(int64_t n_heads) const;
 
-    // [CHUNK][n_lanes_rows]
+    // [CHUNK][n_padded_rows]
     float * weights(int64_t chunk, int64_t head) const;
 
     template <typename F>
@@ -105,7 +103,7 @@ private:
 };
 
 refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs & in_, refreekv_attention_scratch & memory) :
-    in(in_), memory(memory), n_gqa(in.n_gqa), n_lanes_rows(GGML_PAD(in.rows.size(), N_LANES)), n_chunks((in.slots.size() + CHUNK - 1)/CHUNK) {
+    in(in_), memory(memory), n_gqa(in.n_gqa), n_padded_rows(GGML_PAD(in.rows.size(), N_REG)), n_chunks((in.slots.size() + CHUNK - 1)/CHUNK) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
     n_head  = in.heads.size()*in.n_gqa;
@@ -114,11 +112,11 @@ refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs &
 }
 
 size_t refreekv_attention_cpu::weights_bytes(int64_t n_heads) const {
-    return sizeof(float)*n_chunks*CHUNK*n_lanes_rows*n_heads;
+    return sizeof(float)*n_chunks*CHUNK*n_padded_rows*n_heads;
 }
 
 float * refreekv_attention_cpu::weights(int64_t chunk, int64_t head) const {
-    return (float *) memory.weights.data() + (chunk*n_heads + head)*CHUNK*n_lanes_rows;
+    return (float *) memory.weights.data() + (chunk*n_heads + head)*CHUNK*n_padded_rows;
 }
 
 // f() once the weights of a slice are there, for each slice in turn
@@ -140,7 +138,7 @@ void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
 
     pack_queries();
 
-    top.resize(n_chunks*n_heads*n_lanes_rows);
+    top.resize(n_chunks*n_heads*n_padded_rows);
     factors.resize(top.size());
 
     weigh_chunks();
@@ -150,7 +148,7 @@ void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
 void refreekv_attention_cpu::pack_queries() {
     const int64_t n_embd_head = in.n_embd_head;
 
-    const size_t size = n_heads*n_lanes_rows*n_embd_head;
+    const size_t size = n_heads*n_padded_rows*n_embd_head;
 
     queries = aligned(queries_memory, size);
     std::fill_n(queries, size, 0.0f);
@@ -164,12 +162,12 @@ void refreekv_attention_cpu::pack_queries() {
             const char * src = (const char *) in.ring->data + in.rows[r]*in.ring->nb[1] + head*n_embd_head*sizeof(ggml_fp16_t);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, row.data(), n_embd_head);
 
-            float * dst = queries + h*n_lanes_rows*n_embd_head;
+            float * dst = queries + h*n_padded_rows*n_embd_head;
 
-            for_tiles(n_lanes_rows, [&](int64_t r0, auto n) {
+            for_tiles(n_padded_rows, [&](int64_t r0, auto n) {
                 const int64_t i = r - r0;
-                for (int64_t d = 0; i >= 0 && i < n*N_LANES && d < n_embd_head; ++d) {
-                    dst[r0*n_embd_head + d*n*N_LANES + i] = row[d];
+                for (int64_t d = 0; i >= 0 && i < n*N_REG && d < n_embd_head; ++d) {
+                    dst[r0*n_embd_head + d*n*N_REG + i] = row[d];
                 }
             });
         }
@@ -190,7 +188,7 @@ void refreekv_attention_cpu::weigh_chunks() {
     const bool  use_alibi  = in.use_alibi;
 
     std::vector<float>   keys(CHUNK*n_embd);
-    std::vector<int32_t> row_pos(n_lanes_rows, INT32_MAX);
+    std::vector<int32_t> row_pos(n_padded_rows, INT32_MAX);
     std::copy(in.row_pos.begin(), in.row_pos.end(), row_pos.begin());
 
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
@@ -206,29 +204,29 @@ void refreekv_attention_cpu::weigh_chunks() {
 
         for (int64_t h = 0; h < n_heads; ++h) {
             const float * k     = keys.data() + ((first_head + h)/n_gqa - first_kv)*n_embd_head;
-            const float * q     = queries + h*n_lanes_rows*n_embd_head;
+            const float * q     = queries + h*n_padded_rows*n_embd_head;
             float *       w     = weights(chunk, h);
-            float *       t     = top.data()     + (chunk*n_heads + h)*n_lanes_rows;
-            float *       total = factors.data() + (chunk*n_heads + h)*n_lanes_rows;
+            float *       t     = top.data()     + (chunk*n_heads + h)*n_padded_rows;
+            float *       total = factors.data() + (chunk*n_heads + h)*n_padded_rows;
 
             for (int64_t i = 0; i < n; i += STEP) {
-                for_tiles(n_lanes_rows, [&](int64_t r, auto n_tile) {
-                    dot_tile<n_tile>(q + r*n_embd_head, k + i*n_embd, n_embd, n_embd_head, w + i*n_lanes_rows + r, n_lanes_rows);
+                for_tiles(n_padded_rows, [&](int64_t r, auto n_tile) {
+                    dot_tile<n_tile>(q + r*n_embd_head, k + i*n_embd, n_embd, n_embd_head, w + i*n_padded_rows + r, n_padded_rows);
                 });
             }
 
             const float slope = alibi_slope(in.max_bias, first_head + h, n_head);
 
-            for (int64_t r = 0; r < n_lanes_rows; r += N_LANES) {
-                ilanes at;
+            for (int64_t r = 0; r < n_padded_rows; r += N_REG) {
+                ireg at;
                 memcpy(&at, row_pos.data() + r, sizeof(at));
 
-                lanes m = all(-INFINITY);
+                reg m = all(-INFINITY);
 
                 for (int64_t i = 0; i < n; ++i) {
-                    float * p = w + i*n_lanes_rows + r;
+                    float * p = w + i*n_padded_rows + r;
 
-                    lanes x = load(p)*pre_scale;
+                    reg x = load_reg(p)*pre_scale;
                     if (soft_cap > 0.0f) {
                         x = tanh(x)*soft_cap;
                     }
@@ -238,28 +236,28 @@ void refreekv_attention_cpu::weigh_chunks() {
                         const int32_t pos = in.pos[first + i];
 
                         if (use_alibi) {
-                            x -= slope*__builtin_convertvector(at > pos ? at - pos : pos - at, lanes);
+                            x -= slope*__builtin_convertvector(at > pos ? at - pos : pos - at, reg);
                         }
                         x = at >= pos ? x : all(-INFINITY);
                     }
-                    store(p, x);
+                    store_reg(p, x);
                     m = max(x, m);
                 }
 
-                lanes sum = {};
+                reg sum = {};
                 for (int64_t i = 0; i < n; ++i) {
-                    float * p = w + i*n_lanes_rows + r;
+                    float * p = w + i*n_padded_rows + r;
 
-                    const lanes x = exp_neg(m > -INFINITY ? load(p) - m : all(-INFINITY));
-                    store(p, x);
+                    const reg x = exp_neg(m > -INFINITY ? load_reg(p) - m : all(-INFINITY));
+                    store_reg(p, x);
                     sum += x;
                 }
                 for (int64_t i = n; i < CHUNK; ++i) {
-                    store(w + i*n_lanes_rows + r, lanes {});
+                    store_reg(w + i*n_padded_rows + r, reg {});
                 }
 
-                store(t     + r, m);
-                store(total + r, sum);
+                store_reg(t     + r, m);
+                store_reg(total + r, sum);
             }
         }
     }
@@ -267,33 +265,33 @@ void refreekv_attention_cpu::weigh_chunks() {
 
 // from the sums of the chunks to their factors
 void refreekv_attention_cpu::join_chunks() {
-    const int64_t n_line = n_heads*n_lanes_rows;
+    const int64_t n_line = n_heads*n_padded_rows;
 
-    for (int64_t l = 0; l < n_line; l += N_LANES) {
-        const float sink = in.sinks.empty() ? -INFINITY : in.sinks[first_head + l/n_lanes_rows];
+    for (int64_t l = 0; l < n_line; l += N_REG) {
+        const float sink = in.sinks.empty() ? -INFINITY : in.sinks[first_head + l/n_padded_rows];
 
-        lanes m = all(sink);
+        reg m = all(sink);
         for (int64_t c = 0; c < n_chunks; ++c) {
-            m = max(load(top.data() + c*n_line + l), m);
+            m = max(load_reg(top.data() + c*n_line + l), m);
         }
 
-        const auto relative = [&](lanes x) {
+        const auto relative = [&](reg x) {
             return exp_neg(m > -INFINITY ? x - m : all(-INFINITY));
         };
 
-        lanes sum = relative(all(sink));
+        reg sum = relative(all(sink));
         for (int64_t c = 0; c < n_chunks; ++c) {
-            sum += load(factors.data() + c*n_line + l)*relative(load(top.data() + c*n_line + l));
+            sum += load_reg(factors.data() + c*n_line + l)*relative(load_reg(top.data() + c*n_line + l));
         }
 
         // rows that are there to fill vectors count for nothing
-        lanes inverse = {};
-        for (int64_t i = 0; i < N_LANES; ++i) {
-            inverse[i] = l%n_lanes_rows + i < n_rows && sum[i] > 0.0f ? 1.0f/sum[i] : 0.0f;
+        reg inverse = {};
+        for (int64_t i = 0; i < N_REG; ++i) {
+            inverse[i] = l%n_padded_rows + i < n_rows && sum[i] > 0.0f ? 1.0f/sum[i] : 0.0f;
         }
 
         for (int64_t c = 0; c < n_chunks; ++c) {
-            store(factors.data() + c*n_line + l, relative(load(top.data() + c*n_line + l))*inverse);
+            store_reg(factors.data() + c*n_line + l, relative(load_reg(top.data() + c*n_line + l))*inverse);
         }
     }
 }
@@ -310,23 +308,23 @@ bool refreekv_attention_cpu::scores(join heads, std::vector<float> & out) {
 void refreekv_attention_cpu::add_scores(join heads, float * out) const {
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         for (int64_t h = 0; h < n_heads; ++h) {
-            const float * f = factors.data() + (chunk*n_heads + h)*n_lanes_rows;
+            const float * f = factors.data() + (chunk*n_heads + h)*n_padded_rows;
 
-            for (int64_t i0 = 0; i0 < CHUNK; i0 += N_LANES) {
-                lanes acc[N_LANES];
-                for (int64_t i = 0; i < N_LANES; ++i) {
-                    const float * w = weights(chunk, h) + (i0 + i)*n_lanes_rows;
+            for (int64_t i0 = 0; i0 < CHUNK; i0 += N_REG) {
+                reg acc[N_REG];
+                for (int64_t i = 0; i < N_REG; ++i) {
+                    const float * w = weights(chunk, h) + (i0 + i)*n_padded_rows;
 
-                    acc[i] = load(w)*load(f);
-                    for (int64_t r = N_LANES; r < n_lanes_rows; r += N_LANES) {
-                        acc[i] += load(w + r)*load(f + r);
+                    acc[i] = load_reg(w)*load_reg(f);
+                    for (int64_t r = N_REG; r < n_padded_rows; r += N_REG) {
+                        acc[i] += load_reg(w + r)*load_reg(f + r);
                     }
                 }
 
                 float *     p    = out + chunk*CHUNK + i0;
-                const lanes mean = sums(acc)/(float) n_rows;
+                const reg mean = sums(acc)/(float) n_rows;
 
-                store(p, heads == join::MAX ? max(load(p), mean) : load(p) + mean/(float) n_head);
+                store_reg(p, heads == join::MAX ? max(load_reg(p), mean) : load_reg(p) + mean/(float) n_head);
             }
         }
     }
@@ -341,23 +339,23 @@ bool refreekv_attention_cpu::block_sums(const std::vector<int32_t> & block, uint
 }
 
 void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, float * out) const {
-    std::vector<float> sums(n_heads*n_blocks*n_lanes_rows, 0.0f); // [n_heads][n_blocks][n_lanes_rows]
+    std::vector<float> sums(n_heads*n_blocks*n_padded_rows, 0.0f); // [n_heads][n_blocks][n_padded_rows]
 
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         const int64_t n = std::min<int64_t>(CHUNK, n_cells - chunk*CHUNK);
 
         for (int64_t h = 0; h < n_heads; ++h) {
             const float * w = weights(chunk, h);
-            const float * f = factors.data() + (chunk*n_heads + h)*n_lanes_rows;
+            const float * f = factors.data() + (chunk*n_heads + h)*n_padded_rows;
 
             for (int64_t i = 0; i < n; ++i) {
                 const int32_t b = block[chunk*CHUNK + i];
 
-                for (int64_t r = 0; b >= 0 && r < n_lanes_rows; r += N_LANES) {
-                    const lanes a = load(w + i*n_lanes_rows + r)*load(f + r);
-                    float *     p = sums.data() + (h*n_blocks + b)*n_lanes_rows + r;
+                for (int64_t r = 0; b >= 0 && r < n_padded_rows; r += N_REG) {
+                    const reg a = load_reg(w + i*n_padded_rows + r)*load_reg(f + r);
+                    float *     p = sums.data() + (h*n_blocks + b)*n_padded_rows + r;
 
-                    store(p, load(p) + (squared ? a*a : a));
+                    store_reg(p, load_reg(p) + (squared ? a*a : a));
                 }
             }
         }
@@ -366,7 +364,7 @@ void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32
     for (int64_t h = 0; h < n_heads; ++h) {
         for (uint32_t r = 0; r < n_rows; ++r) {
             for (uint32_t b = 0; b < n_blocks; ++b) {
-                *out++ = sums[(h*n_blocks + b)*n_lanes_rows + r];
+                *out++ = sums[(h*n_blocks + b)*n_padded_rows + r];
             }
         }
     }
@@ -378,8 +376,8 @@ bool refreekv_attention_cpu::read(float * out) {
             float * head = out + (first_head + h)*n_rows*n_cells;
 
             for (uint32_t j = 0; j < n_cells; ++j) {
-                const float * w = weights(j/CHUNK, h) + j%CHUNK*n_lanes_rows;
-                const float * f = factors.data() + (j/CHUNK*n_heads + h)*n_lanes_rows;
+                const float * w = weights(j/CHUNK, h) + j%CHUNK*n_padded_rows;
+                const float * f = factors.data() + (j/CHUNK*n_heads + h)*n_padded_rows;
 
                 for (uint32_t r = 0; r < n_rows; ++r) {
                     head[r*n_cells + j] = w[r]*f[r];

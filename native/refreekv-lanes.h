@@ -1,6 +1,6 @@
 #pragma once
 
-// Vectors of 16 floats, and what our kernels for the CPU do with them. The compiler lowers them to what the instruction sets have
+// Vectors of floats, and what our kernels for the CPU do with them. The compiler lowers them to what the instruction sets have
 // that it may use. A compiler without such vectors does not define REFREEKV_LANES, and then there are no kernels of ours.
 //
 // For sources that are part of ggml's CPU backend (CMakeLists.txt).
@@ -39,14 +39,37 @@ static inline void store(float * p, lanes v) {
     memcpy(p, &v, sizeof(v));
 }
 
-// not lanes {} + x, which has to add for the sake of -0
-static inline lanes all(float x) {
-    return lanes { x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x };
+// Loops keep their sums in vectors of the size of a register: GCC keeps arrays of larger ones in memory.
+#if defined(__AVX512F__)
+typedef lanes reg;
+#elif defined(__AVX__)
+typedef float reg __attribute__((vector_size(32)));
+#else
+typedef float reg __attribute__((vector_size(16)));
+#endif
+
+typedef decltype(reg {} > reg {}) ireg;
+
+static const int N_REG = sizeof(reg)/sizeof(float);
+
+static inline reg load_reg(const float * p) {
+    reg res;
+    memcpy(&res, p, sizeof(res));
+    return res;
+}
+
+static inline void store_reg(float * p, reg v) {
+    memcpy(p, &v, sizeof(v));
+}
+
+// x - 0 is x, also for -0
+static inline reg all(float x) {
+    return x - reg {};
 }
 
 // in a register from here on: GCC would load it anew for each operation that it is an operand of
-static inline void hold(lanes & x) {
-#if defined(__AVX512F__)
+static inline void hold(reg & x) {
+#if defined(__AVX__)
     __asm__("" : "+v"(x));
 #else
     (void) x;
@@ -65,14 +88,21 @@ static inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
-static inline lanes pair_sums(lanes a, lanes b) {
+// the sums of neighbours: first those of a, then those of b
+static inline reg pair_sums(reg a, reg b) {
+#if defined(__AVX512F__)
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
 }
 
-// lane i: the sum of the lanes of a[i]
-static inline lanes sums(lanes a[N_LANES]) {
-    for (int n = N_LANES/2; n > 0; n /= 2) {
+// number i: the sum of a[i]
+static inline reg sums(reg a[N_REG]) {
+    for (int n = N_REG/2; n > 0; n /= 2) {
         for (int i = 0; i < n; ++i) {
             a[i] = pair_sums(a[2*i], a[2*i + 1]);
         }

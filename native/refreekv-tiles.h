@@ -30,27 +30,7 @@ static inline void read_rows(const ggml_tensor * t, int64_t cell, float * dst, i
     }
 }
 
-// Sums are kept in vectors of the size of a register: GCC keeps arrays of larger ones in memory.
-#if defined(__AVX512F__)
-typedef lanes reg;
-#elif defined(__AVX__)
-typedef float reg __attribute__((vector_size(32)));
-#else
-typedef float reg __attribute__((vector_size(16)));
-#endif
-
-static const int N_REG  = sizeof(reg)/sizeof(float);
 static const int N_SUMS = 8; // that are in registers together, beside what is added to them
-
-static inline reg load_reg(const float * p) {
-    reg res;
-    memcpy(&res, p, sizeof(res));
-    return res;
-}
-
-static inline void store_reg(float * p, reg v) {
-    memcpy(p, &v, sizeof(v));
-}
 
 // out[i]: the sum of a[i]
 static inline void store_sums(float * out, const reg a[N_SUMS]) {
