@@ -211,7 +211,7 @@ def test_the_evicted_rows_can_be_left_out(tiny_model: Path) -> None:
 
 
 def test_what_is_no_bool_is_refused() -> None:
-    with pytest.raises(PolicyError, match="kv_cold_state='no': valid are True and False"):
+    with pytest.raises(PolicyError, match="kv_cold_state='no': must be one of True, False"):
         Llama("no such model", kv_policy="refreekv", kv_cold_state="no")  # type: ignore[arg-type]
 
 

@@ -260,8 +260,8 @@ def test_drop_and_recompute_keep_nothing(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kv_cold": "disk"}, "kv_cold='disk': valid are 'auto', 'memory', 'file'"),
-        ({"kv_cold_limit": "much"}, "'much': valid are a positive number of bytes"),
+        ({"kv_cold": "disk"}, "kv_cold='disk': must be one of 'auto', 'memory', 'file'"),
+        ({"kv_cold_limit": "much"}, "kv_cold_limit='much': must be a positive number of bytes"),
         ({"kv_cold_dir": "/nowhere/at/all"}, "not a folder that can be written"),
     ],
 )
