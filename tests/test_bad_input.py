@@ -58,6 +58,7 @@ def test_options_that_stock_takes(tiny_model: Path) -> None:
     llm = load(tiny_model, "full", n_threads=None, n_gpu_layers=-1, n_ubatch=0, kv_overrides={"general.name": "x"})
     assert llm.create_completion(PROMPT, max_tokens=1)
     assert load(tiny_model, "full", n_ctx=np.int64(256), n_batch=np.int32(64)).n_batch == 64
+    assert load(tiny_model, "full", n_ctx=256, n_batch=2**31 - 1).n_batch == 256
 
 
 def test_a_path_object_and_what_is_none(tiny_model: Path) -> None:

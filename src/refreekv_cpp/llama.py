@@ -142,6 +142,8 @@ class Llama(llama_cpp.Llama):
             _cache_types.check(name, options.get(name))
         model_path = _checks.check_path("model_path", model_path)
         options = _checks.check_options(options)
+        if "n_batch" in options and (n_ctx := options.get("n_ctx", 512)):
+            options["n_batch"] = min(options["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
         if options.get("embedding") and not isinstance(kv.policy, Full):
             inform(
                 "embedding=True keeps no cache between calls, kv_policy is ignored",
