@@ -54,6 +54,7 @@ EITHER = [
     ({"logit_bias": {"cat": 1}}, "logit_bias", "'cat' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"259": 1}}, "logit_bias", "'259' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1' must be the number"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "must be the number"),
     ({"logit_bias": {"5": 1e39}}, "logit_bias", "less than"),
     ({"logit_bias": [5]}, "logit_bias", "dict"),
     ({"grammar": "root ::= ["}, "grammar", "cannot be used"),

@@ -13,7 +13,7 @@ _choices = logging.getLogger("refreekv_cpp.fit")
 
 
 class Log(logging.Handler):
-    """Prints what the loggers of this package say: warnings and what was chosen by what fits; all when it is verbose."""
+    """Prints what the loggers of this package say: warnings, and what was chosen; all of it when verbose."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
