@@ -55,7 +55,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("x")
+    path.write_text("x" * 600)
     return path
 
 
@@ -81,7 +81,13 @@ def test_options_have_the_same_names(command: str, expected: set[str]) -> None:
 def test_layers_on_the_gpu(
     tiny_model: Path, text: Path, loaded: list[dict[str, Any]], layers: str, number: int
 ) -> None:
-    commands = [["run", "--prompt", "x"], ["chat"], ["demo", "--model"], ["turns"], ["eval-evicted", "--text", text]]
+    commands = [
+        ["run", "--prompt", "x"],
+        ["chat"],
+        ["demo", "--tokens", "2000", "--model"],
+        ["turns", "--tokens", "500"],
+        ["eval-evicted", "--tokens", "512", "--text", text],
+    ]
     for command in commands:
         result = refreekv(*command, tiny_model, "--gpu-layers", layers, "--threads", "3", "--option", "n_ubatch=64")
         assert result.exit_code == 2, result.output
@@ -262,8 +268,8 @@ def test_threads_have_a_bound(command: list[str], tiny_model: Path) -> None:
     """ggml has an array of 512, and does not look."""
     result = refreekv(*command, tiny_model, "--threads", "513")
     assert result.exit_code == 2
-    assert "--threads" in result.stderr
-    assert "513" in result.stderr
+    assert "threads" in result.stderr
+    assert "512" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -286,23 +292,23 @@ def test_what_a_command_sets_itself_is_refused(command: list[str], given: str, m
 
 
 @pytest.mark.parametrize(
-    ("command", "most"),
+    "command",
     [
-        (["bench", "--tokens"], 4096 - 72),
-        (["memory", "--n-ctx", "2000000000", "--tokens"], 4096 - 72),
-        (["demo", "--tokens", "999999999", "--model"], 4096 - 256),
-        (["turns", "--turns", "1", "--max-tokens", "40", "--tokens"], 4096 - 640),
-        (["eval-evicted", "--text", __file__, "--tokens"], 4096 - 56),
-        (["eval", "--out", "out", "--lengths"], 4096),
+        ["bench", "--tokens"],
+        ["memory", "--n-ctx", "2000000000", "--tokens"],
+        ["demo", "--tokens", "999999999", "--model"],
+        ["turns", "--turns", "1", "--tokens"],
+        ["eval-evicted", "--text", __file__, "--tokens"],
+        ["eval", "--out", "out", "--lengths"],
     ],
     ids=str,
 )
-def test_a_text_longer_than_the_models_context_is_refused(command: list[str], most: int, tiny_model: Path) -> None:
+def test_a_text_longer_than_the_models_context_is_refused(command: list[str], tiny_model: Path) -> None:
     """`bench` wrote a document of so many tokens, token by token."""
     many = [] if command[-1] == "--model" else ["1000000" if "--lengths" in command else "999999999"]
     result = refreekv(*command, *many, tiny_model)
     assert result.exit_code == 2, result.output
-    assert f": must be at most {most}; the model was made for 4096 tokens" in result.stderr.splitlines()[-1]
+    assert ": must be at most 4096, which the model was made for" in result.stderr.splitlines()[-1]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Path) -> None:

@@ -136,7 +136,7 @@ runpy.run_path(sys.argv[2])["main"]()
 COMMAND = Path(__file__).parent.parent / "cmake" / "refreekv_command.py"
 
 
-@pytest.mark.parametrize("module", ["numpy", "llama_cpp", "refreekv_cpp.llama", "rich", "typer"])
+@pytest.mark.parametrize("module", ["numpy", "psutil", "refreekv_cpp.llama", "rich", "typer"])
 def test_interrupted_while_it_imports(module: str) -> None:
     done = python("-c", INTERRUPTED, module, COMMAND)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

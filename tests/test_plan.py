@@ -82,12 +82,10 @@ def test_the_command_can_be_pasted(tiny: Tiny) -> None:
     }
 
 
-def test_the_command_can_be_pasted_on_windows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_command.sys, "platform", "win32")
-    result = plan(tiny("gqa"), "--n-ctx", "512", "--option", "kv_cold_dir=C:\\a folder", "--threads", "1")
-    command = result.stdout.splitlines()[-1]
-    assert '--option "kv_cold_dir=C:\\a folder"' in command
-    assert "'" not in command
+def test_the_command_is_quoted_for_the_shell() -> None:
+    command = ["refreekv", "chat", "C:\\my models\\a.gguf"]
+    assert plan_command.quoted(command, "win32") == 'refreekv chat "C:\\my models\\a.gguf"'
+    assert plan_command.quoted(command, "linux") == "refreekv chat 'C:\\my models\\a.gguf'"
 
 
 def test_heads_that_q8_0_cannot_have(tiny: Tiny) -> None:

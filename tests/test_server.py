@@ -182,7 +182,7 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, "--flash-attn=some"), "must be true, false or auto")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard"), "must be NAME=VALUE")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_gard=1"), "did you mean 'kv_guard'")
-    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard=-1"), "kv_guard=-1")
+    assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "0", "--option", "kv_guard=-1"), "kv_guard=-1")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
     quiet = ["--verbose", "false", "--option"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
@@ -196,12 +196,16 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", tiny_model), "needs ssl_certfile")
     half = tmp_path / "half.gguf"
     half.write_bytes(tiny_model.read_bytes()[: tiny_model.stat().st_size // 2])
-    assert_one_error_line(refreekv("serve", half, "--verbose", "false"), "half.gguf", "llama.cpp cannot load it")
+    assert_one_error_line(
+        refreekv("serve", half, "--verbose", "false", "--gpu-layers", "0"), "half.gguf", "llama.cpp cannot load it"
+    )
     assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
     assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
     assert_one_error_line(refreekv("serve", *model, "--kv-memory-limit", "1x"), "valid are a positive number of bytes")
-    assert_one_error_line(refreekv("serve", "--model", refused, "--verbose", "false"), "not causal")
+    assert_one_error_line(
+        refreekv("serve", "--model", refused, "--verbose", "false", "--gpu-layers", "0"), "not causal"
+    )
     config = ["--config-file", tmp_path / "none.json"]
     assert_one_error_line(refreekv("serve", *config), "none.json")
     assert_one_error_line(refreekv("serve", *config, "--port", "80", "--n-ctx", "8"), "--n_ctx: with --config_file")

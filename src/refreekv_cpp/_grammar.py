@@ -32,7 +32,7 @@ def check(vocab: Any, grammar: LlamaGrammar | None) -> None:
     """
     if grammar is not None and getattr(grammar, "refreekv_checked_for", None) != vocab:
         llama_cpp.llama_sampler_free(make_sampler(vocab, grammar._grammar, grammar._root))
-        grammar.refreekv_checked_for = vocab
+        grammar.refreekv_checked_for = vocab  # type: ignore[attr-defined]
 
 
 def make_sampler(vocab: Any, text: str, root: str) -> Any:

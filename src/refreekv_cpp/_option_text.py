@@ -69,7 +69,7 @@ def check_chat_format(name: str) -> None:
     Raises:
         ValueError: llama-cpp-python has no such format, and no model can have it in its file.
     """
-    known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)
+    known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)  # type: ignore[no-untyped-call]
     if name not in known and not name.startswith("chat_template."):
         raise ValueError(
             f"chat_format: must be chat_template.NAME (of the model's file) or one of {', '.join(known)}, not {name}"

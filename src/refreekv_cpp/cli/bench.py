@@ -65,7 +65,7 @@ def bench(
         contestant for setting in settings for contestant in contestants_of(kv_policy, against, flash_attn=setting)
     ]
     path = resolve(model)
-    text = document_tokens(path, max(lengths), "--tokens", room=room(rounds))
+    text = document_tokens(path, max(lengths), "--tokens")
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=max(contexts.values()), kv_policy="full")
     contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
     bandwidth, n_weights = read_bandwidth(threads), weight_bytes(path)
@@ -140,14 +140,14 @@ def room(rounds: int) -> int:
     return BURST * rounds + 8
 
 
-def document_tokens(model: Path, n_tokens: int, option: str, *, room: int) -> list[int]:
+def document_tokens(model: Path, n_tokens: int, option: str) -> list[int]:
     """The first tokens of a long document.
 
     Raises:
-        ValueError: the model was not made for so many, which `option` asks for, and `room` more.
+        ValueError: the model was not made for so many, which `option` asks for.
     """
     with common.vocabulary(model) as llm:
-        common.check_length(option, n_tokens, llm, room=room)
+        common.check_length(option, n_tokens, llm)
         document = write_document(n_tokens + 64, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
         tokens: list[int] = llm.tokenize(document.encode())
     return tokens[:n_tokens]

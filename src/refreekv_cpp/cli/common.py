@@ -186,22 +186,18 @@ def vocabulary(model: Path) -> Iterator[llama_cpp.Llama]:
         yield llm
 
 
-def check_length(option: str, n_tokens: int, vocabulary: llama_cpp.Llama, *, room: int = 0) -> None:
+def check_length(option: str, n_tokens: int, vocabulary: llama_cpp.Llama) -> None:
     """
     Args:
-        option: of the command line, which asks for so many tokens.
-        room: tokens that are needed beside them.
+        option: of the command line, which asks for a text of so many tokens.
 
     Raises:
         ValueError: they are more than the model was made for.
     """
     architecture = vocabulary.metadata.get("general.architecture", "")
-    most = int(vocabulary.metadata.get(f"{architecture}.context_length", n_tokens + room))
-    if n_tokens + room > most:
-        beside = f", {room} of which are needed beside these" if room else ""
-        raise ValueError(
-            f"{option} {n_tokens}: must be at most {max(most - room, 0)}; the model was made for {most} tokens{beside}"
-        )
+    most = int(vocabulary.metadata.get(f"{architecture}.context_length", n_tokens))
+    if n_tokens > most:
+        raise ValueError(f"{option} {n_tokens}: must be at most {most}, which the model was made for")
 
 
 def messages(system: str | None, user: str | None = None) -> list[Any]:

@@ -39,7 +39,7 @@ def demo(
     """Find a fact in a long document, with the full KV cache and with a pruned one, side by side."""
     path = models.resolve(model)
     with common.vocabulary(path) as vocabulary:
-        common.check_length("--tokens", tokens, vocabulary, room=_ROOM)
+        common.check_length("--tokens", tokens, vocabulary)
     common.stderr.print(f"A document of {tokens} tokens says after a tenth of it: {FACT}\nQuestion: {QUESTION}")
     # the layers that fit with the full cache fit with the other, too
     full = options.llama_options(path, n_ctx=tokens + _ROOM, kv_policy="full", kv_memory_limit=None)

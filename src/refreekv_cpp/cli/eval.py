@@ -79,8 +79,6 @@ def evaluate(
         tasks = [Task(item, prompter.prompt(item)) for item in chosen]
         if not tasks:
             raise ValueError(f"none of {len(written) + len(made_up)} items has {min_tokens} to {max_tokens} tokens")
-        longest = max(task.prompt.n_tokens for task in tasks)
-        common.check_length("--continuation", continuation, vocabulary, room=longest + Settings.n_second)
     settings = Settings(
         n_continuation=continuation,
         n_threads=machine.threads,

@@ -33,13 +33,12 @@ def evicted(
     policy = as_policy(kv_policy)
     machine.refuse("kv_faults")
     path = resolve(model)
-    room = answer + 8
     with common.vocabulary(path) as vocabulary:
-        common.check_length("--tokens", tokens, vocabulary, room=room)
+        common.check_length("--tokens", tokens, vocabulary)
         prompt = vocabulary.tokenize(text.read_bytes())[:tokens]
     if len(prompt) < tokens:
         raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")
-    options = machine.llama_options(path, n_ctx=tokens + room, kv_policy=policy, kv_faults=False)
+    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=policy, kv_faults=False)
     with closing(common.load(path, options)) as llm:
         result = study(llm, prompt, answer)
     table = Table("known of the evicted", "their part, mean", "wrong by, mean", "rank correlation with KL")

@@ -43,11 +43,9 @@ def memory(
     contestants = contestants_of(kv_policy, against, flash_attn=True)
     machine.refuse("type_k", "type_v")
     if tokens + room(_ROUNDS) > n_ctx:
-        raise ValueError(
-            f"--tokens {tokens}: a context of {n_ctx} tokens (--n-ctx) has room for {n_ctx - room(_ROUNDS)}"
-        )
+        raise ValueError(f"--tokens {tokens}: must be at most {n_ctx - room(_ROUNDS)} with --n-ctx {n_ctx}")
     path = resolve(model)
-    text = document_tokens(path, tokens, "--tokens", room=room(_ROUNDS))
+    text = document_tokens(path, tokens, "--tokens")
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=n_ctx, kv_policy="full")
     contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
     common.print_note(f"{len(text)} tokens, n_ctx {n_ctx} ...")

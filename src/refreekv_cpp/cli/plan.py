@@ -178,4 +178,9 @@ def _print_advice(model: str, options: LoadOptions, policy: Needs, largest: int,
         command += ["--threads", str(options.threads)]
     for option in options.option or []:
         command += ["--option", option]
-    print(subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command))
+    print(quoted(command))
+
+
+def quoted(command: list[str], platform: str = sys.platform) -> str:
+    """For this system's shell."""
+    return subprocess.list2cmdline(command) if platform == "win32" else shlex.join(command)

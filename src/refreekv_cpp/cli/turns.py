@@ -44,10 +44,9 @@ def turns(
     as_policy(kv_policy)
     options.refuse("kv_faults", "kv_elastic")
     path = resolve(model)
-    room = 400 + n_turns * (max_tokens + 200)
     with common.vocabulary(path) as vocabulary:
-        common.check_length("--tokens", tokens, vocabulary, room=room)
-    n_ctx = tokens + room
+        common.check_length("--tokens", tokens, vocabulary)
+    n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
     # the layers that fit with the full cache fit with the others, too
     shared = options.llama_options(path, n_ctx=n_ctx, kv_policy=_FULL, kv_elastic=True)
     held: dict[str, list[Turn]] = {}
