@@ -188,8 +188,8 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
     for n_threads in ("--threads", "--n_threads", "--n_threads_batch"):
         assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "less than or equal to 512")
-    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "nope"), "chat_format: must be", "chatml")
-    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "llava-1-5"), "chat_format: must be")
+    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml")
+    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be")
     assert_one_error_line(refreekv("serve", tiny_model, "--port", "99999999"), "port: ", "65535")
     assert_one_error_line(refreekv("serve", tiny_model, "--n-ctx", "many"), "n_ctx: must be auto or a number of tokens")
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_certfile", tmp_path), "a folder, not a file")

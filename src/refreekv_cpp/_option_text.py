@@ -25,7 +25,8 @@ LLAMA_OPTIONS = frozenset(
 )
 """The names of all."""
 
-_KINDS = get_type_hints(llama_cpp.Llama.__init__)  # our own options are checked by `Llama`, more closely than by kind
+# the other ones of ours are checked by `Llama`, more closely than by kind
+_KINDS = {**get_type_hints(llama_cpp.Llama.__init__), "kv_cold_dir": str | None, "kv_elastic": bool | None}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
@@ -72,7 +73,7 @@ def check_chat_format(name: str) -> None:
     known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)  # type: ignore[no-untyped-call]
     if name not in known and not name.startswith("chat_template."):
         raise ValueError(
-            f"chat_format: must be chat_template.NAME (of the model's file) or one of {', '.join(known)}, not {name}"
+            f"chat_format {name}: must be chat_template.NAME (of the model's file) or one of {', '.join(known)}"
         )
 
 

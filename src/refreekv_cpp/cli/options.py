@@ -70,7 +70,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     try:
         _option_text.check(name, value)
     except ValueError as error:
-        raise ValueError(f"--option {text}: {str(error).removeprefix(f'{name}: ')}") from None
+        raise ValueError(f"--option {text}: {str(error).partition(': ')[2]}") from None
     return name, value
 
 

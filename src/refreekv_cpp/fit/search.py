@@ -27,13 +27,14 @@ def _margin(free: int) -> int:
 
 
 def needed_bytes(needs: Needs, device: Device, base: int = 0) -> int:
-    """What is taken of a device's memory at most, while the prompt is read or after a pruning.
+    """What is taken of a device's memory at most. A cold store in memory fills while the cache is still there.
 
     base: of the host's, what `base_bytes` says; 0 for the process that asks, which has taken that already.
     """
     if not device.is_host:
         return device.bytes
-    return max(process_bytes(needs, base), process_bytes(needs.settled(0.0), base))
+    cold = needs.settled(0.0).cold_bytes - needs.cold_bytes if needs.cold == "memory" else 0
+    return process_bytes(needs, base) + cold
 
 
 def missing_bytes(needs: Needs, device: Device, base: int = 0) -> int:

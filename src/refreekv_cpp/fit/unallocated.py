@@ -78,6 +78,8 @@ def opened(model_path: str | os.PathLike[str], **options: Any) -> Iterator[Unall
     path = check_model(model_path)
     if options.get("vocab_only"):
         raise ValueError("vocab_only=True: a vocabulary alone has no context")
+    if options.get("lora_path") is not None:
+        check_file(options["lora_path"])
     # no context of n_ctx yet: llama-cpp-python makes a batch for it
     short = max(_SHORT_CONTEXT, options.get("n_batch", 0))
     # LoRA adapters are small, and would be read
