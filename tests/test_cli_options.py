@@ -248,6 +248,11 @@ def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path, monkeypa
     [
         (["--gpu-layers", "-1"], "--gpu-layers -1: must be auto, all or a number"),
         (["--n-ctx", "12k"], "--n-ctx 12k: must be auto or a number"),
+        (["--n-ctx", str(2**32)], "must be auto or a number below 2^31"),
+        (["--n-ctx", "1" * 5000], "must be auto or a number below 2^31"),
+        (["--gpu-layers", str(2**32)], "must be auto, all or a number below 2^31"),
+        (["--option", "n_batch=0"], "n_batch=0: must be a whole number from 1 to"),
+        (["--option", "n_batch=-1"], "n_batch=-1: must be a whole number from 1 to"),
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'?"),
         (["--kv-evicted", "dorp"], "--kv-evicted dorp: must be one of restore, recompute, drop"),
         (["--kv-memory-limit", "much"], "'much'"),
@@ -298,7 +303,7 @@ def test_what_a_command_sets_itself_is_refused(command: list[str], given: str, m
     "command",
     [
         ["bench", "--tokens"],
-        ["memory", "--n-ctx", "2000000000", "--tokens"],
+        ["memory", "--tokens", "9000", "--n-ctx", "9999"],
         ["demo", "--tokens", "999999999", "--model"],
         ["turns", "--turns", "1", "--tokens"],
         ["eval-evicted", "--text", __file__, "--tokens"],
@@ -308,10 +313,18 @@ def test_what_a_command_sets_itself_is_refused(command: list[str], given: str, m
 )
 def test_a_text_longer_than_the_models_context_is_refused(command: list[str], tiny_model: Path) -> None:
     """`bench` wrote a document of so many tokens, token by token."""
-    many = [] if command[-1] == "--model" else ["1000000" if "--lengths" in command else "999999999"]
+    many = {"--model": [], "9999": [], "--lengths": ["1000000"]}.get(command[-1], ["999999999"])
     result = refreekv(*command, *many, tiny_model)
     assert result.exit_code == 2, result.output
     assert ": must be at most 4096, which the model was made for" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "x"], ["chat"], ["plan"], ["memory"]], ids=str)
+def test_a_context_that_no_machine_has_room_for_is_refused(command: list[str], tiny_model: Path) -> None:
+    """llama.cpp's table of the cells is allocated by C++, which ends the process where it cannot be had."""
+    result = refreekv(*command, tiny_model, "--n-ctx", str(2**31 - 1))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "n_ctx=2147483647: must be at most " in result.stderr.splitlines()[-1]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Path) -> None:

@@ -187,11 +187,14 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     quiet = ["--verbose", "false", "--option"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
     for n_threads in ("--threads", "--n_threads", "--n_threads_batch"):
-        assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "less than or equal to 512")
+        assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "from 0 to 512")
     assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml")
     assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be")
     assert_one_error_line(refreekv("serve", tiny_model, "--port", "99999999"), "port: ", "65535")
     assert_one_error_line(refreekv("serve", tiny_model, "--n-ctx", "many"), "n_ctx: must be auto or a number of tokens")
+    for n_ctx in ("999999999", str(2**32), "1" + "0" * 30):
+        assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "0", "--n-ctx", n_ctx), "n_ctx=", "must be")
+    assert_one_error_line(refreekv("serve", tiny_model, "--n-batch", str(2**32)), "n_batch=", "from 1 to")
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_certfile", tmp_path), "a folder, not a file")
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", tiny_model), "needs ssl_certfile")
     half = tmp_path / "half.gguf"

@@ -12,6 +12,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 
 from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._checks import check_options
 from refreekv_cpp.llama import Llama
 
 OBJECTS = frozenset({"chat_handler", "draft_model", "tokenizer"})
@@ -61,6 +62,7 @@ def check(name: str, value: Any) -> None:
             raise ValueError(f"{name}: must be one of {', '.join(CACHE_TYPES)}")
     elif name in _KINDS and not _is(value, _KINDS[name]):
         raise ValueError(f"{name}: must be {_described(_KINDS[name])}")
+    check_options({name: value})
     if name == "chat_format" and value is not None:
         check_chat_format(value)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from refreekv_cpp import models, native
+from refreekv_cpp import _checks, models, native
 from refreekv_cpp.cli.log import Log
 from refreekv_cpp.errors import RefreeKVError
 from refreekv_cpp.fit import check_model
@@ -62,7 +62,7 @@ FlashAttnOption = Annotated[
         show_default="by policy and backend",
     ),
 ]
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
+_MAX_THREADS = _checks._INTEGERS["n_threads"].high
 ThreadsOption = Annotated[
     int | None,
     typer.Option(

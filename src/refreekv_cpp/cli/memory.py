@@ -9,6 +9,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from refreekv_cpp import fit
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.runner import Contestant, Result, Worker, run
 from refreekv_cpp.cli import common
@@ -44,6 +45,7 @@ def memory(
     machine.refuse("type_k", "type_v")
     if tokens + room(_ROUNDS) > n_ctx:
         raise ValueError(f"--tokens {tokens}: must be at most {n_ctx - room(_ROUNDS)} with --n-ctx {n_ctx}")
+    fit.check_n_ctx(n_ctx)
     path = resolve(model)
     text = document_tokens(path, tokens, "--tokens")
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=n_ctx, kv_policy="full")

@@ -75,8 +75,8 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def _check_number(option: str, text: str, words: tuple[str, ...]) -> None:
-    if text not in words and not text.isdecimal():
-        raise ValueError(f"{option} {text}: must be {', '.join(words)} or a number")
+    if text not in words and not (text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
+        raise ValueError(f"{option} {text}: must be {', '.join(words)} or a number below 2^31")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class MachineOptions:
             ValueError: --option says one of those, too.
         """
         self.refuse(*own)
+        fit.check_n_ctx(own.get("n_ctx", 0))
         options = {**self.machine, **own}
         return {**options, "n_gpu_layers": self.n_gpu_layers(model, **options)}
 

@@ -20,7 +20,7 @@ from refreekv_cpp.fit.search import (
     n_ctx,
     needed_bytes,
 )
-from refreekv_cpp.fit.unallocated import ContextError, Unallocated, check_model, context, opened
+from refreekv_cpp.fit.unallocated import ContextError, Unallocated, check_model, check_n_ctx, context, opened
 
 __all__ = [
     "MOST_CONTEXT",
@@ -30,6 +30,7 @@ __all__ = [
     "Unallocated",
     "base_bytes",
     "check_model",
+    "check_n_ctx",
     "chosen_layers",
     "context",
     "fits",

@@ -13,12 +13,15 @@ import llama_cpp
 from llama_cpp._internals import LlamaContext
 
 from refreekv_cpp import native
+from refreekv_cpp._checks import check_options
 from refreekv_cpp._files import check_file
 from refreekv_cpp.errors import PolicyError, UnsupportedModelError
+from refreekv_cpp.fit.machine import host_free
 from refreekv_cpp.llama import Llama
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _SHORT_CONTEXT = 512
+_TABLE_BYTES = 200  # of llama.cpp's table of the cells, for each; the process ends where it cannot have that
 
 
 class Unallocated(Llama):
@@ -44,7 +47,17 @@ class Unallocated(Llama):
 
 
 class ContextError(ValueError):
-    """The model has no such context."""
+    """The model has no such context, or this machine has no room for it."""
+
+
+def check_n_ctx(n_ctx: int) -> None:
+    """
+    Raises:
+        ContextError: llama.cpp's table of so many cells would take more than half of the memory that is free.
+    """
+    most = host_free() // 2 // _TABLE_BYTES
+    if n_ctx > most:
+        raise ContextError(f"n_ctx={n_ctx}: must be at most {most}, by the memory that is free")
 
 
 def check_model(model_path: str | os.PathLike[str]) -> str:
@@ -76,6 +89,7 @@ def opened(model_path: str | os.PathLike[str], **options: Any) -> Iterator[Unall
         UnsupportedModelError: the model cannot have this policy.
     """
     path = check_model(model_path)
+    options = check_options(options)
     if options.get("vocab_only"):
         raise ValueError("vocab_only=True: a vocabulary alone has no context")
     if options.get("lora_path") is not None:
@@ -122,6 +136,7 @@ def context(llm: Unallocated, n_ctx: int) -> Iterator[Any]:
     Raises:
         ContextError: the model has no such context.
     """
+    check_n_ctx(n_ctx)
     params = type(llm.context_params).from_buffer_copy(llm.context_params)
     params.n_ctx = n_ctx
     params.n_batch = min(n_ctx, params.n_batch)

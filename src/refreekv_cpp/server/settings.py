@@ -15,13 +15,11 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from pydantic_settings import SettingsConfigDict
 from typing_extensions import Annotated, Self  # noqa: UP035
 
-from refreekv_cpp import _option_text, _options, faults
+from refreekv_cpp import _checks, _option_text, _options, faults
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._files import check_file
 from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
 from refreekv_cpp._suggest import did_you_mean
-
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
 
 _KV_OPTIONS = (
     "kv_policy",
@@ -102,18 +100,6 @@ class ModelSettings(upstream.ModelSettings):
         description="Tokens of context: a number, or auto (what fits, 32768 at most). 0 is as many as the model was "
         "made for.",
     )
-    n_threads: int = Field(
-        default=upstream.ModelSettings.model_fields["n_threads"].default,
-        ge=1,
-        le=_MAX_THREADS,
-        description="CPU threads for single tokens; -1 is all.",
-    )
-    n_threads_batch: int = Field(
-        default=upstream.ModelSettings.model_fields["n_threads_batch"].default,
-        ge=1,
-        le=_MAX_THREADS,
-        description="CPU threads for prompts; -1 is all.",
-    )
     flash_attn: Annotated[Union[str, bool], BeforeValidator(_as_switch)] = Field(  # type: ignore[assignment]  # noqa: UP007
         default="auto", description="Flash attention: true, false or auto."
     )
@@ -190,6 +176,12 @@ class ModelSettings(upstream.ModelSettings):
         )
         assert not isinstance(self.kv_faults, str)
         faults.check(self.kv_faults, self.kv_evicted)
+        return self
+
+    @model_validator(mode="after")
+    def _check_llama_options(self) -> Self:
+        values = {name: value for name, value in self if name in LLAMA_OPTIONS and value not in ("auto", "all")}
+        _checks.check_options(values)
         return self
 
     @model_validator(mode="after")
