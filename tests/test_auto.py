@@ -88,7 +88,7 @@ def test_an_option_of_the_command_wins_over_the_environment(program: Path, tiny_
     ("args", "message"),
     [
         (["--kv-policy", "refrekv", "x.py"], "did you mean 'refreekv'"),
-        (["--kv-evicted", "dorp", "x.py"], "kv_evicted='dorp': valid are"),
+        (["--kv-evicted", "dorp", "x.py"], "kv_evicted='dorp': must be one of"),
         (["none.py"], "none.py: no such file"),
     ],
     ids=str,
@@ -115,8 +115,8 @@ def test_importing_refreekv_cpp_is_enough_where_the_variable_is_set(program: Pat
     ("variables", "message"),
     [
         ({"REFREEKV_POLICY": "refrekv"}, "REFREEKV_POLICY=refrekv: .*unknown, did you mean 'refreekv'"),
-        ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*valid are 'restore', 'recompute', 'drop'"),
-        ({"REFREEKV_MEMORY_LIMIT": "1x"}, "REFREEKV_MEMORY_LIMIT=1x: .*valid are a positive number of bytes"),
+        ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*must be one of 'restore', 'recompute', 'drop'"),
+        ({"REFREEKV_MEMORY_LIMIT": "1x"}, "REFREEKV_MEMORY_LIMIT=1x: .*must be a positive number of bytes"),
         ({"REFREEKV_POLICY": "full", "REFREEKV_MEMORY_LIMIT": "1GB"}, "REFREEKV_MEMORY_LIMIT=1GB: .*evicting"),
     ],
     ids=str,

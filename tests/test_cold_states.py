@@ -88,6 +88,7 @@ import pickle, sys
 sys.path.insert(0, sys.argv[2])
 import support
 from test_restore import *
+from refreekv_cpp import _closed
 llm, state, tokens = pickle.load(open(sys.argv[1], "rb"))
 llm.load_state(state)
 answer = generate(llm, tokens)
@@ -211,7 +212,7 @@ def test_the_evicted_rows_can_be_left_out(tiny_model: Path) -> None:
 
 
 def test_what_is_no_bool_is_refused() -> None:
-    with pytest.raises(PolicyError, match="kv_cold_state='no': valid are True and False"):
+    with pytest.raises(PolicyError, match="kv_cold_state='no': must be one of True, False"):
         Llama("no such model", kv_policy="refreekv", kv_cold_state="no")  # type: ignore[arg-type]
 
 
@@ -259,7 +260,9 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 import support
 from test_restore import *
+from refreekv_cpp import _closed
 llm = read(Path(sys.argv[1]), kv_cold="file")
+_closed._llamas.clear()  # as if the child may use them
 if os.fork() == 0:
     try:
         llm.save_state()

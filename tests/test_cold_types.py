@@ -114,5 +114,5 @@ def test_states_of_one_are_read_by_the_other(tiny: Tiny) -> None:
 
 
 def test_what_is_no_such_type_is_said_before_any_work() -> None:
-    with pytest.raises(PolicyError, match="kv_cold_type='q4_0': valid are None and 'q8_0'"):
+    with pytest.raises(PolicyError, match="kv_cold_type='q4_0': must be one of None, 'q8_0'"):
         Llama("no such model", kv_policy="refreekv", kv_cold_type="q4_0")  # type: ignore[arg-type]

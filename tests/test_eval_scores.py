@@ -171,7 +171,7 @@ def test_caches_with_faults(text: str, faults: float, cache_type: str) -> None:
         ("refrekv", "did you mean 'refreekv'"),
         ("full@q9", "no cache type 'q9'; valid are f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),
-        ("refreekv:threshold=2", "threshold=2: valid are 0 to 1"),
+        ("refreekv:threshold=2", "threshold=2: must be from 0 to 1"),
         ("streaming:n_sink=2:0.4", "'0.4' is no parameter"),
         ("streaming:budget=lots", "budget='lots': must be a number"),
         ("full:0.4", "'0.4' is no parameter"),

@@ -260,7 +260,7 @@ def test_prompts_shorter_than_n_min_are_left_whole(tiny_model: Path, n_min: int)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_window": 0}, "n_window=0: valid are 1 to 256"),
+        ({"n_window": 0}, "n_window=0: must be from 1 to 256"),
         ({"n_min": -1}, "n_min=-1: must not be negative"),
         ({"n_sinks": 4}, "PythonStreaming has no option 'n_sinks', did you mean 'n_sink'"),
     ],

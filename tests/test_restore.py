@@ -260,8 +260,8 @@ def test_drop_and_recompute_keep_nothing(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kv_cold": "disk"}, "kv_cold='disk': valid are 'auto', 'memory', 'file'"),
-        ({"kv_cold_limit": "much"}, "'much': valid are a positive number of bytes"),
+        ({"kv_cold": "disk"}, "kv_cold='disk': must be one of 'auto', 'memory', 'file'"),
+        ({"kv_cold_limit": "much"}, "kv_cold_limit='much': must be a positive number of bytes"),
         ({"kv_cold_dir": "/nowhere/at/all"}, "not a folder that can be written"),
     ],
 )
@@ -282,6 +282,7 @@ import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[3])
 from support import load
 from test_restore import *
+from refreekv_cpp import _closed
 
 def spill(spills):
     llm = load(sys.argv[1], Streaming(budget=0.1, n_min=0), kv_cold="file", kv_cold_dir=sys.argv[2])
@@ -333,8 +334,10 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 import support
 from test_restore import *
+from refreekv_cpp import _closed
 llm = read(Path(sys.argv[1]), kv_cold="file")
 never = read(Path(sys.argv[1]), prune=False)
+_closed._llamas.clear()  # as if the child may use them
 if os.fork() == 0:
     llm.reset()
     llm.eval(random_tokens(700, seed=5))
@@ -356,8 +359,10 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 import support
 from test_restore import *
+from refreekv_cpp import _closed
 llm, other = (read(Path(sys.argv[1]), kv_cold="file", n_threads_batch=int(sys.argv[3])) for _ in range(2))
 expected, before = feed(other, MORE), kept(llm)
+_closed._llamas.clear()  # as if the child may use them
 if os.fork() == 0:  # it has nothing of what is in the file
     with pytest.raises(CacheStateError, match="cannot be read any more"):
         restore(llm)

@@ -205,7 +205,7 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
     assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
-    assert_one_error_line(refreekv("serve", *model, "--kv-memory-limit", "1x"), "valid are a positive number of bytes")
+    assert_one_error_line(refreekv("serve", *model, "--kv-memory-limit", "1x"), "must be a positive number of bytes")
     assert_one_error_line(
         refreekv("serve", "--model", refused, "--verbose", "false", "--gpu-layers", "0"), "not causal"
     )

@@ -127,13 +127,13 @@ def test_no_system_message_is_no_error(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("protect", ["user", [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
 def test_what_is_no_span_is_refused_before_any_work(protect: Any) -> None:
-    with pytest.raises(PolicyError, match=r"kv_protect=.*valid are"):
+    with pytest.raises(PolicyError, match=r"kv_protect=.*must be"):
         Llama("no such model", kv_policy="refreekv", kv_protect=protect)
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, "often"])
 def test_what_is_no_number_of_tokens_is_refused(every: Any) -> None:
-    with pytest.raises(PolicyError, match=r"kv_prune_every=.*valid are"):
+    with pytest.raises(PolicyError, match=r"kv_prune_every=.*must be"):
         Llama("no such model", kv_policy="refreekv", kv_prune_every=every)
 
 

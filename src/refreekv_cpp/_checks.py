@@ -40,6 +40,20 @@ _INTEGERS = {
     "yarn_orig_ctx": _Range(0, _INT_MAX),
     "last_n_tokens_size": _Range(-1, 2**24),  # llama.cpp allocates them for each completion
 }
+# keys of a GGUF, without the architecture, that say what the tensors look like: llama.cpp aborts where they do not fit
+_SHAPES = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "nextn_predict_layers",
+    "expert_count",
+)
 _NUMBERS = (
     "rope_freq_base",
     "rope_freq_scale",
@@ -66,7 +80,9 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if "numa" in options and not isinstance(options["numa"], bool):
         res["numa"] = check_integer("numa", options["numa"], 0, 4)
     if options.get("lora_path") is not None:
-        res["lora_path"] = check_path("lora_path", options["lora_path"])
+        res["lora_path"] = _check_adapter(options["lora_path"])
+    if options.get("kv_overrides") is not None:
+        _check_overrides(options["kv_overrides"])
     return res
 
 
@@ -95,3 +111,38 @@ def check_path(name: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
     return path
+
+
+def _check_adapter(value: Any) -> str:
+    """
+    Raises:
+        ValueError: there is no GGUF file.
+    """
+    path = check_path("lora_path", value)
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return path
+    except OSError as error:
+        raise ValueError(f"lora_path={path!r}: {error.strerror}") from error
+    raise ValueError(f"lora_path={path!r}: must be a GGUF file")
+
+
+def _check_overrides(overrides: Any) -> None:
+    """
+    Raises:
+        ValueError: no dict of keys and values that a GGUF can have, or it would change the shapes of tensors.
+    """
+    if not isinstance(overrides, dict):
+        raise ValueError(f"kv_overrides={overrides!r}: must be a dict")
+    for key, value in overrides.items():
+        if not isinstance(key, str) or not 0 < len(key.encode()) < 128:
+            raise ValueError(f"kv_overrides: the key {key!r} must be text of 1 to 127 bytes")
+        if not isinstance(value, (bool, int, float, str)):
+            raise ValueError(f"kv_overrides: {key}={value!r} must be a bool, a number or text")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"kv_overrides: {key}={value} must fit in 64 bits")
+        if isinstance(value, str) and len(value.encode()) > 127:
+            raise ValueError(f"kv_overrides: {key}={value!r} must be text of 127 bytes at most")
+        if key.partition(".")[2] in _SHAPES:
+            raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")

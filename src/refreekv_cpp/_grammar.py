@@ -12,10 +12,15 @@ from llama_cpp._internals import LlamaModel, LlamaSampler
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from refreekv_cpp import native
+from refreekv_cpp._branches import branches
 
 # llama.cpp parses a grammar recursively. These bounds are a quarter or less of what overflows a stack of 8 MiB.
 MAX_CHARACTERS = 100_000
 MAX_NESTING = 4000
+# llama.cpp's time for one token grows with the square of the first and the cube of the second: at these bounds it is
+# some 3 seconds in the worst case. A schema with n optional properties has n in a row.
+MAX_ALTERNATIVES = 2000
+MAX_OPTIONAL = 250
 
 # what may have parentheses in it that are text: literals, sets of characters, comments
 _TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
@@ -40,12 +45,17 @@ def make_sampler(vocab: Any, text: str, root: str) -> Any:
 
     Raises:
         ValueError: it does not parse, has no rule `root`, is left-recursive, or is so large that parsing it would
-            overflow the stack.
+            overflow the stack, or has so many alternatives that choosing a token would take minutes.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the grammar has {len(text)} characters; it must have {MAX_CHARACTERS} at most")
     if _nesting(text) > MAX_NESTING:
         raise ValueError(f"the grammar must not nest more than {MAX_NESTING} parentheses")
+    most = branches(text)
+    if most.n_alternatives > MAX_ALTERNATIVES:
+        raise ValueError(f"the grammar must not have more than {MAX_ALTERNATIVES} alternatives at one place")
+    if most.n_optional > MAX_OPTIONAL:
+        raise ValueError(f"the grammar must not have more than {MAX_OPTIONAL} optional parts in a row")
     native.clear_error()
     sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), root.encode())
     if not sampler:

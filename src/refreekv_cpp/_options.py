@@ -7,9 +7,12 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+from refreekv_cpp import native
 from refreekv_cpp._cache_dir import cache_dir
+from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._checks import check_path
 from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
@@ -61,14 +64,30 @@ class KVOptions:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder if _can_write(folder) else Path(tempfile.gettempdir())
 
+    def cold_params(self) -> dict[str, Any]:
+        """The fields of refreekv_params that say where evicted rows go.
+
+        Raises:
+            PolicyError: `cold_dir` is no folder that can be written.
+        """
+        if isinstance(self.policy, Full) or self.evicted != "restore":
+            return {}
+        return {
+            "cold": native.enum_value(f"COLD_{self.cold}".upper()),
+            "cold_dir": "" if self.cold == "memory" else str(self.make_cold_dir()),
+            "cold_limit": self.cold_limit or 0,
+            "cold_type": -1 if self.cold_type is None else CACHE_TYPES[self.cold_type],
+            "cold_state": self.cold_state,
+        }
+
 
 def check_every(n_tokens: int | None) -> int | None:
     """
     Raises:
         PolicyError: not a positive number.
     """
-    if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
-        raise PolicyError(f"kv_prune_every={n_tokens!r}: valid are a positive number of tokens, and None")
+    if n_tokens is not None and (not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1):
+        raise PolicyError(f"kv_prune_every={n_tokens!r}: must be a positive number of tokens, or None")
     return n_tokens
 
 
@@ -96,15 +115,22 @@ def check(
     """
     policy = as_policy(policy)
     evicted = "restore" if evicted is None else evicted
-    if evicted not in get_args(Evicted):
-        raise PolicyError(f"kv_evicted={evicted!r}: valid are {', '.join(map(repr, get_args(Evicted)))}")
     cold = "auto" if cold is None else cold
-    if cold not in get_args(Cold):
-        raise PolicyError(f"kv_cold={cold!r}: valid are {', '.join(map(repr, get_args(Cold)))}")
-    if cold_type is not None and cold_type not in get_args(ColdType):
-        raise PolicyError(f"kv_cold_type={cold_type!r}: valid are None and {', '.join(map(repr, get_args(ColdType)))}")
-    if cold_state is not None and not isinstance(cold_state, bool):
-        raise PolicyError(f"kv_cold_state={cold_state!r}: valid are True and False")
+    cold_state = True if cold_state is None else cold_state
+    for name, value, choices in (
+        ("kv_evicted", evicted, get_args(Evicted)),
+        ("kv_cold", cold, get_args(Cold)),
+        ("kv_cold_type", cold_type, (None, *get_args(ColdType))),
+        ("kv_cold_state", cold_state, (True, False)),
+        ("kv_elastic", elastic, (None, True, False)),
+    ):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            raise PolicyError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
+    if cold_dir is not None:
+        try:
+            cold_dir = check_path("kv_cold_dir", cold_dir)
+        except ValueError as error:
+            raise PolicyError(str(error)) from None
     evicts = not isinstance(policy, Full)
     if evicts and elastic is False:
         raise PolicyError(f"kv_elastic=False: only with kv_policy='full'; {policy.name!r} gives memory back")
@@ -121,9 +147,9 @@ def check(
         n_bytes,
         cast(Cold, cold),
         None if cold_dir is None else Path(cold_dir),
-        None if cold_limit is None else parse_bytes(cold_limit),
+        None if cold_limit is None else parse_bytes(cold_limit, option="kv_cold_limit"),
         cast("ColdType | None", cold_type),
-        True if cold_state is None else cold_state,
+        cold_state,
         from_environment,
     )
 

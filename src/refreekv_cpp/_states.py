@@ -47,8 +47,10 @@ def fitted(state: llama_cpp.LlamaState, llm: llama_cpp.Llama) -> llama_cpp.Llama
     """The state with arrays as this Llama has them; for `without_scores`.
 
     Raises:
-        ValueError: it holds more tokens than the context has room for.
+        ValueError: it is empty, or holds more tokens than the context has room for.
     """
+    if state.llama_state_size == 0:
+        raise ValueError("it is empty")
     n_tokens, n_ctx = state.n_tokens, len(llm.input_ids)
     if n_tokens > n_ctx:
         raise ValueError(f"it holds {n_tokens} tokens; this context has room for {n_ctx}")

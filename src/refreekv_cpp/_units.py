@@ -7,7 +7,7 @@ from refreekv_cpp.errors import PolicyError
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, *, option: str = "kv_memory_limit") -> int:
     """Bytes from a number or from text such as "512MiB" or "1.5 GB".
 
     Raises:
@@ -19,7 +19,7 @@ def parse_bytes(size: int | str) -> int:
     except (KeyError, ValueError, OverflowError):
         n_bytes = 0
     if not 0 < n_bytes < 2**63:
-        raise PolicyError(f"{size!r}: valid are a positive number of bytes, or text such as '512MiB' or '1.5GB'")
+        raise PolicyError(f"{option}={size!r}: must be a positive number of bytes, or text such as '512MiB' or '1.5GB'")
     return n_bytes
 
 

@@ -28,4 +28,4 @@ class ComputeError(RefreeKVError, RuntimeError):
 
 
 class ClosedError(RefreeKVError, RuntimeError):
-    """The `Llama` is closed, or could not be loaded."""
+    """The `Llama` is closed, could not be loaded, or was made before `os.fork()`."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
 import numpy as np
 
 from refreekv_cpp import (
     _cache_types,
+    _checks,
     _closed,
     _flash_attn,
     _grammar,
@@ -27,7 +28,6 @@ from refreekv_cpp import (
     native,
     spans,
 )
-from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._log import inform, logger
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
@@ -140,10 +140,8 @@ class Llama(llama_cpp.Llama):
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
             _cache_types.check(name, options.get(name))
-        _check_adapter(options.get("lora_path"))
-        n_ctx = options.get("n_ctx", 512)
-        if not isinstance(n_ctx, SupportsIndex) or operator.index(n_ctx) < 0:
-            raise ValueError(f"n_ctx={n_ctx!r}: must be a number of tokens, or 0 for the model's own")
+        model_path = _checks.check_path("model_path", model_path)
+        options = _checks.check_options(options)
         if options.get("embedding") and not isinstance(kv.policy, Full):
             inform(
                 "embedding=True keeps no cache between calls, kv_policy is ignored",
@@ -160,11 +158,11 @@ class Llama(llama_cpp.Llama):
         self.kv_cold_limit = kv.cold_limit
         self.kv_cold_type = kv.cold_type
         self.kv_cold_state = kv.cold_state
-        self._cold_options = _cold_options(kv)
+        self._cold_options = kv.cold_params()
         self._evicts = not isinstance(kv.policy, Full)
-        self._reading = threading.RLock()  # held while figures are read, and while what they are read from is freed
-        self._pruning = threading.RLock()  # held while a pruning that is due is done
+        self._make_locks()
         self._refused_state = False  # an entry of the cache of states did not fit, and the log says so
+        self._generation: object = None  # the one that began last
         self._prompt_of: object = None  # the generation whose prompt is still to be read
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
@@ -191,10 +189,19 @@ class Llama(llama_cpp.Llama):
             )
         self._loaded = True
 
+    def _make_locks(self) -> None:
+        """Where one thread holds several, it takes them in this order."""
+        self._completing = threading.RLock()  # held during a completion that is no stream
+        self._using = threading.RLock()  # held while the native context is used, by one step of a generation at a time
+        self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
+
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with native.next_context(self._native_params()):
             try:
+                _closed.before_fork(self)
                 super().__init__(model_path, **options)
+                if self.lora_path and not self._lora_adapter:  # llama-cpp-python does not see that it is null
+                    raise ValueError(f"lora_path={self.lora_path!r}: must be a LoRA adapter for this model")
             except Exception as error:
                 self.close()
                 if isinstance(error, ValueError) and (reason := native.last_error()):
@@ -250,7 +257,8 @@ class Llama(llama_cpp.Llama):
             PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
             ClosedError: the Llama is closed.
         """
-        return self._prune(self.kv_policy)
+        with self._using:
+            return self._prune(self.kv_policy)
 
     def _prune(self, policy: Policy) -> int:
         ctx = self._ctx.ctx
@@ -282,6 +290,10 @@ class Llama(llama_cpp.Llama):
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
                 batch that failed.
         """
+        with self._using:
+            self._eval_and_prune(tokens)
+
+    def _eval_and_prune(self, tokens: Sequence[int]) -> None:
         if not self.kv_elastic:
             super().eval(tokens)
             return
@@ -317,20 +329,15 @@ class Llama(llama_cpp.Llama):
         The first token of an answer does not wait for it: its logits are there. A generation that was given up may end
         in another thread while the next one begins: one of the two prunes, and the other waits.
         """
-        if not self._evicts:
-            return
-        with self._pruning:
+        if self._unpruned_of is None or not self._evicts:
+            return  # without waiting for a thread that reads the next prompt
+        with self._using:
             if self._unpruned_of is None or (generation is not None and generation is not self._unpruned_of):
                 return
             self._unpruned_of = None
             # nothing was read when the whole prompt was there already, and then it may have been pruned, too
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
-
-    def _nothing_due(self) -> None:
-        """What was read is about to be replaced."""
-        with self._pruning:
-            self._unpruned_of = None
 
     def _guards(self, tokens: Sequence[int]) -> bool:
         """Whether these are the first token of an answer, and the prompt before it is to be pruned under the guard."""
@@ -447,23 +454,100 @@ class Llama(llama_cpp.Llama):
         """
         generation = object()
         tokens = list(tokens)
-        if self._evicts:
-            self._prune_due()
-            reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-            if reset and self._goes_on_otherwise(tokens) and not self._restore(tokens):
-                self.reset()
-            elif reset and self._queries_lost:
-                self._rewind_for_queries(tokens)
-            self._queries_lost = False
-            self._prompt_of = generation
-            self._divergence = None
+        steps = super().generate(tokens, *args, **kwargs)
+        with self._using:
+            self._generation = generation
+            if self._evicts:
+                self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
+                self._prompt_of = generation
+        sent: Sequence[int] | None = None
         try:
-            yield from super().generate(tokens, *args, **kwargs)
+            while True:
+                with self._using:
+                    self._check_generation(generation, sent)
+                    try:
+                        token = steps.send(sent)
+                    except StopIteration:
+                        return
+                sent = yield token
         finally:
+            steps.close()
             # one that was given up may be closed, by another thread, while the next one reads its prompt
             if self._prompt_of is generation:
                 self._prompt_of = None
-            self._prune_due(generation)
+            if self._unpruned_of is generation:
+                self._prune_due(generation)
+
+    def _prepare(self, prompt: Sequence[int], reset: bool) -> None:
+        """Have the cache ready for a prompt that may ask for what was evicted."""
+        self._prune_due()
+        if reset and self._goes_on_otherwise(prompt) and not self._restore(prompt):
+            self.reset()
+        elif reset and self._queries_lost:
+            self._rewind_for_queries(prompt)
+        self._queries_lost = False
+        self._divergence = None
+
+    def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
+        if self._generation is not generation:
+            raise CacheStateError(
+                "another generation began with this Llama, and has its cache; use one after the other"
+            )
+        if sent and not self._logits_all:
+            raise ValueError(
+                "tokens can be sent only to a Llama with logits_all=True, which has the logits before them"
+            )
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As upstream's.
+
+        Raises:
+            CacheStateError: the token to sample after was not read, or read without its logits.
+            ClosedError: the Llama is closed.
+        """
+        with self._using:
+            idx = kwargs.get("idx")
+            if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
+                raise CacheStateError("there are no logits to sample from; eval() tokens before")
+            token: int = super().sample(*args, **kwargs)
+            return token
+
+    def embed(self, input: str | Iterable[str], *args: Any, **kwargs: Any) -> Any:
+        """As upstream's.
+
+        Raises:
+            ValueError: no text, or one without tokens, of which there is no embedding.
+            ClosedError: the Llama is closed.
+        """
+        with self._using:
+            if not isinstance(input, str):
+                input = list(input)
+            texts = [input] if isinstance(input, str) else input
+            if not texts or not all(self.tokenize(text.encode()) for text in texts):
+                raise ValueError("the input must be a text, or a list of texts, each with one token at least")
+            return super().embed(input, *args, **kwargs)
+
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's. A second thread waits until the first one's is done; a stream ends with an error when another
+        completion begins.
+
+        Raises:
+            CacheStateError: another completion began.
+            ClosedError: the Llama is closed, or was closed meanwhile.
+        """
+        with self._completing:
+            return super().create_completion(*args, **kwargs)
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As upstream's."""
+        with self._reading:
+            return list(super().tokenize(*args, **kwargs))
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        """As upstream's."""
+        with self._reading:
+            text: bytes = super().detokenize(*args, **kwargs)
+            return text
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's, of which it is the one place where samplers are made.
@@ -521,9 +605,9 @@ class Llama(llama_cpp.Llama):
         Raises:
             CacheStateError: what was evicted cannot be read any more.
         """
-        self._prune_due()
-        native.clear_error()
-        with _states.without_scores(self):
+        with self._using, _states.without_scores(self):
+            self._prune_due()
+            native.clear_error()
             state = super().save_state()
         if state.llama_state_size == 0:
             raise CacheStateError(f"the state cannot be saved: {native.last_error().removeprefix('state: ')}")
@@ -536,7 +620,11 @@ class Llama(llama_cpp.Llama):
             CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
                 is left in the cache then.
         """
-        self._nothing_due()
+        with self._using:
+            self._load_state(state)
+
+    def _load_state(self, state: llama_cpp.LlamaState) -> None:
+        self._unpruned_of = None  # what was read is about to be replaced
         if self.kv_elastic:
             self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
@@ -558,10 +646,11 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """As upstream's."""
-        self._nothing_due()
-        super().reset()
-        self._queries_lost = False  # what comes is read from its beginning
-        self._divergence = None
+        with self._using:
+            self._unpruned_of = None  # what was read is about to be replaced
+            super().reset()
+            self._queries_lost = False  # what comes is read from its beginning
+            self._divergence = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.
@@ -576,8 +665,13 @@ class Llama(llama_cpp.Llama):
             messages = list(messages)
         self._system = spans.system_text(messages)
         native.clear_error()
+        locks = ExitStack()
+        locks.enter_context(self._completing)
+        if self.chat_handler is not None:  # it may read an image itself, past `eval`
+            locks.enter_context(self._using)
         try:
-            return super().create_chat_completion(messages, *args, **kwargs)
+            with locks:
+                return super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
             if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
                 raise CacheMemoryError(reason) from error
@@ -587,12 +681,20 @@ class Llama(llama_cpp.Llama):
         """Free the model and the context. All that needs them raises ClosedError from now on."""
         if "_stack" not in self.__dict__:  # not there yet when an argument was refused
             return
-        with self._pruning, self._reading:
+        with self._using, self._reading:
             self._unpruned_of = None
             super().close()
             for name in ("_batch", "_ctx", "_model"):
                 if name in self.__dict__:
                     _closed.mark_closed(self.__dict__[name])
+
+    def _forked(self) -> None:
+        """In a child process, which has the context but none of the threads that work on it."""
+        self._make_locks()  # one may have been held
+        self._stack = ExitStack()  # nothing is freed here
+        for name in ("_batch", "_ctx", "_model"):
+            if name in self.__dict__:
+                _closed.mark_closed(self.__dict__[name], _closed.Forked)
 
     if not TYPE_CHECKING:  # for a type checker, any attribute would be there
 
@@ -605,35 +707,6 @@ class Llama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()
         options = {name: getattr(self, name) for name in _OWN_OPTIONS}
         return {**state, **options, "kv_faults": self._kv_faults}  # what was asked for, not what came of it here
-
-
-def _cold_options(kv: _options.KVOptions) -> dict[str, Any]:
-    if isinstance(kv.policy, Full) or kv.evicted != "restore":
-        return {}
-    return {
-        "cold": native.enum_value(f"COLD_{kv.cold}".upper()),
-        "cold_dir": "" if kv.cold == "memory" else str(kv.make_cold_dir()),
-        "cold_limit": kv.cold_limit or 0,
-        "cold_type": -1 if kv.cold_type is None else CACHE_TYPES[kv.cold_type],
-        "cold_state": kv.cold_state,
-    }
-
-
-def _check_adapter(path: str | None) -> None:
-    """llama-cpp-python does not look whether an adapter could be loaded, and llama.cpp crashes on one that was not.
-
-    Raises:
-        ValueError: there is no GGUF file.
-    """
-    if path is None:
-        return
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                return
-    except OSError as error:
-        raise ValueError(f"lora_path={path!r}: {error.strerror}") from error
-    raise ValueError(f"lora_path={path!r}: must be a GGUF file")
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)

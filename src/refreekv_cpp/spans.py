@@ -33,7 +33,7 @@ def check(protect: Any) -> Literal["system"] | tuple[Span, ...]:
     except (TypeError, ValueError):
         found = ((1, 0),)
     if not all(0 <= start <= end < 2**31 for start, end in found):
-        raise PolicyError(f"kv_protect={protect!r}: valid are {_VALID}")
+        raise PolicyError(f"kv_protect={protect!r}: must be {_VALID}")
     return found
 
 

@@ -59,7 +59,7 @@ def as_policy(policy: str | Policy) -> Policy:
     if not isinstance(policy, str) or policy not in REGISTRY:
         hint = did_you_mean(str(policy), REGISTRY) or ";"
         raise PolicyError(
-            f"kv_policy={policy!r}: unknown{hint} valid are {', '.join(map(repr, REGISTRY))} and objects such as "
-            "ReFreeKV(threshold=0.5)"
+            f"kv_policy={policy!r}: unknown{hint} must be one of {', '.join(map(repr, REGISTRY))}, or an object "
+            "such as ReFreeKV(threshold=0.5)"
         )
     return REGISTRY[policy]()

@@ -11,7 +11,7 @@ from refreekv_cpp.errors import PolicyError
 def check_choice(policy: Any, option: str, valid: Sequence[str]) -> None:
     value = getattr(policy, option)
     if value not in valid:
-        raise PolicyError(f"{option}={value!r}: valid are {', '.join(map(repr, valid))}")
+        raise PolicyError(f"{option}={value!r}: must be one of {', '.join(map(repr, valid))}")
 
 
 def check_not_negative(policy: Any, *options: str) -> None:
@@ -22,7 +22,7 @@ def check_not_negative(policy: Any, *options: str) -> None:
 
 def check_budget(budget: float) -> None:
     if not budget > 0:
-        raise PolicyError(f"budget={budget}: valid are a fraction in (0, 1] or a number of cells above 1")
+        raise PolicyError(f"budget={budget}: must be a fraction in (0, 1] or a number of cells above 1")
 
 
 def larger_budget(budget: float) -> float:
@@ -32,7 +32,7 @@ def larger_budget(budget: float) -> float:
 
 def check_window(n_window: int) -> None:
     if not 1 <= n_window <= 256:
-        raise PolicyError(f"n_window={n_window}: valid are 1 to 256")
+        raise PolicyError(f"n_window={n_window}: must be from 1 to 256")
 
 
 def check_pool(n_pool: int) -> None:

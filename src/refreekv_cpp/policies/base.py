@@ -30,7 +30,7 @@ class Policy(ABC):
             if option not in valid:
                 hint = did_you_mean(option, valid) or ";"
                 raise PolicyError(
-                    f"{cls.__name__} has no option {option!r}{hint} valid are {', '.join(valid) or 'none'}"
+                    f"{cls.__name__} has no option {option!r}{hint} its options are: {', '.join(valid) or 'none'}"
                 )
         return super().__new__(cls)
 

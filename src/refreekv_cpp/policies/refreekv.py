@@ -82,14 +82,14 @@ class ReFreeKV(Policy):
             check_choice(self, option, valid)
         for option in ("threshold", "mass_floor"):
             if not 0 <= getattr(self, option) <= 1:
-                raise PolicyError(f"{option}={getattr(self, option)}: valid are 0 to 1")
+                raise PolicyError(f"{option}={getattr(self, option)}: must be from 0 to 1")
         check_window(self.n_window)
         if not 1 <= self.window_step <= self.n_window:
-            raise PolicyError(f"window_step={self.window_step}: valid are 1 to n_window={self.n_window}")
+            raise PolicyError(f"window_step={self.window_step}: must be from 1 to n_window={self.n_window}")
         check_pool(self.n_pool)
         check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
         if self.induction is not None and not 0 <= self.induction <= 1:
-            raise PolicyError(f"induction={self.induction}: valid are 0 to 1, and None")
+            raise PolicyError(f"induction={self.induction}: must be from 0 to 1, or None")
 
     @property
     def name(self) -> str:

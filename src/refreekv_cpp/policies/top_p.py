@@ -29,7 +29,7 @@ class TopP(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.p <= 1:
-            raise PolicyError(f"p={self.p}: valid are above 0 and up to 1")
+            raise PolicyError(f"p={self.p}: must be above 0 and at most 1")
         check_window(self.n_window)
         check_not_negative(self, "n_min")
 
