@@ -16,8 +16,16 @@ SOURCES = {
     "subprocess.h": "vendor/llama.cpp/vendor/sheredom/subprocess.h",
     "xxHash": "vendor/llama.cpp/vendor/hash/xxhash/LICENSE",
     "sha256": "vendor/llama.cpp/vendor/hash/sha256/LICENSE",
+    "sha1": "vendor/llama.cpp/vendor/hash/sha1/sha1.c",
     "rotate-bits": "vendor/llama.cpp/vendor/hash/rotate-bits/LICENSE.md",
 }
+
+# folders of llama.cpp's vendor/ with source files and without one of these licences
+OTHER_FOLDERS = (
+    "cpp-httplib",  # is not compiled
+    "hash",  # llama.cpp's own; the libraries in it have folders of their own
+    "nlohmann",  # its licence is in llama.cpp's licenses/
+)
 
 # every licence has one of these words
 _MARKS = ("permission is hereby granted", "redistribution and use", "public domain")
@@ -27,12 +35,28 @@ def _is_licence(text: str) -> bool:
     return any(mark in text.lower() for mark in _MARKS)
 
 
+def check_listed(sdist: Path) -> None:
+    """
+    Raises:
+        SystemExit: llama.cpp brings a library of others, or a licence of one, that is not among SOURCES.
+    """
+    llama_cpp = sdist / "vendor" / "llama.cpp"
+    vendor = llama_cpp / "vendor"
+    files = [path for path in vendor.rglob("*") if path.is_file() and path.name != "CMakeLists.txt"]
+    listed = {sdist / path for path in SOURCES.values()}
+    known = {path.parent for path in listed} | {vendor / name for name in OTHER_FOLDERS}
+    new = {path.parent for path in files} - known | set((llama_cpp / "licenses").iterdir()) - listed
+    if new:
+        names = ", ".join(sorted(path.relative_to(sdist).as_posix() for path in new))
+        raise SystemExit(f"cmake/licenses.py must list the licences of what is new in llama.cpp: {names}")
+
+
 def collect(sdist: Path, out: Path) -> None:
     """Write LICENSE-NAME.txt for each of SOURCES to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for name, path in SOURCES.items():
         text = (sdist / path).read_text(encoding="utf-8")
-        if Path(path).suffix in (".h", ".cpp"):
+        if Path(path).suffix in (".c", ".h", ".cpp"):
             text = _comment(text)
         if not _is_licence(text):
             raise SystemExit(f"{path}: there is no licence text where it was expected")

@@ -18,7 +18,6 @@ import argparse
 import filecmp
 import hashlib
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,8 @@ import tempfile
 from pathlib import Path
 
 import patch_ng
-from licenses import collect
+from dependencies import check_dependencies
+from licenses import check_listed, collect
 from upstream_pin import PIN_FILE, read_pin
 
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
@@ -108,15 +108,6 @@ def copy(source: Path, names: list[str], target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def check_dependencies(source: Path) -> None:
-    """The Python package is ours once it is copied, so what it needs has to be among our own dependencies."""
-    ours = read(PIN_FILE.parent / "pyproject.toml")
-    for requirement in re.findall(r"^Requires-Dist: (.*)$", read(source / "PKG-INFO"), re.MULTILINE):
-        name = re.split(r"[^A-Za-z0-9_.-]", requirement)[0]
-        if "extra ==" not in requirement and f'"{name}' not in ours:
-            raise SystemExit(f"pyproject.toml does not name {name} as a dependency, and llama-cpp-python needs it")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -137,7 +128,8 @@ def main() -> None:
         else:
             args.downloads.mkdir(parents=True, exist_ok=True)
             source = unpack(download(version, sha256, args.downloads), Path(scratch) / "sdist")
-        check_dependencies(source)
+        check_dependencies(source / "PKG-INFO", PIN_FILE.parent / "pyproject.toml")
+        check_listed(source)
 
         new = Path(scratch) / "new"
         if args.bundle:

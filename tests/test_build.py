@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import llama_cpp
@@ -12,6 +14,10 @@ from refreekv_cpp import Llama, native
 from refreekv_cpp._llama_cpp import library_dir
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "cmake"))
+
+import dependencies  # noqa: E402
+import licenses  # noqa: E402
 
 
 def test_the_hooks_are_in_the_loaded_library_and_run(tiny_model: Path) -> None:
@@ -36,3 +42,46 @@ def test_patches_only_add_and_say_why(path: Path) -> None:
     for entry in ("Why:", "Upstream status:", "Drop when:"):
         assert entry in header
     assert not re.search(r"^-(?!--)", body, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("needed", "message"),
+    [
+        ("numpy>=1.20.0", None),
+        ("Typing_Extensions>=4.5", None),  # another spelling of the same name
+        ("starlette.context<0.5,>=0.3; extra == 'server'", None),
+        ("pytest>=9; extra == 'test'", None),
+        ("numpy>=99", "numpy of dependencies must be >=99"),
+        ("starlette-context<0.3; extra == 'server'", "starlette-context of the extra server must be <0.3"),
+        ("num>=1", "dependencies must name num,"),
+        ("uvicorn", "dependencies must name uvicorn,"),  # only the extra has it
+        ("anything; extra == 'server'", "the extra server must name anything,"),
+    ],
+)
+def test_dependencies_of_upstream_are_among_ours(tmp_path: Path, needed: str, message: str | None) -> None:
+    pkg_info = tmp_path / "PKG-INFO"
+    pkg_info.write_text(f"Name: llama_cpp_python\nRequires-Dist: diskcache>=5.6.1\nRequires-Dist: {needed}\n")
+    if message is None:
+        dependencies.check_dependencies(pkg_info, ROOT / "pyproject.toml")
+        return
+    with pytest.raises(SystemExit, match=re.escape(f"pyproject.toml: {message}")):
+        dependencies.check_dependencies(pkg_info, ROOT / "pyproject.toml")
+
+
+def test_a_new_library_of_upstreams_is_noticed(tmp_path: Path) -> None:
+    for path in licenses.SOURCES.values():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    licenses.check_listed(tmp_path)
+    vendor = tmp_path / "vendor/llama.cpp/vendor"
+    (vendor / "CMakeLists.txt").touch()
+    licenses.check_listed(tmp_path)
+    new = vendor / "hash" / "md5"
+    new.mkdir()
+    (new / "md5.c").touch()
+    with pytest.raises(SystemExit, match=r"what is new in llama\.cpp: vendor/llama\.cpp/vendor/hash/md5$"):
+        licenses.check_listed(tmp_path)
+    shutil.rmtree(new)
+    (tmp_path / "vendor/llama.cpp/licenses/LICENSE-new").touch()
+    with pytest.raises(SystemExit, match="licenses/LICENSE-new"):
+        licenses.check_listed(tmp_path)

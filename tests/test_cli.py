@@ -56,7 +56,7 @@ def test_unknown_policy(command: list[str], no_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "options", "message"),
-    [(["run", "--prompt", "hi"], ["--gpu-layers", "0"], "not a GGUF file"), (["info"], [], "Failed to load model")],
+    [(["run", "--prompt", "hi"], ["--gpu-layers", "0"], "not a GGUF file"), (["info"], [], "not a GGUF file")],
 )
 def test_not_a_model(command: list[str], options: list[str], message: str, no_model: Path) -> None:
     result = refreekv(*command, no_model, *options)
@@ -72,9 +72,25 @@ def test_prompt_is_text_once(no_model: Path, tmp_path: Path) -> None:
     binary.write_bytes(b"caf\xe9 au lait")
     assert_one_error_line(refreekv("run", no_model, "--file", binary), "UTF-8", str(binary))
     assert_one_error_line(refreekv("run", no_model, "--file", tmp_path / "none.txt"), "no such file")
+    assert_one_error_line(refreekv("run", no_model, "--file", tmp_path), f"{tmp_path}: a folder, not a file")
     assert_one_error_line(refreekv("run", no_model, stdin=" \n"), "the prompt is empty")
     assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--file", binary), "--prompt and --file")
     assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--raw", "--system", "b"), "--system")
+
+
+@pytest.mark.parametrize("n_ctx", ["auto", "512"])
+@pytest.mark.parametrize("command", [["run", "--prompt", "hi"], ["chat"], ["plan"], ["info"]], ids=str)
+def test_half_a_model(command: list[str], n_ctx: str, tiny_model: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.gguf"
+    half.write_bytes(tiny_model.read_bytes()[: tiny_model.stat().st_size // 2])
+    options = ["--n-ctx", "512"] if command == ["info"] else ["--n-ctx", n_ctx, "--gpu-layers", "0"]
+    assert_one_error_line(refreekv(*command, half, *options), str(half))
+
+
+def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    """rich takes :a: for an emoji, and [red] for a colour."""
+    name = ":a: [red] :smile:.gguf"
+    assert refreekv("run", tmp_path / name, "--prompt", "x").stderr == f"{tmp_path / name}: no such file\n"
 
 
 def test_document_has_the_fact_once_near_its_start() -> None:

@@ -13,10 +13,14 @@ import pytest
 import typer.main
 from typer.testing import CliRunner, Result
 
-from refreekv_cpp import Llama, Streaming, models
+from refreekv_cpp import Llama, Streaming, fit, models
 from refreekv_cpp.cli import app, common, options
 from refreekv_cpp.cli.options import LoadOptions, MachineOptions, parse_option
 
+COMMANDS_WITH_THREADS = [
+    *(["run", "--prompt", "x"], ["chat"], ["demo", "--model"], ["plan"], ["bench"], ["memory"], ["turns"]),
+    *(["eval", "--out", "out"], ["eval-evicted", "--text", __file__], ["serve"]),
+]
 MACHINE = {"--gpu-layers", "--flash-attn", "--threads", "--option"}
 ONE_CACHE = {"--n-ctx", "--kv-policy", "--kv-evicted", "--kv-memory-limit"}
 
@@ -51,7 +55,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("x")
+    path.write_text("x" * 600)
     return path
 
 
@@ -77,7 +81,13 @@ def test_options_have_the_same_names(command: str, expected: set[str]) -> None:
 def test_layers_on_the_gpu(
     tiny_model: Path, text: Path, loaded: list[dict[str, Any]], layers: str, number: int
 ) -> None:
-    commands = [["run", "--prompt", "x"], ["chat"], ["demo", "--model"], ["turns"], ["eval-evicted", "--text", text]]
+    commands = [
+        ["run", "--prompt", "x"],
+        ["chat"],
+        ["demo", "--tokens", "2000", "--model"],
+        ["turns", "--tokens", "500"],
+        ["eval-evicted", "--tokens", "512", "--text", text],
+    ]
     for command in commands:
         result = refreekv(*command, tiny_model, "--gpu-layers", layers, "--threads", "3", "--option", "n_ubatch=64")
         assert result.exit_code == 2, result.output
@@ -141,7 +151,7 @@ def test_the_context_is_at_most_32k_unless_a_number_is_given(tiny_model: Path, m
 def test_a_context_shorter_than_the_models_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["run", tiny_model, "--prompt", "x", "--max-tokens", "1", "--threads", "1", "--gpu-layers", "0"]
     assert "context" not in refreekv(*arguments).stderr
-    monkeypatch.setattr(options.fit, "n_ctx", lambda model, **others: 512)
+    monkeypatch.setattr(fit.needs, "host_free", lambda: 2**20)
     result = refreekv(*arguments)
     assert result.exit_code == 0, result.output
     assert "context: 512 of the model's 4096 tokens (--n-ctx)\n" in result.stderr
@@ -187,6 +197,17 @@ def test_an_option_of_llama(text: str, expected: tuple[str, Any]) -> None:
         ("use_mmap=1", "use_mmap=1: must be true or false"),
         ("rope_freq_base=x", "must be a number"),
         ("type_v=q9", "type_v=q9: must be one of f32, f16"),
+        ("chat_format=nope", "chat_format=nope: must be chat_template.NAME .* or one of alpaca, .*, chatml,"),
+        ("kv_overrides=x", "kv_overrides=x: must be a JSON object"),
+        ('kv_overrides={"a": []}', "must be a JSON object"),
+        ("tensor_split=5", "tensor_split=5: must be a JSON list"),
+        ("tensor_split=[true]", "must be a JSON list"),
+        ("lora_path=5", "lora_path=5: must be text or null"),
+        ("kv_cold_dir=5", "kv_cold_dir=5: must be text or null"),
+        ("kv_elastic=1", "kv_elastic=1: must be true or false or null"),
+        ("numa=x", "numa=x: must be true or false or a whole number"),
+        ("vocab_only=true", "vocab_only=true: the commands need a model that answers"),
+        ("embedding=true", "embedding=true: the commands need a model that answers"),
     ],
 )
 def test_no_option_of_llama(text: str, message: str) -> None:
@@ -212,7 +233,8 @@ def test_options_reach_llama(tiny_model: Path) -> None:
     assert llm.n_ctx() == 512
 
 
-def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path) -> None:
+def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options._option_text, "check", lambda name, value: None)
     result = refreekv("run", tiny_model, "--prompt", "x", "--n-ctx", "256", "--option", "tensor_split=5")
     assert result.exit_code == 2, result.output
     assert result.stderr.splitlines()[-1].startswith("an option has a value of a wrong kind: ")
@@ -226,6 +248,11 @@ def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path) -> None:
     [
         (["--gpu-layers", "-1"], "--gpu-layers -1: must be auto, all or a number"),
         (["--n-ctx", "12k"], "--n-ctx 12k: must be auto or a number"),
+        (["--n-ctx", str(2**32)], "must be auto or a number below 2^31"),
+        (["--n-ctx", "1" * 5000], "must be auto or a number below 2^31"),
+        (["--gpu-layers", str(2**32)], "must be auto, all or a number below 2^31"),
+        (["--option", "n_batch=0"], "n_batch=0: must be a whole number from 1 to"),
+        (["--option", "n_batch=-1"], "n_batch=-1: must be a whole number from 1 to"),
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'?"),
         (["--kv-evicted", "dorp"], "--kv-evicted dorp: must be one of restore, recompute, drop"),
         (["--kv-memory-limit", "much"], "'much'"),
@@ -242,6 +269,67 @@ def test_options_are_checked_before_a_model_is_fetched(
     assert result.exit_code == 2
     [line] = result.stderr.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_THREADS, ids=str)
+def test_threads_have_a_bound(command: list[str], tiny_model: Path) -> None:
+    """ggml has an array of 512, and does not look."""
+    result = refreekv(*command, tiny_model, "--threads", "513")
+    assert result.exit_code == 2
+    assert "threads" in result.stderr
+    assert "512" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        (["turns"], "kv_faults=0.5"),
+        (["turns"], "kv_elastic=false"),
+        (["eval-evicted", "--text", __file__], "kv_faults=0.5"),
+        (["bench"], "type_k=q8_0"),
+        (["memory"], "type_v=q8_0"),
+        (["eval", "--out", "out"], "kv_faults=0.5"),
+    ],
+    ids=str,
+)
+def test_what_a_command_sets_itself_is_refused(command: list[str], given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_from_hub", lambda text: pytest.fail("fetched"))
+    result = refreekv(*command, "hf:a/b", "--option", given)
+    assert result.exit_code == 2
+    assert result.stderr == f"--option {given.partition('=')[0]}: this command sets it itself\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "--tokens"],
+        ["memory", "--tokens", "9000", "--n-ctx", "9999"],
+        ["demo", "--tokens", "999999999", "--model"],
+        ["turns", "--turns", "1", "--tokens"],
+        ["eval-evicted", "--text", __file__, "--tokens"],
+        ["eval", "--out", "out", "--lengths"],
+    ],
+    ids=str,
+)
+def test_a_text_longer_than_the_models_context_is_refused(command: list[str], tiny_model: Path) -> None:
+    """`bench` wrote a document of so many tokens, token by token."""
+    many = {"--model": [], "9999": [], "--lengths": ["1000000"]}.get(command[-1], ["999999999"])
+    result = refreekv(*command, *many, tiny_model)
+    assert result.exit_code == 2, result.output
+    assert ": must be at most 4096, which the model was made for" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "x"], ["chat"], ["plan"], ["memory"]], ids=str)
+def test_a_context_that_no_machine_has_room_for_is_refused(command: list[str], tiny_model: Path) -> None:
+    """llama.cpp's table of the cells is allocated by C++, which ends the process where it cannot be had."""
+    result = refreekv(*command, tiny_model, "--n-ctx", str(2**31 - 1))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "n_ctx=2147483647: must be at most " in result.stderr.splitlines()[-1]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Path) -> None:
+    result = refreekv("memory", tiny_model, "--tokens", "9000", "--n-ctx", "1024")
+    assert (result.exit_code, result.stderr) == (2, "--tokens 9000: must be at most 952 with --n-ctx 1024\n")
 
 
 def test_a_command_can_have_an_option_of_its_own_instead() -> None:

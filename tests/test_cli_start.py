@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,49 @@ def test_completion(words: str, expected: str) -> None:
 def test_completion_can_be_installed() -> None:
     done = python("-m", "refreekv_cpp", "--help")
     assert b"--install-completion" in done.stdout
+
+
+# -- closed streams, Ctrl-C --------------------------------------------------------------------------------------------
+
+# Ctrl-C while this module is imported
+INTERRUPTED = """
+import runpy
+import sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[2])["main"]()
+"""
+COMMAND = Path(__file__).parent.parent / "cmake" / "refreekv_command.py"
+
+
+@pytest.mark.parametrize("module", ["numpy", "psutil", "refreekv_cpp.llama", "rich", "typer"])
+def test_interrupted_while_it_imports(module: str) -> None:
+    done = python("-c", INTERRUPTED, module, COMMAND)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_the_program_starts() -> None:
+    done = python("-c", INTERRUPTED, "none", COMMAND)
+    assert b"Usage: refreekv" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes it")
+def test_stdin_that_is_closed(tiny_model: Path) -> None:
+    def without_stdin(command: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "refreekv_cpp", command, str(tiny_model), "--n-ctx", "512", "--threads", "1"]
+        return subprocess.run(["sh", "-c", f"{shlex.join(words)} <&-"], capture_output=True, text=True)
+
+    done = without_stdin("run")
+    assert (done.returncode, done.stderr) == (2, "no prompt: use --prompt or --file, or pipe it in\n")
+    done = without_stdin("chat")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Traceback" not in done.stderr
 
 
 # -- any text ----------------------------------------------------------------------------------------------------------

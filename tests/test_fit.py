@@ -15,9 +15,9 @@ from far_device import compile_device, plugged_in
 from support import CACHE_TYPES, ctx_of, load
 from tiny import N_VOCAB, random_tokens
 
-from refreekv_cpp import PolicyError, UnsupportedModelError, fit, native
-from refreekv_cpp.bench.worker import resident_bytes
-from refreekv_cpp.fit import Device, Needs
+from refreekv_cpp import PolicyError, UnsupportedModelError, _process, fit, native
+from refreekv_cpp.fit import Device, Needs, machine, search
+from refreekv_cpp.fit import needs as accounting
 from refreekv_cpp.policies import Full, ReFreeKV, Streaming
 
 Tiny = Callable[[str], Path]
@@ -107,6 +107,9 @@ def test_a_memory_limit_counts(tiny: Tiny) -> None:
     limited = foreseen(tiny("gqa"), 4096, kv_policy="streaming", kv_memory_limit=MIB)
     assert limited.prunable == MIB
     assert whole.context - limited.context == whole.prunable - MIB
+    # a prompt that is pruned while it is read has evicted the rest by then
+    assert (whole.cold_bytes, limited.cold_bytes) == (0, whole.prunable - MIB)
+    assert whole.settled(0.4).cold_bytes == limited.settled(0.4).cold_bytes
 
 
 def test_what_is_reserved_for_the_logits_of_a_batch_is_not_used(tiny: Tiny) -> None:
@@ -119,15 +122,16 @@ def test_what_is_reserved_for_the_logits_of_a_batch_is_not_used(tiny: Tiny) -> N
 def test_what_stays_is_known_of_a_fixed_budget_and_measured_of_the_default(tiny: Tiny) -> None:
     needs = foreseen(tiny("gqa"), 4096, kv_policy=Streaming(budget=1024), kv_faults=False)
     assert needs.kept() == (0.25, 0.25)
-    assert needs.settled(0.25).prunable == needs.prunable // 4
-    assert needs.cold_bytes(0.25) == needs.prunable * 3 // 4
-    assert replace(needs, cold_limit=1000).cold_bytes(0.25) == 1000
+    settled = needs.settled(0.25)
+    assert settled.prunable == needs.prunable // 4
+    assert settled.cold_bytes == settled.evicted == needs.prunable * 3 // 4
+    assert replace(settled, cold_limit=1000).cold_bytes == 1000
     assert replace(needs, policy=Full(), evicts=False).kept() == (1.0, 1.0)
     assert replace(needs, policy=ReFreeKV.paper()).kept() is None
     low, high = replace(needs, policy=ReFreeKV()).kept() or (0, 0)
     assert 0 < low < high < 1
     drop = foreseen(tiny("gqa"), 4096, kv_policy="streaming", kv_evicted="drop")
-    assert drop.cold_bytes(0.25) == 0
+    assert drop.settled(0.25).cold_bytes == 0
 
 
 def test_sketches_of_what_is_evicted_stay(tiny: Tiny) -> None:
@@ -145,17 +149,17 @@ def test_sketches_of_what_is_evicted_stay(tiny: Tiny) -> None:
 
 def test_cold_rows_that_are_rounded_need_less(tiny: Tiny) -> None:
     plain, rounded = (foreseen(tiny("gqa64"), 1024, kv_policy="streaming", **o) for o in ({}, {"kv_cold_type": "q8_0"}))
-    assert rounded.cold_bytes(0.5) / plain.cold_bytes(0.5) == pytest.approx(34 / 64)
+    assert rounded.settled(0.5).cold_bytes / plain.settled(0.5).cold_bytes == pytest.approx(34 / 64)
     quantised = foreseen(tiny("gqa64"), 1024, kv_policy="streaming", kv_cold_type="q8_0", **QUANTISED)
-    assert quantised.cold_bytes(0.5) == quantised.prunable // 2
+    assert quantised.settled(0.5).cold_bytes == quantised.prunable // 2
 
 
 def test_nothing_is_allocated(tiny: Tiny) -> None:
     with fit.opened(tiny("gqa"), kv_policy="full") as llm:
-        before = resident_bytes()
+        before = _process.rss()
         needs = fit.measure(llm, 2**20)
         assert needs.prunable > 500 * MIB
-        assert resident_bytes() - before < needs.prunable / 4  # of llama.cpp's table of cells
+        assert _process.rss() - before < needs.prunable / 4  # of llama.cpp's table of cells
 
 
 def test_what_llama_cpp_logs_goes_where_it_went(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +219,16 @@ def test_a_model_that_llama_cpp_cannot_load(damaged: Path) -> None:
         pass
 
 
+def test_a_model_that_cannot_be_loaded_has_no_context_that_fits(damaged: Path) -> None:
+    with pytest.raises(ValueError, match=r"damaged\.gguf: llama\.cpp cannot load it: .*lumma"):
+        fit.n_ctx(damaged)
+
+
+def test_a_vocabulary_has_no_context(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="a vocabulary alone has no context"):
+        fit.n_ctx(tiny("gqa"), vocab_only=True)
+
+
 def test_a_wrong_option_is_an_error(tiny: Tiny) -> None:
     with pytest.raises(TypeError, match="n_btach"):
         fit.n_ctx(tiny("gqa"), n_btach=1)
@@ -232,7 +246,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the bytes of memory that the host has free."""
 
     def set_free(n_bytes: int) -> None:
-        monkeypatch.setattr(fit, "host_free", lambda: n_bytes)
+        monkeypatch.setattr(accounting, "host_free", lambda: n_bytes)
 
     return set_free
 
@@ -245,11 +259,34 @@ def test_the_whole_context_where_there_is_room(tiny: Tiny, free: Callable[[int],
 
 @pytest.mark.parametrize("policy", ["full", "refreekv"])
 def test_the_longest_context_that_fits(tiny: Tiny, free: Callable[[int], None], policy: str) -> None:
-    wanted = foreseen(tiny("gqa"), 2304, kv_policy=policy).host.bytes
+    needs = foreseen(tiny("gqa"), 2304, kv_policy=policy)
+    wanted = fit.needed_bytes(needs, needs.host)
     free(wanted * 8 // 7 + 8)  # an eighth of what is free stays free
     assert fit.n_ctx(tiny("gqa"), kv_policy=policy, n_threads=1, n_threads_batch=1) == 2304
     free(wanted * 8 // 7 - 8)
     assert fit.n_ctx(tiny("gqa"), kv_policy=policy, n_threads=1, n_threads_batch=1) == 2048
+
+
+@pytest.mark.parametrize("limit", [None, MIB])
+def test_what_is_evicted_to_memory_needs_memory(tiny: Tiny, limit: int | None) -> None:
+    options = {"kv_policy": Streaming(budget=0.25), "kv_memory_limit": limit, "flash_attn": True}
+    on_disk = foreseen(tiny("gqa"), 4096, kv_cold="file", **options)
+    in_memory = foreseen(tiny("gqa"), 4096, kv_cold="memory", **options)
+    more = fit.needed_bytes(in_memory, in_memory.host) - fit.needed_bytes(on_disk, on_disk.host)
+    assert more == in_memory.settled(0.0).cold_bytes == in_memory.whole
+
+
+def test_what_is_said_to_be_needed_has_to_fit(tiny: Tiny) -> None:
+    needs = foreseen(tiny("gqa"), 4096, kv_policy="full")
+    base = 100 * MIB
+    needed = fit.needed_bytes(needs, needs.host, base)
+    assert needed == fit.process_bytes(needs, base) > base + needs.host.bytes
+
+    def fits(free: int) -> bool:
+        return fit.fits(replace(needs, devices=(replace(needs.host, free=free),)), base)
+
+    assert fits(needed * 8 // 7 + 8)
+    assert not fits(needed * 8 // 7 - 8)
 
 
 def test_never_more_than_32768(tiny: Tiny, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,17 +303,17 @@ def test_where_nothing_fits(tiny: Tiny, free: Callable[[int], None], caplog: pyt
 
 
 def test_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "_container", lambda: (3 * MIB, 2 * MIB))
+    monkeypatch.setattr(machine, "_container", lambda: (3 * MIB, 2 * MIB))
     assert (fit.host_total(), fit.host_free()) == (3 * MIB, 2 * MIB)
-    monkeypatch.setattr(fit, "_container", lambda: (2**60, 2**59))
+    monkeypatch.setattr(machine, "_container", lambda: (2**60, 2**59))
     assert fit.host_free() < fit.host_total() < 2**59
 
 
 def test_accounting_that_fails(tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Needs:
-        raise ValueError("there is no context")
+        raise fit.ContextError("there is no context")
 
-    monkeypatch.setattr(fit, "measure", fail)
+    monkeypatch.setattr(search, "measure", fail)
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     with caplog.at_level(logging.WARNING):
         assert fit.gpu_layers(tiny("gqa")) == 0
@@ -298,7 +335,7 @@ class Machine:
         self.compute = compute
         self.looks: list[int] = []
         monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
-        monkeypatch.setattr(fit, "_measured", self.measured)
+        monkeypatch.setattr(search, "_measured", self.measured)
 
     def measured(self, _: Any, n_gpu_layers: int, options: dict[str, Any]) -> Needs:
         self.looks.append(n_gpu_layers)
@@ -318,7 +355,9 @@ class Machine:
             policy=Full(),
             evicts=False,
             prunable=0,
-            prunable_f16=0,
+            whole=0,
+            whole_f16=0,
+            evicted=0,
             faults=False,
             cold="",
             cold_dir=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from refreekv_cpp import fit
 from refreekv_cpp.cli import app
+
+plan_command: Any = importlib.import_module("refreekv_cpp.cli.plan")
 
 Tiny = Callable[[str], Path]
 
@@ -44,7 +47,7 @@ def test_it_says_what_each_cache_needs(tiny: Tiny) -> None:
     assert f16 == f"{needs.prunable / 2**20:.1f} MiB"
     assert reading == f"{needs.context / 2**20:.1f} MiB"
     assert [float(text.split()[0]) for text in (q8_0, settled)] < [float(f16.split()[0])] * 2
-    assert table["evicted rows, on disk"][-1] == f"{needs.cold_bytes(0.4) / 2**20:.1f} MiB"
+    assert table["evicted rows, on disk"][-1] == f"{needs.settled(0.4).cold_bytes / 2**20:.1f} MiB"
     assert table["RAM"][-1] == "yes"
     assert any(name.startswith("disk of ") for name in table)
 
@@ -79,6 +82,12 @@ def test_the_command_can_be_pasted(tiny: Tiny) -> None:
     }
 
 
+def test_the_command_is_quoted_for_the_shell() -> None:
+    command = ["refreekv", "chat", "C:\\my models\\a.gguf"]
+    assert plan_command.quoted(command, "win32") == 'refreekv chat "C:\\my models\\a.gguf"'
+    assert plan_command.quoted(command, "linux") == "refreekv chat 'C:\\my models\\a.gguf'"
+
+
 def test_heads_that_q8_0_cannot_have(tiny: Tiny) -> None:
     table = rows(plan(tiny("gqa"), "--n-ctx", "512", "--kv-policy", "full"))
     assert table[""] == ["full, f16"]
@@ -92,7 +101,7 @@ def test_a_model_without_a_policy_is_planned_without(tiny: Tiny) -> None:
 
 
 def test_memory_that_is_too_small(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "host_free", lambda: 2**20)
+    monkeypatch.setattr(fit.needs, "host_free", lambda: 2**20)
     result = plan(tiny("gqa"), "--n-ctx", "2048")
     assert rows(result)["RAM"][-1] == "no"
     assert "No context fits" in result.stdout
@@ -100,8 +109,10 @@ def test_memory_that_is_too_small(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_context_that_does_not_fit_is_not_pasted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with fit.opened(tiny("gqa"), kv_policy="refreekv") as llm:
-        needed = fit.measure(llm, 1024).host.bytes
-    monkeypatch.setattr(fit, "host_free", lambda: needed * 8 // 7 + 8)
+        needs = fit.measure(llm, 1024)
+    monkeypatch.setattr(plan_command.fit, "base_bytes", lambda *_: 2**20)
+    needed = fit.needed_bytes(needs, needs.host, 2**20)
+    monkeypatch.setattr(fit.needs, "host_free", lambda: needed * 8 // 7 + 8)
     result = plan(tiny("gqa"), "--n-ctx", "2048")
     assert rows(result)["RAM"][-1] == "no"
     assert "largest context that fits with refreekv: 1024 tokens" in result.stdout
@@ -139,10 +150,10 @@ def test_it_comes_true(default_model: Path, policy: str, kind: str) -> None:
     foreseen = fit.process_bytes(needs, fit.base_bytes(default_model, 2048))
     script = f"""
 from refreekv_cpp import Llama
-from refreekv_cpp.bench.worker import resident_bytes
+from refreekv_cpp._process import rss
 llm = Llama({str(default_model)!r}, n_ctx=2048, verbose=False, **{json.loads(json.dumps(options))!r})
 llm.eval([100 + i % 1000 for i in range(1024)])
-print(resident_bytes())
+print(rss())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert foreseen == pytest.approx(int(done.stdout), rel=0.05)

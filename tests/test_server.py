@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -181,18 +182,38 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, "--flash-attn=some"), "must be true, false or auto")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard"), "must be NAME=VALUE")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_gard=1"), "did you mean 'kv_guard'")
-    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard=-1"), "kv_guard=-1")
+    assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "0", "--option", "kv_guard=-1"), "kv_guard=-1")
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
     quiet = ["--verbose", "false", "--option"]
-    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "value of a wrong kind")
+    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
+    for n_threads in ("--threads", "--n_threads", "--n_threads_batch"):
+        assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "from 0 to 512")
+    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml")
+    assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be")
+    assert_one_error_line(refreekv("serve", tiny_model, "--port", "99999999"), "port: ", "65535")
+    assert_one_error_line(refreekv("serve", tiny_model, "--n-ctx", "many"), "n_ctx: must be auto or a number of tokens")
+    for n_ctx in ("999999999", str(2**32), "1" + "0" * 30):
+        assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "0", "--n-ctx", n_ctx), "n_ctx=", "must be")
+    assert_one_error_line(refreekv("serve", tiny_model, "--n-batch", str(2**32)), "n_batch=", "from 1 to")
+    assert_one_error_line(refreekv("serve", tiny_model, "--ssl_certfile", tmp_path), "a folder, not a file")
+    assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", tiny_model), "needs ssl_certfile")
+    half = tmp_path / "half.gguf"
+    half.write_bytes(tiny_model.read_bytes()[: tiny_model.stat().st_size // 2])
+    assert_one_error_line(
+        refreekv("serve", half, "--verbose", "false", "--gpu-layers", "0"), "half.gguf", "llama.cpp cannot load it"
+    )
     assert_one_error_line(refreekv("serve", "--model", tmp_path / "none.gguf"), "none.gguf")
     assert_one_error_line(refreekv("serve", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     assert_one_error_line(refreekv("serve", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
     assert_one_error_line(refreekv("serve", *model, "--kv-memory-limit", "1x"), "must be a positive number of bytes")
-    assert_one_error_line(refreekv("serve", "--model", refused, "--verbose", "false"), "not causal")
+    assert_one_error_line(
+        refreekv("serve", "--model", refused, "--verbose", "false", "--gpu-layers", "0"), "not causal"
+    )
     config = ["--config-file", tmp_path / "none.json"]
     assert_one_error_line(refreekv("serve", *config), "none.json")
     assert_one_error_line(refreekv("serve", *config, "--port", "80", "--n-ctx", "8"), "--n_ctx: with --config_file")
+    config = ["--config-file", write_config(tmp_path, [{"model": "x"}])]
+    assert_one_error_line(refreekv("serve", *config, "--port", "99999999"), "port: ", "65535")
 
 
 @pytest.mark.parametrize(
@@ -273,22 +294,32 @@ def test_any_option_of_llama() -> None:
     assert of_command_line("a.gguf", "--option", "type_k=q8_0", "--type-v", "f16")["type_k"] == CACHE_TYPES["q8_0"]
 
 
-def test_layers_are_chosen_by_the_same_code_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_layers_and_context_are_chosen_by_the_same_code_as_elsewhere(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"kv_policy": "refreekv", "mul_mat_q": True, "vocab_only": False}
 
-    def layers(path: str, **options: Any) -> int:
-        asked.append((path, options["n_ctx"], options["kv_policy"]))
-        return 3
+    def chosen(layers: Any, n_ctx: Any, **more: Any) -> tuple[int, int]:
+        made = models.fitted(str(tiny_model), {**options, **more, "n_gpu_layers": layers, "n_ctx": n_ctx})
+        assert made["mul_mat_q"] is True
+        return made["n_gpu_layers"], made["n_ctx"]
 
-    monkeypatch.setattr(fit, "gpu_layers", layers)
-    options = {"n_ctx": 512, "kv_policy": "refreekv", "mul_mat_q": True}
-    assert models.gpu_layers("auto", "a.gguf", options) == 0
-    assert models.gpu_layers("all", "a.gguf", options) == -1
-    assert models.gpu_layers(7, "a.gguf", options) == 7
-    assert asked == []
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
-    assert models.gpu_layers("auto", "a.gguf", options) == 3
-    assert asked == [("a.gguf", 512, "refreekv")]
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: False)
+    assert chosen("auto", "auto") == (0, 4096)  # the model's own
+    assert chosen("all", 512) == (-1, 512)
+    assert chosen(7, 0) == (7, 0)
+    monkeypatch.setattr(fit.search, "gpu_layers", lambda path, **options: 3)
+    with caplog.at_level(logging.INFO):
+        assert chosen("auto", 512) == (3, 512)
+    assert "GPU layers: 3" in caplog.text
+    monkeypatch.setattr(fit.needs, "host_free", lambda: 2**20)
+    assert chosen(0, "auto") == (0, 512)
+    assert chosen("auto", "auto", vocab_only=True) == (0, 512)
+
+
+def test_the_context_is_what_fits_by_default() -> None:
+    assert ModelSettings(model="a.gguf").n_ctx == "auto"
+    assert of_command_line("a.gguf", "--n-ctx", "auto")["n_ctx"] == "auto"
 
 
 def test_an_option_reaches_the_model(tiny_model: Path) -> None:

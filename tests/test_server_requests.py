@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ from compatibility.images import LLAVA, N_EMBD, ask
 from serving import OPTIONS, QUICK, SWITCH, send, serving, user, write_config
 from tiny import N_SPECIAL
 from tiny_projector import random_png, write_projector
+
+from refreekv_cpp import _grammar
+from refreekv_cpp.server.models import CountingLlama
+from refreekv_cpp.server.requests import ChatCompletionRequest, CompletionRequest
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONE = "\ud83d"
@@ -54,6 +59,7 @@ EITHER = [
     ({"logit_bias": {"cat": 1}}, "logit_bias", "'cat' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"259": 1}}, "logit_bias", "'259' must be the number of a token, 0 to 258"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1' must be the number"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "must be the number"),
     ({"logit_bias": {"5": 1e39}}, "logit_bias", "less than"),
     ({"logit_bias": [5]}, "logit_bias", "dict"),
     ({"grammar": "root ::= ["}, "grammar", "cannot be used"),
@@ -185,6 +191,24 @@ def test_what_a_grammar_allows_goes_before_all_else(client: openai.OpenAI) -> No
         assert client.completions.create(prompt="x", **options).choices[0].text == "ab"
         chunks = client.chat.completions.create(messages=user("x"), stream=True, **options)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "ab"
+
+
+def test_a_grammar_is_parsed_twice_at_most(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to check it before the answer begins, and once to sample by it."""
+    parsed: list[str] = []
+    make = _grammar.make_sampler
+    monkeypatch.setattr(
+        _grammar, "make_sampler", lambda vocab, text, root: parsed.append(text) or make(vocab, text, root)
+    )
+    with contextlib.closing(CountingLlama(str(tiny_model), **QUICK)) as llm:
+        request = CompletionRequest(prompt="x", grammar='root ::= "ab"', max_tokens=2)
+        assert llm.create_completion(**request.options(llm))["choices"][0]["text"] == "ab"
+        assert len(parsed) == 2
+        schema = {"type": "json_object", "schema": {"type": "boolean"}}
+        chat = ChatCompletionRequest(messages=user("x"), response_format=schema, max_tokens=8)
+        answer = llm.create_chat_completion(**chat.options(llm))["choices"][0]["message"]["content"]
+        assert json.loads(answer) in (True, False)
+        assert len(parsed) == 4
 
 
 def test_schemas(client: openai.OpenAI) -> None:

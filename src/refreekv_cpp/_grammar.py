@@ -27,15 +27,17 @@ _TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL
 
 
 def check(vocab: Any, grammar: LlamaGrammar | None) -> None:
-    """
+    """Once for a grammar: it remembers that it was found good.
+
     Args:
         vocab: the llama_vocab of the model that the grammar is for.
 
     Raises:
         ValueError: the grammar cannot be used (`make_sampler`).
     """
-    if grammar is not None:
+    if grammar is not None and getattr(grammar, "refreekv_checked_for", None) != vocab:
         llama_cpp.llama_sampler_free(make_sampler(vocab, grammar._grammar, grammar._root))
+        grammar.refreekv_checked_for = vocab  # type: ignore[attr-defined]
 
 
 def make_sampler(vocab: Any, text: str, root: str) -> Any:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from refreekv_cpp._files import check_file
 from refreekv_cpp.default_model import ModelDownloadError, default_model
 
 DEFAULT = "smollm2"
@@ -37,13 +38,13 @@ def resolve(text: str) -> Path:
     if text.startswith("hf:"):
         return _from_hub(text)
     path = Path(text).expanduser()
-    if path.is_file():
-        return path
-    if text.lower() == DEFAULT:
+    if text.lower() == DEFAULT and not path.is_file():
         return default_model()
-    kind = "a folder, not a file" if path.is_dir() else "no such file"
-    hint = "" if path.suffix.lower() == ".gguf" else f"; MODEL must be {VALID}"
-    raise FileNotFoundError(f"{text}: {kind}{hint}")
+    try:
+        return Path(check_file(path))
+    except FileNotFoundError as error:
+        hint = "" if path.suffix.lower() == ".gguf" else f"; MODEL must be {VALID}"
+        raise FileNotFoundError(f"{error}{hint}") from None
 
 
 def _from_hub(text: str) -> Path:

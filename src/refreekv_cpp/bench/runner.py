@@ -6,6 +6,7 @@ What else the machine does then meets all of them alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -18,9 +19,11 @@ from typing import Any
 
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._llama_cpp import python_dir
+from refreekv_cpp.errors import RefreeKVError
 
 WORKER = Path(__file__).parent / "worker.py"
 N_BATCH = 512  # tokens read at a turn; llama-cpp-python's n_batch
+BURST = 8  # tokens decoded at a turn
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,13 @@ class Result:
         }
 
 
+class WorkerError(RefreeKVError):
+    """A contestant's process could not load its model, or ended early."""
+
+
 class Worker:
     def __init__(self, contestant: Contestant, model: Path, n_ctx: int, n_threads: int) -> None:
+        self.name = contestant.name
         spec = {
             "model": str(model),
             "n_ctx": n_ctx,
@@ -128,14 +136,17 @@ class Worker:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a benchmark process ended with {self.process.wait()}")
+            raise WorkerError(f"{self.name}: its process ended with {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name}: {answer['error']}")
         return answer
 
     def ask(self, **command: Any) -> dict[str, Any]:
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # of a process that has ended, which `answer` says
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
@@ -154,19 +165,18 @@ def run(
     n_ctx: int,
     n_threads: int,
     rounds: int = 8,
-    burst: int = 8,
     repeats: int = 1,
 ) -> list[Result]:
     """`repeats` times, each with new processes: every contestant reads `tokens`, batch by batch in turn; then `rounds`
-    bursts of `burst` decoded tokens each, in turn."""
+    bursts of BURST decoded tokens each, in turn."""
     results = [Result(contestant, len(tokens)) for contestant in contestants]
     for _ in range(repeats):
-        _run_once(results, model, tokens, n_ctx=n_ctx, n_threads=n_threads, rounds=rounds, burst=burst)
+        _run_once(results, model, tokens, n_ctx=n_ctx, n_threads=n_threads, rounds=rounds)
     return results
 
 
 def _run_once(
-    results: list[Result], model: Path, tokens: Sequence[int], *, n_ctx: int, n_threads: int, rounds: int, burst: int
+    results: list[Result], model: Path, tokens: Sequence[int], *, n_ctx: int, n_threads: int, rounds: int
 ) -> None:
     workers: list[Worker] = []
     try:
@@ -187,10 +197,10 @@ def _run_once(
             result.prune_s.append(worker.ask(prune=None)["prune_s"])
         for _ in range(rounds):
             for worker, result in pairs:
-                answer = worker.ask(decode=burst)
+                answer = worker.ask(decode=BURST)
                 # the first token after the others' turn finds cold caches
                 result.decode_s += answer["decode_s"][1:]
-                result.n_decoded += burst
+                result.n_decoded += BURST
                 result.n_reused += answer["n_reused"]
                 result.rss, result.rss_peak, result.kv = answer["rss"], answer["rss_peak"], answer["kv"]
     finally:

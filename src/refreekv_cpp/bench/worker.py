@@ -13,14 +13,19 @@ Reads commands from stdin, one JSON a line, and answers each with one JSON line 
     {"prefill": [tokens]}   the three together
     {"decode": n}           n tokens after it, greedily
     {"turn": [tokens]}      more tokens of the same conversation, and one decoded after them
+
+Its first line is the answer to none: the model is loaded. Where it cannot be, it is {"error": why}, and the last.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,16 +33,17 @@ import numpy as np
 NO_FAULTS = "-no-faults"  # behind the name of a policy: with kv_faults=False
 
 
-def resident_bytes(kind: str = "VmRSS") -> int:
-    """What the process has in memory now; 0 where the system does not say.
+def _load_by_path(path: Path) -> ModuleType:
+    """A module of the package, without the package, which would bring its libllama."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    "RssAnon" leaves out pages of files, such as the weights, which the system may take away and bring back.
-    """
-    try:
-        with open("/proc/self/status") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith(kind)), 0)
-    except OSError:
-        return 0
+
+process = _load_by_path(Path(__file__).parent.parent / "_process.py")
 
 
 def load(spec: dict[str, Any]) -> Any:
@@ -93,7 +99,7 @@ def prune(llm: Any, _: None) -> dict[str, Any]:
 def prefill(llm: Any, tokens: list[int]) -> dict[str, Any]:
     begin(llm, len(tokens))
     seconds = read(llm, tokens)
-    rss = resident_bytes()
+    rss = process.rss()
     kv = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
     return {**seconds, **prune(llm, None), "rss_prompt": rss, "kv_prompt": kv}
 
@@ -143,14 +149,18 @@ COMMANDS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 
 def report(llm: Any, answer: dict[str, Any]) -> None:
     stats = llm.kv_stats.as_dict() if hasattr(llm, "kv_stats") else None
-    resident = {"rss": resident_bytes(), "rss_anon": resident_bytes("RssAnon"), "rss_peak": resident_bytes("VmHWM")}
+    resident = {"rss": process.rss(), "rss_anon": process.rss_anonymous(), "rss_peak": process.rss_peak() or 0}
     print(json.dumps({**answer, **resident, "kv": stats}), flush=True)
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     start = time.perf_counter()
-    llm = load(spec)
+    try:
+        llm = load(spec)
+    except Exception as error:
+        print(json.dumps({"error": str(error) or type(error).__name__}), flush=True)
+        return
     report(llm, {"load_s": time.perf_counter() - start})
     for line in sys.stdin:
         command = json.loads(line)

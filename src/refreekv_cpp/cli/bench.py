@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import llama_cpp
 import typer
-from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.plot import write_plot
-from refreekv_cpp.bench.runner import Contestant, Result, run
+from refreekv_cpp.bench.runner import BURST, Contestant, Result, run
 from refreekv_cpp.bench.worker import NO_FAULTS
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.document import write_document
 from refreekv_cpp.models import resolve
@@ -46,9 +44,9 @@ def bench(
         bool | None,
         typer.Option("--flash-attn/--no-flash-attn", help="Use flash attention.", show_default="one after the other"),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Bursts of decoding per contestant.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="How often all of it is done, with new processes.")] = 1,
+    threads: FixedThreadsOption = 2,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Bursts of decoding per contestant.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="How often all of it is done, with new processes.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per token there (needs matplotlib).")] = None,
 ) -> None:
@@ -61,19 +59,19 @@ def bench(
     settings = [False, True] if flash_attn is None else [flash_attn]
     lengths = lengths_of(tokens)
     # as little room as the run needs: stock allocates all of it
-    contexts = {length: -(-(length + 8 * rounds + 8) // 256) * 256 for length in lengths}
+    contexts = {length: -(-(length + room(rounds)) // 256) * 256 for length in lengths}
+    machine.refuse("type_k", "type_v")
     contestants = [
         contestant for setting in settings for contestant in contestants_of(kv_policy, against, flash_attn=setting)
     ]
     path = resolve(model)
+    text = document_tokens(path, max(lengths), "--tokens")
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=max(contexts.values()), kv_policy="full")
     contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
-
-    text = document_tokens(path, max(lengths))
     bandwidth, n_weights = read_bandwidth(threads), weight_bytes(path)
     results = []
     for length in lengths:
-        common.stderr.print(f"{length} tokens ...", style="dim")
+        common.print_note(f"{length} tokens ...")
         results += run(
             contestants,
             path,
@@ -91,10 +89,9 @@ def bench(
 
     common.print_tables(_speed(results, bound_ms), _memory(results))
     for length in lengths:
-        common.stderr.print(_faster(length, results), style="dim")
-    common.stderr.print(
-        f"bound: {mebibytes(n_weights)} of weights and the cells kept, read once at {bandwidth / 1e9:.1f} GB/s",
-        style="dim",
+        common.print_note(_faster(length, results))
+    common.print_note(
+        f"bound: {mebibytes(n_weights)} of weights and the cells kept, read once at {bandwidth / 1e9:.1f} GB/s"
     )
     if plot:
         write_plot(plot, results, bound_ms)
@@ -105,9 +102,10 @@ def lengths_of(text: str) -> list[int]:
     Raises:
         ValueError: no numbers of tokens, or one of them twice.
     """
-    lengths = [int(length) if length.strip().isdigit() else 0 for length in text.split(",")]
+    words = [word.strip() for word in text.split(",")]
+    lengths = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in words]
     if min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        raise ValueError(f"--tokens {text}: must be different positive numbers, separated by commas")
+        raise ValueError(f"--tokens {text}: must be different positive numbers below 10^9, separated by commas")
     return lengths
 
 
@@ -137,12 +135,21 @@ def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) ->
     return stock + ours
 
 
-def document_tokens(model: Path, n_tokens: int) -> list[int]:
-    """The first tokens of a long document."""
-    with suppress_stdout_stderr(disable=False):
-        llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
-    document = write_document(n_tokens + 64, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
-    tokens: list[int] = llm.tokenize(document.encode())
+def room(rounds: int) -> int:
+    """Tokens of context that `rounds` bursts of decoding need beside a prompt."""
+    return BURST * rounds + 8
+
+
+def document_tokens(model: Path, n_tokens: int, option: str) -> list[int]:
+    """The first tokens of a long document.
+
+    Raises:
+        ValueError: the model was not made for so many, which `option` asks for.
+    """
+    with common.vocabulary(model) as llm:
+        common.check_length(option, n_tokens, llm)
+        document = write_document(n_tokens + 64, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
+        tokens: list[int] = llm.tokenize(document.encode())
     return tokens[:n_tokens]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 from refreekv_cpp.cli import common
@@ -34,6 +35,8 @@ def chat(
 
 def _read_line() -> str | None:
     """What the user typed; None: no more will come."""
+    if sys.stdin is None:  # the program was started with it closed
+        return None
     try:
         return common.whole_text(input("> ")).strip()
     except EOFError:

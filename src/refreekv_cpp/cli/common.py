@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import llama_cpp
 import typer
-from llama_cpp._internals import LlamaModel
 from llama_cpp._utils import suppress_stdout_stderr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from refreekv_cpp import models, native
+from refreekv_cpp import _checks, models, native
 from refreekv_cpp.cli.log import Log
 from refreekv_cpp.errors import RefreeKVError
+from refreekv_cpp.fit import check_model
 from refreekv_cpp.llama import Llama
 
+
+def _console(**options: Any) -> Console:
+    """One that shows text as it is."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 # stdout is the model's text alone
-stderr = Console(stderr=True)
+stderr = _console(stderr=True)
 messages_log = Log(stderr)
 
 
 def print_tables(*tables: Table) -> None:
     """To stdout; wide enough for their columns where no terminal says how wide it is."""
-    console = Console()
+    console = _console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = _console(width=160)
     console.print(*tables)
 
 
@@ -55,9 +62,15 @@ FlashAttnOption = Annotated[
         show_default="by policy and backend",
     ),
 ]
+_MAX_THREADS = _checks._INTEGERS["n_threads"].high
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=_PANEL, help="CPU threads.", show_default="by the number of cores")
+    int | None,
+    typer.Option(
+        min=1, max=_MAX_THREADS, rich_help_panel=_PANEL, help="CPU threads.", show_default="by the number of cores"
+    ),
 ]
+# where figures are compared, which should not depend on the machine
+FixedThreadsOption = Annotated[int, typer.Option(min=1, max=_MAX_THREADS, help="CPU threads.")]
 OtherOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -155,23 +168,36 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
     with messages_log.held(), suppress_stdout_stderr(disable=verbose):
         try:
             return ReadingLlama(str(model), **{**options, "verbose": verbose})
-        except TypeError as error:  # an option of --option that nothing has checked
+        except (TypeError, AttributeError, ctypes.ArgumentError) as error:  # a value of --option that nothing checks
             raise ValueError(f"an option has a value of a wrong kind: {error}") from error
 
 
-def load_without_weights(model: Path) -> LlamaModel:
-    """llama.cpp reads the metadata, and allocates nothing for the tensors."""
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+@contextmanager
+def vocabulary(model: Path) -> Iterator[llama_cpp.Llama]:
+    """The model without weights and context, which turns text into tokens.
+
+    Raises:
+        ValueError: it is no model.
+    """
+    check_model(model)
     with suppress_stdout_stderr(disable=False):
-        llama_cpp.llama_backend_init()
-        return LlamaModel(path_model=str(model), params=params, verbose=False)
+        llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
+    with closing(llm):
+        yield llm
 
 
-def check_file(model: Path) -> None:
-    if not model.is_file():
-        raise FileNotFoundError(f"{model}: no such file")
+def check_length(option: str, n_tokens: int, vocabulary: llama_cpp.Llama) -> None:
+    """
+    Args:
+        option: of the command line, which asks for a text of so many tokens.
+
+    Raises:
+        ValueError: they are more than the model was made for.
+    """
+    architecture = vocabulary.metadata.get("general.architecture", "")
+    most = int(vocabulary.metadata.get(f"{architecture}.context_length", n_tokens))
+    if n_tokens > most:
+        raise ValueError(f"{option} {n_tokens}: must be at most {most}, which the model was made for")
 
 
 def messages(system: str | None, user: str | None = None) -> list[Any]:
@@ -209,11 +235,15 @@ def print_receipt(llm: Llama) -> None:
 
 def print_note(text: str) -> None:
     """What a user may want to know and did not ask for."""
-    stderr.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(text, style="dim", soft_wrap=True)
+
+
+def print_warning(error: Exception) -> None:
+    stderr.print(str(error), style="yellow", soft_wrap=True)
 
 
 def print_error(error: Exception | str) -> None:
-    stderr.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(str(error), style="red", soft_wrap=True)
 
 
 @contextmanager

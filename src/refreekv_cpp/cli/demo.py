@@ -38,10 +38,9 @@ def demo(
 ) -> None:
     """Find a fact in a long document, with the full KV cache and with a pruned one, side by side."""
     path = models.resolve(model)
-    common.stderr.print(
-        f"A document of {tokens} tokens says after a tenth of it: {FACT}\nQuestion: {QUESTION}",
-        highlight=False,
-    )
+    with common.vocabulary(path) as vocabulary:
+        common.check_length("--tokens", tokens, vocabulary)
+    common.stderr.print(f"A document of {tokens} tokens says after a tenth of it: {FACT}\nQuestion: {QUESTION}")
     # the layers that fit with the full cache fit with the other, too
     full = options.llama_options(path, n_ctx=tokens + _ROOM, kv_policy="full", kv_memory_limit=None)
     pruned = {**full, "kv_policy": options.kv_policy, "kv_memory_limit": options.kv_memory_limit}
@@ -51,7 +50,7 @@ def demo(
 
 
 def _answer(path: Path, policy: str, tokens: int, options: dict[str, Any]) -> Result:
-    common.stderr.print(f"{policy} ...", style="dim")
+    common.print_note(f"{policy} ...")
     with closing(common.load(path, options)) as llm:
         document = write_document(tokens, lambda text: len(llm.tokenize(text.encode(), add_bos=False)))
         messages = common.messages(None, f"{document}\n\n{QUESTION}")

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
-import llama_cpp
 import typer
-from llama_cpp._utils import suppress_stdout_stderr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refreekv_cpp._figure import have_matplotlib
@@ -63,24 +60,25 @@ def evaluate(
         raise ValueError(f"--question {question}: must be one of {', '.join(_MODES)}")
     names = list(GENERATORS) if generators is None and data is None else _names(generators or "")
     check_names(names)
-    sizes = [_number(text, "--lengths", 16, 2**20) for text in _names(lengths)]
+    sizes = [int(_number(text, "--lengths", 16, 2**20)) for text in _names(lengths)]
     places = [_number(text, "--depths", 0, 1) for text in _names(depths)]
+    machine.refuse("kv_elastic", "kv_faults", "type_k", "type_v")
     path = resolve(model)
     written = of_datasets(read_items(data), _names(datasets)) if data else []
 
-    with suppress_stdout_stderr(disable=False):
-        vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    with closing(vocabulary):
+    with common.vocabulary(path) as vocabulary:
+        for size in sizes:
+            common.check_length("--lengths", size, vocabulary)
         prompter = Prompter(vocabulary, template=template)
 
         def fits(item: Item) -> bool:
             return min_tokens <= prompter.prompt(item).n_tokens <= max_tokens
 
-        made_up = generate(names, [int(size) for size in sizes], places, prompter.count, seed=seed)
+        made_up = generate(names, sizes, places, prompter.count, seed=seed)
         chosen = [*draw(list(filter(fits, written)), items, seed=seed), *filter(fits, made_up)]
         tasks = [Task(item, prompter.prompt(item)) for item in chosen]
-    if not tasks:
-        raise ValueError(f"none of {len(written) + len(made_up)} items has {min_tokens} to {max_tokens} tokens")
+        if not tasks:
+            raise ValueError(f"none of {len(written) + len(made_up)} items has {min_tokens} to {max_tokens} tokens")
     settings = Settings(
         n_continuation=continuation,
         n_threads=machine.threads,
@@ -91,11 +89,7 @@ def evaluate(
         seed=seed,
     )
     run = Run(out, path, tasks, specs, _MODES[question], settings)
-    common.stderr.print(
-        f"{len(tasks)} items, {len(specs)} caches; {run.n_done} records are there, {len(run.jobs)} to do",
-        style="dim",
-        highlight=False,
-    )
+    common.print_note(f"{len(tasks)} items, {len(specs)} caches; {run.n_done} records are there, {len(run.jobs)} to do")
     _go(run)
     _report(out)
 
@@ -121,7 +115,7 @@ def _go(run: Run) -> None:
 def _report(folder: Path) -> None:
     print(write_report(folder))
     paths = [folder / REPORT, *(write_plots(folder) if have_matplotlib() else [])]
-    common.stderr.print("written: " + ", ".join(map(str, paths)), style="dim", highlight=False, soft_wrap=True)
+    common.print_note("written: " + ", ".join(map(str, paths)))
 
 
 def _names(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -7,8 +8,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from refreekv_cpp._files import check_file
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.eval.evicted import rank_correlation, study
 from refreekv_cpp.models import resolve
@@ -24,17 +26,21 @@ def evicted(
     kv_policy: Annotated[str, typer.Option(help="A policy that looks at attention.")] = "refreekv",
     tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt.")] = 4096,
     answer: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 48,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: FixedThreadsOption = 2,
 ) -> None:
     """What evicted cells would have drawn of an answer's attention, and whether that says how far the answer is off."""
-    common.check_file(text)
+    check_file(text)
+    policy = as_policy(kv_policy)
+    machine.refuse("kv_faults")
     path = resolve(model)
-    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=as_policy(kv_policy), kv_faults=False)
-    llm = common.load(path, options)
-    prompt = llm.tokenize(text.read_bytes())[:tokens]
+    with common.vocabulary(path) as vocabulary:
+        common.check_length("--tokens", tokens, vocabulary)
+        prompt = vocabulary.tokenize(text.read_bytes())[:tokens]
     if len(prompt) < tokens:
         raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")
-    result = study(llm, prompt, answer)
+    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=policy, kv_faults=False)
+    with closing(common.load(path, options)) as llm:
+        result = study(llm, prompt, answer)
     table = Table("known of the evicted", "their part, mean", "wrong by, mean", "rank correlation with KL")
     truth = next(iter(result.mass.values()))
     for name, mass in result.mass.items():
@@ -45,7 +51,6 @@ def evicted(
             f"{rank_correlation(mass.mean(axis=1), result.kl):.2f}",
         )
     common.print_tables(table)
-    common.stderr.print(
-        f"{len(prompt)} tokens, {result.budget:.0%} kept; KL mean {result.kl.mean():.2g}, most {result.kl.max():.2g}",
-        style="dim",
+    common.print_note(
+        f"{len(prompt)} tokens, {result.budget:.0%} kept; KL mean {result.kl.mean():.2g}, most {result.kl.max():.2g}"
     )

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import llama_cpp
 import typer
-from llama_cpp._internals import LlamaContext, LlamaModel
-from llama_cpp._utils import suppress_stdout_stderr
 from rich.table import Table
 from rich.text import Text
 
-from refreekv_cpp import native
+from refreekv_cpp import fit, native
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
@@ -41,13 +38,14 @@ def info(
     """What a model's KV cache needs, and whether it can have a KV policy."""
     types = _type(type_k), _type(type_v)
     table = Table(show_header=False)
-    with closing(common.load_without_weights(resolve(model))) as loaded:
-        metadata = loaded.metadata()
+    path = resolve(model)
+    with fit.opened(path, kv_policy="full", type_k=types[0], type_v=types[1], n_gpu_layers=0) as loaded:
+        n_train = loaded._model.n_ctx_train()
         for name, value in [
-            ("architecture", metadata.get("general.architecture", "?")),
-            ("name", metadata.get("general.name", "?")),
-            ("trained context", f"{loaded.n_ctx_train()} tokens"),
-            *_cache_rows(loaded, _read_cache(loaded, n_ctx, *types)),
+            ("architecture", loaded.metadata.get("general.architecture", "?")),
+            ("name", loaded.metadata.get("general.name", "?")),
+            ("trained context", f"{n_train} tokens"),
+            *_cache_rows(loaded, _read_cache(loaded, n_ctx or n_train)),
         ]:
             table.add_row(name, Text(value))
         refusal = native.model_refusal(loaded.model)
@@ -55,30 +53,25 @@ def info(
     common.print_tables(table)
 
 
-def _read_cache(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> Cache | None:
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = n_ctx
-    params.type_k = type_k
-    params.type_v = type_v
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    with suppress_stdout_stderr(disable=False):
-        ctx = LlamaContext(model=model, params=params, verbose=False)
-    try:
-        stats = native.stats(ctx.ctx)
-    except CacheStateError:  # an encoder has no memory
-        return None
-    groups = [native.group(ctx.ctx, i) for i in range(stats.n_group)]
+def _read_cache(llm: fit.Unallocated, n_ctx: int) -> Cache | None:
+    with fit.context(llm, n_ctx) as ctx:
+        try:
+            stats = native.stats(ctx)
+        except CacheStateError:  # an encoder has no memory
+            return None
+        groups = [native.group(ctx, i) for i in range(stats.n_group)]
+        n_cells = int(llama_cpp.llama_n_ctx(ctx))
     # some models have layers without attention, which hold no bytes
     return Cache(
-        n_ctx=ctx.n_ctx(),
+        n_ctx=n_cells,
         bytes=stats.bytes,
         bytes_other=stats.bytes_other,
         groups=tuple(group for group in groups if group.n_head_kv > 0),
     )
 
 
-def _cache_rows(model: LlamaModel, cache: Cache | None) -> Iterator[tuple[str, str]]:
-    n_layer = llama_cpp.llama_model_n_layer(model.model)
+def _cache_rows(llm: fit.Unallocated, cache: Cache | None) -> Iterator[tuple[str, str]]:
+    n_layer = llama_cpp.llama_model_n_layer(llm.model)
     if cache is None:
         yield "layers", f"{n_layer}, none with a KV cache"
         return

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from rich.console import Console
 
 _logger = logging.getLogger("refreekv_cpp")
+_choices = logging.getLogger("refreekv_cpp.fit")
 
 
 class Log(logging.Handler):
-    """Prints what the loggers of this package say: warnings, and all else when it is verbose."""
+    """Prints what the loggers of this package say: warnings, and what was chosen; all of it when verbose."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -23,6 +24,7 @@ class Log(logging.Handler):
         """From now on; once or more often."""
         _logger.addHandler(self)
         _logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+        _choices.setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def is_verbose(self) -> bool:
         return _logger.isEnabledFor(logging.DEBUG)
@@ -32,7 +34,7 @@ class Log(logging.Handler):
             self._held.append(record)
             return
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(self.format(record), style=style, soft_wrap=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -9,14 +9,16 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from refreekv_cpp import fit
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.runner import Contestant, Result, Worker, run
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.bench import contestants_of, document_tokens
-from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.bench import contestants_of, document_tokens, room
+from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.models import resolve
 
+_ROUNDS = 8
 _TURNS = 20
 _TURN_TOKENS = 100
 
@@ -35,17 +37,21 @@ def memory(
     tokens: Annotated[int, typer.Option(min=512, help="Length of the prompt.")] = 7000,
     n_ctx: Annotated[int, typer.Option(min=512, help="Tokens of context.")] = 8192,
     prompts: Annotated[int, typer.Option(min=0, help="Then read so many prompts of random length in one process.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: FixedThreadsOption = 2,
 ) -> None:
     """Memory of the whole process, and the time of a decoded token: stock and policies side by side, each in a process
     of its own. All of them use flash attention."""
     contestants = contestants_of(kv_policy, against, flash_attn=True)
+    machine.refuse("type_k", "type_v")
+    if tokens + room(_ROUNDS) > n_ctx:
+        raise ValueError(f"--tokens {tokens}: must be at most {n_ctx - room(_ROUNDS)} with --n-ctx {n_ctx}")
+    fit.check_n_ctx(n_ctx)
     path = resolve(model)
+    text = document_tokens(path, tokens, "--tokens")
     n_gpu_layers = machine.n_gpu_layers(path, n_ctx=n_ctx, kv_policy="full")
     contestants = [replace(each, n_gpu_layers=n_gpu_layers, options=machine.others) for each in contestants]
-    text = document_tokens(path, tokens)
-    common.stderr.print(f"{len(text)} tokens, n_ctx {n_ctx} ...", style="dim")
-    results = run(contestants, path, text, n_ctx=n_ctx, n_threads=threads)
+    common.print_note(f"{len(text)} tokens, n_ctx {n_ctx} ...")
+    results = run(contestants, path, text, n_ctx=n_ctx, n_threads=threads, rounds=_ROUNDS)
     common.print_tables(_processes(results))
     if prompts:
         drift = Table("cache", "conversations", "RSS", "of it anonymous", "KV bytes after the same prompt")

@@ -13,16 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import llama_cpp
-
-from refreekv_cpp import fit
-from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp import _option_text, fit
+from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
 from refreekv_cpp._options import Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp._units import parse_bytes
@@ -37,7 +34,6 @@ from refreekv_cpp.cli.common import (
     PolicyOption,
     ThreadsOption,
 )
-from refreekv_cpp.llama import Llama
 from refreekv_cpp.policies import as_policy
 
 # the options of `Llama` that commands have by another name, or decide themselves
@@ -52,61 +48,35 @@ _OWN_NAMES = {
     "kv_memory_limit": "--kv-memory-limit",
     "verbose": "refreekv --verbose",
 }
-_OBJECTS = ("chat_handler", "draft_model", "tokenizer")  # cannot be written as text
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
-
-
-def _llama_options() -> dict[str, inspect.Parameter]:
-    """Those that --option takes."""
-    parameters = {
-        **inspect.signature(llama_cpp.Llama.__init__).parameters,
-        **inspect.signature(Llama.__init__).parameters,
-    }
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in (*_OWN_NAMES, *_OBJECTS)
-    }
+# a model with these cannot answer
+_NO_ANSWERS = ("embedding", "vocab_only")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE of --option. The value is JSON where it can be read as that, and text otherwise.
+    """NAME=VALUE of --option.
 
     Raises:
-        ValueError: it is not NAME=VALUE, there is no such option, or the value is of another kind.
+        ValueError: it is not NAME=VALUE, there is no such option, or the value is not valid.
     """
-    name, equals, value_text = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals:
-        raise ValueError(f"--option {text}: must be NAME=VALUE")
+    name, value = _option_text.parse(text)
     if name in _OWN_NAMES:
         raise ValueError(f"--option {name}: use {_OWN_NAMES[name]} where the command has it")
-    known = _llama_options()
-    if name not in known:
-        why = "cannot be written as text" if name in _OBJECTS else "there is no such option of Llama"
-        raise ValueError(f"--option {name}: {why}{did_you_mean(name, known)}")
-    value: Any
-    if name in ("type_k", "type_v") and value_text in CACHE_TYPES:
-        value = CACHE_TYPES[value_text]
-    elif value_text in _PYTHON_WORDS:
-        value = _PYTHON_WORDS[value_text]
-    else:
-        try:
-            value = json.loads(value_text)
-        except ValueError:
-            value = value_text
-    kind = int if name in ("type_k", "type_v") else type(known[name].default)
-    allowed = {bool: (bool,), int: (int,), float: (int, float)}.get(kind)
-    if allowed and not (isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))):
-        what = f"one of {', '.join(CACHE_TYPES)}" if name in ("type_k", "type_v") else _KINDS[kind]
-        raise ValueError(f"--option {text}: must be {what}")
+    if name not in LLAMA_OPTIONS:
+        raise ValueError(f"--option {name}: there is no such option of Llama{did_you_mean(name, LLAMA_OPTIONS)}")
+    if name in OBJECTS:
+        raise ValueError(f"--option {name}: cannot be written as text")
+    if name in _NO_ANSWERS and value:
+        raise ValueError(f"--option {text}: the commands need a model that answers")
+    try:
+        _option_text.check(name, value)
+    except ValueError as error:
+        raise ValueError(f"--option {text}: {str(error).partition(': ')[2]}") from None
     return name, value
 
 
 def _check_number(option: str, text: str, words: tuple[str, ...]) -> None:
-    if text not in words and not text.isdecimal():
-        raise ValueError(f"{option} {text}: must be {', '.join(words)} or a number")
+    if text not in words and not (text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
+        raise ValueError(f"{option} {text}: must be {', '.join(words)} or a number below 2^31")
 
 
 @dataclass(frozen=True)
@@ -131,15 +101,29 @@ class MachineOptions:
         """What --option says."""
         return dict(parse_option(text) for text in self.option or [])
 
+    def refuse(self, *names: str) -> None:
+        """
+        Raises:
+            ValueError: --option says one of these, which the command decides itself.
+        """
+        if given := next((name for name in names if name in self.others), None):
+            raise ValueError(f"--option {given}: this command sets it itself")
+
     def llama_options(self, model: Path, **own: Any) -> dict[str, Any]:
-        """The options of `Llama` for a model. `own`: those that the command itself decides, such as n_ctx."""
+        """The options of `Llama` for a model. `own`: those that the command itself decides, such as n_ctx.
+
+        Raises:
+            ValueError: --option says one of those, too.
+        """
+        self.refuse(*own)
+        fit.check_n_ctx(own.get("n_ctx", 0))
         options = {**self.machine, **own}
         return {**options, "n_gpu_layers": self.n_gpu_layers(model, **options)}
 
     @property
     def machine(self) -> dict[str, Any]:
         """The options of `Llama` that do not depend on the model."""
-        layers = {} if self.gpu_layers == "auto" else {"n_gpu_layers": self.asked_layers}
+        layers = {} if self.gpu_layers == "auto" else {"n_gpu_layers": fit.layers_number(self.gpu_layers)}
         return {
             "flash_attn": "auto" if self.flash_attn is None else self.flash_attn,
             "n_threads": self.threads,
@@ -148,22 +132,9 @@ class MachineOptions:
             **self.others,
         }
 
-    @property
-    def asked_layers(self) -> int:
-        return -1 if self.gpu_layers == "all" else int(self.gpu_layers)
-
     def n_gpu_layers(self, model: Path, **options: Any) -> int:
         """What --gpu-layers says, as `Llama` wants it; what was chosen is printed. `options`: of `Llama`, to fit by."""
-        if self.gpu_layers == "auto":
-            n_layers = fit.gpu_layers(model, **options)
-            number = "all" if n_layers < 0 else str(n_layers)
-            why = "as many as fit" if llama_cpp.llama_supports_gpu_offload() else "this build has no GPU backend"
-            common.print_note(f"GPU layers: {number} ({why})")
-            return n_layers
-        n_layers = self.asked_layers
-        if n_layers and not llama_cpp.llama_supports_gpu_offload():
-            common.print_note(f"--gpu-layers {self.gpu_layers}: this build has no GPU backend, the CPU computes all")
-        return n_layers
+        return fit.chosen_layers(self.gpu_layers, model, **options)
 
 
 @dataclass(frozen=True)
@@ -199,11 +170,8 @@ class LoadOptions(MachineOptions):
         return super().llama_options(model, **options)
 
     def load(self, model: Path) -> common.ReadingLlama:
-        """The model, ready to read a prompt; a context that is shorter than the model's own is printed."""
-        llm = common.load(model, self.llama_options(model))
-        if self.n_ctx == "auto" and llm.n_ctx() < (most := llm._model.n_ctx_train()):
-            common.print_note(f"context: {llm.n_ctx()} of the model's {most} tokens (--n-ctx)")
-        return llm
+        """The model, ready to read a prompt."""
+        return common.load(model, self.llama_options(model))
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:

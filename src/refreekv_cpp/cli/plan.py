@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +33,6 @@ class Cache:
     title: str
     low: Needs
     high: Needs
-    cold: tuple[int, int] = (0, 0)
 
 
 @common.user_errors()
@@ -51,7 +52,7 @@ def plan(
         llama_options = options.llama_options(path)
         policy = _measure(path, llama_options, tokens)
     except UnsupportedModelError as error:
-        common.stderr.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        common.print_warning(error)
         options = dataclasses.replace(options, kv_policy="full", kv_memory_limit=None)
         llama_options = options.llama_options(path)
         policy = _measure(path, llama_options, tokens)
@@ -59,7 +60,7 @@ def plan(
     caches = list(_caches(path, llama_options, tokens, policy))
     base = fit.base_bytes(path, policy.n_ctx)
     with fit.opened(path, **llama_options) as llm:
-        largest = fit.largest_n_ctx(llm, max(policy.n_ctx_train, policy.n_ctx) // 256 * 256)
+        largest = fit.largest_n_ctx(llm, max(policy.n_ctx_train, policy.n_ctx) // 256 * 256, base)
 
     common.print_tables(_needs_table(caches, base, policy), _machine_table(policy, base))
     _print_advice(model, options, policy, largest, llama_options["n_gpu_layers"])
@@ -88,8 +89,7 @@ def _caches(path: Path, llama_options: dict[str, Any], tokens: int | None, polic
     kept = policy.kept()
     shares = kept or (0.0, 1.0)
     low, high = (policy.settled(share) for share in shares)
-    cold = (policy.cold_bytes(shares[1]), policy.cold_bytes(shares[0]))
-    yield Cache(f"{name}, settled" + ("" if kept else " (by the text)"), low, high, cold)
+    yield Cache(f"{name}, settled" + ("" if kept else " (by the text)"), low, high)
 
 
 def _needs_table(caches: list[Cache], base: int, policy: Needs) -> Table:
@@ -103,9 +103,9 @@ def _needs_table(caches: list[Cache], base: int, policy: Needs) -> Table:
         column.justify = "right"
 
     def add(name: str, value: Callable[[Needs], int], *, always: bool = True) -> None:
-        pairs = [(value(cache.low), value(cache.high)) for cache in caches]
+        pairs = [sorted((value(cache.low), value(cache.high))) for cache in caches]
         if always or any(high for _, high in pairs):
-            table.add_row(name, *(_between(*pair) for pair in pairs))
+            table.add_row(name, *(_between(low, high) for low, high in pairs))
 
     add("weights", lambda needs: sum(device.weights for device in needs.devices))
     add("weights, copied for the CPU's kernels", lambda needs: needs.host.repacked, always=False)
@@ -113,9 +113,8 @@ def _needs_table(caches: list[Cache], base: int, policy: Needs) -> Table:
     add("compute buffers, reserved", lambda needs: needs.compute)
     add("compute buffers and scratch memory, used", _compute_used)
     table.add_row("Python, libraries, vocabulary", *(mebibytes(base) for _ in caches))
-    if any(cache.cold[1] for cache in caches):
-        where = "in memory" if policy.cold == "memory" else "on disk"
-        table.add_row(f"evicted rows, {where}", *(_between(*c.cold) if c.cold[1] else "-" for c in caches))
+    where = "in memory" if policy.cold == "memory" else "on disk"
+    add(f"evicted rows, {where}", lambda needs: needs.cold_bytes, always=False)
     table.add_section()
     add("process, resident (RAM)", lambda needs: fit.process_bytes(needs, base))
     for i, device in enumerate(policy.devices[:-1]):
@@ -147,12 +146,12 @@ def _machine_table(policy: Needs, base: int) -> Table:
         table.add_row(Text(name), mebibytes(total), mebibytes(free), mebibytes(needed), answer)
 
     for device in policy.devices:
-        needed = fit.process_bytes(policy, base) if device.is_host else device.bytes
-        fits = needed == 0 or fit.excess(device) <= 0
+        needed = fit.needed_bytes(policy, device, base)
+        fits = fit.missing_bytes(policy, device, base) <= 0
         add("RAM" if device.is_host else _gpu_name(device), device.total, device.free, needed, fits)
     if policy.cold == "file" and (folder := policy.cold_dir):
         usage = shutil.disk_usage(folder)
-        needed = policy.cold_bytes(0.0)
+        needed = policy.settled(0.0).cold_bytes
         add(f"disk of {folder}", usage.total, usage.free, needed, needed <= usage.free)
     return table
 
@@ -179,4 +178,9 @@ def _print_advice(model: str, options: LoadOptions, policy: Needs, largest: int,
         command += ["--threads", str(options.threads)]
     for option in options.option or []:
         command += ["--option", option]
-    print(shlex.join(command))
+    print(quoted(command))
+
+
+def quoted(command: list[str], platform: str = sys.platform) -> str:
+    """For this system's shell."""
+    return subprocess.list2cmdline(command) if platform == "win32" else shlex.join(command)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refreekv_cpp._files import check_file
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, RawOption, SystemOption, TemperatureOption
 from refreekv_cpp.cli.options import LoadOptions, takes_options
@@ -50,7 +51,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         text = prompt
     elif file is not None:
         text = _read_text(file)
-    elif sys.stdin.isatty():
+    elif sys.stdin is None or sys.stdin.isatty():  # None: the program was started with stdin closed
         raise ValueError("no prompt: use --prompt or --file, or pipe it in")
     else:
         text = sys.stdin.read()
@@ -60,7 +61,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _read_text(file: Path) -> str:
-    common.check_file(file)
+    check_file(file)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

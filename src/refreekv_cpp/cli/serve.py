@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 import typer
 
+from refreekv_cpp import _option_text
 from refreekv_cpp._extras import needs_extra
 from refreekv_cpp.cli import common
 
 _DESCRIPTION = """Serve models over HTTP with OpenAI's API: llama-cpp-python's server, with a KV policy for each model.
 Options can be written with - or _, or as environment variables (MODEL, PORT, ...)."""
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}
 _SWITCHES = ("auto", "true", "false", "1", "0", "on", "off", "t", "f", "y", "n", "yes", "no")
 
 
@@ -40,9 +39,7 @@ def serve(context: typer.Context) -> None:
 
 def _settings(args: list[str]) -> tuple[Any, list[Any]]:
     """The ServerSettings, and the ModelSettings of each model."""
-    from llama_cpp.server.settings import ServerSettings
-
-    from refreekv_cpp.server.settings import ModelSettings, read_config_file
+    from refreekv_cpp.server.settings import ModelSettings, ServerSettings, read_config_file
 
     given = _given(args)
     config_file = given.pop("config_file", None)
@@ -52,8 +49,8 @@ def _settings(args: list[str]) -> tuple[Any, list[Any]]:
         if model:
             others = ", ".join(f"--{name}" for name in model)
             raise ValueError(f"{others}: with --config_file, the models in it have these settings")
-        config = read_config_file(config_file)
-        return config.model_copy(update=server), config.models
+        config = read_config_file(config_file, **server)
+        return config, config.models
     return ServerSettings(**server), [ModelSettings(**model)]
 
 
@@ -95,7 +92,7 @@ def _given(args: list[str]) -> dict[str, Any]:
     if threads := given.pop("threads", None):
         given = {"n_threads": threads, "n_threads_batch": threads, **given}
     options = given.pop("option", [])
-    return {**given, **dict(map(_parse_option, options))}
+    return {**given, **dict(map(_option_text.parse, options))}
 
 
 def _spelled(args: list[str]) -> list[str]:
@@ -105,17 +102,3 @@ def _spelled(args: list[str]) -> list[str]:
         if arg == "--flash_attn" and (i + 1 == len(spelled) or spelled[i + 1].lower() not in _SWITCHES):
             spelled[i] = "--flash_attn=true"
     return spelled
-
-
-def _parse_option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value is JSON or one of Python's words where it can be read as that, and text otherwise."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError(f"--option {text}: must be NAME=VALUE")
-    name = name.replace("-", "_")
-    if value in _PYTHON_WORDS:
-        return name, _PYTHON_WORDS[value]
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

@@ -42,7 +42,10 @@ def turns(
         if name not in (*get_args(Evicted), _NO_FAULTS):
             raise ValueError(f"--kv-evicted {name}: must be one of {', '.join(get_args(Evicted))}, {_NO_FAULTS}")
     as_policy(kv_policy)
+    options.refuse("kv_faults", "kv_elastic")
     path = resolve(model)
+    with common.vocabulary(path) as vocabulary:
+        common.check_length("--tokens", tokens, vocabulary)
     n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
     # the layers that fit with the full cache fit with the others, too
     shared = options.llama_options(path, n_ctx=n_ctx, kv_policy=_FULL, kv_elastic=True)

@@ -10,7 +10,6 @@ import llama_cpp
 import llama_cpp.server.app
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from llama_cpp.server.settings import ServerSettings
 from starlette.exceptions import HTTPException
 
 from refreekv_cpp.models import resolve
@@ -25,7 +24,7 @@ from refreekv_cpp.server.requests import (
     EmbeddingRequest,
     TokenizeRequest,
 )
-from refreekv_cpp.server.settings import ModelSettings
+from refreekv_cpp.server.settings import ModelSettings, ServerSettings
 
 # its state is in the module
 upstream: Any = llama_cpp.server.app

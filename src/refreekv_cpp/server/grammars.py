@@ -1,4 +1,4 @@
-"""Grammars of requests, and those that are made of JSON schemas."""
+"""Grammars that are made of the JSON schemas of requests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llama_cpp._internals import LlamaModel
-from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
-
-from refreekv_cpp import _grammar
+from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 # llama-cpp-python writes each repetition of a schema out, item by item
 MAX_REPETITIONS = 4000
@@ -58,11 +55,3 @@ def from_schema(schema: Any) -> str:
         return str(json_schema_to_gbnf(json.dumps(check_schema(schema))))
     except Exception as error:  # it raises all kinds
         raise ValueError(f"there is no grammar for this JSON schema: {error}") from error
-
-
-def check(model: LlamaModel, text: str) -> None:
-    """
-    Raises:
-        ValueError: the grammar cannot be used.
-    """
-    _grammar.check(model.vocab, LlamaGrammar(_grammar=text))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -14,9 +13,10 @@ import llama_cpp.server.settings
 from llama_cpp.server.model import LlamaProxy
 
 from refreekv_cpp import dropin, fit
+from refreekv_cpp._option_text import LLAMA_OPTIONS
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.server.errors import RequestError
-from refreekv_cpp.server.settings import LLAMA_OPTIONS, ModelSettings
+from refreekv_cpp.server.settings import ModelSettings
 
 
 class Interrupted(Exception):
@@ -119,25 +119,27 @@ class Models(LlamaProxy):
                     options["n_batch"] = min(options["n_batch"], options["n_ubatch"])
                 # llama-cpp-python keeps the logits of all tokens for a draft, but makes room for them only with this
                 options["logits_all"] |= options["draft_model"] is not None
-                options["n_gpu_layers"] = gpu_layers(options.pop("n_gpu_layers"), model_path, options)
                 try:
-                    super().__init__(model_path, **options)
-                except (TypeError, ctypes.ArgumentError) as error:
+                    super().__init__(model_path, **fitted(model_path, options))
+                except (TypeError, AttributeError, ctypes.ArgumentError) as error:
                     raise ValueError(f"an option of the model has a value of a wrong kind: {error}") from error
 
         with dropin.replaced_by(Configured):
-            return LlamaProxy.load_llama_from_model_settings(settings)
+            try:
+                return LlamaProxy.load_llama_from_model_settings(settings)
+            except AssertionError as error:  # of a chat format that needs another setting
+                raise ValueError(f"chat_format={settings.chat_format!r}: {error}") from error
 
 
-def gpu_layers(layers: str | int, model_path: str, options: dict[str, Any]) -> int:
-    """How many layers go to the GPU, -1 for all. "auto" are as many as fit, none where the build has no GPU."""
-    if isinstance(layers, int):
-        return layers
-    if layers == "all":
-        return -1
-    if not llama_cpp.llama_supports_gpu_offload():
-        return 0
+def fitted(model_path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model, with numbers in the place of "auto" and "all"."""
     known = {name: value for name, value in options.items() if name in LLAMA_OPTIONS}
-    n_layers = fit.gpu_layers(model_path, **known)
-    print(f"refreekv: {'all' if n_layers == -1 else n_layers} layers of {model_path} go to the GPU", file=sys.stderr)
-    return n_layers
+    layers, n_ctx = known.pop("n_gpu_layers"), known.pop("n_ctx")
+    if options["vocab_only"]:
+        return {**options, "n_gpu_layers": 0, "n_ctx": 512 if n_ctx == "auto" else n_ctx}
+    if n_ctx != "auto":
+        fit.check_n_ctx(n_ctx)
+    layers = fit.chosen_layers(layers, model_path, **known, **({} if n_ctx == "auto" else {"n_ctx": n_ctx}))
+    if n_ctx == "auto":
+        n_ctx = fit.n_ctx(model_path, **known, n_gpu_layers=layers)
+    return {**options, "n_gpu_layers": layers, "n_ctx": n_ctx}

@@ -17,6 +17,7 @@ from llama_cpp.server.types import (
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import NotRequired, Self, TypedDict
 
+from refreekv_cpp import _grammar
 from refreekv_cpp.server import grammars
 from refreekv_cpp.server.errors import RequestError
 from refreekv_cpp.server.models import CountingLlama
@@ -99,8 +100,7 @@ class _GenerationRequest(_Request):
         if self.logit_bias is not None:
             options["logit_bias"] = _biases(llm, self.logit_bias, words=request.logit_bias_type == "tokens")
         if request.grammar is not None:
-            _check_grammar(llm, request.grammar, "grammar")
-            options["grammar"] = LlamaGrammar.from_string(request.grammar)
+            options["grammar"] = _grammar_of(llm, request.grammar, "grammar")
         if request.min_tokens > 0:
             processor = _MinTokens(request.min_tokens, llm.token_eos())
             options["logits_processor"] = llama_cpp.LogitsProcessorList([processor])
@@ -126,7 +126,8 @@ def _biases(llm: CountingLlama, biases: dict[str, float], *, words: bool) -> dic
             for token in llm.tokenize(word.encode(), add_bos=False, special=True)
         }
     for token in biases:
-        if not (token.isascii() and token.isdecimal() and int(token) < llm.n_vocab()):
+        # Python reads numbers of some thousand digits at most
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10 and int(token) < llm.n_vocab()):
             raise RequestError(
                 f"logit_bias: {token!r} must be the number of a token, 0 to {llm.n_vocab() - 1}; with "
                 "logit_bias_type: tokens it can be text",
@@ -135,11 +136,13 @@ def _biases(llm: CountingLlama, biases: dict[str, float], *, words: bool) -> dic
     return biases
 
 
-def _check_grammar(llm: CountingLlama, grammar: str, param: str) -> None:
+def _grammar_of(llm: CountingLlama, text: str, param: str) -> LlamaGrammar:
+    grammar = LlamaGrammar.from_string(text)
     try:
-        grammars.check(llm._model, grammar)
+        _grammar.check(llm._model.vocab, grammar)
     except ValueError as error:
         raise RequestError(f"{param}: {error}", param=param) from error
+    return grammar
 
 
 def _single_prompt(prompt: Any) -> Any:
@@ -298,7 +301,8 @@ class ChatCompletionRequest(_GenerationRequest, CreateChatCompletionRequest):
                 grammar = grammars.from_schema(self.response_format["schema"])
             except ValueError as error:
                 raise RequestError(f"response_format: {error}", param="response_format") from error
-            _check_grammar(llm, grammar, "response_format")
+            # what llama-cpp-python would make of the schema
+            options |= {"grammar": _grammar_of(llm, grammar, "response_format"), "response_format": None}
         if self.tool_choice == "required" and self.tools and llm.chat_format == "chatml-function-calling":
             if len(self.tools) > 1:
                 raise RequestError(

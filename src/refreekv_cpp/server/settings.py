@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,26 +9,17 @@ from pathlib import Path
 # argparse takes its types from these annotations (llama_cpp.server.cli), and does not know `X | None`
 from typing import Any, Literal, Optional, Union
 
-import llama_cpp as upstream_llama
 import llama_cpp.server.settings as upstream
 import yaml
-from llama_cpp.server.settings import ServerSettings
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 from typing_extensions import Annotated, Self  # noqa: UP035
 
-from refreekv_cpp import _options, faults
+from refreekv_cpp import _checks, _option_text, _options, faults
 from refreekv_cpp._cache_types import CACHE_TYPES
+from refreekv_cpp._files import check_file
+from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.llama import Llama
-
-# those of Llama that a file or a command line can say, besides the fields below
-LLAMA_OPTIONS = {
-    name
-    for function in (upstream_llama.Llama.__init__, Llama.__init__)
-    for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-} - {"chat_handler", "tokenizer"}
 
 _KV_OPTIONS = (
     "kv_policy",
@@ -45,14 +35,22 @@ _KV_OPTIONS = (
 )
 
 
-def _as_layers(value: Any) -> Any:
+def _as_number(value: Any, *words: str, least: int = 0, what: str) -> Any:
     try:
-        layers = value if value in ("auto", "all") else int(value)
+        number = value if value in words else int(value)
     except (TypeError, ValueError):
-        layers = -2
-    if isinstance(layers, int) and layers < -1:
-        raise ValueError("must be auto, all or a number of layers")
-    return layers
+        number = least - 1
+    if isinstance(number, int) and number < least:
+        raise ValueError(f"must be {', '.join(words)} or a number of {what}")
+    return number
+
+
+def _as_layers(value: Any) -> Any:
+    return _as_number(value, "auto", "all", least=-1, what="layers")
+
+
+def _as_n_ctx(value: Any) -> Any:
+    return _as_number(value, "auto", what="tokens")
 
 
 def _as_switch(value: Any) -> Any:
@@ -96,6 +94,11 @@ class ModelSettings(upstream.ModelSettings):
     n_gpu_layers: Annotated[Union[str, int], BeforeValidator(_as_layers)] = Field(  # type: ignore[assignment]  # noqa: UP007
         default="auto",
         description="Layers on the GPU: auto (as many as fit; 0 in a build without GPU), all (also -1), or a number.",
+    )
+    n_ctx: Annotated[Union[str, int], BeforeValidator(_as_n_ctx)] = Field(  # type: ignore[assignment]  # noqa: UP007
+        default="auto",
+        description="Tokens of context: a number, or auto (what fits, 32768 at most). 0 is as many as the model was "
+        "made for.",
     )
     flash_attn: Annotated[Union[str, bool], BeforeValidator(_as_switch)] = Field(  # type: ignore[assignment]  # noqa: UP007
         default="auto", description="Flash attention: true, false or auto."
@@ -148,9 +151,11 @@ class ModelSettings(upstream.ModelSettings):
     @classmethod
     def _check_names(cls, values: Any) -> Any:
         for name in values:
-            if name not in cls.model_fields and name not in LLAMA_OPTIONS:
-                known = sorted({*ModelSettings.model_fields, *LLAMA_OPTIONS})
-                raise ValueError(f"{name}: unknown setting{did_you_mean(name, known)}")
+            if name not in cls.model_fields:
+                if name not in LLAMA_OPTIONS - OBJECTS:
+                    known = sorted({*ModelSettings.model_fields, *(LLAMA_OPTIONS - OBJECTS)})
+                    raise ValueError(f"{name}: unknown setting{did_you_mean(name, known)}")
+                _option_text.check(name, values[name])
         for name in ("n_threads", "n_threads_batch"):
             if values.get(name) == "-1":
                 values[name] = -1  # upstream compares it with the number
@@ -173,9 +178,39 @@ class ModelSettings(upstream.ModelSettings):
         faults.check(self.kv_faults, self.kv_evicted)
         return self
 
+    @model_validator(mode="after")
+    def _check_llama_options(self) -> Self:
+        values = {name: value for name, value in self if name in LLAMA_OPTIONS and value not in ("auto", "all")}
+        _checks.check_options(values)
+        return self
+
+    @model_validator(mode="after")
+    def _check_chat_format(self) -> Self:
+        others = (self.clip_model_path, self.hf_tokenizer_config_path, self.hf_pretrained_model_name_or_path)
+        if self.chat_format is not None and others == (None, None, None):  # with these it has further names
+            _option_text.check_chat_format(self.chat_format)
+        return self
+
     def llama_options(self) -> dict[str, Any]:
         """Arguments of `Llama` that upstream's proxy does not pass, by name."""
         return {**{name: getattr(self, name) for name in _KV_OPTIONS}, **(self.model_extra or {})}
+
+
+class ServerSettings(upstream.ServerSettings):
+    """What to serve with."""
+
+    port: int = Field(default=8000, ge=0, le=65535, description="Listen port; 0 is any that is free.")
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        for path in filter(None, (self.ssl_keyfile, self.ssl_certfile)):
+            try:
+                check_file(path)
+            except FileNotFoundError as error:
+                raise ValueError(str(error)) from None
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile: needs ssl_certfile, too")
+        return self
 
 
 class Settings(ServerSettings, ModelSettings):
@@ -188,8 +223,8 @@ class ConfigFileSettings(ServerSettings):
     models: list[ModelSettings] = Field(min_length=1, description="The first one is loaded at the start.")
 
 
-def read_config_file(path: Path) -> ConfigFileSettings:
-    """A configuration file, YAML by its name (.yaml, .yml) or JSON.
+def read_config_file(path: Path, **server: Any) -> ConfigFileSettings:
+    """A configuration file, YAML by its name (.yaml, .yml) or JSON. server: settings in the place of those in it.
 
     Raises:
         OSError: it cannot be read.
@@ -198,6 +233,8 @@ def read_config_file(path: Path) -> ConfigFileSettings:
     text = path.read_text(encoding="utf-8")
     try:
         settings = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        if isinstance(settings, dict):
+            settings |= server
         return ConfigFileSettings.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error.errors())}") from None
