@@ -28,8 +28,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"n_ubatch": -1}, "n_ubatch=-1: must be"),
     ({"n_ctx": True}, "n_ctx=True: must be"),
     ({"n_ctx": 2**32}, "n_ctx=4294967296: must be"),
-    ({"n_threads": 100_000}, "n_threads=100000: must be a whole number from 0 to 512, or None"),
-    ({"n_threads_batch": -1}, "n_threads_batch=-1: must be"),
+    ({"n_threads": 100_000}, "n_threads=100000: must be a whole number from -1 to 512, or None"),
+    ({"n_threads_batch": -2}, "n_threads_batch=-2: must be"),
     ({"rope_scaling_type": 9}, "rope_scaling_type=9: must be"),
     ({"pooling_type": 9}, "pooling_type=9: must be"),
     ({"rope_freq_base": "x"}, "rope_freq_base='x': must be a number"),
@@ -87,6 +87,14 @@ def test_a_grammar_with_too_many_branches(tiny_model: Path, text: str, message: 
     llm = load(tiny_model, "full")
     with pytest.raises(ValueError, match=message):
         llm.create_completion("a", grammar=llama_cpp.LlamaGrammar.from_string(text, verbose=False))
+
+
+@pytest.mark.parametrize("sign", ["[", '"\\', "<", "a{", "("])
+def test_a_grammar_of_one_open_sign_is_refused_at_once(tiny_model: Path, sign: str) -> None:
+    llm = load(tiny_model, "full")
+    grammar = llama_cpp.LlamaGrammar(_grammar="root ::= " + sign * 40_000)
+    with pytest.raises(ValueError, match="the grammar"):
+        llm.create_completion("abc", max_tokens=1, grammar=grammar)
 
 
 def test_a_schema_with_many_optional_properties_is_taken(tiny_model: Path) -> None:
@@ -173,9 +181,22 @@ def test_a_generation_that_another_one_has_replaced(tiny_model: Path) -> None:
     first, second = llm.generate(PROMPT), llm.generate(PROMPT[:50])
     next(first)
     next(second)
-    with pytest.raises(CacheStateError, match="another generation began"):
+    with pytest.raises(CacheStateError, match="this generation cannot go on"):
         next(first)
     next(second)
+
+
+@pytest.mark.parametrize("change", ["reset", "load_state"])
+def test_a_generation_whose_cache_was_changed(tiny_model: Path, change: str) -> None:
+    llm = load(tiny_model, "refreekv")
+    generation = llm.generate(PROMPT)
+    next(generation)
+    state = llm.save_state()
+    next(generation)
+    llm.reset() if change == "reset" else llm.load_state(state)
+    with pytest.raises(CacheStateError, match="this generation cannot go on"):
+        next(generation)
+    next(llm.generate(PROMPT))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -171,7 +171,7 @@ def test_a_context_shorter_than_the_models_is_said(tiny_model: Path, monkeypatch
         ("kv_protect=[[0, 16]]", ("kv_protect", [[0, 16]])),
         ("use_mmap=False", ("use_mmap", False)),
         ("chat_format=chatml", ("chat_format", "chatml")),
-        ("lora_path=a=b", ("lora_path", "a=b")),
+        ("lora_base=a=b", ("lora_base", "a=b")),
         ("rope_freq_base=1", ("rope_freq_base", 1)),
         ("type_k=q8_0", ("type_k", 8)),
         ("kv_cold_limit=null", ("kv_cold_limit", None)),

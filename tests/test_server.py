@@ -187,7 +187,7 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     quiet = ["--verbose", "false", "--option"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
     for n_threads in ("--threads", "--n_threads", "--n_threads_batch"):
-        assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "from 0 to 512")
+        assert_one_error_line(refreekv("serve", tiny_model, n_threads, "513"), "from -1 to 512")
     assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml")
     assert_one_error_line(refreekv("serve", tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be")
     assert_one_error_line(refreekv("serve", tiny_model, "--port", "99999999"), "port: ", "65535")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 _TOKEN = re.compile(
-    r'(?P<name>[\w-]+)\s*::=|(?P<rule>[\w-]+)|(?P<text>"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^>\n]*>|\.)'
-    r"|(?P<comment>#[^\n]*)|(?P<repeat>[?*+]|\{[^}\n]*\})|(?P<sign>[()|])",
+    r'(?P<name>[\w-]+)\s*::=|(?P<rule>[\w-]+)|(?P<text>"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|!?<[^>\n]*>?|\.)'
+    r"|(?P<comment>#[^\n]*)|(?P<repeat>[?*+]|\{[^}\n]*\}?)|(?P<sign>[()|])",
     re.DOTALL,
 )
 

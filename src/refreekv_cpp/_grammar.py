@@ -23,7 +23,7 @@ MAX_ALTERNATIVES = 2000
 MAX_OPTIONAL = 250
 
 # what may have parentheses in it that are text: literals, sets of characters, comments
-_TEXTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+_TEXTS = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*', re.DOTALL)
 
 
 def check(vocab: Any, grammar: LlamaGrammar | None) -> None:

@@ -333,7 +333,11 @@ class Llama(llama_cpp.Llama):
         """
         if self._unpruned_of is None or not self._evicts:
             return  # without waiting for a thread that reads the next prompt
-        with self._using:
+        # a generator may be closed by the garbage collector, in a thread that holds `_reading`: it must not wait
+        if not self._using.acquire(blocking=generation is None):
+            return  # whoever reads next prunes before
+        with ExitStack() as locked:
+            locked.callback(self._using.release)
             if self._unpruned_of is None or (generation is not None and generation is not self._unpruned_of):
                 return
             self._unpruned_of = None
@@ -457,11 +461,11 @@ class Llama(llama_cpp.Llama):
         generation = object()
         tokens = list(tokens)
         steps = super().generate(tokens, *args, **kwargs)
-        with self._using:
-            self._generation = generation
+        with self._completing, self._using:  # a stream begins once another thread's completion is done
             if self._evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
                 self._prompt_of = generation
+            self._generation = generation
         sent: Sequence[int] | None = None
         try:
             while True:
@@ -471,6 +475,7 @@ class Llama(llama_cpp.Llama):
                         token = steps.send(sent)
                     except StopIteration:
                         return
+                    self._generation = generation  # a reset() of its own does not end it
                 sent = yield token
         finally:
             steps.close()
@@ -493,7 +498,7 @@ class Llama(llama_cpp.Llama):
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._generation is not generation:
             raise CacheStateError(
-                "another generation began with this Llama, and has its cache; use one after the other"
+                "this generation cannot go on: another one, embed(), load_state() or reset() has changed the cache since"
             )
         if sent and not self._logits_all:
             raise ValueError(
@@ -508,7 +513,7 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            idx = kwargs.get("idx")
+            idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
             if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
                 raise CacheStateError("there are no logits to sample from; eval() tokens before")
             token: int = super().sample(*args, **kwargs)
@@ -627,6 +632,7 @@ class Llama(llama_cpp.Llama):
 
     def _load_state(self, state: llama_cpp.LlamaState) -> None:
         self._unpruned_of = None  # what was read is about to be replaced
+        self._generation = None
         if self.kv_elastic:
             self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
@@ -650,6 +656,7 @@ class Llama(llama_cpp.Llama):
         """As upstream's."""
         with self._using:
             self._unpruned_of = None  # what was read is about to be replaced
+            self._generation = None
             super().reset()
             self._queries_lost = False  # what comes is read from its beginning
             self._divergence = None
@@ -665,14 +672,14 @@ class Llama(llama_cpp.Llama):
         _ = self.ctx  # a handler of images has a context of its own, whose model may be gone
         if isinstance(messages, Iterator):
             messages = list(messages)
-        self._system = spans.system_text(messages)
-        native.clear_error()
         locks = ExitStack()
         locks.enter_context(self._completing)
         if self.chat_handler is not None:  # it may read an image itself, past `eval`
             locks.enter_context(self._using)
         try:
             with locks:
+                self._system = spans.system_text(messages)  # not while another thread's prompt waits to be pruned
+                native.clear_error()
                 return super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
             if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
@@ -712,6 +719,7 @@ class Llama(llama_cpp.Llama):
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 _OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name

@@ -180,7 +180,9 @@ class ModelSettings(upstream.ModelSettings):
 
     @model_validator(mode="after")
     def _check_llama_options(self) -> Self:
-        values = {name: value for name, value in self if name in LLAMA_OPTIONS and value not in ("auto", "all")}
+        # "kv_overrides" is a list of texts here, which becomes the dictionary that `Llama` checks
+        names = LLAMA_OPTIONS - {"kv_overrides"}
+        values = {name: value for name, value in self if name in names and value not in ("auto", "all")}
         _checks.check_options(values)
         return self
 
