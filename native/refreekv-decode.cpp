@@ -13,8 +13,12 @@
 #include <cmath>
 #include <vector>
 
-static const int64_t CHUNK      = 128; // cells; what one thread takes at a time
-static const int64_t MAX_TOKENS = 4;
+static const int64_t CHUNK = 128; // cells; what one thread takes at a time
+
+// Tokens of a batch. Longer ones are faster with upstream's operations, which cannot read evicted blocks; with some, the limit
+// covers drafts and many sequences, and bounds the memory of the parts.
+static const int64_t MAX_TOKENS         = 4;
+static const int64_t MAX_TOKENS_EVICTED = 32;
 
 static bool is_trans(const ggml_tensor * v) {
     return v->nb[1] > v->nb[2];
@@ -171,7 +175,9 @@ bool refreekv_decode_fits(const refreekv_decode_call & call) {
     const ggml_tensor * k = call.k;
     const ggml_tensor * v = call.v;
 
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= MAX_TOKENS && q->ne[3] == 1 &&
+    const int64_t n_max = call.evicted && call.evicted->sketch.n_blocks() > 0 ? MAX_TOKENS_EVICTED : MAX_TOKENS;
+
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= n_max && q->ne[3] == 1 &&
            in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
            (!call.sinks || (call.sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(call.sinks))) &&
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;

@@ -216,12 +216,14 @@ std::vector<refreekv_store::held> refreekv_store::all_cells(llama_seq_id seq_id)
 
 // those that it holds and queries can see
 std::vector<refreekv_store::held> refreekv_store::held_cells(const group & g, std::vector<held> all) const {
-    const auto none = std::remove_if(all.begin(), all.end(), [&](held & c) {
+    size_t n = 0;
+    for (const auto & c : all) {
         const int32_t slot = g.res.slot(c.cell);
-        c.slot = slot;
-        return slot < 0 || g.res.hidden(slot);
-    });
-    all.erase(none, all.end());
+        if (slot >= 0 && !g.res.hidden(slot)) {
+            all[n++] = { c.pos, c.cell, (uint32_t) slot, c.stays };
+        }
+    }
+    all.resize(n);
 
     return all;
 }

@@ -180,9 +180,12 @@ void refreekv_graph_input::build(ggml_context * ctx, const llama_ubatch & ubatch
 void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
     store->note_batch(*ubatch);
 
+    // as in llama_kv_cache::set_input_kq_mask, for a cache without a window
+    const bool causal = cparams.causal_attn || hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY;
+
     // tensors that no layer used have no buffer
     if (tail_mask && tail_mask->buffer) {
-        store->set_input_mask(tail_mask, store->group_of_longest(), *ubatch, cparams.causal_attn);
+        store->set_input_mask(tail_mask, store->group_of_longest(), *ubatch, causal);
     }
     if (tail_idxs && tail_idxs->buffer) {
         store->set_input_k_idxs(tail_idxs, store->group_of_shortest(), mctx);
@@ -201,7 +204,7 @@ void refreekv_graph_input::set_input(const llama_ubatch * ubatch) {
             store->set_input_k_idxs(inp.self_k_idxs, k.i_group, mctx);
         }
         if (inp.self_kq_mask->buffer) {
-            store->set_input_mask(inp.self_kq_mask, k.i_group, *ubatch, cparams.causal_attn);
+            store->set_input_mask(inp.self_kq_mask, k.i_group, *ubatch, causal);
         }
     }
 

@@ -70,9 +70,9 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     for (const auto & sinfo : sinfos) {
         for_cells(sinfo, [&](uint32_t) { n_batch++; });
     }
-    n_expected -= std::min(n_expected, n_batch);
 
-    if (grow(sinfos, params.memory_limit == 0 ? n_expected : 0)) {
+    // upstream may try several divisions of a batch: n_expected goes down when its tokens are applied
+    if (grow(sinfos, params.memory_limit == 0 ? n_expected - std::min(n_expected, n_batch) : 0)) {
         return true;
     }
 

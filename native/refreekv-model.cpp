@@ -86,8 +86,14 @@ std::string refreekv_why_not(const llama_model & model) {
     }
 }
 
-void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & /*cparams*/) {
+void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     refreekv_store::skip_forced(false);
+
+    if (refreekv_store::of(llama_get_memory(cparams.ctx_other))) {
+        const std::string why = std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy";
+        refreekv_set_error("%s", why.c_str());
+        throw std::runtime_error(why);
+    }
 
     if (!refreekv_store::next_params()) {
         return;

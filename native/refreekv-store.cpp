@@ -107,6 +107,9 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
         by_buft[buft].push_back(layers.size());
         il_to_layer[layer.il] = layers.size();
 
+        if (!layer.v) {
+            throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
+        }
         layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, padded(n_cells) }, {} });
     }
 
@@ -677,6 +680,8 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
     }
 
     ring.note(ubatch);
+
+    n_expected -= std::min(n_expected, ubatch.n_tokens);
 
     if (prunes_read && ubatch.n_tokens > 1) {
         read.insert(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);

@@ -113,7 +113,7 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
-    float   fault_mass;       // blocks of evicted cells take part in decoding, read from the cold store, until the others would draw
+    float   fault_mass;       // blocks of evicted cells take part in decoding (batches of up to 32 tokens), read from the cold store, until the others would draw
                               // no more than this part of any head's attention, all together; 0: none do. Where that can be had: with
                               // a cold store, the cache in host memory, and heads the decode kernel takes
     bool    fault_needed;     // a context that cannot have it fails
