@@ -1,6 +1,6 @@
 #include "refreekv-environment.h"
 
-#include "refreekv-report.h"
+#include "hooks.h"
 #include "refreekv-store.h"
 
 #include "llama-context.h"
@@ -63,10 +63,10 @@ const refreekv_environment & refreekv_get_environment() {
     return res;
 }
 
-void refreekv_after_decode(llama_context * lctx) {
+void refreekv::after_decode(llama_context * lctx) {
     if (auto * store = refreekv_store::of(lctx->get_memory())) {
         store->prune_read(lctx);
         store->publish();
     }
-    refreekv_publish_buffers(lctx);
+    publish_buffers(lctx);
 }

@@ -13,9 +13,6 @@ void refreekv_set_error(const char * format, ...)
 #endif
     ;
 
-// one that another thread has logged
-void refreekv_take_error(const std::string & error);
-
 void refreekv_clear_error();
 
 // f()'s refreekv_status (or count); what it throws becomes one

@@ -1,6 +1,6 @@
 // Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
 
-#include "refreekv-report.h"
+#include "hooks.h"
 #include "refreekv-store.h"
 
 #include "refreekv-kernels.h"
@@ -56,7 +56,7 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back(std::move(job));
     lctx->memory_update(false);
-    refreekv_publish_buffers(lctx);
+    refreekv::publish_buffers(lctx);
 
     return job_result;
 }

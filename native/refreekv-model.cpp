@@ -1,7 +1,9 @@
 #include "refreekv-model.h"
 
+#include "api/next-context.h"
+#include "cache/cache.h"
+#include "hooks.h"
 #include "refreekv-error.h"
-#include "refreekv-store.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
@@ -22,8 +24,8 @@ static bool refreekv_has_full_attention(const llama_model & model) {
     return false;
 }
 
-// kept in step with the switch of llama_model::create_memory (llama-model.cpp): what is neither a plain llama_kv_cache nor
-// an iSWA cache nor a hybrid memory there is named here
+// Names what cannot have a policy before a context is created. Other memories than those of composite.h are refused in any case
+// (create_memory below), as are graphs with an attention of their own (cache_context).
 std::string refreekv_why_not(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -86,35 +88,51 @@ std::string refreekv_why_not(const llama_model & model) {
     }
 }
 
-void refreekv_check_model(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    refreekv_store::skip_forced(false);
+[[noreturn]] static void refreekv_refuse(const std::string & why) {
+    refreekv_set_error("%s", why.c_str());
+    throw std::runtime_error(why);
+}
 
-    if (refreekv_store::of(llama_get_memory(cparams.ctx_other))) {
-        const std::string why = std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy";
-        refreekv_set_error("%s", why.c_str());
-        throw std::runtime_error(why);
-    }
-
-    if (!refreekv_store::next_params()) {
-        return;
-    }
-
-    std::string why = refreekv_why_not(model);
+// why the context that is created cannot have a policy; empty when it can
+static std::string refreekv_why_not(const llama_model & model, const llama_memory_params & params) {
+    const std::string why = refreekv_why_not(model);
 
     if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        why = "contexts of draft heads (MTP) cannot have a KV policy";
+        return "contexts of draft heads (MTP) cannot have a KV policy";
     }
     if (why.empty() && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        why = "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; valid are layer, row and none";
+        return "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; split_mode must be one of layer, row and none";
+    }
+    return why;
+}
+
+llama_memory_i * refreekv::create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    skip_forced(false);
+
+    if (cache::of(llama_get_memory(cparams.ctx_other))) {
+        refreekv_refuse(std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy");
     }
 
-    if (!why.empty() && refreekv_store::next_is_forced()) {
-        LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
-        refreekv_store::skip_forced(true);
-        return;
+    if (!next_params()) {
+        return model.create_memory(params, cparams);
     }
-    if (!why.empty()) {
-        refreekv_set_error("%s", why.c_str());
-        throw std::runtime_error(why);
+
+    std::string why = refreekv_why_not(model, params);
+
+    if (why.empty()) {
+        llama_memory_ptr res { model.create_memory(params, cparams) };
+
+        if (cache::of(res.get())) {
+            return res.release();
+        }
+        why = std::string(llm_arch_name(model.arch)) + ": this kind of memory cannot have a KV policy";
     }
+
+    if (!next_is_forced()) {
+        refreekv_refuse(why);
+    }
+    LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
+    skip_forced(true);
+
+    return model.create_memory(params, cparams);
 }

@@ -1,6 +1,7 @@
 #include "refreekv-parallel.h"
 
 #include "refreekv.h"
+#include "hooks.h"
 #include "refreekv-error.h"
 
 #include <atomic>
@@ -42,7 +43,7 @@ int32_t refreekv_parallel(uint32_t n, uint32_t n_threads, const std::function<in
         const result r = other.get();
         if (res.status == REFREEKV_OK && r.status != REFREEKV_OK) {
             res = r;
-            refreekv_take_error(res.error);
+            refreekv::take_error(res.error);
         }
     }
 

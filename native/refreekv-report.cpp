@@ -1,6 +1,8 @@
 // What a refreekv_store says of itself, for kv_stats, tests and research.
 
 #include "refreekv-report.h"
+
+#include "hooks.h"
 #include "refreekv-store.h"
 
 #include "refreekv-attention.h"
@@ -13,46 +15,55 @@
 #include <algorithm>
 #include <cstring>
 
-refreekv_stats refreekv_store::full_stats(llama_memory_t mem) {
+// what is protected in a cache without a policy, too
+struct refreekv_any_cache : llama_kv_cache {
+    static const std::vector<kv_layer> & layers_of(const llama_kv_cache & kv) { return kv.*(&refreekv_any_cache::layers); }
+};
+
+static uint32_t refreekv_n_tokens(const llama_kv_cache & kv) {
+    uint32_t res = 0;
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        res += kv.get_cells(s).get_used(); // a stream is that of the sequence with its number
+    }
+    return res;
+}
+
+refreekv_stats refreekv_store::full_stats(llama_memory_t mem, const llama_hparams & hparams) {
     refreekv_stats res = {};
 
-    const auto * kv = cache_of(mem);
+    const auto * kv = refreekv::cache::part_of(mem);
     if (!kv) {
         return res;
     }
 
-    res.n_group  = kv->layers.size();
+    res.n_group  = refreekv_any_cache::layers_of(*kv).size();
     res.n_layout = 1;
 
     for (const auto & [_, size] : kv->memory_breakdown()) {
         res.bytes += size;
     }
-    for (const auto & cells : kv->v_cells) {
-        res.n_tokens += cells.get_used();
-    }
-    for (uint32_t i = 0; i < kv->layers.size(); ++i) {
-        res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, i).row_bytes;
+    res.n_tokens = refreekv_n_tokens(*kv);
+
+    for (int32_t i = 0; i < res.n_group; ++i) {
+        res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, hparams, i).row_bytes;
     }
 
     return res;
 }
 
-refreekv_group_info refreekv_store::full_group(llama_memory_t mem, uint32_t i_group) {
-    const auto * kv    = cache_of(mem);
-    const auto & layer = kv->layers[i_group];
+refreekv_group_info refreekv_store::full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group) {
+    const auto * kv    = refreekv::cache::part_of(mem);
+    const auto & layer = refreekv_any_cache::layers_of(*kv)[i_group];
 
     refreekv_group_info res = {};
 
     res.il          = layer.il;
-    res.n_head      = kv->hparams.n_head(layer.il);
-    res.n_head_kv   = kv->hparams.n_head_kv(layer.il);
-    res.n_embd_head = kv->hparams.n_embd_head_k(layer.il);
-    res.n_capacity  = kv->get_size()*kv->n_stream;
+    res.n_head      = hparams.n_head(layer.il);
+    res.n_head_kv   = hparams.n_head_kv(layer.il);
+    res.n_embd_head = hparams.n_embd_head_k(layer.il);
+    res.n_capacity  = kv->get_size()*kv->get_n_stream();
     res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
-
-    for (const auto & cells : kv->v_cells) {
-        res.n_kept += cells.get_used();
-    }
+    res.n_kept      = refreekv_n_tokens(*kv);
 
     return res;
 }
@@ -143,7 +154,7 @@ void refreekv_store::publish() {
         }
         next.bytes.emplace_back(buft, size);
     };
-    if (!kv.hparams.no_alloc) {
+    if (!kv.model.hparams.no_alloc) {
         for (const auto & g : groups) {
             add(g.rows.get_shape().buft, g.rows.bytes());
         }
@@ -167,7 +178,7 @@ refreekv_publishing::~refreekv_publishing() {
     }
 }
 
-void refreekv_publish_buffers(llama_context * lctx) {
+void refreekv::publish_buffers(llama_context * lctx) {
     auto * sched = lctx->get_sched();
 
     uint64_t bytes_compute = 0;

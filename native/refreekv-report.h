@@ -5,8 +5,6 @@
 #include <mutex>
 #include <vector>
 
-struct llama_context;
-
 // Where the memory of a model and a context lies, for any thread to read (llama_context::buffers).
 //
 // llama_context::memory_breakdown() asks the scheduler and the store, which a decode or a pruning in another thread may be
@@ -19,5 +17,3 @@ struct refreekv_buffers {
     uint64_t bytes_compute = 0; // the sum over the backends; nothing else changes once the context is there
 };
 
-// hook at the end of llama_context::sched_reserve; also called after a decode and after a memory update of ours
-void refreekv_publish_buffers(llama_context * lctx);

@@ -149,13 +149,6 @@ void refreekv_store::clear_rows(const slot_info & sinfo) {
     }
 }
 
-// the other part of a composite memory could not be restored
-void refreekv_store::undo_restore(llama_kv_cache * kv, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if (kv->store && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
-        kv->state_clear(seq_id);
-    }
-}
-
 // the heads kept whole where the state was written
 bool refreekv_store::read_whole_heads(llama_io_read_i & io, heads_list & heads) const {
     uint32_t n = 0;

@@ -1,7 +1,6 @@
 #include "refreekv-store.h"
 
 #include "refreekv-cold.h"
-#include "refreekv-environment.h"
 #include "refreekv-error.h"
 
 #include "policies/policy.h"
@@ -9,8 +8,6 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -33,57 +30,12 @@ void refreekv_store::hook_ran(hook h) {
     }
 }
 
-// what refreekv_next_context() has said on this thread
-enum refreekv_next { REFREEKV_NEXT_UNSAID, REFREEKV_NEXT_NONE, REFREEKV_NEXT_PARAMS };
-
-static thread_local refreekv_next   g_next        = REFREEKV_NEXT_UNSAID;
-static thread_local refreekv_params g_next_params;
-static thread_local bool            g_skip_forced = false;
-
-const refreekv_params * refreekv_store::next_params() {
-    if (g_next == REFREEKV_NEXT_PARAMS) {
-        return &g_next_params;
-    }
-    return next_is_forced() ? &refreekv_get_environment().params : nullptr;
-}
-
-bool refreekv_store::next_is_forced() {
-    return g_next == REFREEKV_NEXT_UNSAID && !g_skip_forced && refreekv_get_environment().has_policy;
-}
-
-void refreekv_store::skip_forced(bool skip) {
-    g_skip_forced = skip;
-}
-
-void refreekv_store::set_next_params(const refreekv_params * params) {
-    g_next = params ? REFREEKV_NEXT_PARAMS : REFREEKV_NEXT_NONE;
-    if (params) {
-        g_next_params = *params;
-    }
-}
-
-void refreekv_store::forget_next_params() {
-    g_next = REFREEKV_NEXT_UNSAID;
-}
-
 // construction
 
-std::shared_ptr<refreekv_store> refreekv_store::create(llama_kv_cache & kv, bool offload) {
-    hook_ran(HOOK_CREATE);
-
-    const auto * params = next_params();
-
-    if (!params || kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.layers.empty()) {
-        return nullptr;
-    }
-
-    return std::make_shared<refreekv_store>(kv, *params, offload, next_is_forced() && refreekv_get_environment().prunes);
-}
-
-ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
+// marks the backend that the tensors are on, as upstream does for hparams.no_alloc
+static ggml_backend_buffer_ptr refreekv_no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
     ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, 0);
 
-    // tells the scheduler where the tensors live, as upstream does for hparams.no_alloc
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
         t->buffer = buf;
     }
@@ -91,7 +43,7 @@ ggml_backend_buffer_ptr refreekv_store::no_storage(ggml_context * ctx, ggml_back
     return ggml_backend_buffer_ptr { buf };
 }
 
-refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read) :
+refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read) :
     kv(kv), kv_size(kv.get_size()), n_cells(kv.get_size()*kv.n_stream), params(params), prunes_read(prunes_read), ring(params.n_window + 1, kv.n_seq_max), pruned(kv.seq_to_stream.size(), -1), spans(kv.seq_to_stream.size()) {
     const auto & hparams = kv.hparams;
 
@@ -102,7 +54,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
             continue; // a layer without attention
         }
 
-        auto * buft = offload ? ggml_backend_dev_buffer_type(kv.model.dev_layer(layer.il)) : ggml_backend_cpu_buffer_type();
+        auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
 
         by_buft[buft].push_back(layers.size());
         il_to_layer[layer.il] = layers.size();
@@ -133,7 +85,7 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
             ggml_format_name(layers[i].ring, "refreekv_ring_l%d", il);
         }
 
-        ggml_backend_buffer_ptr buf { kv.hparams.no_alloc ? no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        ggml_backend_buffer_ptr buf { kv.model.hparams.no_alloc ? refreekv_no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
             throw std::runtime_error("refreekv: failed to allocate the query rings");
         }
@@ -148,23 +100,10 @@ refreekv_store::refreekv_store(llama_kv_cache & kv, const refreekv_params & para
     LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }
 
-llama_kv_cache * refreekv_store::cache_of(llama_memory_t mem) {
-    if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
-        return kv;
-    }
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        return iswa->get_base();
-    }
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-        return hybrid->get_mem_attn();
-    }
-    return nullptr;
-}
-
 refreekv_store * refreekv_store::of(llama_memory_t mem) {
-    const auto * kv = cache_of(mem);
+    auto * cache = refreekv::cache::of(mem);
 
-    return kv ? kv->store.get() : nullptr;
+    return cache ? &cache->get_store() : nullptr;
 }
 
 // the heads of a layer that policies may evict from, and those that are kept whole; either may be missing
@@ -273,18 +212,6 @@ int64_t refreekv_store::set_whole_heads(llama_context * lctx, const heads_list &
     });
 }
 
-refreekv_store * refreekv_store::of(const llama_kv_cache_context * mctx) {
-    return mctx->kv ? mctx->kv->store.get() : nullptr;
-}
-
-bool refreekv_store::is_reservation(const llama_kv_cache_context * mctx) {
-    return mctx->ubatches.empty();
-}
-
-const refreekv_store::slot_info & refreekv_store::current(const llama_kv_cache_context * mctx) const {
-    return mctx->sinfos[mctx->i_cur];
-}
-
 // upstream's padding of n_kv (llama_kv_cache::get_n_kv)
 uint32_t refreekv_store::padded(uint32_t n) const {
     return GGML_PAD(n, std::max(kv.n_pad, 256u));
@@ -357,12 +284,10 @@ bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     return true;
 }
 
-bool refreekv_store::may_seq_rm(llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    auto * store = kv->store.get();
-
+bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     // all of it: the other part of the memory may still refuse
-    return !store || store->for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
-        return whole || std::max(p0, 0) > store->pruned[s] || store->can_remove(s, p0, -1, -1);
+    return for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
+        return whole || std::max(p0, 0) > pruned[s] || can_remove(s, p0, -1, -1);
     });
 }
 
@@ -378,20 +303,6 @@ bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gon
             "only later positions or the whole sequence can (%s)", p0, seq_id, pos, why.c_str());
 
     return false;
-}
-
-bool refreekv_store::may_shift(const llama_kv_cache * kv, const char * op, llama_seq_id seq_id) {
-    return !kv->store || kv->store->on_seq_shift(op, seq_id);
-}
-
-bool refreekv_store::refused_seq_cp(llama_kv_cache * kv, llama_memory_i & other, llama_seq_id dst) {
-    if (!kv->store || !kv->store->refused_copy) {
-        return false;
-    }
-    // dst may have been emptied for the copy
-    other.seq_rm(dst, kv->seq_pos_max(dst) + 1, -1);
-
-    return true;
 }
 
 bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -446,8 +357,8 @@ bool refreekv_store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0
 bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
     refused_copy = false;
 
-    if (src == dst) {
-        return true;
+    if (src == dst || !valid_seq(src) || !valid_seq(dst)) {
+        return true; // nothing to do, or upstream's to refuse
     }
 
     const bool streams = kv.seq_to_stream[src] != kv.seq_to_stream[dst];
@@ -534,6 +445,9 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
 }
 
 void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
+    if (!valid_seq(seq_id)) {
+        return; // upstream's to refuse
+    }
     for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
         // upstream keeps to the stream of the sequence
         if (s != seq_id && kv.seq_to_stream[s] == kv.seq_to_stream[seq_id]) {
@@ -545,10 +459,8 @@ void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
     idle_rows     = true;
 }
 
-bool refreekv_store::on_seq_shift(const char * op, llama_seq_id seq_id) const {
+void refreekv_store::refuse_shift(const char * op, llama_seq_id seq_id) const {
     refreekv_set_error("%s: positions of sequence %d cannot change: a context with a KV policy does not shift (llama_memory_can_shift is false)", op, seq_id);
-
-    return false;
 }
 
 // slots of cells that upstream has emptied
@@ -708,7 +620,7 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() co
 
     for (const auto & [ctx, buf] : ring_bufs) {
         auto * buft = ggml_backend_buffer_get_type(buf.get());
-        res[buft] += kv.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+        res[buft] += kv.model.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
     }
 
     return res;

@@ -7,7 +7,7 @@
 #include "refreekv-ring.h"
 #include "refreekv-rows.h"
 
-#include "llama-kv-cache.h"
+#include "cache/cache.h"
 
 #include <atomic>
 #include <functional>
@@ -22,10 +22,7 @@
 class refreekv_attention;
 class refreekv_cold;
 
-// The storage of a llama_kv_cache whose context has a KV policy.
-//
-// Memories that are made of several caches have a store in one of them: in an iSWA cache (sliding windows) the layers
-// without a window, in a hybrid memory the attention layers. The rest stays upstream's.
+// The storage of a refreekv::cache.
 //
 // Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
 // where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
@@ -43,64 +40,39 @@ public:
     using slot_info       = llama_kv_cache::slot_info;
     using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
 
-    // which hooks have run in this process (refreekv_hooks_ran)
+    // what has run in this process (refreekv_hooks_ran)
     enum hook : uint32_t {
         HOOK_CREATE     = 1 << 0,
         HOOK_RESERVE    = 1 << 1,
         HOOK_APPLY      = 1 << 2,
-        HOOK_GRAPH      = 1 << 3,
-        HOOK_ATTN_LAYER = 1 << 4,
-        HOOK_UPDATE     = 1 << 5,
+        HOOK_ATTENTION  = 1 << 3,
+        HOOK_UPDATE     = 1 << 4,
     };
     static uint32_t hooks_ran();
     static void     hook_ran(hook h);
 
-    // the policy for the next context of this thread, or else the environment's; nullptr: none
-    static const refreekv_params * next_params();
-    static void set_next_params(const refreekv_params * params); // nullptr: none, whatever the environment says
-    static void forget_next_params();
-
-    // whether that is the environment's; a context that cannot have it goes without (skip_forced)
-    static bool next_is_forced();
-    static void skip_forced(bool skip);
-
-    // a store if the context is to have a policy; the cache then needs no tensors but their shapes
-    static std::shared_ptr<refreekv_store> create(llama_kv_cache & kv, bool offload);
-    static ggml_backend_buffer_ptr no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft);
-
-    // nullptr when the memory has none
+    // of the cache with a policy in a memory; nullptr: it has none
     static refreekv_store * of(llama_memory_t mem);
-    static refreekv_store * of(const llama_kv_cache_context * mctx);
-
-    // the part of a memory that can have a store: the cache itself, the layers without a window of an iSWA cache, the
-    // attention layers of a hybrid memory; nullptr: there is none
-    static llama_kv_cache * cache_of(llama_memory_t mem);
 
     // the same reports for a cache without a policy
-    static refreekv_stats      full_stats(llama_memory_t mem);
-    static refreekv_group_info full_group(llama_memory_t mem, uint32_t i_group);
-
-    // is this the context of a reservation: shapes, no cells
-    static bool is_reservation(const llama_kv_cache_context * mctx);
+    static refreekv_stats      full_stats(llama_memory_t mem, const llama_hparams & hparams);
+    static refreekv_group_info full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group);
 
     //
-    // hooks of memories that have a cache with a store and another beside it, which must not go out of step
-    //
-
-    static bool may_seq_rm    (llama_kv_cache * kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    static bool refused_seq_cp(llama_kv_cache * kv, llama_memory_i & other, llama_seq_id dst); // the last one
-    static void undo_restore  (llama_kv_cache * kv, llama_seq_id seq_id, llama_state_seq_flags flags);
-    static bool may_shift     (const llama_kv_cache * kv, const char * op, llama_seq_id seq_id);
-
-    //
-    // hooks of llama_kv_cache; false: refused, and refreekv_last_error() says why
+    // operations on sequences; false: refused, and refreekv_last_error() says why
     //
 
     void clear();
     bool on_seq_rm   (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     bool on_seq_cp   (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
     void on_seq_keep (llama_seq_id seq_id);
-    bool on_seq_shift(const char * op, llama_seq_id seq_id) const;
+    void refuse_shift(const char * op, llama_seq_id seq_id) const;
+
+    // whether on_seq_rm() would not refuse, asked before another part of the memory removes the same
+    bool may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // the last on_seq_cp()
+    bool refused_seq_cp() const { return refused_copy; }
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
 
@@ -135,8 +107,6 @@ public:
 
     bool has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
 
-    // upstream's graph knows one group a layer, the first; the others are refreekv-graph's
-    uint32_t                      group_of (int32_t il)       const { return groups_of(il)[0]; }
     const std::vector<uint32_t> & groups_of(int32_t il)       const { return layers[il_to_layer.at(il)].groups; }
     const std::vector<uint32_t> & heads_of (uint32_t i_group) const { return groups[i_group].heads; }
     uint32_t layout_n_kv(uint32_t layout) const;
@@ -161,8 +131,8 @@ public:
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_group, bool reservation) const;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation) const;
 
-    void set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const;
-    void set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const;
+    void set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const slot_info & sinfo) const;
+    void set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const slot_info & sinfo) const;
     void set_input_mask  (ggml_tensor * dst, uint32_t i_group, const llama_ubatch & ubatch, bool causal) const;
 
     const refreekv_ring & get_ring() const { return ring; }
@@ -244,11 +214,11 @@ public:
     // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
     void prune_read(llama_context * lctx);
 
-    refreekv_store(llama_kv_cache & kv, const refreekv_params & params, bool offload, bool prunes_read);
+    refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read);
     ~refreekv_store();
 
 private:
-    llama_kv_cache & kv;
+    refreekv::cache & kv;
 
     struct layer {
         int32_t il;
@@ -494,7 +464,7 @@ private:
     int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & scratch, std::vector<uint8_t> & keep);
     bool evict (group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, eviction_scratch & scratch);
 
-    // upstream's tensors of a layer, once for each of its groups; they have no data
+    // tensors of the worst case, which have no memory
     struct worst_rows {
         ggml_context_ptr ctx;
         ggml_tensor * k = nullptr;
@@ -505,8 +475,8 @@ private:
     const worst_rows & worst_of(const group & g) const;
 
     // K and V of a group as matrices; reservation: of its shape, in the worst case
-    ggml_tensor * rows_k(ggml_context * ctx, const group & g, bool reservation) const;
-    ggml_tensor * rows_v(ggml_context * ctx, const group & g, bool reservation) const;
+    ggml_tensor * rows_k(const group & g, bool reservation) const;
+    ggml_tensor * rows_v(const group & g, bool reservation) const;
 
     // those that indices of the shortest layout count from
     ggml_tensor * rows_for(ggml_context * ctx, ggml_tensor * rows, const group & g, const ggml_tensor * idxs) const;
@@ -515,8 +485,6 @@ private:
     void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;
 
     bool visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const;
-
-    const slot_info & current(const llama_kv_cache_context * mctx) const;
 };
 
 // Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none

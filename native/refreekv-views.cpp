@@ -14,9 +14,9 @@
 #include <algorithm>
 #include <cmath>
 
-// A graph with as many nodes and leafs as its reservation runs on the plan made for that: so views in both cases, and in a
-// reservation a leaf for each group. A plan of its own would leave tensors at multiples of 32 bytes only, and the product of K
-// and Q takes 1.5 times as long where its lines are split.
+// A graph with as many nodes and leafs as its reservation runs on the plan made for that: so a reservation has a leaf for each
+// group, too. A plan of its own would leave tensors at multiples of 32 bytes only, and the product of K and Q takes 1.5 times as
+// long where its lines are split.
 const refreekv_store::worst_rows & refreekv_store::worst_of(const group & g) const {
     worst.resize(groups.size());
 
@@ -25,36 +25,27 @@ const refreekv_store::worst_rows & refreekv_store::worst_of(const group & g) con
         ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
         res.ctx.reset(ggml_init(params));
 
-        const auto like = [&](const ggml_tensor * t) {
-            ggml_tensor * copy = ggml_dup_tensor(res.ctx.get(), t);
-            copy->buffer = t->buffer;
-            copy->data   = t->data;
-            return copy;
-        };
         const auto & layer = kv.layers[kv.map_layer_ids.at(g.il)];
+        const auto & shape = g.rows.get_shape();
 
-        res.k = like(layer.k);
-        res.v = like(layer.v);
+        res.k = ggml_new_tensor_2d(res.ctx.get(), shape.type_k, shape.n_embd_k, worst_n_kv());
+        res.v = shape.v_trans ? ggml_new_tensor_2d(res.ctx.get(), shape.type_v, worst_n_kv(), shape.n_embd_v)
+                              : ggml_new_tensor_2d(res.ctx.get(), shape.type_v, shape.n_embd_v, worst_n_kv());
+
+        // upstream's have no memory either, and are on the right backend
+        res.k->buffer = layer.k->buffer;
+        res.v->buffer = layer.v->buffer;
     }
 
     return res;
 }
 
-ggml_tensor * refreekv_store::rows_k(ggml_context * ctx, const group & g, bool reservation) const {
-    const int64_t n_embd = g.rows.get_shape().n_embd_k;
-    const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * k      = reservation ? worst_of(g).k : g.rows.k();
-
-    return ggml_view_2d(ctx, k, n_embd, n_rows, ggml_row_size(k->type, n_embd), 0);
+ggml_tensor * refreekv_store::rows_k(const group & g, bool reservation) const {
+    return reservation ? worst_of(g).k : g.rows.k();
 }
 
-ggml_tensor * refreekv_store::rows_v(ggml_context * ctx, const group & g, bool reservation) const {
-    const int64_t n_embd = g.rows.get_shape().n_embd_v;
-    const int64_t n_rows = reservation ? worst_n_kv() : g.rows.capacity();
-    ggml_tensor * v      = reservation ? worst_of(g).v : g.rows.v();
-
-    return kv.v_trans ? ggml_view_2d(ctx, v, n_rows, n_embd, ggml_row_size(v->type, n_rows), 0)
-                      : ggml_view_2d(ctx, v, n_embd, n_rows, ggml_row_size(v->type, n_embd), 0);
+ggml_tensor * refreekv_store::rows_v(const group & g, bool reservation) const {
+    return reservation ? worst_of(g).v : g.rows.v();
 }
 
 ggml_tensor * refreekv_store::rows_for(ggml_context * ctx, ggml_tensor * rows, const group & g, const ggml_tensor * idxs) const {
@@ -73,7 +64,7 @@ ggml_tensor * refreekv_store::get_k(ggml_context * ctx, uint32_t i_group, bool r
     const int64_t n_embd_head = kv.hparams.n_embd_head_k(g.il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * k = rows_k(ctx, g, reservation);
+    ggml_tensor * k = rows_k(g, reservation);
 
     return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
             ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
@@ -86,7 +77,7 @@ ggml_tensor * refreekv_store::get_v(ggml_context * ctx, uint32_t i_group, bool r
     const int64_t n_embd_head = kv.hparams.n_embd_head_v(g.il);
     const int64_t n_kv        = reservation ? worst_n_kv() : layout_n_kv(g.layout);
 
-    ggml_tensor * v = rows_v(ctx, g, reservation);
+    ggml_tensor * v = rows_v(g, reservation);
 
     if (!kv.v_trans) {
         return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
@@ -104,13 +95,13 @@ ggml_tensor * refreekv_store::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggm
     k_cur = refreekv_select_heads(ctx, k_cur, g.heads, 1);
     k_cur = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], k_cur->ne[2], k_cur->nb[2], 0);
 
-    return ggml_set_rows(ctx, rows_for(ctx, rows_k(ctx, g, reservation), g, k_idxs), k_cur, k_idxs);
+    return ggml_set_rows(ctx, rows_for(ctx, rows_k(g, reservation), g, k_idxs), k_cur, k_idxs);
 }
 
 ggml_tensor * refreekv_store::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation) const {
     const auto & g = groups[i_group];
 
-    ggml_tensor * v = rows_v(ctx, g, reservation);
+    ggml_tensor * v = rows_v(g, reservation);
 
     v_cur = refreekv_select_heads(ctx, v_cur, g.heads, 1);
 
@@ -140,21 +131,21 @@ int64_t refreekv_store::n_v_idxs(uint32_t i_group) const {
     return kv.v_trans ? groups[i_group].rows.get_shape().n_embd_v : 1;
 }
 
-void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const {
+void refreekv_store::set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const slot_info & sinfo) const {
     const auto & res = groups[i_group].res;
 
     int64_t * data = (int64_t *) dst->data;
-    for_cells(current(mctx), [&](uint32_t cell) { *data++ = res.slot(cell); });
+    for_cells(sinfo, [&](uint32_t cell) { *data++ = res.slot(cell); });
 }
 
-void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache_context * mctx) const {
+void refreekv_store::set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const slot_info & sinfo) const {
     const auto & g = groups[i_group];
 
     const int64_t n_row    = n_v_idxs(i_group);
     const int64_t capacity = g.rows.capacity();
 
     int64_t * data = (int64_t *) dst->data;
-    for_cells(current(mctx), [&](uint32_t cell) {
+    for_cells(sinfo, [&](uint32_t cell) {
         const int64_t slot = g.res.slot(cell);
         for (int64_t j = 0; j < n_row; ++j) {
             *data++ = j*capacity + slot;

@@ -1,5 +1,7 @@
 #include "refreekv.h"
 
+#include "api/next-context.h"
+#include "hooks.h"
 #include "refreekv-attention.h"
 #include "refreekv-cold.h"
 #include "refreekv-error.h"
@@ -10,6 +12,7 @@
 #include "llama-context.h"
 #include "llama-ext.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cstdarg>
@@ -33,7 +36,7 @@ void refreekv_set_error(const char * format, ...) {
     LLAMA_LOG_ERROR("refreekv: %s\n", buf);
 }
 
-void refreekv_take_error(const std::string & error) {
+void refreekv::take_error(const std::string & error) {
     g_error = error;
 }
 
@@ -143,13 +146,13 @@ int32_t refreekv_next_context(const struct refreekv_params * params) {
             return REFREEKV_ERR_ARGUMENT;
         }
     }
-    refreekv_store::set_next_params(params);
+    refreekv::set_next_params(params);
 
     return REFREEKV_OK;
 }
 
 void refreekv_forget_next_context(void) {
-    refreekv_store::forget_next_params();
+    refreekv::forget_next_params();
 }
 
 const char * refreekv_model_refusal(const struct llama_model * model) {
@@ -294,9 +297,9 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
             std::copy_n(f.groups.begin(), std::min<int32_t>(n_max, f.groups.size()), groups);
         });
     } else {
-        *stats = refreekv_store::full_stats(mem);
+        *stats = refreekv_store::full_stats(mem, ctx->get_model().hparams);
         for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
-            groups[i] = refreekv_store::full_group(mem, i);
+            groups[i] = refreekv_store::full_group(mem, ctx->get_model().hparams, i);
             groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
         }
     }

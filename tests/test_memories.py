@@ -138,6 +138,25 @@ def test_a_state_that_fails_in_its_second_part_leaves_nothing(tiny: Tiny, name: 
     assert sequences.kept(1) == [[], []]
 
 
+@pytest.mark.parametrize("name", ["gqa", *COMPOSITE])
+def test_a_state_on_the_device_holds_rows_by_value(tiny: Tiny, name: str) -> None:
+    """Upstream keeps views of the tensors such a state was written from, and rows of a cache with a policy move."""
+    on_device = llama_cpp.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
+    sequences = Sequences(tiny(name), POLICY, n_rs_seq=0)
+    sequences.read(0, PROMPT[:200])
+    for seed in range(2):
+        state = sequences.save(0, on_device)
+        assert len(state) > 200 * native.group(sequences.ctx, 0).row_bytes
+        expected = sequences.read(0, MORE)
+        sequences.remove(0)
+        sequences.read(1, random_tokens(700, seed=seed))  # the rows move
+        assert sequences.restore(state, 0, on_device) > 0
+        np.testing.assert_allclose(sequences.read(0, MORE), expected, atol=1e-4)
+        sequences.remove(1)
+        sequences.remove(0)
+        assert sequences.restore(state, 0, on_device) > 0
+
+
 def test_images_share_a_position(tiny: Tiny) -> None:
     """M-RoPE: the cells of an image have one position, and see each other by row and column, as upstream has it."""
     logits = []
