@@ -6,7 +6,7 @@
 #include <vector>
 
 // What the patched sources of llama.cpp call, but for the constructors of memories (cache/create.h, cache/composite.h) and the
-// kernels of ggml's CPU backend (refreekv-kernels-cpu.h).
+// kernels of ggml's CPU backend (kernels/kernels-cpu.h).
 
 struct llama_context;
 struct llama_cparams;

@@ -190,13 +190,13 @@ REFREEKV_API const char * refreekv_last_error(void);
 // before a call of llama.h that may leave an error here
 REFREEKV_API void refreekv_forget_last_error(void);
 
-// a mask of the hooks that have run in this process, see refreekv_store::hook in refreekv-store.h
+// a mask of the hooks that have run in this process, see refreekv_store::hook in cache/store.h
 REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
 REFREEKV_API struct refreekv_params refreekv_params_default(void);
 
 // the policy of the contexts that this thread creates from now on; NULL: upstream's own cache. It stays in force until it
-// is set again or forgotten, which leaves it to the environment (REFREEKV_NATIVE_POLICY, see refreekv-environment.h)
+// is set again or forgotten, which leaves it to the environment (REFREEKV_NATIVE_POLICY, see api/environment.h)
 REFREEKV_API int32_t refreekv_next_context(const struct refreekv_params * params);
 REFREEKV_API void    refreekv_forget_next_context(void);
 

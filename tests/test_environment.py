@@ -1,4 +1,4 @@
-"""A policy forced by the environment (native/refreekv-environment.h), as upstream's tests run with it: in processes of
+"""A policy forced by the environment (native/api/environment.h), as upstream's tests run with it: in processes of
 their own, since it is read once."""
 
 from __future__ import annotations

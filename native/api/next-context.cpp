@@ -1,6 +1,6 @@
 #include "api/next-context.h"
 
-#include "refreekv-environment.h"
+#include "api/environment.h"
 
 namespace refreekv {
 

@@ -4,9 +4,9 @@
 #include "cache/composite.h"
 #include "state/io-by-value.h"
 
-#include "refreekv-environment.h"
-#include "refreekv-error.h"
-#include "refreekv-store.h"
+#include "api/environment.h"
+#include "api/error.h"
+#include "cache/store.h"
 
 #include "llama-context.h"
 #include "llama-model.h"

@@ -1,10 +1,10 @@
 #include "graph/input.h"
 
-#include "refreekv-decode.h"
-#include "refreekv-error.h"
-#include "refreekv-heads.h"
-#include "refreekv-kernels.h"
-#include "refreekv-store.h"
+#include "kernels/decode.h"
+#include "api/error.h"
+#include "graph/heads.h"
+#include "kernels/kernels.h"
+#include "cache/store.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"

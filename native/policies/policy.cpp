@@ -1,4 +1,4 @@
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 #include <cmath>
