@@ -190,7 +190,7 @@ REFREEKV_API const char * refreekv_last_error(void);
 // before a call of llama.h that may leave an error here
 REFREEKV_API void refreekv_forget_last_error(void);
 
-// a mask of the hooks that have run in this process, see refreekv_store::hook in cache/store.h
+// a mask of the hooks that have run in this process, see native/api/process.h
 REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
 REFREEKV_API struct refreekv_params refreekv_params_default(void);

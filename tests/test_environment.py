@@ -82,11 +82,11 @@ def test_a_model_that_cannot_have_it_goes_without(tiny_model: Path, tmp_path: Pa
     [
         (
             {"REFREEKV_NATIVE_POLICY": "strict"},
-            "REFREEKV_NATIVE_POLICY=strict: valid are elastic, streaming and refreekv",
+            "REFREEKV_NATIVE_POLICY=strict: must be elastic, streaming or refreekv",
         ),
         (
             {"REFREEKV_NATIVE_POLICY": "elastic", "REFREEKV_NATIVE_PRUNE": "yes"},
-            "REFREEKV_NATIVE_PRUNE=yes: valid is auto",
+            "REFREEKV_NATIVE_PRUNE=yes: must be auto",
         ),
     ],
 )

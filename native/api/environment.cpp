@@ -27,7 +27,7 @@ static refreekv_environment refreekv_read_environment() {
     const std::string prune  = refreekv_variable("REFREEKV_NATIVE_PRUNE");
 
     if (!prune.empty() && prune != "auto") {
-        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": valid is auto");
+        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": must be auto");
     }
 
     refreekv_environment res;
@@ -38,7 +38,7 @@ static refreekv_environment refreekv_read_environment() {
 
     const auto it = kinds.find(policy);
     if (it == kinds.end()) {
-        throw std::runtime_error("REFREEKV_NATIVE_POLICY=" + policy + ": valid are elastic, streaming and refreekv");
+        throw std::runtime_error("REFREEKV_NATIVE_POLICY=" + policy + ": must be elastic, streaming or refreekv");
     }
 
     res.has_policy    = true;

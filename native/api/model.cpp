@@ -1,9 +1,9 @@
 #include "api/model.h"
 
-#include "api/next-context.h"
-#include "cache/cache.h"
 #include "hooks.h"
 #include "api/error.h"
+#include "api/process.h"
+#include "cache/cache.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"

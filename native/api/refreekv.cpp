@@ -1,13 +1,13 @@
 #include "refreekv.h"
 
-#include "api/next-context.h"
 #include "hooks.h"
-#include "evict/attention.h"
-#include "tiers/cold-store.h"
 #include "api/error.h"
 #include "api/model.h"
+#include "api/process.h"
 #include "cache/figures.h"
 #include "cache/store.h"
+#include "evict/attention.h"
+#include "tiers/cold-store.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
@@ -97,7 +97,7 @@ void refreekv_forget_last_error(void) {
 }
 
 uint32_t refreekv_hooks_ran(void) {
-    return refreekv_store::hooks_ran();
+    return refreekv::hooks_ran();
 }
 
 // the `refreekv` preset, but for the heads that refreekv_keep_heads() is told of; see docs/policies.md
@@ -240,7 +240,7 @@ int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_
         return REFREEKV_ERR_NO_POLICY;
     }
     if (!store->valid_seq(seq_id) || p0 < 0 || p1 < p0) {
-        refreekv_set_error("protect: sequence %d, positions %d to %d: valid are a sequence of this context and 0 <= p0 <= p1", seq_id, p0, p1);
+        refreekv_set_error("protect: sequence %d, positions %d to %d: must be a sequence of this context, and 0 <= p0 <= p1", seq_id, p0, p1);
         return REFREEKV_ERR_ARGUMENT;
     }
     return refreekv_guard([&]() { return store->protect(seq_id, p0, p1); });
@@ -292,14 +292,14 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
 
     const auto * store = refreekv_store::of(mem);
     if (store) {
-        store->read_figures([&](const refreekv_store::figures & f) {
+        store->get_figures().read([&](const refreekv::figures & f) {
             *stats = f.stats;
             std::copy_n(f.groups.begin(), std::min<int32_t>(n_max, f.groups.size()), groups);
         });
     } else {
-        *stats = refreekv_store::full_stats(mem, ctx->get_model().hparams);
+        *stats = refreekv::full_stats(mem, ctx->get_model().hparams);
         for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
-            groups[i] = refreekv_store::full_group(mem, ctx->get_model().hparams, i);
+            groups[i] = refreekv::full_group(mem, ctx->get_model().hparams, i);
             groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
         }
     }
@@ -329,7 +329,7 @@ int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_
     });
 
     if (const auto * store = refreekv_store::of(ctx->get_memory())) {
-        store->read_figures([&](const refreekv_store::figures & f) {
+        store->get_figures().read([&](const refreekv::figures & f) {
             for (const auto & [buft, size] : f.bytes) {
                 for (int32_t i = 0; i < std::min(n, n_max); ++i) {
                     if (infos[i].name == ggml_backend_buft_name(buft)) {
@@ -410,7 +410,7 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
         return REFREEKV_ERR_ARGUMENT;
     }
     if (i_layer < 0 || i_layer >= n_layer) {
-        refreekv_set_error("select: i_layer: valid are 0 to n_layer - 1");
+        refreekv_set_error("select: i_layer: must be 0 to n_layer - 1");
         return REFREEKV_ERR_ARGUMENT;
     }
 

@@ -1,6 +1,6 @@
 #include "cache/cache.h"
 
-#include "api/next-context.h"
+#include "api/process.h"
 #include "cache/composite.h"
 #include "state/io-by-value.h"
 
@@ -16,7 +16,7 @@
 namespace refreekv {
 
 void cache::make_store() {
-    refreekv_store::hook_ran(refreekv_store::HOOK_CREATE);
+    hook_ran(HOOK_CREATE);
 
     store = std::make_shared<refreekv_store>(*this, *next_params(), next_is_forced() && refreekv_get_environment().prunes);
 }
@@ -187,22 +187,6 @@ void cache_context::set_input_v_idxs (ggml_tensor *, const llama_ubatch *) const
 void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool) const {}
 
 // creation
-
-static thread_local bool g_open = false;
-
-open_place::open_place() {
-    g_open = true;
-}
-
-open_place::~open_place() {
-    g_open = false;
-}
-
-bool open_place::take() {
-    const bool res = g_open;
-    g_open = false;
-    return res;
-}
 
 bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return cache::of(mem)->get_store().may_seq_rm(seq_id, p0, p1);

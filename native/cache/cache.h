@@ -95,10 +95,10 @@ public:
 
     // A graph that asks for these computes attention in a way of its own: they throw, at the latest when the first graph
     // is reserved, and the context is not created.
-    ggml_tensor * get_k(ggml_context * ctx, int32_t il) const override;
-    ggml_tensor * get_v(ggml_context * ctx, int32_t il) const override;
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const override;
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const override;
+    [[noreturn]] ggml_tensor * get_k(ggml_context * ctx, int32_t il) const override;
+    [[noreturn]] ggml_tensor * get_v(ggml_context * ctx, int32_t il) const override;
+    [[noreturn]] ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il) const override;
+    [[noreturn]] ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il) const override;
 
     // upstream's inputs of the cache are in no graph: they keep one shape and are not filled
     uint32_t get_n_kv() const override;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "api/next-context.h"
+#include "api/process.h"
 #include "cache/cache.h"
 
 #include <memory>
@@ -9,15 +9,6 @@
 // Where a cache with a policy comes to be. Only the memories that llama_model::create_memory() makes by new_memory() can have
 // one: the plain cache, the iSWA cache and the hybrid memory. Every other one, and every other cache in them, is upstream's.
 namespace refreekv {
-
-// whether the llama_kv_cache that is constructed next on this thread is a part that can have a policy; reset by take()
-class open_place {
-public:
-    open_place();
-    ~open_place();
-
-    static bool take();
-};
 
 // hook of the constructors of llama_kv_cache_iswa and llama_memory_hybrid: the part that can have a policy
 template <typename... Args>

@@ -5,9 +5,9 @@
 #include "hooks.h"
 #include "cache/store.h"
 
+#include "api/error.h"
 #include "evict/attention.h"
 #include "tiers/cold-store.h"
-#include "api/error.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
@@ -28,7 +28,7 @@ static uint32_t refreekv_n_tokens(const llama_kv_cache & kv) {
     return res;
 }
 
-refreekv_stats refreekv_store::full_stats(llama_memory_t mem, const llama_hparams & hparams) {
+refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hparams) {
     refreekv_stats res = {};
 
     const auto * kv = refreekv::cache::part_of(mem);
@@ -51,7 +51,7 @@ refreekv_stats refreekv_store::full_stats(llama_memory_t mem, const llama_hparam
     return res;
 }
 
-refreekv_group_info refreekv_store::full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group) {
+refreekv_group_info refreekv::full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group) {
     const auto * kv    = refreekv::cache::part_of(mem);
     const auto & layer = refreekv_any_cache::layers_of(*kv)[i_group];
 
@@ -72,24 +72,23 @@ refreekv_stats refreekv_store::stats() const {
     refreekv_stats res = {};
 
     res.n_group     = groups.size();
-    res.n_layout    = layouts.size();
+    res.n_layout    = layouts.n_layouts();
     res.n_prunes    = n_prunes;
     res.prune_us    = prune_us;
     res.bytes_freed = bytes_freed;
-    res.bytes_read  = bytes_read;
-    res.bytes_cold  = bytes_cold;
-    res.cold        = !cold ? REFREEKV_COLD_NONE : cold->is_file() ? REFREEKV_COLD_FILE : REFREEKV_COLD_MEMORY;
-    res.cold_full   = cold_full;
+    res.bytes_read  = evictor.bytes_read();
+    res.bytes_cold  = cold.bytes();
+    res.cold        = cold.kind();
+    res.cold_full   = cold.lost();
     res.n_restores  = n_restores;
     res.restore_us  = restore_us;
 
     res.fault_mass  = fault_mass;
 
-    res.bytes_bounced = bytes_bounced;
+    res.bytes_bounced = evictor.bytes_bounced();
 
-    for (const auto & table : kv.v_cells) {
-        res.n_tokens += table.get_used();
-    }
+    res.n_tokens = logical.n_used();
+
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
         if (g.evicted) {
@@ -114,7 +113,7 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
     if (stale_slots) {
         n_kept = 0;
         for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-            n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !is_empty(g.res.cell(s));
+            n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !logical.is_empty(g.res.cell(s));
         }
     }
 
@@ -129,13 +128,13 @@ refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
     res.layout      = g.layout;
     res.whole       = g.whole;
     res.row_bytes   = g.rows.row_bytes();
-    res.kq_scale    = layer_of(g).kq_scale;
+    res.kq_scale    = layers[g.i_layer].kq_scale;
 
     return res;
 }
 
 void refreekv_store::publish() {
-    auto & next = unpublished;
+    auto & next = board.next();
 
     next.stats = stats();
 
@@ -163,8 +162,7 @@ void refreekv_store::publish() {
         }
     }
 
-    std::lock_guard<std::mutex> lock(figures_mutex);
-    std::swap(published, unpublished);
+    board.publish();
 }
 
 refreekv_publishing::~refreekv_publishing() {
@@ -196,7 +194,7 @@ void refreekv::publish_buffers(llama_context * lctx) {
 
     std::map<ggml_backend_buffer_type_t, size_t> own;
     if (store) {
-        store->read_figures([&](const refreekv_store::figures & f) { own.insert(f.bytes.begin(), f.bytes.end()); });
+        store->get_figures().read([&](const figures & f) { own.insert(f.bytes.begin(), f.bytes.end()); });
     }
 
     std::vector<refreekv_buffer_info> infos;
@@ -211,7 +209,7 @@ void refreekv::publish_buffers(llama_context * lctx) {
 
 std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
     std::vector<llama_pos> res;
-    for (const auto & c : held_cells(groups[i_group], all_cells(seq_id))) {
+    for (const auto & c : evictor.held_by(groups[i_group], evictor.cells_of(seq_id))) {
         res.push_back(c.pos);
     }
     return res;
@@ -234,10 +232,10 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
     std::vector<int32_t>   rows;
     std::vector<llama_pos> row_pos;
 
-    ring.rows(seq_id, table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, 1, rows, row_pos);
+    ring.rows(seq_id, logical.table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, 1, rows, row_pos);
 
     const auto & g = groups[i_group];
-    const auto * t = layer_of(g).ring;
+    const auto * t = layers[g.i_layer].ring;
     if (!t) {
         return 0;
     }
@@ -258,7 +256,7 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, floa
 
 int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
     const auto & g    = groups[i_group];
-    const auto   list = held_cells(g, all_cells(seq_id));
+    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
         refreekv_read_row(g.rows.k(), list[i].slot, 0, g.rows.k()->ne[0], out + i*g.rows.k()->ne[0]);
@@ -269,15 +267,15 @@ int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float *
 }
 
 int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
-    this->lctx = lctx;
+    mover.set_context(lctx);
 
     refreekv_publishing publish(this); // what was read back
 
     const auto & g    = groups[i_group];
-    const auto   list = held_cells(g, all_cells(seq_id));
+    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
 
-    if (list.empty() || !layer_of(g).ring) {
-        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layer_of(g).ring ? "cells" : "queries", seq_id);
+    if (list.empty() || !layers[g.i_layer].ring) {
+        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layers[g.i_layer].ring ? "cells" : "queries", seq_id);
         return REFREEKV_ERR_STATE;
     }
 
@@ -286,7 +284,7 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
 
     refreekv_attention_scratch          scratch;
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, every, scratch, attn)) {
+    if (const int32_t status = evictor.look(g, seq_id, list, every, scratch, attn)) {
         return status;
     }
 
@@ -300,11 +298,10 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
 
     const bool ok = attn->read(out);
 
-    bytes_read    += attn->bytes_read;
-    bytes_bounced += attn->bytes_bounced;
+    evictor.count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(backend_of(g)));
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
         return REFREEKV_ERR_COMPUTE;
     }
 

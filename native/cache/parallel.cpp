@@ -1,7 +1,7 @@
 #include "cache/parallel.h"
 
-#include "refreekv.h"
 #include "hooks.h"
+#include "refreekv.h"
 #include "api/error.h"
 
 #include <atomic>

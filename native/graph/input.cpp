@@ -1,10 +1,11 @@
 #include "graph/input.h"
 
-#include "kernels/decode.h"
 #include "api/error.h"
-#include "graph/heads.h"
-#include "kernels/kernels.h"
+#include "api/process.h"
 #include "cache/store.h"
+#include "graph/heads.h"
+#include "kernels/decode.h"
+#include "kernels/kernels.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
@@ -50,15 +51,14 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
     // flash attention requires an f16 mask
     const auto type_mask = graph.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
 
-    if (!reservation && n_tokens == 1 && store.n_layouts() > 1) {
-        tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.layout_n_kv(layout_of(store.group_of_longest())), n_tokens);
+    if (!reservation && n_tokens == 1 && store.get_layouts().n_layouts() > 1) {
+        tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.get_layouts().n_kv(layout_of(store.get_layouts().group_of_longest())), n_tokens);
         tail_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
     }
-    store.share_idxs(tail_idxs);
 
     for (uint32_t i = 0; i < store.n_groups(); ++i) {
         const uint32_t layout   = layout_of(i);
-        const int64_t  n_v_idxs = store.n_v_idxs(i);
+        const int64_t  n_v_idxs = store.get_views().n_v_idxs(i);
 
         if (find(i)) {
             continue;
@@ -72,10 +72,10 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
             ggml_tensor * mask = tail_mask_for(ctx, i);
 
             k.k_idxs = tail_idxs;
-            k.mask   = ggml_view_2d(ctx, mask, store.layout_n_kv(layout), n_tokens, mask->nb[1], store.tail_of(layout)*mask->nb[0]);
+            k.mask   = ggml_view_2d(ctx, mask, store.get_layouts().n_kv(layout), n_tokens, mask->nb[1], store.get_layouts().tail_of(layout)*mask->nb[0]);
         } else if (same == kinds.end()) {
             k.k_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
-            k.mask   = new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store.worst_n_kv() : store.layout_n_kv(layout), n_tokens);
+            k.mask   = new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store.get_views().worst_n_kv() : store.get_layouts().n_kv(layout), n_tokens);
         } else {
             k.k_idxs = same->k_idxs;
             k.mask   = same->mask;
@@ -101,12 +101,12 @@ uint32_t graph_input::layout_of(uint32_t i_group) const {
 }
 
 bool graph_input::is_tail(uint32_t layout) const {
-    return tail_mask && store.tail_of(layout) >= 0;
+    return tail_mask && store.get_layouts().tail_of(layout) >= 0;
 }
 
 const graph_input::kind * graph_input::find(uint32_t i_group) const {
     for (auto & k : kinds) {
-        if (k.layout == layout_of(i_group) && k.n_v_idxs == store.n_v_idxs(i_group) && (!k.buft || k.buft == store.buft_of(i_group))) {
+        if (k.layout == layout_of(i_group) && k.n_v_idxs == store.get_views().n_v_idxs(i_group) && (!k.buft || k.buft == store.buft_of(i_group))) {
             return &k;
         }
     }
@@ -136,24 +136,24 @@ void graph_input::set_input(const llama_ubatch * ubatch) {
 
     // tensors that no layer used have no buffer
     if (tail_mask && tail_mask->buffer) {
-        store.set_input_mask(tail_mask, store.group_of_longest(), *ubatch, causal);
+        store.get_views().set_input_mask(tail_mask, store.get_layouts().group_of_longest(), *ubatch, causal);
     }
     if (tail_idxs && tail_idxs->buffer) {
-        store.set_input_k_idxs(tail_idxs, store.group_of_shortest(), slots);
+        store.get_views().set_input_k_idxs(tail_idxs, store.get_layouts().group_of_shortest(), slots);
     }
 
     for (const auto & k : kinds) {
         if (k.v_idxs->buffer && k.v_idxs != tail_idxs) {
-            store.set_input_v_idxs(k.v_idxs, k.i_group, slots);
+            store.get_views().set_input_v_idxs(k.v_idxs, k.i_group, slots);
         }
         if (!k.first) {
             continue;
         }
         if (k.k_idxs->buffer) {
-            store.set_input_k_idxs(k.k_idxs, k.i_group, slots);
+            store.get_views().set_input_k_idxs(k.k_idxs, k.i_group, slots);
         }
         if (k.mask->buffer) {
-            store.set_input_mask(k.mask, k.i_group, *ubatch, causal);
+            store.get_views().set_input_mask(k.mask, k.i_group, *ubatch, causal);
         }
     }
 
@@ -168,7 +168,7 @@ bool graph_input::can_reuse(const llm_graph_params & params) {
     if (reservation || mctx->is_reservation() || generation != store.generation() || n_tokens != params.ubatch.n_tokens) {
         return false;
     }
-    return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == store.layout_n_kv(k.layout); });
+    return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == store.get_layouts().n_kv(k.layout); });
 }
 
 ggml_tensor * graph_input::attention(const llm_graph_context & graph, const attention_call & call) {
@@ -188,10 +188,10 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
 
     // K directly behind its RoPE: backends make one operation of both
     for (uint32_t i : ids) {
-        ggml_build_forward_expand(graph.gf, store.cpy_k(ctx, call.k_cur, kind_of(i).k_idxs, i, reservation));
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind_of(i).k_idxs, i, reservation, tail_idxs && kind_of(i).k_idxs == tail_idxs));
     }
     for (uint32_t i : ids) {
-        ggml_build_forward_expand(graph.gf, store.cpy_v(ctx, call.v_cur, kind_of(i).v_idxs, i, reservation));
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind_of(i).v_idxs, i, reservation, tail_idxs && kind_of(i).v_idxs == tail_idxs));
     }
 
     if (ring && known) {
@@ -229,8 +229,8 @@ ggml_tensor * graph_input::attend(const llm_graph_context & graph, ggml_tensor *
     if (ggml_tensor * own = decode(graph.ctx0, q, sinks, i_group, call.il)) {
         return own;
     }
-    ggml_tensor * k = store.get_k(graph.ctx0, i_group, reservation);
-    ggml_tensor * v = store.get_v(graph.ctx0, i_group, reservation);
+    ggml_tensor * k = store.get_views().get_k(graph.ctx0, i_group, reservation);
+    ggml_tensor * v = store.get_views().get_v(graph.ctx0, i_group, reservation);
 
     return graph.build_attn_mha(q, k, v, nullptr, kind_of(i_group).mask, sinks, nullptr, 0, call.kq_scale, call.il);
 }
@@ -243,7 +243,7 @@ ggml_tensor * graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tens
     }
 
     const refreekv_decode_call call = {
-        q, store.get_k(ctx, i_group, false), store.get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.evicted_of(i_group),
+        q, store.get_views().get_k(ctx, i_group, false), store.get_views().get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.evicted_of(i_group),
     };
 
     const auto * kernels = refreekv_find_kernels();
@@ -275,7 +275,7 @@ llm_graph_input_attn_kv * graph_input::base_of(const llm_graph_input_attn_kv_isw
 // hooks
 
 ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, const attention_call & call) {
-    refreekv_store::hook_ran(refreekv_store::HOOK_ATTENTION);
+    hook_ran(HOOK_ATTENTION);
 
     const auto * own = cache_context::of(mctx);
 

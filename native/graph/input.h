@@ -1,7 +1,7 @@
 #pragma once
 
-#include "cache/cache.h"
 #include "hooks.h"
+#include "cache/cache.h"
 
 #include "llama-graph.h"
 

@@ -2,9 +2,9 @@
 
 #include "cache/store.h"
 
-#include "tiers/cold-store.h"
 #include "api/error.h"
 #include "cache/runs.h"
+#include "tiers/cold-store.h"
 
 #include "llama-io.h"
 
@@ -27,10 +27,10 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
     std::vector<std::vector<uint32_t>> rows(groups.size()); // indices of the list
 
     bool any = false;
-    for (uint32_t i_group = 0; i_group < groups.size() && params.cold_state && bytes_cold > 0; ++i_group) {
+    for (uint32_t i_group = 0; i_group < groups.size() && params.cold_state && cold.bytes() > 0; ++i_group) {
         const auto & g = groups[i_group];
         for (uint32_t i = 0; i < list.size(); ++i) {
-            if (g.is_cold[list[i]] && g.res.slot(list[i]) < 0) {
+            if (cold.has(g, list[i]) && g.res.slot(list[i]) < 0) {
                 rows[i_group].push_back(i);
                 any = true;
             }
@@ -56,7 +56,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
             cells.push_back(list[i]);
         }
         for (bool v : { false, true }) {
-            const bool ok = get_cold(g, v, cells, [&](size_t, size_t n, const uint8_t * bytes) { io.write(bytes, n*cache_row(g, v)); });
+            const bool ok = cold.get(g, v, cells, [&](size_t, size_t n, const uint8_t * bytes) { io.write(bytes, n*g.row_size(v)); });
             if (!ok) {
                 refreekv_set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
@@ -103,16 +103,16 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
             i    = list[i];
         }
 
-        std::vector<uint8_t> k(cells.size()*cache_row(g, false));
-        std::vector<uint8_t> v(cells.size()*cache_row(g, true));
+        std::vector<uint8_t> k(cells.size()*g.row_size(false));
+        std::vector<uint8_t> v(cells.size()*g.row_size(true));
         io.read(k.data(), k.size());
         io.read(v.data(), v.size());
 
-        if (cold) {
+        if (cold.exists()) {
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
-                return put_cold(g, cells[i], n, k.data() + i*cache_row(g, false), v.data() + i*cache_row(g, true));
+                return cold.put(g, cells[i], n, k.data() + i*g.row_size(false), v.data() + i*g.row_size(true));
             });
-            sketch(g, cells, [&](size_t i) { return k.data() + i*cache_row(g, false); });
+            sketch(g, cells, [&](size_t i) { return k.data() + i*g.row_size(false); });
         }
     }
 

@@ -71,7 +71,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
     std::vector<uint32_t> list;
     for (const auto & [c0, c1] : ranges) {
         for (uint32_t c = c0; c < c1; ++c) {
-            list.push_back(strm*kv_size + c);
+            list.push_back(strm*logical.stream_size() + c);
         }
     }
 
@@ -82,8 +82,8 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
     std::vector<uint8_t> behind(list.size(), 0);
     for (size_t i = 0; i < list.size(); ++i) {
-        for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
-            behind[i] |= seq_has(list[i], s) && pos_of(list[i]) <= pruned[s];
+        for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
+            behind[i] |= logical.seq_has(list[i], s) && logical.pos_of(list[i]) <= pruned[s];
         }
     }
     io.write(behind.data(), behind.size());
@@ -135,7 +135,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
 void refreekv_store::clear_rows(const slot_info & sinfo) {
     for (auto & g : groups) {
         std::vector<uint32_t> slots;
-        for_cells(sinfo, [&](uint32_t cell) {
+        logical.for_batch(sinfo, [&](uint32_t cell) {
             if (g.res.slot(cell) >= 0) {
                 slots.push_back(g.res.slot(cell));
             }
@@ -338,7 +338,7 @@ bool refreekv_store::read_divided_anew(llama_io_read_i & io, const heads_list & 
         }
     }
 
-    stale_layouts = true;
+    layouts.make_stale();
 
     return true;
 }
@@ -348,7 +348,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
     refreekv_publishing publish(this);
 
     std::vector<uint32_t> list;
-    for_cells(sinfo, [&](uint32_t cell) { list.push_back(cell); });
+    logical.for_batch(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 
     refreekv_state_header header;
     io.read(&header, sizeof(header));
@@ -366,17 +366,17 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         return false;
     }
 
-    synchronize();
+    mover.synchronize();
     release_stale();
 
     // the cells may be those of a sequence that was there before: what the state does not hold of them must go
-    std::vector<uint8_t> in_list(n_cells, 0);
+    std::vector<uint8_t> in_list(logical.size(), 0);
     for (uint32_t cell : list) {
         in_list[cell] = 1;
     }
     for (auto & g : groups) {
         g.res.release([&](uint32_t cell) { return in_list[cell]; });
-        forget_cold(g, list);
+        cold.forget(g, list);
     }
     refresh_sketches();
 
@@ -438,16 +438,16 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         return false;
     }
 
-    for (llama_seq_id s = 0; s < n_seq_ids(); ++s) {
+    for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
         for (uint32_t i = 0; i < cell_count; ++i) {
-            if (behind[i] && seq_has(list[i], s)) {
-                pruned[s] = std::max(pruned[s], pos_of(list[i]));
+            if (behind[i] && logical.seq_has(list[i], s)) {
+                pruned[s] = std::max(pruned[s], logical.pos_of(list[i]));
                 ring.forget(s);
             }
         }
     }
 
-    stale_layouts = true;
+    layouts.make_stale();
 
     return true;
 }

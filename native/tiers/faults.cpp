@@ -2,10 +2,10 @@
 
 #include "cache/store.h"
 
-#include "tiers/cold-store.h"
 #include "api/error.h"
-#include "kernels/kernels.h"
 #include "cache/row-bytes.h"
+#include "kernels/kernels.h"
+#include "tiers/cold-store.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
@@ -50,11 +50,11 @@ void refreekv_store::make_faults(uint32_t i_group) {
 
     g.evicted = std::make_unique<refreekv_decode_evicted>();
 
-    g.evicted->softmax   = &layers[il_to_layer.at(g.il)].softmax;
+    g.evicted->softmax   = &layers[g.i_layer].softmax;
     g.evicted->tolerance = fault_mass;
-    g.evicted->row_k     = cache_row(g, false);
-    g.evicted->row_v     = cache_row(g, true);
-    g.evicted->sketch.reset(n_embd(g, false));
+    g.evicted->row_k     = g.row_size(false);
+    g.evicted->row_v     = g.row_size(true);
+    g.evicted->sketch.reset(g.n_embd(false));
 
     g.evicted->sees = [this, i_group](int64_t token, uint32_t block) {
         const auto & b = groups[i_group].evicted->sketch[block];
@@ -65,7 +65,7 @@ void refreekv_store::make_faults(uint32_t i_group) {
         }
         const uint32_t cell = b.cells[i]; // the others are of the same sequences, and behind it
 
-        return seq_has(cell, batch_seq[token]) && pos_of(cell) <= batch_pos[token];
+        return logical.seq_has(cell, batch_seq[token]) && logical.pos_of(cell) <= batch_pos[token];
     };
 
     g.evicted->read = [this, i_group](uint32_t block, uint8_t * k, uint8_t * v) {
@@ -80,8 +80,8 @@ void refreekv_store::make_faults(uint32_t i_group) {
         }
         std::sort(cells.begin(), cells.end()); // their order does not matter here
 
-        return get_cold(g, false, cells, [&](size_t i, size_t n, const uint8_t * bytes) { std::copy_n(bytes, n*cache_row(g, false), k + i*cache_row(g, false)); }) &&
-               get_cold(g, true,  cells, [&](size_t i, size_t n, const uint8_t * bytes) { std::copy_n(bytes, n*cache_row(g, true),  v + i*cache_row(g, true)); });
+        return cold.get(g, false, cells, [&](size_t i, size_t n, const uint8_t * bytes) { std::copy_n(bytes, n*g.row_size(false), k + i*g.row_size(false)); }) &&
+               cold.get(g, true,  cells, [&](size_t i, size_t n, const uint8_t * bytes) { std::copy_n(bytes, n*g.row_size(true),  v + i*g.row_size(true)); });
     };
 }
 
@@ -121,19 +121,15 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
     };
     std::vector<run> runs;
 
-    const auto alike = [&](uint32_t a, uint32_t b) {
-        return a/kv_size == b/kv_size && table_of(a).seq_get_all(index_of(a)) == table_of(b).seq_get_all(index_of(b));
-    };
-
     for (size_t i = 0; i < cells.size(); ++i) {
-        if (!g.is_cold[cells[i]]) {
+        if (!cold.has(g, cells[i])) {
             continue;
         }
-        auto it = std::find_if(runs.begin(), runs.end(), [&](const run & r) { return alike(r.first, cells[i]); });
+        auto it = std::find_if(runs.begin(), runs.end(), [&](const run & r) { return logical.alike(r.first, cells[i]); });
         if (it == runs.end()) {
             it = runs.insert(it, { cells[i], {} });
         }
-        it->cells.emplace_back(pos_of(cells[i]), i);
+        it->cells.emplace_back(logical.pos_of(cells[i]), i);
     }
 
     const size_t n_blocks = std::accumulate(runs.begin(), runs.end(), (size_t) 0,
@@ -141,8 +137,8 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
 
     g.evicted->sketch.reserve(n_blocks);
 
-    const ggml_type type = cache_type(g, false);
-    const int64_t   n    = n_embd(g, false);
+    const ggml_type type = g.type(false);
+    const int64_t   n    = g.n_embd(false);
 
     std::vector<float> keys(refreekv_sketch::n_cells*n);
 
@@ -172,8 +168,26 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
 // cells have come back, or are gone, or have lost their rows
 void refreekv_store::refresh_sketches() {
     for (auto & g : groups) {
-        if (g.evicted && g.evicted->sketch.keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && g.is_cold[cell] && !is_empty(cell); })) {
+        if (g.evicted && g.evicted->sketch.keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && cold.has(g, cell) && !logical.is_empty(cell); })) {
             n_generation++;
         }
     }
+}
+
+void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
+    if (cold.bytes() == 0) {
+        return;
+    }
+    for (auto & g : groups) {
+        cold.copy(g, first_src, first_dst, logical.stream_size());
+
+        if (g.evicted) {
+            g.evicted->sketch.copy(first_src, first_dst, logical.stream_size());
+            g.evicted->sketch.keep([&](uint32_t cell) { return cell/logical.stream_size() != first_dst/logical.stream_size() || cold.has(g, cell); });
+        }
+    }
+}
+
+void refreekv_store::sketch_rows(group & g, const std::vector<uint32_t> & cells) {
+    sketch(g, cells, [&](size_t i) { return (const uint8_t *) g.rows.k()->data + g.res.slot(cells[i])*g.rows.k()->nb[1]; });
 }

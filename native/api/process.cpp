@@ -1,6 +1,8 @@
-#include "api/next-context.h"
+#include "api/process.h"
 
 #include "api/environment.h"
+
+#include <atomic>
 
 namespace refreekv {
 
@@ -34,6 +36,38 @@ void set_next_params(const refreekv_params * params) {
 
 void forget_next_params() {
     g_state = NEXT_UNSET;
+}
+
+// places
+
+static thread_local bool g_open = false;
+
+open_place::open_place() {
+    g_open = true;
+}
+
+open_place::~open_place() {
+    g_open = false;
+}
+
+bool open_place::take() {
+    const bool res = g_open;
+    g_open = false;
+    return res;
+}
+
+// hooks
+
+static std::atomic<uint32_t> g_hooks_ran { 0 };
+
+void hook_ran(hook h) {
+    if (!(g_hooks_ran.load(std::memory_order_relaxed) & h)) {
+        g_hooks_ran |= h;
+    }
+}
+
+uint32_t hooks_ran() {
+    return g_hooks_ran;
 }
 
 } // namespace refreekv
