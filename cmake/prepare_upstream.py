@@ -7,9 +7,9 @@ OUT/licenses has the licence texts. Files that have not changed keep their time 
 what it touches and nothing else.
 
 --source names an unpacked llama-cpp-python sdist, or a folder that --bundle wrote, to use in place of a download. It is
-only read, and gets the same patches. --stock leaves the hooks out: upstream but for mended bugs. --tests brings
-upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches nothing: our
-own sdist carries that, so that it builds without a download. Anything unexpected ends the build.
+only read, and gets the same patches. --stock applies just NNNN-fix-*.patch: upstream but for mended bugs. --tests
+brings upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches
+nothing: our own sdist carries that, so that it builds without a download. Anything unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from licenses import check_listed, collect
 from upstream_pin import PIN_FILE, read_pin
 
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
-HOOKS = PIN_FILE.parent / "patches" / "0001-hooks.patch"
 
 # what the build reads of vendor/llama.cpp
 NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
@@ -141,7 +140,7 @@ def main() -> None:
 
         copy(source, PYTHON, new / "python")
         copy(source / "vendor" / "llama.cpp", NEEDED + (NEEDED_BY_TESTS if args.tests else []), new / "llama.cpp")
-        patches = [path for path in PATCHES if not (args.stock and path == HOOKS)]
+        patches = [path for path in PATCHES if "-fix-" in path.name or not args.stock]
         apply_patches(new / "llama.cpp", patches)
         collect(source, new / "licenses")
         for name in ("llama.cpp", "python", "licenses"):

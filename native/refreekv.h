@@ -113,7 +113,7 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
-    float   fault_mass;       // blocks of evicted cells take part in decoding, read from the cold store, until the others would draw
+    float   fault_mass;       // blocks of evicted cells take part in decoding (batches of up to 32 tokens), read from the cold store, until the others would draw
                               // no more than this part of any head's attention, all together; 0: none do. Where that can be had: with
                               // a cold store, the cache in host memory, and heads the decode kernel takes
     bool    fault_needed;     // a context that cannot have it fails
@@ -190,13 +190,13 @@ REFREEKV_API const char * refreekv_last_error(void);
 // before a call of llama.h that may leave an error here
 REFREEKV_API void refreekv_forget_last_error(void);
 
-// a mask of the hooks that have run in this process, see refreekv_store::hook in refreekv-store.h
+// a mask of the hooks that have run in this process, see native/api/process.h
 REFREEKV_API uint32_t refreekv_hooks_ran(void);
 
 REFREEKV_API struct refreekv_params refreekv_params_default(void);
 
 // the policy of the contexts that this thread creates from now on; NULL: upstream's own cache. It stays in force until it
-// is set again or forgotten, which leaves it to the environment (REFREEKV_NATIVE_POLICY, see refreekv-environment.h)
+// is set again or forgotten, which leaves it to the environment (REFREEKV_NATIVE_POLICY, see api/environment.h)
 REFREEKV_API int32_t refreekv_next_context(const struct refreekv_params * params);
 REFREEKV_API void    refreekv_forget_next_context(void);
 

@@ -4,7 +4,7 @@
 
 Runs the table policies x scenarios twice, in a process of its own each: on the CPU, with every other device hidden,
 and with its layers on what llama.cpp finds (or on RPC servers). On CUDA a cache of these small models grows in place
-from `--n-ctx 262144` on (native/refreekv-region-cuda.cpp). Prints a Markdown table. A cell says whether the same
+from `--n-ctx 262144` on (native/cache/region-cuda.cpp). Prints a Markdown table. A cell says whether the same
 tokens came out, or which was the first that differs; how far the logits are apart up to there; and in how many cells
 the layers differ. The exit code is 1 when tokens differ that were further apart than the logits are, when logits differ
 by more than 0.05, or keys and values came to the host.

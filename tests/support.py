@@ -130,13 +130,13 @@ class Sequences:
     def copy(self, source: int, target: int, start: int = -1, end: int = -1) -> None:
         llama_cpp.llama_memory_seq_cp(self.memory, source, target, start, end)
 
-    def save(self, seq_id: int) -> bytes:
-        """The state of one sequence."""
-        size = llama_cpp.llama_state_seq_get_size(self.ctx, seq_id)
+    def save(self, seq_id: int, flags: int = 0) -> bytes:
+        """The state of one sequence; flags: LLAMA_STATE_SEQ_FLAGS_*."""
+        size = llama_cpp.llama_state_seq_get_size_ext(self.ctx, seq_id, flags)
         buffer = (ctypes.c_uint8 * size)()
-        return bytes(buffer[: llama_cpp.llama_state_seq_get_data(self.ctx, buffer, size, seq_id)])
+        return bytes(buffer[: llama_cpp.llama_state_seq_get_data_ext(self.ctx, buffer, size, seq_id, flags)])
 
-    def restore(self, state: bytes, seq_id: int) -> int:
+    def restore(self, state: bytes, seq_id: int, flags: int = 0) -> int:
         """Bytes read; 0: the state was refused."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return llama_cpp.llama_state_seq_set_data(self.ctx, buffer, len(state), seq_id)
+        return llama_cpp.llama_state_seq_set_data_ext(self.ctx, buffer, len(state), seq_id, flags)

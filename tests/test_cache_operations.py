@@ -626,7 +626,7 @@ def assert_usable(llm: Llama, path: Path, policy: str | ReFreeKV, options: dict)
     np.testing.assert_array_equal(logits(llm), logits(fresh))
 
 
-# where a state with one sequence has what: native/refreekv-state.cpp
+# where a state with one sequence has what: native/state/state.cpp
 STATE_MAGIC = b"RFKV"
 STATE_HEADER = 24
 STATE_WHOLE_HEADS = 4  # their number: none

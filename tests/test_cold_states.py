@@ -30,7 +30,7 @@ ASCII = {N_SPECIAL + byte: -1000.0 for byte in range(128, 256)}
 SHORT_QUESTION = random_tokens(20, seed=3)
 COLD_MEMORY = {"cold": native.enum_value("COLD_MEMORY")}
 
-# where a state of one sequence has what: native/refreekv-state-cold.cpp
+# where a state of one sequence has what: native/state/state-cold.cpp
 COLD_MAGIC = b"RFKC"
 
 

@@ -1,4 +1,4 @@
-"""A policy forced by the environment (native/refreekv-environment.h), as upstream's tests run with it: in processes of
+"""A policy forced by the environment (native/api/environment.h), as upstream's tests run with it: in processes of
 their own, since it is read once."""
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def test_a_model_that_cannot_have_it_goes_without(tiny_model: Path, tmp_path: Pa
     [
         (
             {"REFREEKV_NATIVE_POLICY": "strict"},
-            "REFREEKV_NATIVE_POLICY=strict: valid are elastic, streaming and refreekv",
+            "REFREEKV_NATIVE_POLICY=strict: must be elastic, streaming or refreekv",
         ),
         (
             {"REFREEKV_NATIVE_POLICY": "elastic", "REFREEKV_NATIVE_PRUNE": "yes"},
-            "REFREEKV_NATIVE_PRUNE=yes: valid is auto",
+            "REFREEKV_NATIVE_PRUNE=yes: must be auto",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from policies import Debug
-from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load
+from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
 from test_python_policy import PythonStreaming
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
@@ -88,6 +88,18 @@ def test_other_kinds_of_attention(tiny: Callable[[str], Path], kind: str) -> Non
     model = tiny(next(title for title in ARCHITECTURES if title.startswith(kind)))
     full, ours = (feed(read(model, EVERY, prune=prune, **CACHES["f32"]), ANSWER) for prune in (False, True))
     assert_near(ours, full, 1e-4)
+
+
+@pytest.mark.parametrize("n", [5, 11, 32])
+def test_batches_of_drafts_and_sequences_have_faults_too(tiny: Callable[[str], Path], n: int) -> None:
+    """Batches of more than 4 tokens were decoded without what was evicted."""
+    tokens, answers = random_tokens(n, seed=2), []
+    for prune in (False, True):
+        llm = read(tiny("gqa64"), EVERY, prune=prune, **CACHES["f32"])
+        llm.eval(tokens)
+        answers.append(logits(llm))
+    assert_near(answers[1], answers[0], ERROR["f16, flash attention"])  # the full cache's by upstream's operations
+    assert llm.kv_stats.n_faults > 0
 
 
 def test_layers_in_two_groups(tiny: Callable[[str], Path]) -> None:

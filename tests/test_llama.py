@@ -153,7 +153,7 @@ def test_the_native_side_checks_budgets_too(policy: Policy) -> None:
 
 def test_the_native_side_checks_layers() -> None:
     params = native.make_params(**PyramidKV().native_options())
-    with pytest.raises(PolicyError, match="i_layer: valid are 0 to"):
+    with pytest.raises(PolicyError, match="i_layer: must be 0 to"):
         native.select(params, np.ones((1, 1, 8), dtype=np.float32), layer=2, n_layer=2)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from support import Sequences, ctx_of, feed, kept, load
 from tiny import random_tokens
+from tiny_architectures import DRAFT
 
-from refreekv_cpp import ReFreeKV, UnsupportedModelError, native
+from refreekv_cpp import Full, ReFreeKV, UnsupportedModelError, native
 
 POLICY = ReFreeKV.window(n_min=0)
 PROMPT = random_tokens(900)
@@ -24,7 +25,8 @@ MORE = random_tokens(21, seed=1)[1:]
 WINDOWED = "gemma2 (soft-cap, sliding window)"
 SINKS = "gpt-oss (attention sinks, sliding window, experts)"
 HYBRID = "jamba (hybrid)"
-COMPOSITE = [WINDOWED, SINKS, HYBRID, "lfm2 (hybrid)"]
+GEMMA4 = "gemma4 (sliding window)"
+COMPOSITE = [WINDOWED, SINKS, HYBRID, "lfm2 (hybrid)", GEMMA4]
 
 Tiny = Callable[[str], Path]
 
@@ -136,6 +138,25 @@ def test_a_state_that_fails_in_its_second_part_leaves_nothing(tiny: Tiny, name: 
     assert sequences.kept(1) == [[], []]
 
 
+@pytest.mark.parametrize("name", ["gqa", *COMPOSITE])
+def test_a_state_on_the_device_holds_rows_by_value(tiny: Tiny, name: str) -> None:
+    """Upstream keeps views of the tensors such a state was written from, and rows of a cache with a policy move."""
+    on_device = llama_cpp.LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
+    sequences = Sequences(tiny(name), POLICY, n_rs_seq=0)
+    sequences.read(0, PROMPT[:200])
+    for seed in range(2):
+        state = sequences.save(0, on_device)
+        assert len(state) > 200 * native.group(sequences.ctx, 0).row_bytes
+        expected = sequences.read(0, MORE)
+        sequences.remove(0)
+        sequences.read(1, random_tokens(700, seed=seed))  # the rows move
+        assert sequences.restore(state, 0, on_device) > 0
+        np.testing.assert_allclose(sequences.read(0, MORE), expected, atol=1e-4)
+        sequences.remove(1)
+        sequences.remove(0)
+        assert sequences.restore(state, 0, on_device) > 0
+
+
 def test_images_share_a_position(tiny: Tiny) -> None:
     """M-RoPE: the cells of an image have one position, and see each other by row and column, as upstream has it."""
     logits = []
@@ -163,6 +184,46 @@ def test_images_share_a_position(tiny: Tiny) -> None:
     np.testing.assert_allclose(full, evicting, atol=1e-3)  # decoded by our own kernel
 
 
+def test_without_a_causal_mask_gemma4s_dense_layers_stay_causal(tiny: Tiny) -> None:
+    """As upstream has it for images: elastic and evicting caches were attended to in both directions."""
+    logits = []
+    for policy, elastic in (("full", False), ("full", True), (POLICY, None)):
+        llm = load(tiny(GEMMA4), policy, kv_elastic=elastic, flash_attn=False)
+        llm.eval(PROMPT[:50])
+        llama_cpp.llama_set_causal_attn(ctx_of(llm), False)
+        llm.eval(PROMPT[50:90])
+        llama_cpp.llama_set_causal_attn(ctx_of(llm), True)
+        logits.append(feed(llm, MORE))
+    full, elastic_full, evicting = logits
+    np.testing.assert_array_equal(full, elastic_full)
+    np.testing.assert_allclose(full, evicting, atol=5e-3)  # decoded by our own kernel
+
+
+def open_draft(tiny: Tiny, target: Sequences) -> Sequences:
+    return Sequences(tiny(DRAFT.title), Full(), ctx_other=target.ctx)
+
+
+def test_a_draft_that_reads_a_cache_with_a_policy_is_refused(tiny: Tiny) -> None:
+    open_draft(tiny, Sequences(tiny(GEMMA4), Full())).close()
+    target = Sequences(tiny(GEMMA4), POLICY)
+    with pytest.raises(ValueError, match="context"):
+        open_draft(tiny, target)
+    assert "reads another context's cache; the other context must not have a KV policy" in native.last_error()
+
+
 def test_what_is_all_windows_is_refused_by_name(tiny: Tiny) -> None:
     with pytest.raises(UnsupportedModelError, match="gemma3: every attention layer has a sliding window"):
         load(tiny("gemma3 (all of it sliding window)"), "refreekv")
+
+
+def test_what_is_expected_stays_expected_when_a_batch_is_refused(tiny: Tiny) -> None:
+    """Upstream tries two divisions of a batch, and the batch again after an update: each took its tokens off."""
+    sequences = Sequences(tiny(WINDOWED), POLICY, swa_full=False)
+    sequences.read(0, PROMPT)
+    sequences.copy(0, 1)  # the windows' cells belong to two sequences now, so none of them can be written over
+    native.expect(sequences.ctx, 1500)
+    with pytest.raises(AssertionError):
+        sequences.read(0, random_tokens(400))
+    sequences.remove(1)  # the next batch gives back what is not needed
+    sequences.read(0, random_tokens(400))
+    assert native.group(sequences.ctx, 0).n_capacity >= len(PROMPT) + 1500

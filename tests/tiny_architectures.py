@@ -16,7 +16,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from tiny import TINY_MODELS, write_tokenizer
+from tiny import N_VOCAB, TINY_MODELS, write_tokenizer
 
 import refreekv_cpp  # noqa: F401  (it loads the library that llama_cpp then uses)
 
@@ -50,6 +50,12 @@ _SSM = {
     "ssm.time_step_rank": 4,
     "ssm.group_count": 1,
 }
+_GEMMA4 = {
+    "attention.sliding_window_pattern": [True, False] * (N_LAYER // 2),
+    "attention.key_length_swa": _N_EMBD // _N_HEAD,
+    "attention.value_length_swa": _N_EMBD // _N_HEAD,
+    "embedding_length_per_layer_input": 0,
+}
 # every other layer has attention, the others have none
 _EVERY_OTHER = {"attention.head_count_kv": [0, 2] * (N_LAYER // 2)}
 
@@ -61,11 +67,17 @@ class Architecture:
         name: llama.cpp's.
         what: what is special about it.
         keys: metadata, without the architecture's prefix.
+        rope_factors: it needs factors of RoPE's frequencies.
+        shapes: of its tensors, by name; llama.cpp is not asked then.
+        unscaled: it does not divide attention logits by the root of the head size, so the norm of its queries is small.
     """
 
     name: str
     what: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
+    rope_factors: bool = False
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    unscaled: bool = False
 
     @property
     def title(self) -> str:
@@ -75,7 +87,12 @@ class Architecture:
         metadata = path.with_suffix(".metadata")
         self._write(metadata, {})
         rng = np.random.default_rng(seed)
-        self._write(path, {name: _weights(name, shape, rng) for name, shape in self._shapes(metadata).items()})
+        shapes = self.shapes or self._shapes(metadata)
+        weights = {name: _weights(name, shape, rng) for name, shape in shapes.items()}
+        for name in weights:
+            if self.unscaled and "attn_q_norm" in name:
+                weights[name] /= 4
+        self._write(path, weights)
         metadata.unlink()
 
     def _write(self, path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
@@ -93,7 +110,7 @@ class Architecture:
 
     def _shapes(self, metadata: Path) -> dict[str, tuple[int, ...]]:
         # factors of RoPE and scales of quantised weights are for models that have such
-        left_out = ("rope_", ".scale", ".input_scale")
+        left_out = (*(() if self.rope_factors else ("rope_",)), ".scale", ".input_scale")
         return {
             name: shape for name, shape in _tensors_of(metadata).items() if not any(part in name for part in left_out)
         }
@@ -115,6 +132,8 @@ def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt
     noise = rng.standard_normal(shape)
     if "ssm_a" in name:  # a decay
         res = -np.abs(noise) - 0.1
+    elif "rope_freqs" in name:
+        res = 1 + np.abs(noise)
     elif "norm" in name and name.endswith("weight"):
         res = 1 + 0.1 * noise
     elif len([n for n in shape if n > 1]) < 2:
@@ -191,6 +210,7 @@ _LIST = [
     Architecture("gemma3", "without a window"),
     Architecture("gemma3", "sliding window", {**_WINDOW, "block_count": 6}),
     Architecture("gemma3", "all of it sliding window", _WINDOW),
+    Architecture("gemma4", "sliding window", {**_WINDOW, **_GEMMA4}, rope_factors=True, unscaled=True),
     Architecture("phi2"),
     Architecture("phi3"),
     Architecture("gpt2", "learned positions", {"attention.head_count_kv": _N_HEAD}),
@@ -240,12 +260,51 @@ ENCODER = Architecture(
     "bert", "encoder", {"attention.head_count_kv": _N_HEAD, "attention.causal": False, "pooling_type": 2}
 )
 
+# a draft model whose layers are views of another context's cache
+DRAFT = Architecture(
+    "gemma4-assistant",
+    "draft",
+    {
+        **_WINDOW,
+        **_GEMMA4,
+        "nextn_predict_layers": N_LAYER,
+        "embedding_length": _N_EMBD // 2,
+        "embedding_length_out": _N_EMBD,
+        "attention.key_length": _N_EMBD // _N_HEAD,
+        "attention.value_length": _N_EMBD // _N_HEAD,
+    },
+    shapes={
+        "token_embd.weight": (N_VOCAB, _N_EMBD // 2),
+        "output_norm.weight": (_N_EMBD // 2,),
+        "nextn.pre_projection.weight": (_N_EMBD // 2, 2 * _N_EMBD),
+        "nextn.post_projection.weight": (_N_EMBD, _N_EMBD // 2),
+        "rope_freqs.weight": (_N_EMBD // _N_HEAD // 2,),
+        **{
+            f"blk.{layer}.{name}.weight": shape
+            for layer in range(N_LAYER)
+            for name, shape in {
+                "attn_norm": (_N_EMBD // 2,),
+                "attn_q": (_N_EMBD, _N_EMBD // 2),
+                "attn_q_norm": (_N_EMBD // _N_HEAD,),
+                "attn_output": (_N_EMBD // 2, _N_EMBD),
+                "post_attention_norm": (_N_EMBD // 2,),
+                "layer_output_scale": (1,),
+                "ffn_norm": (_N_EMBD // 2,),
+                "ffn_gate": (_N_FF, _N_EMBD // 2),
+                "ffn_up": (_N_FF, _N_EMBD // 2),
+                "ffn_down": (_N_EMBD // 2, _N_FF),
+                "post_ffw_norm": (_N_EMBD // 2,),
+            }.items()
+        },
+    },
+)
+
 ARCHITECTURES = {architecture.title: architecture for architecture in _LIST}
 
 
 def tiny_models(folder: Path) -> Callable[[str], Path]:
-    """The GGUF of a model in `TINY_MODELS` or `ARCHITECTURES` or of `ENCODER`, by its name; written when asked for."""
-    models = {**TINY_MODELS, **ARCHITECTURES, ENCODER.title: ENCODER}
+    """The GGUF of a model of these tables, of `ENCODER` or of `DRAFT`, by its name; written when asked for."""
+    models = {**TINY_MODELS, **ARCHITECTURES, ENCODER.title: ENCODER, DRAFT.title: DRAFT}
 
     def path_of(name: str) -> Path:
         path = folder / f"{name}.gguf"

@@ -2,7 +2,7 @@
 // accumulated the most attention. There the attention of every query since the first is accumulated, head by head; here
 // it is that of the queries in the ring, and the mean of the heads that share their cells.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 

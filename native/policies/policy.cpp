@@ -1,4 +1,4 @@
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,28 +34,28 @@ const char * refreekv_policy_check(const refreekv_params & p) {
         return "policy: unknown kind";
     }
     if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
-        return "cold: valid are none, auto, memory and file";
+        return "cold: must be none, auto, memory or file";
     }
     if (p.cold_type != -1 && p.cold_type != GGML_TYPE_Q8_0) {
-        return "cold_type: valid are -1, the cache's, and GGML_TYPE_Q8_0";
+        return "cold_type: must be -1 (the cache's) or GGML_TYPE_Q8_0";
     }
     if (p.ranking < REFREEKV_RANKING_POSITION || p.ranking > REFREEKV_RANKING_SCORE) {
-        return "ranking: valid are position and score";
+        return "ranking: must be position or score";
     }
     if (p.rows < REFREEKV_ROWS_LAST || p.rows > REFREEKV_ROWS_WORST) {
-        return "rows: valid are last, mean and worst";
+        return "rows: must be last, mean or worst";
     }
     if (p.measure < REFREEKV_MEASURE_NORM || p.measure > REFREEKV_MEASURE_MASS) {
-        return "measure: valid are norm and mass";
+        return "measure: must be norm or mass";
     }
     if (p.pooling < REFREEKV_POOLING_MEAN || p.pooling > REFREEKV_POOLING_MAX) {
-        return "pooling: valid are mean and max";
+        return "pooling: must be mean or max";
     }
     if (p.n_window < 1 || p.n_window > 256) {
-        return "n_window: valid are 1 to 256";
+        return "n_window: must be 1 to 256";
     }
     if (p.window_step < 1 || p.window_step > p.n_window) {
-        return "window_step: valid are 1 to n_window";
+        return "window_step: must be 1 to n_window";
     }
     if (p.n_sink < 0 || p.n_recent < 0 || p.n_full_layers < 0 || p.n_min < 0) {
         return "n_sink, n_recent, n_full_layers, n_min: must not be negative";
@@ -67,25 +67,25 @@ const char * refreekv_policy_check(const refreekv_params & p) {
         return "n_block: must be positive";
     }
     if (!(p.threshold >= 0.0f && p.threshold <= 1.0f)) {
-        return "threshold: valid are 0 to 1";
+        return "threshold: must be 0 to 1";
     }
     if (!(p.mass_floor >= 0.0f && p.mass_floor <= 1.0f)) {
-        return "mass_floor: valid are 0 to 1";
+        return "mass_floor: must be 0 to 1";
     }
     if (p.beta < 1) {
         return "beta: must be 1 or more";
     }
     if (!(p.fault_mass >= 0.0f && p.fault_mass < 1.0f)) {
-        return "fault_mass: valid are 0 and up to below 1";
+        return "fault_mass: must be 0 or more, and below 1";
     }
     if (p.fault_mass > 0.0f && p.cold == REFREEKV_COLD_NONE) {
         return "fault_mass: needs a cold store";
     }
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
-        return "top_p: valid are above 0 and up to 1";
+        return "top_p: must be above 0 and at most 1";
     }
     if (refreekv_policy_has_budget(p.policy) && !(p.budget > 0.0)) {
-        return "budget: valid are a fraction in (0, 1] or a count of cells > 1";
+        return "budget: must be a fraction in (0, 1] or a count of cells > 1";
     }
     return nullptr;
 }

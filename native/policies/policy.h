@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../refreekv.h"
+#include "refreekv.h"
 
 #include <cstdint>
 #include <vector>

@@ -2,7 +2,7 @@
 // Beside the window the last layer keeps 1/beta of the mean, and the first as much more; where that is more than there
 // is, the first layer is whole and the slope is less.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 

@@ -9,7 +9,7 @@
 //
 // Norm and mass grow with the prefix, so looking only at the allowed cuts finds the shortest prefix rounded up to a cut.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 // over positions so that neighbours stay together; a fixed budget. There every head chooses for itself; here the heads of
 // a group share their cells, and what is pooled and ranked is their mean.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 

@@ -1,7 +1,7 @@
 // StreamingLLM (arXiv 2309.17453): the sinks and the most recent cells, a fixed budget. The simplest baseline; it looks
 // at no attention.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 #include <algorithm>
 

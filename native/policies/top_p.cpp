@@ -2,7 +2,7 @@
 // which top_p of the attention is there, on the mean of the window's rows and the group's heads. No fixed budget. There
 // each decoding step looks for its own cells in a cache that stays whole; here the choice is made once.
 
-#include "policy.h"
+#include "policies/policy.h"
 
 bool refreekv_policy_top_p(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
     const uint32_t n = attn.n_cells;

@@ -20,7 +20,7 @@ def resolve(options: Mapping[str, Any], *, evicts: bool) -> bool:
 
     - With a policy that evicts: yes. Without flash attention the compute buffers grow with n_ctx times the number of
       heads. On the CPU, prompts are also read faster with it; single tokens are decoded by our own kernel, which is
-      as fast with it as without (native/refreekv-decode.h).
+      as fast with it as without (native/kernels/decode.h).
     - With "full": no on the CPU, as upstream, where it can make decoding slower. Yes where a GPU holds the cache,
       which is faster there, and where V is quantised, which needs it.
 

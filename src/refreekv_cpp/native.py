@@ -80,7 +80,7 @@ def model_refusal(model: Any) -> str | None:
 
 
 def hooks_ran() -> int:
-    """A bit mask of the upstream hooks that have run in this process (enum refreekv_store::hook)."""
+    """A bit mask of the upstream hooks that have run in this process (native/api/process.h)."""
     return int(_lib.refreekv_hooks_ran())
 
 

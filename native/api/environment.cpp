@@ -1,0 +1,72 @@
+#include "api/environment.h"
+
+#include "hooks.h"
+#include "cache/store.h"
+
+#include "llama-context.h"
+
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+static std::string refreekv_variable(const char * name) {
+    const char * value = std::getenv(name);
+
+    return value ? value : "";
+}
+
+static refreekv_environment refreekv_read_environment() {
+    const std::map<std::string, refreekv_policy_kind> kinds = {
+        { "elastic",   REFREEKV_POLICY_ELASTIC   },
+        { "streaming", REFREEKV_POLICY_STREAMING },
+        { "refreekv",  REFREEKV_POLICY_REFREEKV  },
+    };
+
+    const std::string policy = refreekv_variable("REFREEKV_NATIVE_POLICY");
+    const std::string prune  = refreekv_variable("REFREEKV_NATIVE_PRUNE");
+
+    if (!prune.empty() && prune != "auto") {
+        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": must be auto");
+    }
+
+    refreekv_environment res;
+
+    if (policy.empty()) {
+        return res;
+    }
+
+    const auto it = kinds.find(policy);
+    if (it == kinds.end()) {
+        throw std::runtime_error("REFREEKV_NATIVE_POLICY=" + policy + ": must be elastic, streaming or refreekv");
+    }
+
+    res.has_policy    = true;
+    res.prunes        = prune == "auto";
+    res.params        = refreekv_params_default();
+    res.params.policy = it->second;
+    res.params.budget = 0.5;
+
+    if (res.prunes) {
+        // the prompts of tests are shorter than a block
+        res.params.n_min    = 0;
+        res.params.n_recent = 8;
+        res.params.n_block  = 1;
+    }
+
+    return res;
+}
+
+const refreekv_environment & refreekv_get_environment() {
+    static const refreekv_environment res = refreekv_read_environment();
+
+    return res;
+}
+
+void refreekv::after_decode(llama_context * lctx) {
+    if (auto * store = refreekv_store::of(lctx->get_memory())) {
+        store->prune_read(lctx);
+        store->publish();
+    }
+    publish_buffers(lctx);
+}

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "refreekv.h"
+
+// A policy that the environment asks for, so that programs which know nothing of refreekv (upstream's own tests) run on
+// the cache of native/:
+//
+//   REFREEKV_NATIVE_POLICY=elastic|streaming|refreekv  for every context that refreekv_next_context() set nothing for
+//   REFREEKV_NATIVE_PRUNE=auto                         such a context prunes what it has read, see refreekv::after_decode()
+//
+// Read once per process.
+struct refreekv_environment {
+    bool            has_policy = false;
+    bool            prunes     = false;
+    refreekv_params params     = {};
+};
+
+// throws std::runtime_error, naming what is valid
+const refreekv_environment & refreekv_get_environment();

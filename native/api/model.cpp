@@ -1,0 +1,138 @@
+#include "api/model.h"
+
+#include "hooks.h"
+#include "api/error.h"
+#include "api/process.h"
+#include "cache/cache.h"
+
+#include "llama-arch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-memory.h"
+#include "llama-model.h"
+
+#include <stdexcept>
+
+static bool refreekv_has_full_attention(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.n_head_kv(il) > 0 && !hparams.is_swa(il)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Names what cannot have a policy before a context is created. Other memories than those of composite.h are refused in any case
+// (create_memory below), as are graphs with an attention of their own (cache_context).
+std::string refreekv_why_not(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    const std::string name = llm_arch_name(model.arch);
+
+    if (llm_arch_is_recurrent(model.arch)) {
+        return name + ": recurrent memory, there is no KV cache to prune";
+    }
+    if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return name + ": hybrid memory with sliding windows is not supported yet";
+    }
+    if (!refreekv_has_full_attention(model)) {
+        return name + ": every attention layer has a sliding window, there is nothing to prune";
+    }
+    if (hparams.n_layer_kv_from_start >= 0 && hparams.n_layer_kv_from_start < (int32_t) hparams.n_layer()) {
+        return name + ": layers that share the K and V of another layer are not supported yet";
+    }
+    if (hparams.is_mla()) {
+        return name + ": multi-head latent attention (MLA) is not supported yet";
+    }
+    if (!hparams.causal_attn) {
+        return name + ": attention is not causal, there is no prompt to prune after";
+    }
+
+    if (hparams.router_layer >= 0) {
+        return name + ": attention to control tokens selects its adapters, none of it may be evicted";
+    }
+
+    switch (model.arch) {
+        case LLM_ARCH_DREAM:
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+            return name + ": diffusion model, it has no KV cache";
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
+            return name + ": encoder-decoder models and relative position bias are not supported";
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+            return name + ": it has no KV cache";
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_QWEN4EXP:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DFLASH:
+            return name + ": sparse attention with an index of its own is not supported";
+        case LLM_ARCH_BAILINGMOE3:
+        case LLM_ARCH_KIMI_K3:
+            return name + ": a cache of keys without values is not supported yet";
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_EAGLE3:
+            return name + ": a draft model that reads another context's cache";
+        case LLM_ARCH_GROK:
+            return name + ": attention logits with a scaling of their own are not supported yet";
+        default:
+            return "";
+    }
+}
+
+[[noreturn]] static void refreekv_refuse(const std::string & why) {
+    refreekv_set_error("%s", why.c_str());
+    throw std::runtime_error(why);
+}
+
+// why the context that is created cannot have a policy; empty when it can
+static std::string refreekv_why_not(const llama_model & model, const llama_memory_params & params) {
+    const std::string why = refreekv_why_not(model);
+
+    if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        return "contexts of draft heads (MTP) cannot have a KV policy";
+    }
+    if (why.empty() && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; split_mode must be one of layer, row and none";
+    }
+    return why;
+}
+
+llama_memory_i * refreekv::create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    skip_forced(false);
+
+    if (cache::of(llama_get_memory(cparams.ctx_other))) {
+        refreekv_refuse(std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy");
+    }
+
+    if (!next_params()) {
+        return model.create_memory(params, cparams);
+    }
+
+    std::string why = refreekv_why_not(model, params);
+
+    if (why.empty()) {
+        llama_memory_ptr res { model.create_memory(params, cparams) };
+
+        if (cache::of(res.get())) {
+            return res.release();
+        }
+        why = std::string(llm_arch_name(model.arch)) + ": this kind of memory cannot have a KV policy";
+    }
+
+    if (!next_is_forced()) {
+        refreekv_refuse(why);
+    }
+    LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
+    skip_forced(true);
+
+    return model.create_memory(params, cparams);
+}

@@ -1,0 +1,73 @@
+#include "api/process.h"
+
+#include "api/environment.h"
+
+#include <atomic>
+
+namespace refreekv {
+
+enum next_state { NEXT_UNSET, NEXT_NONE, NEXT_PARAMS };
+
+static thread_local next_state      g_state = NEXT_UNSET;
+static thread_local refreekv_params g_params;
+static thread_local bool            g_skip_forced = false;
+
+const refreekv_params * next_params() {
+    if (g_state == NEXT_PARAMS) {
+        return &g_params;
+    }
+    return next_is_forced() ? &refreekv_get_environment().params : nullptr;
+}
+
+bool next_is_forced() {
+    return g_state == NEXT_UNSET && !g_skip_forced && refreekv_get_environment().has_policy;
+}
+
+void skip_forced(bool skip) {
+    g_skip_forced = skip;
+}
+
+void set_next_params(const refreekv_params * params) {
+    g_state = params ? NEXT_PARAMS : NEXT_NONE;
+    if (params) {
+        g_params = *params;
+    }
+}
+
+void forget_next_params() {
+    g_state = NEXT_UNSET;
+}
+
+// places
+
+static thread_local bool g_open = false;
+
+open_place::open_place() {
+    g_open = true;
+}
+
+open_place::~open_place() {
+    g_open = false;
+}
+
+bool open_place::take() {
+    const bool res = g_open;
+    g_open = false;
+    return res;
+}
+
+// hooks
+
+static std::atomic<uint32_t> g_hooks_ran { 0 };
+
+void hook_ran(hook h) {
+    if (!(g_hooks_ran.load(std::memory_order_relaxed) & h)) {
+        g_hooks_ran |= h;
+    }
+}
+
+uint32_t hooks_ran() {
+    return g_hooks_ran;
+}
+
+} // namespace refreekv

@@ -1,0 +1,436 @@
+#include "refreekv.h"
+
+#include "hooks.h"
+#include "api/error.h"
+#include "api/model.h"
+#include "api/process.h"
+#include "cache/figures.h"
+#include "cache/store.h"
+#include "evict/attention.h"
+#include "tiers/cold-store.h"
+
+#include "llama-context.h"
+#include "llama-ext.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+static const int32_t REFREEKV_ABI_VERSION = 10;
+
+static thread_local std::string g_error;
+
+void refreekv_set_error(const char * format, ...) {
+    char buf[512];
+
+    va_list args;
+    va_start(args, format);
+    vsnprintf(buf, sizeof(buf), format, args);
+    va_end(args);
+
+    g_error = buf;
+
+    LLAMA_LOG_ERROR("refreekv: %s\n", buf);
+}
+
+void refreekv::take_error(const std::string & error) {
+    g_error = error;
+}
+
+void refreekv_clear_error() {
+    g_error.clear();
+}
+
+// nullptr after setting the error
+static refreekv_store * refreekv_get_store(llama_context * ctx) {
+    refreekv_clear_error();
+
+    auto * store = ctx ? refreekv_store::of(ctx->get_memory()) : nullptr;
+    if (!store) {
+        refreekv_set_error("this context has no KV policy");
+    }
+
+    return store;
+}
+
+static bool refreekv_check_seq(const refreekv_store & store, llama_seq_id seq_id, llama_context * ctx) {
+    if (!store.valid_seq(seq_id) || llama_memory_seq_pos_max(ctx->get_memory(), seq_id) < 0) {
+        refreekv_set_error("sequence %d has no tokens", seq_id);
+        return false;
+    }
+    return true;
+}
+
+static bool refreekv_check_group(uint32_t n_groups, int32_t i_group) {
+    if (i_group < 0 || (uint32_t) i_group >= n_groups) {
+        refreekv_set_error("group %d: there are %u", i_group, n_groups);
+        return false;
+    }
+    return true;
+}
+
+// a context may have no memory at all (embedding models)
+static llama_memory_t refreekv_get_memory(llama_context * ctx) {
+    refreekv_clear_error();
+
+    auto * mem = ctx ? ctx->get_memory() : nullptr;
+    if (!mem) {
+        refreekv_set_error("this context has no KV cache");
+    }
+
+    return mem;
+}
+
+int32_t refreekv_abi_version(void) {
+    return REFREEKV_ABI_VERSION;
+}
+
+const char * refreekv_last_error(void) {
+    return g_error.c_str();
+}
+
+void refreekv_forget_last_error(void) {
+    refreekv_clear_error();
+}
+
+uint32_t refreekv_hooks_ran(void) {
+    return refreekv::hooks_ran();
+}
+
+// the `refreekv` preset, but for the heads that refreekv_keep_heads() is told of; see docs/policies.md
+struct refreekv_params refreekv_params_default(void) {
+    refreekv_params res = {};
+
+    res.policy           = REFREEKV_POLICY_REFREEKV;
+    res.ranking          = REFREEKV_RANKING_SCORE;
+    res.rows             = REFREEKV_ROWS_WORST;
+    res.measure          = REFREEKV_MEASURE_MASS;
+    res.pooling          = REFREEKV_POOLING_MEAN;
+    res.sinks_in_measure = false;
+    res.n_window         = 64;
+    res.window_step      = 1;
+    res.n_sink           = 4;
+    res.n_recent         = 32;
+    res.n_full_layers    = 0;
+    res.n_pool           = 7;
+    res.n_block          = 256;
+    res.n_min            = 512;
+    res.beta             = 20;
+    res.threshold        = 0.35f;
+    res.mass_floor       = 0.05f;
+    res.top_p            = 0.9f;
+    res.budget           = 1.0;
+    res.memory_limit     = 0;
+    res.cold             = REFREEKV_COLD_NONE;
+    res.cold_limit       = 0;
+    res.cold_dir         = nullptr;
+    res.cold_type        = -1;
+    res.cold_state       = true;
+    res.fault_mass       = 0.0f;
+    res.fault_needed     = false;
+    res.mask_only        = false;
+    res.by_graph     = false;
+
+    return res;
+}
+
+int32_t refreekv_next_context(const struct refreekv_params * params) {
+    refreekv_clear_error();
+
+    if (params) {
+        if (const char * why = refreekv_policy_check(*params)) {
+            refreekv_set_error("%s", why);
+            return REFREEKV_ERR_ARGUMENT;
+        }
+    }
+    refreekv::set_next_params(params);
+
+    return REFREEKV_OK;
+}
+
+void refreekv_forget_next_context(void) {
+    refreekv::forget_next_params();
+}
+
+const char * refreekv_model_refusal(const struct llama_model * model) {
+    static thread_local std::string why;
+
+    why = refreekv_why_not(*model);
+
+    return why.empty() ? nullptr : why.c_str();
+}
+
+int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (params) {
+        if (const char * why = refreekv_policy_check(*params)) {
+            refreekv_set_error("%s", why);
+            return REFREEKV_ERR_ARGUMENT;
+        }
+    }
+    return refreekv_guard([&]() { return store->prune(ctx, seq_id, params); });
+}
+
+int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (n_pos < 0) {
+        refreekv_set_error("keep: n_pos must not be negative");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    return refreekv_guard([&]() {
+        std::vector<llama_pos> list(pos, pos + n_pos);
+        std::sort(list.begin(), list.end());
+
+        return store->keep(ctx, seq_id, il, list);
+    });
+}
+
+int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (n_heads < 0) {
+        refreekv_set_error("keep_heads: n_heads must not be negative");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    return refreekv_guard([&]() -> int32_t {
+        refreekv_store::heads_list list;
+        for (int32_t i = 0; i < n_heads; ++i) {
+            list.emplace_back(il[i], heads[i]);
+        }
+        return store->set_whole_heads(ctx, list);
+    });
+}
+
+int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (n_tokens < 0) {
+        refreekv_set_error("expect: %d tokens; must not be negative", n_tokens);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    store->expect(n_tokens);
+
+    return REFREEKV_OK;
+}
+
+int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || p0 < 0 || p1 < p0) {
+        refreekv_set_error("protect: sequence %d, positions %d to %d: must be a sequence of this context, and 0 <= p0 <= p1", seq_id, p0, p1);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv_guard([&]() { return store->protect(seq_id, p0, p1); });
+}
+
+int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv_guard([&]() { return store->restore(ctx, seq_id); });
+}
+
+void refreekv_fail_cold(int32_t n) {
+    refreekv_cold::fail(n);
+}
+
+void refreekv_fail_allocation(int32_t n) {
+    refreekv_rows::fail_allocation(n);
+}
+
+llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store || !store->valid_seq(seq_id)) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    return store->pruned_pos(seq_id);
+}
+
+// the part of a context's memory that is not the store's, or that of upstream's cache, by buffer type
+template <typename F>
+static void refreekv_read_buffers(llama_context * ctx, F && f) {
+    if (ctx->buffers) {
+        std::lock_guard<std::mutex> lock(ctx->buffers->mutex);
+        for (const auto & info : ctx->buffers->infos) {
+            f(info);
+        }
+    }
+}
+
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max) {
+    auto * mem = refreekv_get_memory(ctx);
+    if (!mem) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+
+    const auto * store = refreekv_store::of(mem);
+    if (store) {
+        store->get_figures().read([&](const refreekv::figures & f) {
+            *stats = f.stats;
+            std::copy_n(f.groups.begin(), std::min<int32_t>(n_max, f.groups.size()), groups);
+        });
+    } else {
+        *stats = refreekv::full_stats(mem, ctx->get_model().hparams);
+        for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
+            groups[i] = refreekv::full_group(mem, ctx->get_model().hparams, i);
+            groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
+        }
+    }
+
+    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) { stats->bytes_other += info.bytes_context; });
+    if (!store) {
+        stats->bytes_other -= stats->bytes;
+    }
+
+    return stats->n_group;
+}
+
+int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {
+    refreekv_clear_error();
+
+    if (!ctx) {
+        refreekv_set_error("there is no context");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    int32_t n = 0;
+    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) {
+        if (n < n_max) {
+            infos[n] = info;
+        }
+        n++;
+    });
+
+    if (const auto * store = refreekv_store::of(ctx->get_memory())) {
+        store->get_figures().read([&](const refreekv::figures & f) {
+            for (const auto & [buft, size] : f.bytes) {
+                for (int32_t i = 0; i < std::min(n, n_max); ++i) {
+                    if (infos[i].name == ggml_backend_buft_name(buft)) {
+                        infos[i].bytes_context += size;
+                        break;
+                    }
+                }
+            }
+        });
+    }
+
+    return n;
+}
+
+int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    const auto kept = store->kept(seq_id, i_group);
+    std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
+
+    return kept.size();
+}
+
+int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_queries(seq_id, i_group, out, pos, n_max); });
+}
+
+int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_keys(seq_id, i_group, out, pos, n_max); });
+}
+
+int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    llama_synchronize(ctx);
+
+    return refreekv_guard([&]() { return store->read_attention(ctx, seq_id, i_group, out, n_max, shape); });
+}
+
+int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
+    refreekv_clear_error();
+
+    if (const char * why = refreekv_policy_check(*params)) {
+        refreekv_set_error("%s", why);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (n_head < 1 || n_rows < 1 || n_cells < 1) {
+        refreekv_set_error("select: n_head, n_rows and n_cells must be positive");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (i_layer < 0 || i_layer >= n_layer) {
+        refreekv_set_error("select: i_layer: must be 0 to n_layer - 1");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    refreekv_attention_host host(attn, n_head, n_rows, n_cells);
+    refreekv_selection      sel;
+
+    host.i_layer = i_layer;
+    host.n_layer = n_layer;
+
+    const auto policy = refreekv_policy_find(params->policy);
+    if (!policy) {
+        refreekv_set_error("select: this policy evicts nothing");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    policy(*params, host, {}, sel);
+
+    std::fill_n(kept, n_cells, 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        kept[sel.order[r]] = 1;
+    }
+
+    return sel.n_keep;
+}

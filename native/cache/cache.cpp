@@ -1,0 +1,199 @@
+#include "cache/cache.h"
+
+#include "api/process.h"
+#include "cache/composite.h"
+#include "state/io-by-value.h"
+
+#include "api/environment.h"
+#include "api/error.h"
+#include "cache/store.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <stdexcept>
+
+namespace refreekv {
+
+void cache::make_store() {
+    hook_ran(HOOK_CREATE);
+
+    store = std::make_shared<refreekv_store>(*this, *next_params(), next_is_forced() && refreekv_get_environment().prunes);
+}
+
+llama_kv_cache * cache::part_of(llama_memory_t mem) {
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
+        return kv;
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return iswa->get_base();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+    return nullptr;
+}
+
+cache * cache::of(llama_memory_t mem) {
+    return dynamic_cast<cache *>(part_of(mem));
+}
+
+llama_memory_context_ptr cache::init_full() {
+    return std::make_unique<cache_context>(*this);
+}
+
+llama_memory_context_ptr cache::init_update(llama_context * lctx, bool /*optimize*/) {
+    return std::make_unique<cache_context>(*this, lctx, std::move(sc_info));
+}
+
+llama_memory_context_ptr cache::init_context(slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) {
+    return std::make_unique<cache_context>(*this, std::move(sinfos), std::move(ubatches));
+}
+
+cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches) {
+    auto res = llama_kv_cache::prepare(ubatches);
+
+    return res.empty() || store->reserve(res) ? res : slot_info_vec_t {};
+}
+
+bool cache::get_can_shift() const {
+    return false;
+}
+
+// sequences
+
+void cache::clear(bool data) {
+    refreekv_publishing publish(store.get());
+
+    store->clear();
+    llama_kv_cache::clear(data);
+}
+
+bool cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    refreekv_publishing publish(store.get());
+
+    return store->on_seq_rm(seq_id, p0, p1) && llama_kv_cache::seq_rm(seq_id, p0, p1);
+}
+
+void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    refreekv_publishing publish(store.get());
+
+    if (store->on_seq_cp(seq_id_src, seq_id_dst, p0, p1)) {
+        llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    }
+}
+
+void cache::seq_keep(llama_seq_id seq_id) {
+    refreekv_publishing publish(store.get());
+
+    store->on_seq_keep(seq_id);
+    llama_kv_cache::seq_keep(seq_id);
+}
+
+void cache::seq_add(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, llama_pos /*shift*/) {
+    store->refuse_shift("seq_add", seq_id);
+}
+
+void cache::seq_div(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, int /*d*/) {
+    store->refuse_shift("seq_div", seq_id);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> cache::memory_breakdown() const {
+    return model.hparams.no_alloc ? llama_kv_cache::memory_breakdown() : store->memory_breakdown();
+}
+
+// states
+
+void cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    write_by_value by_value(io);
+
+    llama_kv_cache::state_write(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? by_value : io, seq_id, flags);
+}
+
+void cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    read_by_value by_value(io);
+
+    llama_kv_cache::state_read(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? by_value : io, seq_id, flags);
+}
+
+void cache::state_write_data(llama_io_write_i & io, const cell_ranges_t & cr) const {
+    store->state_write(io, cr.strm, cr.data);
+}
+
+bool cache::state_read_data(llama_io_read_i & io, uint32_t /*strm*/, uint32_t cell_count, const slot_info & sinfo) {
+    return store->state_read(io, cell_count, sinfo);
+}
+
+void cache::state_clear(llama_seq_id seq_id, uint32_t /*strm*/, const slot_info & sinfo) {
+    if (seq_id == -1) {
+        clear(true);
+        return;
+    }
+    seq_rm(seq_id, -1, -1);
+    store->clear_rows(sinfo);
+}
+
+// contexts
+
+cache_context::cache_context(cache & owner) : llama_kv_cache_context(&owner), owner(owner) {}
+
+cache_context::cache_context(cache & owner, llama_context * lctx, stream_copy_info sc_info) :
+    llama_kv_cache_context(&owner, lctx, false, std::move(sc_info)), owner(owner) {
+    if (owner.get_store().begin_update(lctx)) {
+        status = LLAMA_MEMORY_STATUS_SUCCESS;
+    }
+}
+
+cache_context::cache_context(cache & owner, slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) :
+    llama_kv_cache_context(&owner, std::move(sinfos), std::move(ubatches)), owner(owner) {}
+
+const cache_context * cache_context::of(const llama_memory_context_i * mctx) {
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        mctx = iswa->get_base();
+    } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        mctx = hybrid->get_attn();
+    }
+    return dynamic_cast<const cache_context *>(mctx);
+}
+
+bool cache_context::apply() {
+    if (ubatches.empty()) {
+        return owner.get_store().update(lctx);
+    }
+    if (!llama_kv_cache_context::apply()) {
+        return false;
+    }
+    owner.get_store().apply(sinfos[i_cur], ubatches[i_cur]);
+
+    return true;
+}
+
+[[noreturn]] static void refuse_attention() {
+    refreekv_set_error("this model computes attention in a way of its own, which cannot have a KV policy");
+    throw std::runtime_error(refreekv_last_error());
+}
+
+ggml_tensor * cache_context::get_k(ggml_context *, int32_t) const                               { refuse_attention(); }
+ggml_tensor * cache_context::get_v(ggml_context *, int32_t) const                               { refuse_attention(); }
+ggml_tensor * cache_context::cpy_k(ggml_context *, ggml_tensor *, ggml_tensor *, int32_t) const { refuse_attention(); }
+ggml_tensor * cache_context::cpy_v(ggml_context *, ggml_tensor *, ggml_tensor *, int32_t) const { refuse_attention(); }
+
+uint32_t cache_context::get_n_kv() const {
+    return owner.get_size();
+}
+
+void cache_context::set_input_k_idxs (ggml_tensor *, const llama_ubatch *) const       {}
+void cache_context::set_input_v_idxs (ggml_tensor *, const llama_ubatch *) const       {}
+void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool) const {}
+
+// creation
+
+bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return cache::of(mem)->get_store().may_seq_rm(seq_id, p0, p1);
+}
+
+bool refused_seq_cp(llama_memory_t mem) {
+    return cache::of(mem)->get_store().refused_seq_cp();
+}
+
+} // namespace refreekv

@@ -1,0 +1,309 @@
+// What a refreekv_store says of itself, for kv_stats, tests and research.
+
+#include "cache/figures.h"
+
+#include "hooks.h"
+#include "cache/store.h"
+
+#include "api/error.h"
+#include "evict/attention.h"
+#include "tiers/cold-store.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+// what is protected in a cache without a policy, too
+struct refreekv_any_cache : llama_kv_cache {
+    static const std::vector<kv_layer> & layers_of(const llama_kv_cache & kv) { return kv.*(&refreekv_any_cache::layers); }
+};
+
+static uint32_t refreekv_n_tokens(const llama_kv_cache & kv) {
+    uint32_t res = 0;
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        res += kv.get_cells(s).get_used(); // a stream is that of the sequence with its number
+    }
+    return res;
+}
+
+refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hparams) {
+    refreekv_stats res = {};
+
+    const auto * kv = refreekv::cache::part_of(mem);
+    if (!kv) {
+        return res;
+    }
+
+    res.n_group  = refreekv_any_cache::layers_of(*kv).size();
+    res.n_layout = 1;
+
+    for (const auto & [_, size] : kv->memory_breakdown()) {
+        res.bytes += size;
+    }
+    res.n_tokens = refreekv_n_tokens(*kv);
+
+    for (int32_t i = 0; i < res.n_group; ++i) {
+        res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, hparams, i).row_bytes;
+    }
+
+    return res;
+}
+
+refreekv_group_info refreekv::full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group) {
+    const auto * kv    = refreekv::cache::part_of(mem);
+    const auto & layer = refreekv_any_cache::layers_of(*kv)[i_group];
+
+    refreekv_group_info res = {};
+
+    res.il          = layer.il;
+    res.n_head      = hparams.n_head(layer.il);
+    res.n_head_kv   = hparams.n_head_kv(layer.il);
+    res.n_embd_head = hparams.n_embd_head_k(layer.il);
+    res.n_capacity  = kv->get_size()*kv->get_n_stream();
+    res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
+    res.n_kept      = refreekv_n_tokens(*kv);
+
+    return res;
+}
+
+refreekv_stats refreekv_store::stats() const {
+    refreekv_stats res = {};
+
+    res.n_group     = groups.size();
+    res.n_layout    = layouts.n_layouts();
+    res.n_prunes    = n_prunes;
+    res.prune_us    = prune_us;
+    res.bytes_freed = bytes_freed;
+    res.bytes_read  = evictor.bytes_read();
+    res.bytes_cold  = cold.bytes();
+    res.cold        = cold.kind();
+    res.cold_full   = cold.lost();
+    res.n_restores  = n_restores;
+    res.restore_us  = restore_us;
+
+    res.fault_mass  = fault_mass;
+
+    res.bytes_bounced = evictor.bytes_bounced();
+
+    res.n_tokens = logical.n_used();
+
+    for (const auto & g : groups) {
+        res.bytes      += g.rows.bytes();
+        if (g.evicted) {
+            res.n_faults     += g.evicted->n_faults;
+            res.bytes_sketch += g.evicted->sketch.bytes();
+        }
+        res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
+
+        res.bytes_bounced += g.rows.bytes_bounced();
+    }
+    for (const auto & [_, buf] : ring_bufs) {
+        res.bytes_ring += ggml_backend_buffer_get_size(buf.get());
+    }
+
+    return res;
+}
+
+refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
+    const auto & g = groups[i_group];
+
+    uint32_t n_kept = g.res.n_visible();
+    if (stale_slots) {
+        n_kept = 0;
+        for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
+            n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !logical.is_empty(g.res.cell(s));
+        }
+    }
+
+    refreekv_group_info res = {};
+
+    res.il          = g.il;
+    res.n_head      = kv.hparams.n_gqa(g.il)*g.heads.size();
+    res.n_head_kv   = g.heads.size();
+    res.n_embd_head = kv.hparams.n_embd_head_k(g.il);
+    res.n_kept      = n_kept;
+    res.n_capacity  = g.rows.capacity();
+    res.layout      = g.layout;
+    res.whole       = g.whole;
+    res.row_bytes   = g.rows.row_bytes();
+    res.kq_scale    = layers[g.i_layer].kq_scale;
+
+    return res;
+}
+
+void refreekv_store::publish() {
+    auto & next = board.next();
+
+    next.stats = stats();
+
+    next.groups.resize(groups.size());
+    for (uint32_t i = 0; i < groups.size(); ++i) {
+        next.groups[i] = group_info(i);
+    }
+
+    next.bytes.clear();
+    const auto add = [&](ggml_backend_buffer_type_t buft, size_t size) {
+        for (auto & [known, sum] : next.bytes) {
+            if (known == buft) {
+                sum += size;
+                return;
+            }
+        }
+        next.bytes.emplace_back(buft, size);
+    };
+    if (!kv.model.hparams.no_alloc) {
+        for (const auto & g : groups) {
+            add(g.rows.get_shape().buft, g.rows.bytes());
+        }
+        for (const auto & [_, buf] : ring_bufs) {
+            add(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
+        }
+    }
+
+    board.publish();
+}
+
+refreekv_publishing::~refreekv_publishing() {
+    if (!store) {
+        return;
+    }
+    try {
+        store->publish();
+    } catch (const std::bad_alloc &) {
+        // the figures of before stay
+    }
+}
+
+void refreekv::publish_buffers(llama_context * lctx) {
+    auto * sched = lctx->get_sched();
+
+    uint64_t bytes_compute = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        bytes_compute += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
+    }
+
+    if (!lctx->buffers) {
+        lctx->buffers = std::make_shared<refreekv_buffers>();
+    } else if (lctx->buffers->bytes_compute == bytes_compute) {
+        return;
+    }
+
+    const auto * store = refreekv_store::of(lctx->get_memory());
+
+    std::map<ggml_backend_buffer_type_t, size_t> own;
+    if (store) {
+        store->get_figures().read([&](const figures & f) { own.insert(f.bytes.begin(), f.bytes.end()); });
+    }
+
+    std::vector<refreekv_buffer_info> infos;
+    for (const auto & [buft, data] : lctx->memory_breakdown()) {
+        infos.push_back({ ggml_backend_buft_name(buft), data.model, data.context - own[buft], data.compute });
+    }
+
+    std::lock_guard<std::mutex> lock(lctx->buffers->mutex);
+    lctx->buffers->infos         = std::move(infos);
+    lctx->buffers->bytes_compute = bytes_compute;
+}
+
+std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
+    std::vector<llama_pos> res;
+    for (const auto & c : evictor.held_by(groups[i_group], evictor.cells_of(seq_id))) {
+        res.push_back(c.pos);
+    }
+    return res;
+}
+
+// n elements of a row, from the i-th on (a whole number of blocks)
+static void refreekv_read_row(const ggml_tensor * t, int64_t row, int64_t i, int64_t n, float * out) {
+    std::vector<uint8_t> bytes(ggml_row_size(t->type, n));
+
+    ggml_backend_tensor_get(t, bytes.data(), row*t->nb[1] + ggml_row_size(t->type, i), bytes.size());
+
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(out, bytes.data(), bytes.size());
+    } else {
+        ggml_get_type_traits(t->type)->to_float(bytes.data(), out, n);
+    }
+}
+
+int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
+    std::vector<int32_t>   rows;
+    std::vector<llama_pos> row_pos;
+
+    ring.rows(seq_id, logical.table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, 1, rows, row_pos);
+
+    const auto & g = groups[i_group];
+    const auto * t = layers[g.i_layer].ring;
+    if (!t) {
+        return 0;
+    }
+
+    // the queries of one KV head lie side by side
+    const int64_t n = kv.hparams.n_embd_head_k(g.il)*kv.hparams.n_gqa(g.il);
+
+    for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
+        for (uint32_t h : g.heads) {
+            refreekv_read_row(t, rows[i], h*n, n, out);
+            out += n;
+        }
+        pos[i] = row_pos[i];
+    }
+
+    return rows.size();
+}
+
+int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
+    const auto & g    = groups[i_group];
+    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
+
+    for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
+        refreekv_read_row(g.rows.k(), list[i].slot, 0, g.rows.k()->ne[0], out + i*g.rows.k()->ne[0]);
+        pos[i] = list[i].pos;
+    }
+
+    return list.size();
+}
+
+int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+    mover.set_context(lctx);
+
+    refreekv_publishing publish(this); // what was read back
+
+    const auto & g    = groups[i_group];
+    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
+
+    if (list.empty() || !layers[g.i_layer].ring) {
+        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layers[g.i_layer].ring ? "cells" : "queries", seq_id);
+        return REFREEKV_ERR_STATE;
+    }
+
+    refreekv_params every = params;
+    every.window_step = 1;
+
+    refreekv_attention_scratch          scratch;
+    std::unique_ptr<refreekv_attention> attn;
+    if (const int32_t status = evictor.look(g, seq_id, list, every, scratch, attn)) {
+        return status;
+    }
+
+    shape[0] = attn->n_head;
+    shape[1] = attn->n_rows;
+    shape[2] = attn->n_cells;
+
+    if ((uint64_t) attn->n_head*attn->n_rows*attn->n_cells > n_max) {
+        return REFREEKV_OK;
+    }
+
+    const bool ok = attn->read(out);
+
+    evictor.count(*attn);
+
+    if (!ok) {
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
+        return REFREEKV_ERR_COMPUTE;
+    }
+
+    return REFREEKV_OK;
+}

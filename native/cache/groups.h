@@ -1,0 +1,65 @@
+#pragma once
+
+#include "cache/residency.h"
+#include "cache/rows.h"
+#include "kernels/decode.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace refreekv {
+
+// a layer of the model that has K and V in the cache
+struct layer {
+    int32_t il;
+
+    refreekv_rows::shape  shape; // of all its KV heads together
+    std::vector<uint32_t> groups;
+
+    ggml_backend_buffer_t no_memory; // that says which backend tensors without memory are on
+
+    ggml_tensor * ring = nullptr;
+
+    // of its attention, seen when the decoding graph is built
+    float         kq_scale = 0.0f;
+    ggml_tensor * sinks    = nullptr;
+    bool          known    = true;
+
+    refreekv_decode_softmax softmax = {};
+};
+
+// some KV heads of one layer
+struct group {
+    int32_t               il;
+    uint32_t              i_layer; // of the cache's layers
+    std::vector<uint32_t> heads; // ascending
+    bool                  whole; // no policy evicts from it
+    uint32_t              layout = 0;
+
+    refreekv_residency res;
+    refreekv_rows      rows;
+
+    ggml_backend_buffer_t no_memory; // the layer's
+
+    uint64_t             cold_place = 0; // of its rows in the cold store: K by cell, then V by cell (cold_rows)
+    std::vector<uint8_t> is_cold;        // [n_cells] whether the cold store has the row of a cell
+
+    std::unique_ptr<refreekv_decode_evicted> evicted; // what decoding knows of evicted cells; nullptr: it goes on without
+
+    // of its rows; v: V, else K
+    ggml_type type    (bool v) const { return v ? rows.get_shape().type_v : rows.get_shape().type_k; }
+    int64_t   n_embd  (bool v) const { return v ? rows.get_shape().n_embd_v : rows.get_shape().n_embd_k; }
+    size_t    row_size(bool v) const { return ggml_row_size(type(v), n_embd(v)); } // bytes
+
+    // whether no query sees the cell: it was evicted, or is hidden
+    bool lacks(uint32_t cell) const {
+        const int32_t slot = res.slot(cell);
+        return slot < 0 || res.hidden(slot);
+    }
+
+    std::vector<uint32_t> all_slots()  const;
+    std::vector<uint32_t> used_slots() const;
+};
+
+} // namespace refreekv

@@ -1,0 +1,51 @@
+#include "cache/parallel.h"
+
+#include "hooks.h"
+#include "refreekv.h"
+#include "api/error.h"
+
+#include <atomic>
+#include <future>
+#include <string>
+#include <system_error>
+#include <vector>
+
+int32_t refreekv_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t(uint32_t i, uint32_t thread)> & f) {
+    struct result {
+        int32_t     status = REFREEKV_OK;
+        std::string error;
+    };
+
+    std::atomic<uint32_t> next { 0 };
+
+    const auto work = [&](uint32_t thread) -> result {
+        for (uint32_t i = next++; i < n; i = next++) {
+            const int32_t status = refreekv_guard([&]() { return f(i, thread); });
+            if (status != REFREEKV_OK) {
+                next = n;
+                return { status, refreekv_last_error() };
+            }
+        }
+        return {};
+    };
+
+    std::vector<std::future<result>> others;
+    for (uint32_t t = 1; t < n_threads && t < n; ++t) {
+        try {
+            others.push_back(std::async(std::launch::async, work, t));
+        } catch (const std::system_error &) {
+            break; // no more threads to be had: those that are there do it
+        }
+    }
+
+    result res = work(0);
+    for (auto & other : others) {
+        const result r = other.get();
+        if (res.status == REFREEKV_OK && r.status != REFREEKV_OK) {
+            res = r;
+            refreekv::take_error(res.error);
+        }
+    }
+
+    return res.status;
+}

@@ -1,0 +1,382 @@
+#include "cache/rows.h"
+
+#include "cache/row-bytes.h"
+
+#include "ggml-alloc.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+// in: the rows of slots that have no source
+static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in, const refreekv_bytes & spare) {
+    dst.copy(src, slots, spare);
+
+    if (in.empty()) {
+        return;
+    }
+    std::vector<uint32_t> others;
+    for (size_t i = 0; i < slots.size(); ++i) {
+        if (slots[i] == refreekv_rows::none) {
+            others.push_back(i);
+        }
+    }
+    dst.set(others.data(), others.size(), in.data());
+}
+
+// A graph that gathers rows on a backend. Rows are 32-bit words to it: get_rows and concat copy those verbatim on every
+// backend, whatever the type of the cache.
+class refreekv_gather {
+public:
+    refreekv_gather() {
+        ggml_init_params params = { ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true };
+        ctx.reset(ggml_init(params));
+    }
+
+    // the rows of the slots from the i-th on, one after the other
+    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv_bytes & in) {
+        ggml_tensor * from = nullptr;
+
+        if (src) {
+            from = trans ? ggml_cont(ctx.get(), ggml_transpose(ctx.get(), src)) : src;
+            from = as_type(from, GGML_TYPE_I32, from->ne[1]);
+        }
+
+        uint32_t next = src ? from->ne[1] : 0;
+        for (; i < slots.size(); ++i) {
+            idxs.push_back(slots[i] != refreekv_rows::none ? slots[i] : in.empty() ? 0 : next++);
+        }
+
+        if (!in.empty()) {
+            const size_t  n_in = std::count(slots.begin(), slots.end(), refreekv_rows::none);
+            ggml_tensor * more = upload(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, in.size()/n_in/4, n_in), in.data());
+
+            from = from ? ggml_concat(ctx.get(), from, more, 1) : more;
+        }
+
+        return ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
+    }
+
+    // rows() to where they belong: to the slots from the i-th on. in_place: when all of them have been read
+    ggml_tensor * store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place) {
+        const int64_t n = rows->ne[1];
+
+        if (!trans && !in_place) {
+            rows->buffer = dst->buffer;
+            rows->data   = dst->data;
+            return rows;
+        }
+        if (!trans) {
+            ggml_tensor * all = as_type(dst, GGML_TYPE_I32, dst->ne[1]);
+            return ggml_cpy(ctx.get(), rows, ggml_view_2d(ctx.get(), all, all->ne[0], n, all->nb[1], i*all->nb[1]));
+        }
+        return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], i*dst->nb[0]));
+    }
+
+    bool compute(ggml_backend_t backend, ggml_tensor * out) {
+        ggml_set_output(out);
+
+        ggml_cgraph * gf = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(gf, out);
+
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+                return false;
+            }
+        }
+
+        galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+        if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
+            return false;
+        }
+
+        for (const auto & [t, data] : uploads) {
+            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+        }
+
+        return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
+    }
+
+private:
+    ggml_context_ptr ctx;
+    ggml_gallocr_ptr galloc;
+
+    std::vector<int32_t> idxs;
+    std::vector<std::pair<ggml_tensor *, const void *>> uploads;
+
+    ggml_tensor * upload(ggml_tensor * t, const void * data) {
+        ggml_set_input(t);
+        uploads.emplace_back(t, data);
+        return t;
+    }
+
+    // the first n rows of a contiguous tensor, read as another type
+    ggml_tensor * as_type(ggml_tensor * t, ggml_type type, int64_t n) {
+        ggml_tensor * res = ggml_view_2d(ctx.get(), t, t->ne[0], n, t->nb[1], 0);
+
+        res->type  = type;
+        res->ne[0] = t->nb[1]/ggml_type_size(type)*ggml_blck_size(type);
+        res->nb[0] = ggml_type_size(type);
+
+        return res;
+    }
+};
+
+static std::atomic<int32_t> g_fail_in { 0 };
+
+void refreekv_rows::fail_allocation(int32_t n) {
+    g_fail_in = n;
+}
+
+size_t refreekv_rows::bytes() const {
+    return region_k ? region_k->bytes() + region_v->bytes() : buf ? ggml_backend_buffer_get_size(buf.get()) : 0;
+}
+
+size_t refreekv_rows::bytes_for(uint32_t capacity) {
+    if (!has_regions()) {
+        return capacity*row_bytes();
+    }
+    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k) + behind_k) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v) + behind_v);
+}
+
+size_t refreekv_rows::row_bytes() const {
+    return ggml_row_size(s.type_k, s.n_embd_k) + ggml_row_size(s.type_v, s.n_embd_v);
+}
+
+refreekv_rows::layout refreekv_rows::make_layout(uint32_t capacity) const {
+    layout res;
+
+    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+    res.ctx.reset(ggml_init(params));
+
+    res.k = ggml_new_tensor_2d(res.ctx.get(), s.type_k, s.n_embd_k, capacity);
+    res.v = s.v_trans ? ggml_new_tensor_2d(res.ctx.get(), s.type_v, capacity, s.n_embd_v)
+                      : ggml_new_tensor_2d(res.ctx.get(), s.type_v, s.n_embd_v, capacity);
+
+    ggml_format_name(res.k, "refreekv_k_l%d", il);
+    ggml_format_name(res.v, "refreekv_v_l%d", il);
+
+    const size_t align = ggml_backend_buft_get_alignment(s.buft);
+
+    res.size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.k), align);
+    res.size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.v), align);
+
+    return res;
+}
+
+bool refreekv_rows::has_regions() {
+    if (!region_k && !no_regions) {
+        const layout most = make_layout(s.max_cells);
+
+        behind_k = most.size_k - ggml_nbytes(most.k);
+        behind_v = most.size_v - ggml_nbytes(most.v);
+
+        region_k = refreekv_region::make(s.buft, most.size_k);
+        region_v = refreekv_region::make(s.buft, most.size_v);
+
+        if (!region_k || !region_v) {
+            region_k.reset();
+            region_v.reset();
+            no_regions = true;
+        }
+    }
+    return !no_regions;
+}
+
+bool refreekv_rows::resize_regions(size_t size_k, size_t size_v) {
+    const size_t before = region_k->size();
+
+    if (!region_k->resize(size_k)) {
+        return false;
+    }
+    if (!region_v->resize(size_v)) {
+        region_k->resize(before);
+        return false;
+    }
+    return true;
+}
+
+// not ggml_backend_tensor_alloc, for which the memory of a buffer is one piece
+static void refreekv_place(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
+    t->buffer = buf;
+    t->data   = addr;
+}
+
+// Once the rows are where they belong: CUDA clears what lies behind a quantised tensor, and that may have been rows.
+static void refreekv_init(ggml_tensor * t) {
+    ggml_backend_buffer_init_tensor(t->buffer, t);
+}
+
+static bool refreekv_fails_now() {
+    int32_t n = g_fail_in;
+    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
+    }
+    return n == 1;
+}
+
+bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    GGML_ASSERT(slots.size() <= capacity && capacity <= s.max_cells);
+
+    if (capacity == 0) {
+        clear();
+        return true;
+    }
+
+    const bool ok = has_regions() ? move_in_place(slots, make_layout(capacity), capacity > n_cap, backend, force_graph, in)
+                                  : move_to_new  (slots, make_layout(capacity), backend, force_graph, in);
+    n_cap = ok ? capacity : n_cap;
+
+    return ok;
+}
+
+bool refreekv_rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (grows && (refreekv_fails_now() || !resize_regions(then.size_k, then.size_v))) {
+        return false;
+    }
+    refreekv_place(then.k, region_k->buffer(), region_k->base());
+    refreekv_place(then.v, region_v->buffer(), region_v->base());
+
+    move(then, slots, backend, force_graph, in);
+
+    if (!grows) {
+        resize_regions(then.size_k, then.size_v);
+    }
+    now = std::move(then);
+
+    refreekv_init(now.k);
+    refreekv_init(now.v);
+
+    return true;
+}
+
+bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (refreekv_fails_now()) {
+        return false;
+    }
+
+    ggml_backend_buffer_ptr to(ggml_backend_buft_alloc_buffer(s.buft, then.size_k + then.size_v));
+    if (!to) {
+        return false;
+    }
+    ggml_backend_buffer_clear(to.get(), 0); // rows that are not written yet are masked, but must be finite
+
+    char * base = (char *) ggml_backend_buffer_get_base(to.get());
+
+    refreekv_place(then.k, to.get(), base);
+    refreekv_place(then.v, to.get(), base + then.size_k);
+
+    refreekv_init(then.k);
+    refreekv_init(then.v);
+
+    move(then, slots, backend, force_graph, in);
+
+    now = std::move(then);
+    buf = std::move(to);
+
+    return true;
+}
+
+// that the host needs to move rows in place
+size_t refreekv_rows::spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const {
+    if (!now.k) {
+        return 0;
+    }
+    return std::max(refreekv_row_bytes(then.k, false)    .spare(refreekv_row_bytes(now.k, false),     slots),
+                    refreekv_row_bytes(then.v, s.v_trans).spare(refreekv_row_bytes(now.v, s.v_trans), slots));
+}
+
+void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
+
+    if (any) {
+        spare.resize(has_regions() && ggml_backend_buffer_is_host(then.k->buffer) ? spare_bytes(then, slots) : 0); // before anything has moved
+
+        move(now.k, then.k, false,     slots, backend, force_graph, in.k);
+        move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+
+        spare = {};
+    }
+}
+
+void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in) {
+    const bool host     = ggml_backend_buffer_is_host(dst->buffer);
+    const bool in_place = src && src->buffer == dst->buffer; // addresses alone say nothing: on Vulkan all buffers begin at the same one
+
+    // those that stay where they are
+    size_t first = 0;
+    if (in_place && src->nb[1] == dst->nb[1]) {
+        while (first < slots.size() && slots[first] == first) {
+            ++first;
+        }
+    }
+    if (first == slots.size()) {
+        return;
+    }
+
+    if (host && !force_graph) {
+        refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in, spare);
+        return;
+    }
+
+    refreekv_gather gather;
+
+    if (backend && refreekv_row_bytes(dst, trans).row() % 4 == 0) {
+        ggml_tensor * rows = gather.rows(src, trans, slots, first, in);
+
+        if (gather.compute(backend, gather.store(rows, dst, trans, first, in_place))) {
+            return;
+        }
+    }
+
+    std::vector<uint8_t> from(src ? ggml_nbytes(src) : 0);
+    std::vector<uint8_t> to  (ggml_nbytes(dst), 0);
+
+    if (src) {
+        ggml_backend_tensor_get(src, from.data(), 0, from.size());
+        n_bounced += from.size();
+    }
+    refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans, from.data()), refreekv_row_bytes(dst, trans, to.data()), slots, in, spare);
+    ggml_backend_tensor_set(dst, to.data(), 0, to.size());
+}
+
+void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv_bytes & out) {
+    const refreekv_row_bytes rows(src, trans);
+
+    out.resize(slots.size()*rows.row());
+
+    if (ggml_backend_buffer_is_host(src->buffer) && !force_graph) {
+        rows.get(slots.data(), slots.size(), out.data());
+        return;
+    }
+
+    refreekv_gather gather;
+
+    if (backend && rows.row() % 4 == 0) {
+        ggml_tensor * gathered = gather.rows(src, trans, slots, 0, {});
+
+        if (gather.compute(backend, gathered)) {
+            ggml_backend_tensor_get(gathered, out.data(), 0, out.size());
+            return;
+        }
+    }
+
+    std::vector<uint8_t> all(ggml_nbytes(src));
+    ggml_backend_tensor_get(src, all.data(), 0, all.size());
+    n_bounced += all.size();
+
+    refreekv_row_bytes(src, trans, all.data()).get(slots.data(), slots.size(), out.data());
+}
+
+void refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
+    read(now.k, false,     slots, backend, force_graph, out.k);
+    read(now.v, s.v_trans, slots, backend, force_graph, out.v);
+}
+
+void refreekv_rows::clear() {
+    now   = {};
+    n_cap = 0;
+
+    region_k.reset();
+    region_v.reset();
+    buf.reset();
+}

@@ -1,0 +1,291 @@
+#pragma once
+
+#include "refreekv.h"
+
+#include "cache/cache.h"
+#include "cache/figures.h"
+#include "cache/groups.h"
+#include "cache/logical-cells.h"
+#include "evict/evictor.h"
+#include "graph/views.h"
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+// The storage of a refreekv::cache.
+//
+// Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
+// where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
+// (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. A
+// layer is one group, or two where some of its heads are kept whole (set_whole_heads).
+//
+// Groups whose slots look alike to every query that may still come share a layout: one mask and one pair of index
+// inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
+//
+// Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
+// slots and cannot. Rows move (and graphs become stale, see generation()) only between graphs: in reserve(), update() and
+// clear(), and where a sequence is copied to another stream or restored.
+class refreekv_store {
+public:
+    using slot_info       = llama_kv_cache::slot_info;
+    using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
+
+    // of the cache with a policy in a memory; nullptr: it has none
+    static refreekv_store * of(llama_memory_t mem);
+
+    //
+    // operations on sequences; false: refused, and refreekv_last_error() says why
+    //
+
+    void clear();
+    bool on_seq_rm   (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    bool on_seq_cp   (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+    void on_seq_keep (llama_seq_id seq_id);
+    void refuse_shift(const char * op, llama_seq_id seq_id) const;
+
+    // whether on_seq_rm() would not refuse, asked before another part of the memory removes the same
+    bool may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // the last on_seq_cp()
+    bool refused_seq_cp() const { return refused_copy; }
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
+
+    // room for a batch. false: no memory; what was there is untouched
+    bool reserve(const slot_info_vec_t & sinfos);
+
+    // tokens to come, this batch's among them: the next reserve() makes room for all of them, where it can
+    void expect(uint32_t n_tokens) { n_expected = n_tokens; }
+
+    // called before every batch; true when update() has something to do
+    bool begin_update(llama_context * lctx);
+    bool update(llama_context * lctx);
+
+    void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
+
+    void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges);
+    void clear_rows (const slot_info & sinfo);
+    bool state_read (llama_io_read_i  & io, uint32_t cell_count, const slot_info & sinfo);
+
+    //
+    // graphs
+    //
+
+    // counts up when a graph built before must not run again
+    uint64_t generation() const { return n_generation; }
+
+    uint32_t layout_of(uint32_t i_group) const { return groups[i_group].layout; }
+
+    uint32_t n_layers()   const { return layers.size(); }
+    uint32_t n_heads_kv() const; // over all layers
+
+    bool has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
+
+    const std::vector<uint32_t> & groups_of(int32_t il)       const { return layers[il_to_layer.at(il)].groups; }
+    const std::vector<uint32_t> & heads_of (uint32_t i_group) const { return groups[i_group].heads; }
+    const refreekv::layouts & get_layouts() const { return layouts; }
+
+    refreekv::views &         get_views() { return views; }
+
+    const refreekv_ring & get_ring() const { return ring; }
+    bool has_rings() const { return !ring_bufs.empty(); }
+
+    // their bytes; without allocation (hparams.no_alloc) what they would need
+    std::map<ggml_backend_buffer_type_t, size_t> ring_breakdown() const;
+    ggml_tensor * ring_of(int32_t il) const { return layers[il_to_layer.at(il)].ring; }
+
+    // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
+    // known: it is of the kind that the eviction graph computes
+    void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
+
+    // nullptr: the attention of the layer is not of that kind
+    const refreekv_decode_softmax * softmax_of(int32_t il) const;
+
+    // whether cells may be evicted: the cache is not the elastic full one
+    bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
+
+    // what decoding may have of a group's evicted rows; nullptr: nothing
+    refreekv_decode_evicted * evicted_of(uint32_t i_group) const;
+
+    void note_batch(const llama_ubatch & ubatch);
+
+    // nodes of the decoding graph that is being built; where the cache of a group is
+    void run_with_cache(ggml_tensor * node, uint32_t i_group) const;
+    ggml_backend_buffer_type_t buft_of(uint32_t i_group) const { return groups[i_group].rows.get_shape().buft; }
+    void run_on_host(ggml_tensor * node) const;
+
+    //
+    // the C API (refreekv.h)
+    //
+
+    // cells evicted, or a refreekv_status; both run in update()
+    // by: parameters to choose by in place of the context's, nullptr: none
+    int64_t prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by = nullptr);
+    int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
+
+    // these positions stay, whatever the policy; a refreekv_status
+    int32_t protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // what was evicted comes back from the cold store; cells, or a refreekv_status
+    int64_t restore(llama_context * lctx, llama_seq_id seq_id);
+
+    // (layer, KV head) that policies do not touch; a refreekv_status. The cache has to be empty
+    using heads_list = std::vector<std::pair<int32_t, uint32_t>>;
+    int64_t set_whole_heads(llama_context * lctx, const heads_list & heads);
+
+    llama_pos pruned_pos(llama_seq_id seq_id) const;
+    bool      valid_seq (llama_seq_id seq_id) const;
+
+    // note the figures of now, for other threads to read. The owner's, between changes (refreekv_publishing)
+    void publish();
+
+    const refreekv::figures_board & get_figures() const { return board; }
+
+    uint32_t n_groups() const { return groups.size(); }
+
+    std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_group) const;
+
+    int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
+    int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
+
+    // a refreekv_status
+    int32_t read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape);
+
+    // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
+    void prune_read(llama_context * lctx);
+
+    refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read);
+    ~refreekv_store();
+
+private:
+    refreekv::cache & kv;
+
+    using layer  = refreekv::layer;
+    using group  = refreekv::group;
+    using placed = refreekv::placed;
+
+    const refreekv::logical_cells logical;
+
+    const refreekv_params params;
+    const bool            prunes_read;
+    std::set<llama_seq_id> read;         // sequences that batches of several tokens added to
+
+    std::vector<layer>          layers;
+    std::map<int32_t, uint32_t> il_to_layer;
+    std::vector<group>          groups; // in the order of layers
+    refreekv::layouts           layouts;
+    refreekv::views             views;
+
+    refreekv_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
+
+    std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
+
+    std::vector<refreekv::span_list> spans; // [LLAMA_MAX_SEQ] see protect()
+
+    std::atomic<uint64_t> n_generation { 0 };
+    uint32_t n_expected    = 0;
+    bool     stale_slots   = false;       // cells may have become empty
+    bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
+    bool     refused_copy  = false;
+    bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
+    bool     regrouped     = false;       // layers were divided anew
+
+    std::vector<std::function<int64_t()>> jobs; // what the next update() does
+    int64_t          job_result = 0;
+
+    refreekv::figures_board board;
+
+    refreekv_stats      stats() const;
+    refreekv_group_info group_info(uint32_t i_group) const;
+
+    int64_t  n_prunes    = 0;
+    int64_t  prune_us    = 0;
+    uint64_t bytes_freed = 0;
+
+    refreekv::row_mover     mover;
+    refreekv::cold_rows     cold;
+    refreekv::cold_transfer transfer;
+    refreekv::evictor       evictor;
+
+    int64_t  n_restores = 0;
+    int64_t  restore_us = 0;
+
+    float                     fault_mass = 0.0f; // 0: decoding goes on without what is evicted
+    std::vector<llama_seq_id> batch_seq; // of the tokens of the batch that is being decoded
+    std::vector<llama_pos>    batch_pos;
+    bool                      warned_of_lost = false;
+
+    template <typename F>
+    bool for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const;
+    bool can_remove (llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1);
+    bool may_seq_cp (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+
+    void forget_seq(llama_seq_id seq_id);
+    void release_stale();
+    bool copy_stream(llama_seq_id src, llama_seq_id dst);
+    bool update_layouts();
+
+    bool within_limit(uint64_t bytes) const;
+    bool grow(const slot_info_vec_t & sinfos, uint32_t n_more);
+    void give_back();
+
+    // heads of a layer that are stored together
+    struct part {
+        std::vector<uint32_t> heads;
+        bool                  whole;
+    };
+    std::vector<part>    divide  (const layer & layer, const heads_list & whole) const;
+    refreekv_rows::shape shape_of(const layer & layer, const std::vector<uint32_t> & heads) const;
+
+    void       make_groups(const heads_list & whole);
+    bool       valid_heads(const heads_list & heads) const;
+    heads_list whole_heads() const; // ascending
+    bool       holds_nothing() const;
+
+    bool make_room(group & g, uint32_t n);
+
+    bool read_whole_heads (llama_io_read_i & io, heads_list & heads) const;
+    bool read_group_head  (llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape, uint32_t cell_count, std::vector<uint32_t> & cells);
+    bool read_divided_anew(llama_io_read_i & io, const heads_list & theirs, const std::vector<uint32_t> & list);
+
+    // a sequence in another stream is about to have the cells of this one: first_dst + i for first_src + i
+    void copy_cold(uint32_t first_src, uint32_t first_dst);
+
+    void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
+    bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
+
+    float check_faults() const;
+    void make_faults(uint32_t i_group);
+    void sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row);
+    void sketch_rows(group & g, const std::vector<uint32_t> & cells); // of these, which the group still holds
+    void refresh_sketches();
+
+    std::vector<uint32_t> missing(const group & g, const std::vector<placed> & cells) const;
+
+    int32_t restore_rows(const std::vector<std::vector<uint32_t>> & cells); // a refreekv_status
+    int64_t restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
+
+    int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
+
+    // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
+    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
+};
+
+// Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none
+class refreekv_publishing {
+public:
+    explicit refreekv_publishing(refreekv_store * store) : store(store) {}
+    ~refreekv_publishing();
+
+    refreekv_publishing(const refreekv_publishing &) = delete;
+
+private:
+    refreekv_store * store;
+};

@@ -1,0 +1,175 @@
+// Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
+
+#include "hooks.h"
+#include "cache/store.h"
+
+#include "api/error.h"
+#include "api/process.h"
+#include "cache/parallel.h"
+#include "kernels/kernels.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cinttypes>
+
+static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
+static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
+
+bool refreekv_store::begin_update(llama_context * lctx) {
+    mover.set_context(lctx);
+
+    release_stale();
+
+    // ggml's allocator takes a graph with as many nodes and leafs as the last one for the same graph. One with other layouts
+    // is not: the update reserves anew.
+    const bool others = (layouts.is_stale() && update_layouts()) || regrouped;
+
+    regrouped = false;
+
+    return others || !jobs.empty();
+}
+
+bool refreekv_store::update(llama_context * lctx) {
+    refreekv::hook_ran(refreekv::HOOK_UPDATE);
+
+    refreekv_publishing publish(this);
+
+    mover.set_context(lctx);
+
+    mover.synchronize();
+    release_stale();
+
+    // one that throws is not done again
+    const auto todo = std::move(jobs);
+    jobs.clear();
+
+    for (const auto & job : todo) {
+        job_result = job();
+    }
+
+    return true;
+}
+
+int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> && job) {
+    job_result = REFREEKV_ERR_STATE;
+    jobs.push_back(std::move(job));
+    lctx->memory_update(false);
+    refreekv::publish_buffers(lctx);
+
+    return job_result;
+}
+
+int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by) {
+    if (by && (by->policy != params.policy || by->n_window > params.n_window)) {
+        refreekv_set_error("prune: other parameters have to be of the context's policy, with an n_window of %d or less", params.n_window);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    if (!refreekv_policy_find(params.policy)) {
+        return 0;
+    }
+
+    refreekv_params chosen = by ? *by : params;
+    chosen.n_block = params.n_block;
+
+    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+}
+
+void refreekv_store::prune_read(llama_context * lctx) {
+    const auto seq_ids = std::move(read);
+    read.clear();
+
+    for (llama_seq_id s : seq_ids) {
+        if (logical.table_of_seq(s).seq_pos_max(s) >= 0) {
+            const int64_t n_evicted = prune(lctx, s); // an error is logged where it is set
+
+            LLAMA_LOG_INFO("refreekv: sequence %d: %" PRId64 " cells evicted\n", s, std::max<int64_t>(n_evicted, 0));
+        }
+    }
+}
+
+int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
+    if (il_to_layer.find(il) == il_to_layer.end()) {
+        refreekv_set_error("keep: layer %d has no KV cache", il);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+
+    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos, params); });
+}
+
+int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by) {
+    const int64_t t_start = ggml_time_us();
+    const size_t  before  = stats().bytes;
+
+    // which rows a store with a limit has room for hangs on their order
+    uint32_t n_threads = params.cold_limit > 0 ? 1 : mover.n_threads();
+
+    // nor is the scratch memory to grow with them beyond a bound: a query head's weights at least (kernels/attention-cpu.cpp)
+    const size_t size = (size_t) std::max(1, logical.table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*sizeof(float);
+
+    n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
+
+    const auto all = evictor.cells_of(seq_id);
+
+    std::vector<refreekv::evictor::scratch> scratch(n_threads);
+    for (auto & s : scratch) {
+        s.attention.weights_limit = REFREEKV_WEIGHTS_BYTES/n_threads;
+    }
+    std::atomic<int64_t>          n_evicted { 0 };
+
+    int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+        auto & g = groups[i];
+
+        const bool asked = pos ? g.il == il : g.i_layer >= (uint32_t) by.n_full_layers;
+
+        return asked && !g.whole ? evictor.evict(g, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+    });
+
+    for (auto & s : scratch) {
+        const int32_t put = refreekv_guard([&]() {
+            refreekv::cold_transfer::finish(s.lane);
+            return s.lane.put_status;
+        });
+        status = status == REFREEKV_OK ? put : status;
+    }
+
+    n_expected = 0;
+
+    if (status != REFREEKV_OK) {
+        refresh_sketches(); // of what stayed after all
+    }
+
+    // after an error, what was evicted before it is gone
+    if (n_evicted > 0) {
+        const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
+
+        n_prunes += pruned[seq_id] != last; // by hand, a pruning is a job for each layer
+
+        pruned[seq_id] = last;
+        layouts.make_stale();
+        prune_us += ggml_time_us() - t_start;
+    }
+    if (layouts.is_stale()) {
+        update_layouts();
+    }
+
+    refreekv_pages_trim();
+
+    const size_t after = stats().bytes;
+    bytes_freed += before > after ? before - after : 0;
+
+    return status == REFREEKV_OK ? n_evicted.load() : status;
+}
+
+int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    auto & list = spans[seq_id];
+
+    const auto span = std::make_pair(p0, p1);
+    if (std::find(list.begin(), list.end(), span) == list.end()) {
+        list.push_back(span);
+    }
+
+    return REFREEKV_OK;
+}

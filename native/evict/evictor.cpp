@@ -1,0 +1,215 @@
+#include "evict/evictor.h"
+
+#include "api/error.h"
+#include "kernels/kernels.h"
+#include "policies/policy.h"
+
+#include "llama-hparams.h"
+
+#include <algorithm>
+
+namespace refreekv {
+
+void evictor::count(const refreekv_attention & attn) {
+    n_bytes_read    += attn.bytes_read;
+    n_bytes_bounced += attn.bytes_bounced;
+}
+
+std::vector<held> evictor::cells_of(llama_seq_id seq_id) const {
+    const auto & list = spans[seq_id];
+
+    std::vector<held> res;
+    for (const auto & [pos, cell] : logical.of_seq(seq_id)) {
+        const bool is_protected = std::any_of(list.begin(), list.end(), [pos = pos](const auto & span) { return pos >= span.first && pos < span.second; });
+
+        res.push_back({ pos, cell, 0, logical.shared(cell) || is_protected });
+    }
+    return res;
+}
+
+// those that it holds and queries can see
+std::vector<held> evictor::held_by(const group & g, std::vector<held> all) const {
+    size_t n = 0;
+    for (const auto & c : all) {
+        const int32_t slot = g.res.slot(c.cell);
+        if (slot >= 0 && !g.res.hidden(slot)) {
+            all[n++] = { c.pos, c.cell, (uint32_t) slot, c.stays };
+        }
+    }
+    all.resize(n);
+
+    return all;
+}
+
+static void keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
+    std::fill(keep.begin(), keep.end(), 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        keep[sel.order[r]] = 1;
+    }
+}
+
+int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
+    refreekv_selection sel;
+
+    std::vector<uint8_t> pinned;
+    for (const auto & c : list) {
+        pinned.push_back(c.stays);
+    }
+
+    if (!refreekv_policy_looks(by.policy)) {
+        refreekv_attention_host nothing(nullptr, 0, 0, list.size());
+
+        refreekv_policy_find(by.policy)(by, nothing, pinned, sel);
+        keep_selected(sel, keep);
+
+        return REFREEKV_OK;
+    }
+
+    std::unique_ptr<refreekv_attention> attn;
+    if (const int32_t status = look(g, seq_id, list, by, memory, attn)) {
+        return status;
+    }
+
+    const bool ok = refreekv_policy_find(by.policy)(by, *attn, pinned, sel);
+
+    count(*attn);
+
+    if (!ok) {
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
+        return REFREEKV_ERR_COMPUTE;
+    }
+
+    keep_selected(sel, keep);
+
+    return REFREEKV_OK;
+}
+
+int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
+        const auto & layer   = layers[g.i_layer];
+
+    refreekv_attention_inputs in = {};
+
+    in.backend = mover.backend_of(g);
+    in.host    = mover.host_backend();
+    if (!in.backend) {
+        refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
+        return REFREEKV_ERR_COMPUTE;
+    }
+    if (!layer.known) {
+        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
+        return REFREEKV_ERR_STATE;
+    }
+
+    const bool one_row = by.policy == REFREEKV_POLICY_REFREEKV && by.rows == REFREEKV_ROWS_LAST && by.ranking == REFREEKV_RANKING_POSITION;
+
+    ring.rows(seq_id, list.back().pos, one_row ? 1 : by.n_window, by.window_step, in.rows, in.row_pos);
+
+    if (in.row_pos.empty() || in.row_pos.back() != list.back().pos) {
+        refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
+        return REFREEKV_ERR_STATE;
+    }
+
+    in.k           = g.rows.k();
+    in.ring        = layer.ring;
+    in.heads       = g.heads;
+    in.n_embd_head = hparams.n_embd_head_k(g.il);
+    in.n_gqa       = hparams.n_gqa(g.il);
+    in.n_kv        = g.res.n_slots();
+    in.use_alibi   = hparams.use_alibi;
+    in.max_bias    = hparams.f_max_alibi_bias;
+    in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    in.pre_scale   = hparams.attn_soft_cap ? 1.0f/hparams.f_attn_logit_softcapping : 1.0f;
+    in.post_scale  = layer.kq_scale;
+
+    if (layer.sinks) {
+        in.sinks.resize(in.heads.size()*in.n_gqa);
+        for (size_t i = 0; i < in.heads.size(); ++i) {
+            const size_t size = in.n_gqa*sizeof(float);
+            ggml_backend_tensor_get(layer.sinks, in.sinks.data() + i*in.n_gqa, in.heads[i]*size, size);
+        }
+    }
+
+    for (const auto & c : list) {
+        in.slots.push_back(c.slot);
+        in.pos  .push_back(c.pos);
+    }
+
+    if (const auto * kernels = refreekv_find_kernels(); kernels && !params.by_graph) {
+        attn = kernels->make_attention(in, memory);
+    }
+    if (!attn) {
+        attn = std::make_unique<refreekv_attention_graph>(std::move(in), memory);
+    }
+
+    attn->i_layer = g.i_layer;
+    attn->n_layer = layers.size();
+
+    return REFREEKV_OK;
+}
+
+bool evictor::take_out(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
+    std::vector<uint8_t> out(g.res.n_slots(), 0);
+    for (size_t c = 0; c < list.size(); ++c) {
+        out[list[c].slot] = !keep[c];
+    }
+
+    if (params.mask_only) {
+        for (uint32_t s = 0; s < out.size(); ++s) {
+            if (out[s]) {
+                g.res.hide(s);
+            }
+        }
+        return true;
+    }
+
+    std::vector<uint32_t> slots;
+    std::vector<uint32_t> cells_out;
+    for (uint32_t s = 0; s < out.size(); ++s) {
+        if (out[s]) {
+            cells_out.push_back(g.res.cell(s));
+        } else if (g.res.cell(s) >= 0) {
+            slots.push_back(s);
+        }
+    }
+
+    transfer.put(g, cells_out, memory.lane);
+
+    before_eviction(g, cells_out);
+
+    if (!mover.move(g, slots, lay.padded(slots.size()))) {
+        return false;
+    }
+    g.res.compact(slots);
+
+    return true;
+}
+
+int32_t evictor::evict(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted) {
+    const auto list = held_by(g, all);
+
+    std::vector<uint8_t> keep(list.size(), 1);
+
+    if (list.empty()) {
+        return REFREEKV_OK;
+    } else if (pos) {
+        for (size_t c = 0; c < list.size(); ++c) {
+            keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || list[c].stays;
+        }
+    } else if ((int32_t) list.size() < by.n_min) {
+        return REFREEKV_OK;
+    } else if (const int32_t status = select(g, seq_id, list, by, memory.attention, keep)) {
+        return status;
+    }
+
+    const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
+
+    if (n_out > 0 && !take_out(g, list, keep, memory)) {
+        refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
+        return REFREEKV_ERR_MEMORY;
+    }
+    n_evicted += n_out;
+
+    return REFREEKV_OK;
+}
+
+} // namespace refreekv

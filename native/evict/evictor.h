@@ -1,0 +1,91 @@
+#pragma once
+
+#include "cache/logical-cells.h"
+#include "cache/row-mover.h"
+#include "evict/attention.h"
+#include "evict/query-ring.h"
+#include "graph/layouts.h"
+#include "kernels/attention-cpu.h"
+#include "tiers/transfer.h"
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+struct llama_hparams;
+
+namespace refreekv {
+
+// a cell of one sequence that a group holds
+struct held {
+    llama_pos pos;
+    uint32_t  cell;
+    uint32_t  slot;
+    bool      stays; // another sequence needs it too, or it is protected
+};
+
+// positions that are kept whatever the policy, ends excluded
+using span_list = std::vector<std::pair<llama_pos, llama_pos>>;
+
+// The eviction of a sequence from one group: what the policy may see of it, and what becomes of its answer. Works on several
+// groups at once.
+class evictor {
+public:
+    // spans: [n_seq_ids]; before_eviction: called with the cells whose rows are about to go
+    using cells_fn = std::function<void(group & g, const std::vector<uint32_t> & cells)>;
+
+    evictor(const refreekv_params & params, const llama_hparams & hparams, const logical_cells & logical, const std::vector<layer> & layers,
+            const std::vector<span_list> & spans, const refreekv_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, cells_fn before_eviction) :
+        params(params), hparams(hparams), logical(logical), layers(layers), spans(spans), ring(ring), lay(lay), mover(mover), transfer(transfer),
+        before_eviction(std::move(before_eviction)) {}
+
+    // memory of one thread, for one group after the other
+    struct scratch {
+        refreekv_attention_scratch attention;
+        cold_transfer::lane        lane;
+    };
+
+    // of a sequence: before it is known which of them a group holds, and in which slots; upstream has them in a tree, which is
+    // walked once for all groups
+    std::vector<held> cells_of(llama_seq_id seq_id) const;
+
+    // of those, the ones that a group holds and queries can see
+    std::vector<held> held_by(const group & g, std::vector<held> all) const;
+
+    // pos: what to keep; nullptr: the policy decides, by these parameters. n_evicted goes up by the cells that are evicted. A
+    // refreekv_status
+    int32_t evict(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted);
+
+    // the attention that a policy looks at; a refreekv_status
+    int32_t look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const;
+
+    // what was looked at counts in the figures
+    void count(const refreekv_attention & attn);
+
+    uint64_t bytes_read()    const { return n_bytes_read; }    // answers of the eviction graph
+    uint64_t bytes_bounced() const { return n_bytes_bounced; } // K and queries that it could not look at where they are
+
+private:
+    const refreekv_params &        params;
+    const llama_hparams &          hparams;
+    const logical_cells &          logical;
+    const std::vector<layer> &     layers;
+    const std::vector<span_list> & spans;
+    const refreekv_ring &          ring;
+    const layouts &                lay;
+    row_mover &                    mover;
+    cold_transfer &                transfer;
+    const cells_fn                 before_eviction;
+
+    std::atomic<uint64_t> n_bytes_read    { 0 };
+    std::atomic<uint64_t> n_bytes_bounced { 0 };
+
+    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
+
+    // false: no memory to move what stays
+    bool take_out(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);
+};
+
+} // namespace refreekv

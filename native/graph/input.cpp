@@ -1,0 +1,311 @@
+#include "graph/input.h"
+
+#include "api/error.h"
+#include "api/process.h"
+#include "cache/store.h"
+#include "graph/heads.h"
+#include "kernels/decode.h"
+#include "kernels/kernels.h"
+
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-kv-cache-iswa.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace refreekv {
+
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, const char * name, int64_t ne0, int64_t ne1 = 1) {
+    ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+    ggml_set_input(t);
+    ggml_set_name(t, name);
+    return t;
+}
+
+[[noreturn]] static void refuse(int il) {
+    refreekv_set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
+    throw std::runtime_error(refreekv_last_error());
+}
+
+graph_input & graph_input::of(const llm_graph_context & graph, const cache_context & mctx) {
+    for (const auto & inp : graph.res->inputs) {
+        if (auto * own = dynamic_cast<graph_input *>(inp.get())) {
+            return *own;
+        }
+    }
+    return *static_cast<graph_input *>(graph.res->add_input(std::make_unique<graph_input>(graph, mctx)));
+}
+
+graph_input::graph_input(const llm_graph_context & graph, const cache_context & mctx) :
+    store(mctx.get_store()),
+    mctx(&mctx),
+    reservation(mctx.is_reservation()),
+    decodes(!reservation && store.evicts()),
+    // as in llama_kv_cache::set_input_kq_mask, for a cache without a window
+    causal(graph.cparams.causal_attn || graph.hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY),
+    generation(store.generation()),
+    n_tokens(graph.ubatch.n_tokens) {
+    ggml_context * ctx = graph.ctx0;
+
+    // flash attention requires an f16 mask
+    const auto type_mask = graph.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
+
+    if (!reservation && n_tokens == 1 && store.get_layouts().n_layouts() > 1) {
+        tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.get_layouts().n_kv(layout_of(store.get_layouts().group_of_longest())), n_tokens);
+        tail_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
+    }
+
+    for (uint32_t i = 0; i < store.n_groups(); ++i) {
+        const uint32_t layout   = layout_of(i);
+        const int64_t  n_v_idxs = store.get_views().n_v_idxs(i);
+
+        if (find(i)) {
+            continue;
+        }
+
+        const auto same = std::find_if(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout; });
+
+        kind k = { i, layout, n_v_idxs, same == kinds.end() && !is_tail(layout), is_tail(layout) ? store.buft_of(i) : nullptr, nullptr, nullptr, nullptr };
+
+        if (is_tail(layout)) {
+            ggml_tensor * mask = tail_mask_for(ctx, i);
+
+            k.k_idxs = tail_idxs;
+            k.mask   = ggml_view_2d(ctx, mask, store.get_layouts().n_kv(layout), n_tokens, mask->nb[1], store.get_layouts().tail_of(layout)*mask->nb[0]);
+        } else if (same == kinds.end()) {
+            k.k_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
+            k.mask   = new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store.get_views().worst_n_kv() : store.get_layouts().n_kv(layout), n_tokens);
+        } else {
+            k.k_idxs = same->k_idxs;
+            k.mask   = same->mask;
+        }
+        k.v_idxs = is_tail(layout) && n_v_idxs == 1 ? tail_idxs : new_input(ctx, GGML_TYPE_I64, "attn_inp_v_idxs", n_v_idxs*n_tokens);
+
+        kinds.push_back(k);
+    }
+
+    if (!store.has_rings()) {
+        return;
+    }
+
+    const uint32_t n_copy = store.get_ring().n_copy(graph.ubatch);
+
+    // also where every token has its row: ggml's allocator plans a graph anew that has another number of nodes than the last
+    ring_src = new_input(ctx, GGML_TYPE_I32, "refreekv_ring_src", n_copy);
+    ring_dst = new_input(ctx, GGML_TYPE_I64, "refreekv_ring_dst", n_copy);
+}
+
+uint32_t graph_input::layout_of(uint32_t i_group) const {
+    return reservation ? 0 : store.layout_of(i_group);
+}
+
+bool graph_input::is_tail(uint32_t layout) const {
+    return tail_mask && store.get_layouts().tail_of(layout) >= 0;
+}
+
+const graph_input::kind * graph_input::find(uint32_t i_group) const {
+    for (auto & k : kinds) {
+        if (k.layout == layout_of(i_group) && k.n_v_idxs == store.get_views().n_v_idxs(i_group) && (!k.buft || k.buft == store.buft_of(i_group))) {
+            return &k;
+        }
+    }
+    return nullptr;
+}
+
+// the mask of the longest layout where the cache of a group is: copied once to each device, and not once per layout
+ggml_tensor * graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_group) {
+    auto * buft = store.buft_of(i_group);
+
+    if (ggml_backend_buft_is_host(buft)) {
+        return tail_mask;
+    }
+
+    auto & mask = tail_masks[buft];
+    if (!mask) {
+        mask = ggml_cont(ctx, tail_mask);
+        store.run_with_cache(mask, i_group);
+    }
+    return mask;
+}
+
+void graph_input::set_input(const llama_ubatch * ubatch) {
+    store.note_batch(*ubatch);
+
+    const auto & slots = mctx->get_slots();
+
+    // tensors that no layer used have no buffer
+    if (tail_mask && tail_mask->buffer) {
+        store.get_views().set_input_mask(tail_mask, store.get_layouts().group_of_longest(), *ubatch, causal);
+    }
+    if (tail_idxs && tail_idxs->buffer) {
+        store.get_views().set_input_k_idxs(tail_idxs, store.get_layouts().group_of_shortest(), slots);
+    }
+
+    for (const auto & k : kinds) {
+        if (k.v_idxs->buffer && k.v_idxs != tail_idxs) {
+            store.get_views().set_input_v_idxs(k.v_idxs, k.i_group, slots);
+        }
+        if (!k.first) {
+            continue;
+        }
+        if (k.k_idxs->buffer) {
+            store.get_views().set_input_k_idxs(k.k_idxs, k.i_group, slots);
+        }
+        if (k.mask->buffer) {
+            store.get_views().set_input_mask(k.mask, k.i_group, *ubatch, causal);
+        }
+    }
+
+    if (ring_dst && ring_dst->buffer) {
+        store.get_ring().set_input(ring_src, ring_dst, *ubatch);
+    }
+}
+
+bool graph_input::can_reuse(const llm_graph_params & params) {
+    mctx = cache_context::of(params.mctx);
+
+    if (reservation || mctx->is_reservation() || generation != store.generation() || n_tokens != params.ubatch.n_tokens) {
+        return false;
+    }
+    return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == store.get_layouts().n_kv(k.layout); });
+}
+
+ggml_tensor * graph_input::attention(const llm_graph_context & graph, const attention_call & call) {
+    if (!store.has_layer(call.il) || call.kq_b) {
+        refuse(call.il);
+    }
+
+    ggml_context * ctx  = graph.ctx0;
+    ggml_tensor  * ring = store.ring_of(call.il);
+    ggml_tensor  * q    = call.q_cur;
+
+    const bool known = ggml_nelements(q) == (int64_t) graph.hparams.n_embd_head_k(call.il)*graph.hparams.n_head(call.il)*q->ne[2];
+
+    store.note_attention(call.il, call.kq_scale, call.sinks, known);
+
+    const auto & ids = store.groups_of(call.il);
+
+    // K directly behind its RoPE: backends make one operation of both
+    for (uint32_t i : ids) {
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind_of(i).k_idxs, i, reservation, tail_idxs && kind_of(i).k_idxs == tail_idxs));
+    }
+    for (uint32_t i : ids) {
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind_of(i).v_idxs, i, reservation, tail_idxs && kind_of(i).v_idxs == tail_idxs));
+    }
+
+    if (ring && known) {
+        ggml_tensor * last = ggml_is_contiguous(q) ? ggml_reshape_2d(ctx, q, ring->ne[0], q->ne[2])
+                                                   : ggml_cont_2d   (ctx, q, ring->ne[0], q->ne[2]);
+
+        ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, ggml_get_rows(ctx, last, ring_src), ring_dst));
+    }
+
+    if (ids.size() == 1) {
+        return attend(graph, q, call.sinks, ids[0], call);
+    }
+
+    const int64_t n_gqa = graph.hparams.n_gqa(call.il);
+
+    std::vector<ggml_tensor *>         parts;
+    std::vector<std::vector<uint32_t>> heads;
+
+    for (uint32_t i : ids) {
+        heads.push_back(store.heads_of(i));
+
+        ggml_tensor * s = nullptr;
+        if (call.sinks) {
+            s = refreekv_select_heads(ctx, ggml_reshape_3d(ctx, call.sinks, 1, ggml_nelements(call.sinks), 1), heads.back(), n_gqa);
+            s = ggml_reshape_1d(ctx, s, ggml_nelements(s));
+        }
+        parts.push_back(attend(graph, refreekv_select_heads(ctx, q, heads.back(), n_gqa), s, i, call));
+    }
+
+    return refreekv_join_heads(ctx, parts, heads, n_gqa);
+}
+
+// to one group
+ggml_tensor * graph_input::attend(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, const attention_call & call) {
+    if (ggml_tensor * own = decode(graph.ctx0, q, sinks, i_group, call.il)) {
+        return own;
+    }
+    ggml_tensor * k = store.get_views().get_k(graph.ctx0, i_group, reservation);
+    ggml_tensor * v = store.get_views().get_v(graph.ctx0, i_group, reservation);
+
+    return graph.build_attn_mha(q, k, v, nullptr, kind_of(i_group).mask, sinks, nullptr, 0, call.kq_scale, call.il);
+}
+
+// the same by our own kernel; nullptr: upstream's ops are to do it
+ggml_tensor * graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il) {
+    const auto * softmax = decodes ? store.softmax_of(il) : nullptr;
+    if (!softmax) {
+        return nullptr;
+    }
+
+    const refreekv_decode_call call = {
+        q, store.get_views().get_k(ctx, i_group, false), store.get_views().get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.evicted_of(i_group),
+    };
+
+    const auto * kernels = refreekv_find_kernels();
+
+    if (!kernels || !kernels->decode_fits(call)) {
+        return nullptr;
+    }
+    std::vector<ggml_tensor *> nodes;
+    ggml_tensor * cur = kernels->decode(ctx, call, nodes);
+
+    // pointers to functions are no work for another process: RPC says that it supports every operation
+    for (auto * node : nodes) {
+        store.run_on_host(node);
+    }
+
+    return cur;
+}
+
+llm_graph_input_attn_kv * graph_input::base_of(const llm_graph_input_attn_kv_iswa & inp) {
+    if (!base) {
+        base = std::make_unique<llm_graph_input_attn_kv>(inp.hparams, inp.cparams, inp.mctx->get_base());
+
+        base->self_k_rot = inp.self_k_rot;
+        base->self_v_rot = inp.self_v_rot;
+    }
+    return base.get();
+}
+
+// hooks
+
+ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, const attention_call & call) {
+    hook_ran(HOOK_ATTENTION);
+
+    const auto * own = cache_context::of(mctx);
+
+    return own ? graph_input::of(graph, *own).attention(graph, call) : nullptr;
+}
+
+llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const llm_graph_input_attn_kv_iswa & inp, const ggml_tensor * k_cur, int il) {
+    const auto * own = graph.hparams.is_swa(il) ? nullptr : cache_context::of(inp.mctx->get_base());
+
+    if (own && !k_cur) {
+        refuse(il);
+    }
+    return own ? graph_input::of(graph, *own).base_of(inp) : nullptr;
+}
+
+// Per KV head at most one run of it in each of q, k and v (view, concat), and in the join (view, concat, reshape); beside them
+// a second attention call, its rows and indices, and the ring.
+uint32_t graph_extra_nodes(llama_memory_i * mem) {
+    const auto * store = refreekv_store::of(mem);
+
+    return store ? 9*store->n_heads_kv() + 64*store->n_layers() : 0;
+}
+
+void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {
+    if (!refreekv_store::of(mem)) {
+        return;
+    }
+    for (size_t i = 0; i < backends.size(); ++i) {
+        sizes[i] = ggml_backend_sched_get_buffer_size(sched, backends[i]);
+    }
+}
+
+} // namespace refreekv

@@ -1,0 +1,22 @@
+// Part of ggml's CPU backend (CMakeLists.txt).
+
+#include "kernels/kernels-cpu.h"
+
+#include "kernels/attention-cpu.h"
+#include "kernels/kernels.h"
+#include "kernels/lanes.h"
+
+const refreekv_kernels * refreekv_cpu_kernels() {
+#ifdef REFREEKV_LANES
+    static const refreekv_kernels kernels = {
+        refreekv_attention_cpu_make,
+        refreekv_decode_fits,
+        refreekv_decode_can_fault,
+        refreekv_decode,
+    };
+
+    return &kernels;
+#else
+    return nullptr;
+#endif
+}

@@ -1,0 +1,28 @@
+#pragma once
+
+#include "evict/attention.h"
+#include "kernels/decode.h"
+
+#include <memory>
+#include <vector>
+
+// Our kernels for the CPU. They are compiled into ggml's CPU backend (CMakeLists.txt), not into libllama: so they have its
+// instruction sets, and where ggml chooses among several builds of its backend at run time (GGML_CPU_ALL_VARIANTS), it chooses
+// theirs, too.
+struct refreekv_kernels {
+    // kernels/attention-cpu.cpp; nullptr: it cannot read these inputs. memory has to outlive the result
+    std::unique_ptr<refreekv_attention> (*make_attention)(const refreekv_attention_inputs & in, refreekv_attention_scratch & memory);
+
+    // kernels/decode.cpp: whether it can compute this call, and faster than upstream's operations: K and V in host memory, few
+    // tokens, lengths that are multiples of the vectors'
+    bool (*decode_fits)(const refreekv_decode_call & call);
+
+    // whether blocks of what is evicted can take part, whatever the batch
+    bool (*decode_can_fault)(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v);
+
+    // [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
+    ggml_tensor * (*decode)(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);
+};
+
+// those of the CPU backend that is loaded; nullptr: it has none, because its compiler lacks vectors of fixed size
+const refreekv_kernels * refreekv_find_kernels();

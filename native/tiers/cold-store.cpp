@@ -1,0 +1,247 @@
+#include "tiers/cold-store.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+static const uint64_t REFREEKV_COLD_PAGE = 16 << 20; // as it is touched; the system has pages of 2 MiB for such
+
+static std::atomic<int32_t> g_fail_in { 0 };
+
+void refreekv_cold::fail(int32_t n_writes) {
+    g_fail_in = n_writes;
+}
+
+static bool refreekv_fails_now() {
+    int32_t n = g_fail_in;
+    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
+    }
+    return n == 1;
+}
+
+// a file without a name; -1: errno says why not
+static int     refreekv_open_unnamed(const std::string & dir);
+static bool    refreekv_truncate    (int fd);
+static int64_t refreekv_write_at    (int fd, const void * data, size_t size, uint64_t offset);
+static int64_t refreekv_read_at     (int fd, void * data, size_t size, uint64_t offset);
+static void    refreekv_close       (int fd);
+static int64_t refreekv_process     ();
+
+refreekv_cold::refreekv_cold() = default;
+
+refreekv_cold::refreekv_cold(const std::string & dir) : fd(refreekv_open_unnamed(dir)), owner(refreekv_process()) {
+    if (fd < 0) {
+        throw std::runtime_error("cold store: no file can be made in " + dir + ": " + strerror(errno));
+    }
+}
+
+refreekv_cold::~refreekv_cold() {
+    if (fd >= 0) {
+        refreekv_close(fd);
+    }
+}
+
+bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
+    if (refreekv_fails_now() || (fd >= 0 && refreekv_process() != owner)) {
+        return false;
+    }
+
+    const char * src = (const char *) data;
+
+    while (size > 0) {
+        int64_t n;
+
+        if (fd >= 0) {
+            n = refreekv_write_at(fd, src, size, offset);
+            if (n <= 0) {
+                return false;
+            }
+        } else {
+            char * page = page_at(offset);
+            if (!page) {
+                return false;
+            }
+            n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
+            memcpy(page + offset%REFREEKV_COLD_PAGE, src, n);
+        }
+
+        src    += n;
+        offset += n;
+        size   -= n;
+    }
+
+    return true;
+}
+
+char * refreekv_cold::page_at(uint64_t offset) {
+    std::lock_guard<std::mutex> lock(pages_mutex);
+
+    auto & page = pages[offset/REFREEKV_COLD_PAGE];
+    if (!page) {
+        page = refreekv_pages_alloc(REFREEKV_COLD_PAGE);
+    }
+
+    return (char *) page.get();
+}
+
+bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
+    if (fd >= 0 && refreekv_process() != owner) {
+        return false;
+    }
+
+    char * dst = (char *) data;
+
+    while (size > 0) {
+        int64_t n;
+
+        if (fd >= 0) {
+            n = refreekv_read_at(fd, dst, size, offset);
+            if (n <= 0) {
+                return false;
+            }
+        } else {
+            const auto it = pages.find(offset/REFREEKV_COLD_PAGE);
+            if (it == pages.end() || !it->second) {
+                return false;
+            }
+            n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
+            memcpy(dst, (const char *) it->second.get() + offset%REFREEKV_COLD_PAGE, n);
+        }
+
+        dst    += n;
+        offset += n;
+        size   -= n;
+    }
+
+    return true;
+}
+
+void refreekv_cold::clear() {
+    pages.clear();
+    if (fd >= 0 && refreekv_process() == owner) {
+        refreekv_truncate(fd); // where it cannot, the room comes back at the end
+    }
+}
+
+#if defined(_WIN32)
+
+#define WIN32_LEAN_AND_MEAN
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#include <winioctl.h>
+
+#include <fcntl.h>
+#include <io.h>
+#include <share.h>
+#include <sys/stat.h>
+
+#include <mutex>
+#include <random>
+
+static int refreekv_open_unnamed(const std::string & dir) {
+    const std::wstring name = L"\\refreekv-" + std::to_wstring(std::random_device{}()) + L".cold";
+
+    std::wstring path(dir.size(), L'\0'); // dir is UTF-8
+    path.resize(MultiByteToWideChar(CP_UTF8, 0, dir.data(), (int) dir.size(), &path[0], (int) path.size()));
+
+    int fd = -1;
+    // deleted when it is closed, which the system does for a process that dies
+    errno = _wsopen_s(&fd, (path + name).c_str(), _O_RDWR | _O_CREAT | _O_EXCL | _O_BINARY | _O_TEMPORARY | _O_NOINHERIT, _SH_DENYRW, _S_IREAD | _S_IWRITE);
+
+    if (errno != 0) {
+        return -1;
+    }
+
+    DWORD n = 0; // what was not written takes no room
+    DeviceIoControl((HANDLE) _get_osfhandle(fd), FSCTL_SET_SPARSE, nullptr, 0, nullptr, 0, &n, nullptr);
+
+    return fd;
+}
+
+static int64_t refreekv_process() {
+    return 0; // there is no fork
+}
+
+static bool refreekv_truncate(int fd) {
+    return _chsize_s(fd, 0) == 0;
+}
+
+// where it is read and written next is the file's, not the call's, and several threads read
+static std::mutex g_at;
+
+static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(g_at);
+
+    return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _write(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
+}
+
+static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(g_at);
+
+    return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
+}
+
+static void refreekv_close(int fd) {
+    _close(fd);
+}
+
+#else
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+static int refreekv_open_unnamed(const std::string & dir) {
+#if defined(O_TMPFILE)
+    const int res = open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (res >= 0) {
+        return res;
+    }
+#endif
+    // file systems that cannot: it has a name for a moment
+    std::string path = dir + "/refreekv-XXXXXX";
+
+    const int fd = mkstemp(&path[0]);
+    if (fd >= 0) {
+        unlink(path.c_str());
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    }
+    return fd;
+}
+
+static int64_t refreekv_process() {
+    return getpid();
+}
+
+static bool refreekv_truncate(int fd) {
+    return ftruncate(fd, 0) == 0;
+}
+
+template <typename F>
+static int64_t refreekv_again(F && f) {
+    int64_t n;
+    do {
+        n = f();
+    } while (n < 0 && errno == EINTR);
+
+    return n;
+}
+
+static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    return refreekv_again([&]() { return pwrite(fd, data, size, offset); });
+}
+
+static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+    return refreekv_again([&]() { return pread(fd, data, size, offset); });
+}
+
+static void refreekv_close(int fd) {
+    close(fd);
+}
+
+#endif

@@ -1,0 +1,52 @@
+#pragma once
+
+#include "cache/pages.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+
+// Where the bytes of evicted cells wait until they are wanted again: an address space of which only what was written takes
+// room. In host memory, or in a file that has no name: no other process can open it (it is readable by its owner alone
+// while it has one), and it is gone when the process ends, however it ends.
+//
+// A process that was forked off from this one finds nothing in it, and writes nothing.
+//
+// The file is written and read, not mapped: a full disk or a file that was cut is an error then, and no signal.
+class refreekv_cold {
+public:
+    refreekv_cold(); // host memory
+
+    // throws std::runtime_error, naming the directory and what the system says
+    explicit refreekv_cold(const std::string & dir);
+
+    ~refreekv_cold();
+
+    refreekv_cold(const refreekv_cold &) = delete;
+    refreekv_cold & operator=(const refreekv_cold &) = delete;
+
+    // false: no room; nothing is known of these bytes then. Several threads may write at once, where the others do not
+    bool write(uint64_t offset, const void * data, size_t size);
+
+    // false: they cannot be read (any more). Several threads may read at once
+    bool read(uint64_t offset, void * data, size_t size) const;
+
+    // forget everything, and give its room back
+    void clear();
+
+    bool is_file() const { return fd >= 0; }
+
+    // test hook (refreekv_fail_cold)
+    static void fail(int32_t n_writes);
+
+private:
+    int     fd    = -1;
+    int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
+
+    std::map<uint64_t, refreekv_pages_ptr> pages; // by offset/page_size
+    std::mutex pages_mutex;
+
+    char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
+};

@@ -1,0 +1,135 @@
+// Evicted rows on their way to the cold store and back.
+
+#include "cache/store.h"
+
+#include "api/error.h"
+#include "cache/parallel.h"
+#include "cache/row-bytes.h"
+#include "cache/runs.h"
+#include "tiers/cold-store.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <future>
+#include <system_error>
+#include <utility>
+
+// ascending
+std::vector<uint32_t> refreekv_store::missing(const group & g, const std::vector<placed> & cells) const {
+    std::vector<uint32_t> res;
+    for (const auto & [_, cell] : cells) {
+        if (g.lacks(cell)) {
+            res.push_back(cell);
+        }
+    }
+    std::sort(res.begin(), res.end());
+
+    return res;
+}
+
+// cells: of each group
+int32_t refreekv_store::restore_rows(const std::vector<std::vector<uint32_t>> & cells) {
+    std::vector<refreekv_rows::host_rows> in(mover.n_threads());
+
+    const int32_t status = refreekv_parallel(groups.size(), mover.n_threads(), [&](uint32_t i, uint32_t thread) {
+        return transfer.get(groups[i], cells[i], in[thread]);
+    });
+    idle_rows |= status != REFREEKV_OK; // room for what did not come
+
+    return status;
+}
+
+int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
+    return run_job(lctx, [this, seq_id]() {
+        const int64_t res = restore_now(seq_id);
+        if (layouts.is_stale()) {
+            update_layouts();
+        }
+        return res;
+    });
+}
+
+// but for positions that are about to go: p0 to p1 - 1. Called from upstream's functions, which nothing may be thrown through
+int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    try {
+        return restore_rows(seq_id, p0, p1);
+    } catch (const std::exception & err) {
+        refreekv_set_error("restore: %s", err.what());
+        return REFREEKV_ERR_MEMORY;
+    }
+}
+
+int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const int64_t t_start = ggml_time_us();
+
+    mover.synchronize();
+    release_stale();
+
+    const auto all = logical.of_seq(seq_id, p0, p1);
+
+    std::vector<std::vector<uint32_t>> cells;
+
+    uint64_t bytes      = stats().bytes;
+    int64_t  n_restored = 0;
+
+    for (auto & g : groups) {
+        cells.push_back(missing(g, all));
+
+        uint32_t n_absent = 0;
+        for (uint32_t cell : cells.back()) {
+            if (g.res.slot(cell) >= 0) {
+                continue;
+            }
+            if (!cold.has(g, cell)) {
+                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, !cold.exists() ? "this context has no cold store" : cold.lost() ? "the cold store had no room for all" : "the state that was loaded did not have them");
+                return REFREEKV_ERR_STATE;
+            }
+            n_absent++;
+        }
+
+        const uint32_t n_need = layouts.padded(g.res.n_used() + n_absent);
+        bytes += n_need > g.rows.capacity() ? g.rows.bytes_for(n_need) - g.rows.bytes() : 0;
+        n_restored += cells.back().size();
+    }
+    if (!within_limit(bytes)) {
+        return REFREEKV_ERR_MEMORY;
+    }
+
+    if (n_restored > 0) {
+        layouts.make_stale();
+        if (const int32_t status = restore_rows(cells)) {
+            refresh_sketches();
+            return status;
+        }
+
+        n_restores++;
+        restore_us += ggml_time_us() - t_start;
+
+        if (cold.kind() == REFREEKV_COLD_MEMORY) {
+            for (uint32_t i = 0; i < groups.size(); ++i) {
+                cold.forget(groups[i], cells[i]); // in memory they would be there twice
+            }
+        }
+        refresh_sketches();
+    }
+
+    // whoever shares these cells is whole again, too
+    for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
+        if (pruned[s] < 0 || logical.stream_of(s) != logical.stream_of(seq_id)) {
+            continue;
+        }
+        const auto its   = s == seq_id ? all : logical.of_seq(s);
+        const bool whole = std::all_of(groups.begin(), groups.end(), [&](const group & g) {
+            return std::none_of(its.begin(), its.end(), [&](const placed & c) { return g.lacks(c.cell); });
+        });
+        if (whole) {
+            pruned[s]     = -1;
+            layouts.make_stale();
+        }
+    }
+
+    return n_restored;
+}

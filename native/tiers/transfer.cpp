@@ -1,0 +1,185 @@
+#include "tiers/transfer.h"
+
+#include "api/error.h"
+#include "cache/parallel.h"
+#include "cache/row-bytes.h"
+#include "cache/runs.h"
+
+#include <algorithm>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+namespace refreekv {
+
+// that rows of one group pass through, on their way from a device and back: much of the time goes into memory that was never touched
+static const uint32_t N_THREADS = 4;
+
+void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) {
+    if (!cold.exists()) {
+        return;
+    }
+
+    // a row never changes: what came back from a file is still there
+    cells.erase(std::remove_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cold.has(g, cell); }), cells.end());
+    std::sort(cells.begin(), cells.end());
+
+    if (cells.empty()) {
+        return;
+    }
+
+    std::vector<uint32_t> slots;
+    for (uint32_t cell : cells) {
+        slots.push_back(g.res.slot(cell));
+    }
+
+    if (!mover.in_place(g)) {
+        mover.read(g, slots, scratch.rows[0]);
+
+        finish(scratch);
+        std::swap(scratch.rows[0], scratch.rows[1]);
+
+        // which rows a store with a limit has room for hangs on their order
+        const uint32_t n_parts = one_thread ? 1 : N_THREADS;
+
+        const auto put = [this, &g, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {
+            const size_t n_part = (cells.size() + n_parts - 1)/n_parts;
+
+            return refreekv_parallel(n_parts, n_parts, [&](uint32_t p, uint32_t) {
+                const size_t first = std::min(cells.size(), p*n_part);
+
+                refreekv_for_runs(cells.data() + first, std::min(cells.size() - first, n_part), [&](size_t i, size_t n) {
+                    i += first;
+                    return cold.put(g, cells[i], n, rows.k.data() + i*g.row_size(false), rows.v.data() + i*g.row_size(true));
+                });
+                return (int32_t) REFREEKV_OK; // what there is no room for is lost
+            });
+        };
+        // a sketch is made of what the store has: that waits for it
+        try {
+            scratch.put = std::async(g.evicted ? std::launch::deferred : std::launch::async, put);
+        } catch (const std::system_error &) {
+            scratch.put = std::async(std::launch::deferred, put); // no more threads to be had
+        }
+        if (g.evicted) {
+            finish(scratch);
+        }
+        return;
+    }
+
+    const refreekv_row_bytes k(g.rows.k(), false);
+    const refreekv_row_bytes v(g.rows.v(), g.rows.get_shape().v_trans);
+
+    std::vector<uint8_t> bytes_k;
+    std::vector<uint8_t> bytes_v;
+
+    refreekv_for_runs(cells, [&](size_t i, size_t n) {
+        bytes_k.resize(n*k.row());
+        bytes_v.resize(n*v.row());
+        k.get(slots.data() + i, n, bytes_k.data());
+        v.get(slots.data() + i, n, bytes_v.data());
+
+        return cold.put(g, cells[i], n, bytes_k.data(), bytes_v.data());
+    });
+}
+
+void cold_transfer::finish(lane & scratch) {
+    if (!scratch.put.valid()) {
+        return;
+    }
+    // its error is another thread's
+    if (const int32_t status = scratch.put.get()) {
+        refreekv_set_error("no memory on the way to the cold store");
+        scratch.put_status = status;
+    }
+}
+
+// in: memory for rows on their way to a device, that is kept from group to group
+int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in) {
+    const auto no_memory = [&]() {
+        refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells.size(), g.il);
+        return REFREEKV_ERR_MEMORY;
+    };
+    const auto not_there = [&]() {
+        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", g.il);
+        return REFREEKV_ERR_STATE;
+    };
+
+    std::vector<uint32_t> absent; // those that are not just hidden
+    std::vector<uint8_t>  is_absent(logical.size(), 0);
+    for (uint32_t cell : cells) {
+        if (g.res.slot(cell) < 0) {
+            absent.push_back(cell);
+            is_absent[cell] = 1;
+        } else {
+            g.res.assign(cell);
+        }
+    }
+    if (absent.empty()) {
+        return REFREEKV_OK;
+    }
+
+    // in the order of cells, as if nothing had been evicted
+    std::vector<uint32_t> order;
+    std::vector<uint32_t> slots_now;
+    std::vector<uint32_t> slots; // of those that are absent, then
+    for (uint32_t cell = 0; cell < logical.size(); ++cell) {
+        if (is_absent[cell]) {
+            slots.push_back(order.size());
+        } else if (g.res.slot(cell) < 0) {
+            continue;
+        }
+        order.push_back(cell);
+        slots_now.push_back(is_absent[cell] ? refreekv_rows::none : g.res.slot(cell));
+    }
+
+    if (!mover.in_place(g)) {
+        const size_t row_k = g.row_size(false);
+        const size_t row_v = g.row_size(true);
+
+        in.k.resize(absent.size()*row_k);
+        in.v.resize(absent.size()*row_v);
+
+        const size_t n_part = (absent.size() + N_THREADS - 1)/N_THREADS;
+
+        const int32_t status = refreekv_parallel(N_THREADS, N_THREADS, [&](uint32_t p, uint32_t) {
+            const size_t first = std::min(absent.size(), p*n_part);
+
+            const std::vector<uint32_t> part(absent.begin() + first, absent.begin() + std::min(absent.size(), first + n_part));
+
+            const bool ok = cold.get(g, false, part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + (first + i)*row_k, bytes, n*row_k); }) &&
+                            cold.get(g, true,  part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + (first + i)*row_v, bytes, n*row_v); });
+
+            return ok ? REFREEKV_OK : not_there();
+        });
+        if (status != REFREEKV_OK) {
+            return status;
+        }
+        if (!mover.move(g, slots_now, lay.padded(order.size()), in)) {
+            return no_memory();
+        }
+        g.res.arrange(order);
+
+        return REFREEKV_OK;
+    }
+
+    if (!mover.move(g, slots_now, lay.padded(order.size()))) {
+        return no_memory();
+    }
+    g.res.arrange(order);
+    g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
+
+    for (bool is_v : { false, true }) {
+        refreekv_row_bytes rows(is_v ? g.rows.v() : g.rows.k(), is_v && g.rows.get_shape().v_trans);
+        if (!cold.get(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
+            return not_there();
+        }
+    }
+    for (uint32_t cell : absent) {
+        g.res.assign(cell); // the free slots, lowest first
+    }
+
+    return REFREEKV_OK;
+}
+
+} // namespace refreekv
