@@ -498,7 +498,7 @@ class Llama(llama_cpp.Llama):
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._generation is not generation:
             raise CacheStateError(
-                "this generation cannot go on, because another one, embed(), load_state() or reset() has changed the cache"
+                "this generation cannot go on: another one, embed(), load_state() or reset() has changed the cache"
             )
         if sent and not self._logits_all:
             raise ValueError(
