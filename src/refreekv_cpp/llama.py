@@ -548,7 +548,8 @@ class Llama(llama_cpp.Llama):
     def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
         """As upstream's."""
         with self._reading:
-            return list(super().tokenize(*args, **kwargs))
+            tokens: list[int] = super().tokenize(*args, **kwargs)
+            return tokens
 
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
         """As upstream's."""
