@@ -113,9 +113,9 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
-    float   fault_mass;       // blocks of evicted cells take part in decoding (batches of up to 32 tokens), read from the cold store, until the others would draw
-                              // no more than this part of any head's attention, all together; 0: none do. Where that can be had: with
-                              // a cold store, the cache in host memory, and heads the decode kernel takes
+    float   fault_mass;       // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
+                              // attention or more from the cold store; 0: it goes on without. Where that can be had: with a cold store,
+                              // the cache in host memory, and heads that the decode kernel takes
     bool    fault_needed;     // a context that cannot have it fails
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
@@ -141,8 +141,8 @@ struct refreekv_stats {
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
     float    fault_mass;  // what decoding goes by; 0: it goes on without what is evicted
-    int64_t  n_faults;    // evicted blocks that it has read from the cold store
-    uint64_t bytes_sketch; // of evicted keys, by which it knows which
+    int64_t  n_faults;    // evicted rows, of one KV head each, that it has read from the cold store
+    uint64_t bytes_sketch; // codes of evicted rows
 };
 
 // one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it

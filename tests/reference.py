@@ -72,6 +72,8 @@ def select_refreekv(policy: ReFreeKV, attention: Array, n_block: int) -> Selecti
         scores = pooled_scores(attention, policy.n_pool)
         first = sinks_then_latest(n_cells, policy.n_sink, policy.n_recent)
         order = by_score(first, scores)
+    if policy.threshold == 1:  # nothing is looked at
+        order, scores = sinks_then_latest(n_cells, policy.n_sink, n_recent=n_cells), None
 
     losses = prefix_losses(policy, attention, order)
     counts = allowed_counts(n_cells, max(1, len(first)), n_block)
@@ -228,6 +230,44 @@ def softmax(logits: Array) -> Array:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def encode(rows: Array, bits: int) -> tuple[Array, Array, npt.NDArray[np.int64]]:
+    """Of rows [n_cells, n_channels] of a block: each channel's least number, its step, and the codes of rows."""
+    rows = rows.astype(np.float32)
+    n_steps = np.float32(2**bits - 1)
+    least = rows.min(axis=0).astype(np.float16).astype(np.float32)
+    step = ((rows.max(axis=0) - rows.min(axis=0)) / n_steps).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    codes = np.clip((rows - least) * inverse + np.float32(0.5), 0, n_steps).astype(np.int64)
+    return least.astype(np.float64), step.astype(np.float64), codes
+
+
+def coded(rows: Array, bits: int) -> Array:
+    """What the codes of rows [n_cells, n_channels] stand for, in blocks of 64 cells."""
+    res = np.empty(rows.shape)
+    for first in range(0, len(rows), 64):
+        least, step, codes = encode(rows[first : first + 64], bits)
+        res[first : first + 64] = least + step * codes
+    return res
+
+
+def warm_attention(
+    queries: Array, keys: Array, values: Array, coded_keys: Array, coded_values: Array, scale: float, theta: float
+) -> tuple[Array, int]:
+    """One token's heads [n, d] of a KV head, with keys and values [n_cells, d] that are known by codes alone at first.
+
+    Cells that one of the heads gives theta of its attention, by the codes, count by their own rows for all of them.
+    (A cell that is held is its own code.) Returns what comes out, [n, d], and how many rows were read.
+    """
+    estimate = softmax(queries @ coded_keys.T * scale)
+    read = (estimate >= theta).any(axis=0) & (keys != coded_keys).any(axis=1)
+    read_all = read[:, None]
+    weights = softmax(queries @ np.where(read_all, keys, coded_keys).T * scale)
+    return weights @ np.where(read_all, values, coded_values), int(read.sum())
+
+
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,11 +302,14 @@ class LlamaReference:
         self.keys = [np.empty(shape) for _ in range(self.n_layer)]
         self.values = [np.empty(shape) for _ in range(self.n_layer)]
         self.hidden = [np.empty((0, self.n_head_kv), dtype=bool) for _ in range(self.n_layer)]
+        self.warm: dict[int, tuple[npt.NDArray[np.int64], int, int, float]] = {}  # see put_away
+        self.n_read = 0
         self.last_queries: list[Array] = []  # of each layer, [n_tokens, n_head, n_embd_head], of the last read()
 
     def copy(self) -> LlamaReference:
         res = copy.copy(self)
         res.keys, res.values, res.hidden = list(self.keys), list(self.values), list(self.hidden)
+        res.warm = dict(self.warm)
         return res
 
     def keep(self, layer: int, positions: Iterable[int], heads: Iterable[int] | None = None) -> None:
@@ -278,6 +321,12 @@ class LlamaReference:
         hidden[list(positions)] = False
         self.hidden[layer] = self.hidden[layer].copy()
         self.hidden[layer][:, list(range(self.n_head_kv) if heads is None else heads)] |= hidden[:, None]
+
+    def put_away(self, layer: int, kept: Iterable[int], bits: tuple[int, int], theta: float) -> None:
+        """From now on queries, which come one by one, see all but these by codes of so many bits (of K, V), and read
+        rows at theta of their attention."""
+        gone = np.setdiff1d(np.arange(len(self.keys[layer])), list(kept))
+        self.warm[layer] = (gone, *bits, theta)
 
     def bring_back(self, layer: int, positions: Iterable[int]) -> None:
         """From now on queries see these again."""
@@ -320,6 +369,17 @@ class LlamaReference:
         n_gqa = self.n_head // self.n_head_kv
         out = []
         for head in range(self.n_head_kv):
+            if layer in self.warm:
+                gone, bits_k, bits_v, theta = self.warm[layer]
+                all_keys, all_values = (rows[layer][:, head].astype(np.float32) for rows in (self.keys, self.values))
+                rough = all_keys.copy(), all_values.copy()
+                for part, rows, bits in zip(rough, (all_keys, all_values), (bits_k, bits_v), strict=True):
+                    part[gone] = coded(rows[gone], bits)
+                own = slice(head * n_gqa, (head + 1) * n_gqa)
+                res, n_read = warm_attention(queries[0, own], all_keys, all_values, *rough, scale, theta)
+                self.n_read += n_read
+                out += [row[None] for row in res]
+                continue
             seen = np.flatnonzero(~self.hidden[layer][:, head])
             own = slice(head * n_gqa, (head + 1) * n_gqa)
             rows = attention_rows(queries[:, own], positions, keys[seen, head : head + 1], seen, scale)

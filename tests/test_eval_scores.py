@@ -19,7 +19,7 @@ from refreekv_cpp.eval.generators import GENERATORS, generate
 from refreekv_cpp.eval.records import RECORDS, SETTINGS
 from refreekv_cpp.eval.report import write_report
 from refreekv_cpp.eval.spec import parse_spec, parse_specs
-from refreekv_cpp.faults import TOLERANCE
+from refreekv_cpp.faults import THETA
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_caches_by_name(text: str, policy: Any, cache_type: str) -> None:
     ("text", "faults", "cache_type"),
     [
         ("refreekv", 0, "f16"),
-        ("refreekv+faults", TOLERANCE, "f16"),
+        ("refreekv+faults", THETA, "f16"),
         ("refreekv:threshold=0.4:n_pool=9+faults=0.1@q8_0", 0.1, "q8_0"),
     ],
 )
@@ -167,7 +167,7 @@ def test_caches_with_faults(text: str, faults: float, cache_type: str) -> None:
     ("text", "message"),
     [
         ("refreekv+fault", "'fault' is no option"),
-        ("refreekv+faults=2", "kv_faults=2: valid are"),
+        ("refreekv+faults=2", "kv_faults=2: must be"),
         ("refrekv", "did you mean 'refreekv'"),
         ("full@q9", "no cache type 'q9'; valid are f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),

@@ -83,7 +83,7 @@ refreekv_stats refreekv_store::stats() const {
     res.n_restores  = n_restores;
     res.restore_us  = restore_us;
 
-    res.fault_mass  = fault_mass;
+    res.fault_mass  = warm.theta();
 
     res.bytes_bounced = evictor.bytes_bounced();
 
@@ -91,9 +91,9 @@ refreekv_stats refreekv_store::stats() const {
 
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
-        if (g.evicted) {
-            res.n_faults     += g.evicted->n_faults;
-            res.bytes_sketch += g.evicted->sketch.bytes();
+        if (g.warm) {
+            res.n_faults     += g.warm->n_read;
+            res.bytes_sketch += g.warm->bytes();
         }
         res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
 

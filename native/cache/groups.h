@@ -3,6 +3,8 @@
 #include "cache/residency.h"
 #include "cache/rows.h"
 #include "kernels/decode.h"
+#include "tiers/record.h"
+#include "tiers/warm-cells.h"
 
 #include <cstdint>
 #include <memory>
@@ -42,10 +44,11 @@ struct group {
 
     ggml_backend_buffer_t no_memory; // the layer's
 
-    uint64_t             cold_place = 0; // of its rows in the cold store: K by cell, then V by cell (cold_rows)
+    uint64_t             cold_place = 0; // of its records in the cold store, by cell (cold_rows)
+    refreekv::record     record;         // the form of one of them
     std::vector<uint8_t> is_cold;        // [n_cells] whether the cold store has the row of a cell
 
-    std::unique_ptr<refreekv_decode_evicted> evicted; // what decoding knows of evicted cells; nullptr: it goes on without
+    std::unique_ptr<warm_cells> warm; // evicted cells that decoding goes on attending to; nullptr: it goes on without
 
     // of its rows; v: V, else K
     ggml_type type    (bool v) const { return v ? rows.get_shape().type_v : rows.get_shape().type_k; }

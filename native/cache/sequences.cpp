@@ -28,8 +28,8 @@ void refreekv_store::clear() {
     for (auto & g : groups) {
         g.rows.clear();
         g.res.reset(logical.size());
-        if (g.evicted) {
-            g.evicted->sketch.reset(g.n_embd(false));
+        if (g.warm) {
+            g.warm->clear();
         }
     }
     cold.reset(groups);
@@ -182,7 +182,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
         g.res.release(in_dst);
         cold.forget(g, cells_dst);
     }
-    refresh_sketches();
+    warm.refresh(groups);
 
     const auto fail = [&]() {
         for (auto & g : groups) {
@@ -265,7 +265,7 @@ void refreekv_store::release_stale() {
         for (auto & g : groups) {
             cold.forget(g, empty);
         }
-        refresh_sketches();
+        warm.refresh(groups);
     }
     stale_slots = false;
 }

@@ -40,8 +40,8 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     layouts(groups, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, groups, logical, layouts),
     ring(params.n_window + 1, kv.n_seq_max),
     pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(groups, params.by_graph, n_generation),
-    cold(params, refreekv_is_on_host(kv.layers), logical.size()), transfer(logical, layouts, mover, cold, params.cold_limit > 0),
-    evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, [this](refreekv::group & g, const std::vector<uint32_t> & cells) { sketch_rows(g, cells); }) {
+    cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
+    transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -62,7 +62,10 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
         layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) }, {}, layer.k->buffer });
     }
 
-    fault_mass = check_faults();
+    warm.open(params, layers);
+    if (warm.theta() > 0.0f) {
+        layouts.set_pad(128); // little is held, and padding is memory
+    }
     make_groups({});
 
     for (const auto & [buft, ids] : by_buft) {
@@ -148,12 +151,14 @@ void refreekv_store::make_groups(const heads_list & whole) {
             const auto shape = shape_of(layer, p.heads);
 
             layer.groups.push_back(groups.size());
-            groups.push_back({ layer.il, i_layer, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), layer.no_memory, 0, {}, nullptr });
+            groups.push_back({ layer.il, i_layer, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), layer.no_memory, 0, {}, {}, nullptr });
             groups.back().res.reset(logical.size());
-            make_faults(groups.size() - 1);
         }
     }
     cold.reset(groups);
+    for (auto & g : groups) {
+        warm.make(g, layers[g.i_layer]);
+    }
 
     layouts.make_stale();
     regrouped     = true;
@@ -294,4 +299,20 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() co
     }
 
     return res;
+}
+
+const refreekv_warm_view * refreekv_store::warm_of(uint32_t i_group) const {
+    const auto & g = groups[i_group];
+
+    return g.warm ? &g.warm->view : nullptr;
+}
+
+void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
+    if (cold.bytes() == 0) {
+        return;
+    }
+    for (auto & g : groups) {
+        cold.copy(g, first_src, first_dst, logical.stream_size());
+        warm.copy(g, first_src, first_dst, logical.stream_size());
+    }
 }

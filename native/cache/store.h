@@ -8,6 +8,7 @@
 #include "cache/logical-cells.h"
 #include "evict/evictor.h"
 #include "graph/views.h"
+#include "tiers/warm-tier.h"
 
 #include <atomic>
 #include <functional>
@@ -109,10 +110,11 @@ public:
     // whether cells may be evicted: the cache is not the elastic full one
     bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
 
-    // what decoding may have of a group's evicted rows; nullptr: nothing
-    refreekv_decode_evicted * evicted_of(uint32_t i_group) const;
+    // the evicted cells of a group that decoding goes on attending to; nullptr: none
+    const refreekv_warm_view * warm_of(uint32_t i_group) const;
 
-    void note_batch(const llama_ubatch & ubatch);
+    // a batch is about to be computed
+    void begin_batch(const llama_ubatch & ubatch) { warm.begin_batch(groups, ubatch); }
 
     // nodes of the decoding graph that is being built; where the cache of a group is
     void run_with_cache(ggml_tensor * node, uint32_t i_group) const;
@@ -210,16 +212,12 @@ private:
 
     refreekv::row_mover     mover;
     refreekv::cold_rows     cold;
+    refreekv::warm_tier     warm;
     refreekv::cold_transfer transfer;
     refreekv::evictor       evictor;
 
     int64_t  n_restores = 0;
     int64_t  restore_us = 0;
-
-    float                     fault_mass = 0.0f; // 0: decoding goes on without what is evicted
-    std::vector<llama_seq_id> batch_seq; // of the tokens of the batch that is being decoded
-    std::vector<llama_pos>    batch_pos;
-    bool                      warned_of_lost = false;
 
     template <typename F>
     bool for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const;
@@ -259,12 +257,6 @@ private:
 
     void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
     bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
-
-    float check_faults() const;
-    void make_faults(uint32_t i_group);
-    void sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row);
-    void sketch_rows(group & g, const std::vector<uint32_t> & cells); // of these, which the group still holds
-    void refresh_sketches();
 
     std::vector<uint32_t> missing(const group & g, const std::vector<placed> & cells) const;
 

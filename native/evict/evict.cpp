@@ -6,6 +6,7 @@
 #include "api/error.h"
 #include "api/process.h"
 #include "cache/parallel.h"
+#include "kernels/codes.h"
 #include "kernels/kernels.h"
 
 #include "llama-context.h"
@@ -72,7 +73,7 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const r
     }
 
     refreekv_params chosen = by ? *by : params;
-    chosen.n_block = params.n_block;
+    chosen.n_block = warm.theta() > 0.0f ? std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS) : params.n_block;
 
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
 }
@@ -138,7 +139,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     n_expected = 0;
 
     if (status != REFREEKV_OK) {
-        refresh_sketches(); // of what stayed after all
+        warm.refresh(groups); // some of what was coded stayed after all
     }
 
     // after an error, what was evicted before it is gone

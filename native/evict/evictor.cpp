@@ -1,6 +1,8 @@
 #include "evict/evictor.h"
 
 #include "api/error.h"
+#include "cache/row-bytes.h"
+#include "kernels/codes.h"
 #include "kernels/kernels.h"
 #include "policies/policy.h"
 
@@ -174,7 +176,17 @@ bool evictor::take_out(group & g, const std::vector<held> & list, const std::vec
 
     transfer.put(g, cells_out, memory.lane);
 
-    before_eviction(g, cells_out);
+    const refreekv_row_bytes k(g.rows.k(), false);
+    const refreekv_row_bytes v(g.rows.v(), g.rows.get_shape().v_trans);
+
+    warm.add(g, cells_out, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+        uint32_t from[REFREEKV_CODED_CELLS];
+        for (size_t i = 0; i < n; ++i) {
+            from[i] = g.res.slot(cells_out[indices[i]]);
+        }
+        k.get(from, n, rows_k);
+        v.get(from, n, rows_v);
+    });
 
     if (!mover.move(g, slots, lay.padded(slots.size()))) {
         return false;

@@ -7,9 +7,9 @@
 #include "graph/layouts.h"
 #include "kernels/attention-cpu.h"
 #include "tiers/transfer.h"
+#include "tiers/warm-tier.h"
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -33,13 +33,10 @@ using span_list = std::vector<std::pair<llama_pos, llama_pos>>;
 // groups at once.
 class evictor {
 public:
-    // spans: [n_seq_ids]; before_eviction: called with the cells whose rows are about to go
-    using cells_fn = std::function<void(group & g, const std::vector<uint32_t> & cells)>;
-
+    // spans: [n_seq_ids]
     evictor(const refreekv_params & params, const llama_hparams & hparams, const logical_cells & logical, const std::vector<layer> & layers,
-            const std::vector<span_list> & spans, const refreekv_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, cells_fn before_eviction) :
-        params(params), hparams(hparams), logical(logical), layers(layers), spans(spans), ring(ring), lay(lay), mover(mover), transfer(transfer),
-        before_eviction(std::move(before_eviction)) {}
+            const std::vector<span_list> & spans, const refreekv_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, const warm_tier & warm) :
+        params(params), hparams(hparams), logical(logical), layers(layers), spans(spans), ring(ring), lay(lay), mover(mover), transfer(transfer), warm(warm) {}
 
     // memory of one thread, for one group after the other
     struct scratch {
@@ -77,7 +74,7 @@ private:
     const layouts &                lay;
     row_mover &                    mover;
     cold_transfer &                transfer;
-    const cells_fn                 before_eviction;
+    const warm_tier &              warm;
 
     std::atomic<uint64_t> n_bytes_read    { 0 };
     std::atomic<uint64_t> n_bytes_bounced { 0 };

@@ -130,7 +130,7 @@ ggml_tensor * graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_group) {
 }
 
 void graph_input::set_input(const llama_ubatch * ubatch) {
-    store.note_batch(*ubatch);
+    store.begin_batch(*ubatch);
 
     const auto & slots = mctx->get_slots();
 
@@ -243,7 +243,7 @@ ggml_tensor * graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tens
     }
 
     const refreekv_decode_call call = {
-        q, store.get_views().get_k(ctx, i_group, false), store.get_views().get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.evicted_of(i_group),
+        q, store.get_views().get_k(ctx, i_group, false), store.get_views().get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.warm_of(i_group),
     };
 
     const auto * kernels = refreekv_find_kernels();

@@ -5,10 +5,10 @@
 namespace refreekv {
 
 layouts::layouts(std::vector<group> & groups, const logical_cells & logical, bool use_alibi, uint32_t n_pad) :
-    groups(groups), logical(logical), use_alibi(use_alibi), n_pad(n_pad) {}
+    groups(groups), logical(logical), use_alibi(use_alibi), n_pad(n_pad), pad(std::max(n_pad, 256u)) {}
 
 uint32_t layouts::padded(uint32_t n) const {
-    return GGML_PAD(n, std::max(n_pad, 256u));
+    return GGML_PAD(n, pad);
 }
 
 uint32_t layouts::n_kv(uint32_t layout) const {

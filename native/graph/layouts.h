@@ -3,6 +3,7 @@
 #include "cache/groups.h"
 #include "cache/logical-cells.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -18,8 +19,9 @@ public:
     uint32_t n_layouts() const { return first_of.size(); }
     uint32_t n_kv(uint32_t layout) const; // cells that its graphs attend to, padding included
 
-    // upstream's padding of n_kv (llama_kv_cache::get_n_kv)
+    // by default with upstream's padding of n_kv (llama_kv_cache::get_n_kv)
     uint32_t padded(uint32_t n) const;
+    void     set_pad(uint32_t n) { pad = std::max(n, n_pad); }
 
     // Layouts that end in the same way: the mask of one is that of the longest from this slot on, and a cell to come lies as far
     // from the end of each. -1: it is none of them
@@ -40,6 +42,7 @@ private:
     const logical_cells & logical;
     const bool            use_alibi;
     const uint32_t        n_pad;
+    uint32_t              pad;
 
     bool                  stale = true;
     std::vector<uint32_t> first_of; // [n_layouts] a group that has it

@@ -2,7 +2,8 @@
 
 #include "kernels/decode.h"
 
-#include "kernels/decode-evicted.h"
+#include "kernels/codes.h"
+#include "kernels/warm.h"
 #include "kernels/tiles.h"
 
 #ifdef REFREEKV_LANES
@@ -13,12 +14,8 @@
 #include <cmath>
 #include <vector>
 
-static const int64_t CHUNK = 128; // cells; what one thread takes at a time
-
-// Tokens of a batch. Longer ones are faster with upstream's operations, which cannot read evicted blocks; with some, the limit
-// covers drafts and many sequences, and bounds the memory of the parts.
-static const int64_t MAX_TOKENS         = 4;
-static const int64_t MAX_TOKENS_EVICTED = 32;
+static const int64_t CHUNK      = 128; // cells; what one thread takes at a time
+static const int64_t MAX_TOKENS = 4;
 
 static bool is_trans(const ggml_tensor * v) {
     return v->nb[1] > v->nb[2];
@@ -28,146 +25,378 @@ static int64_t head_size_v(const ggml_tensor * v) {
     return v->ne[is_trans(v) ? 2 : 0];
 }
 
-// dst: [n_embd_head_v + N_LANES, n_head*n_tokens, n_chunks]; after each weighted sum of V the maximum of the scores and the
-// sum of the weights
-static void decode_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) {
+// What an operation's sources say
+struct shape {
+    int64_t n_head;
+    int64_t n_head_kv;
+    int64_t n_gqa;
+    int64_t n_k; // of a head
+    int64_t n_v;
+    int64_t n_part; // floats of a part: a weighted sum of V, then what its weights are relative to, and their sum
+    int64_t n_chunks;
+
+    shape() = default;
+    shape(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) :
+        n_head(q->ne[1]), n_head_kv(k->ne[1]), n_gqa(n_head/n_head_kv), n_k(k->ne[0]), n_v(head_size_v(v)), n_part(n_v + N_LANES), n_chunks(k->ne[2]/CHUNK) {
+    }
+};
+
+static const float * query_of(const ggml_tensor * q, int64_t t, int64_t h) {
+    return (const float *) ((const char *) q->data + h*q->nb[1] + t*q->nb[2]);
+}
+
+// Parts of tokens t0 .. t0 + n_tokens - 1 of a chunk of cells that are held: [n_tokens][n_head][n_part]; after each weighted sum of V the
+// maximum of the scores and the sum of the weights
+static void attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
 
-    const auto & by = *(const refreekv_decode_softmax *) userdata;
+    const shape s(q, k, v);
 
-    const bool v_trans = is_trans(v);
+    const int64_t n_rows_k = s.n_k*s.n_head_kv;
+    const int64_t n_rows_v = s.n_v*s.n_head_kv;
+    const int64_t n_lines  = s.n_head*n_tokens;
 
-    const int64_t n_head    = q->ne[1];
-    const int64_t n_tokens  = q->ne[2];
-    const int64_t n_head_kv = k->ne[1];
-    const int64_t n_gqa     = n_head/n_head_kv;
-    const int64_t n_k       = k->ne[0];
-    const int64_t n_v       = dst->ne[0] - N_LANES;
-    const int64_t n_rows_k  = n_k*n_head_kv;
-    const int64_t n_rows_v  = n_v*n_head_kv;
-
-    const auto dot = dot_tile_of(n_k/N_LANES);
-    const auto add = add_tile_of(n_v/N_LANES);
+    const auto dot = dot_tile_of(s.n_k/N_LANES);
+    const auto add = add_tile_of(s.n_v/N_LANES);
 
     thread_local std::vector<float> scratch;
 
     const int64_t n_tile = TILE*std::max({ n_rows_k, n_rows_v, CHUNK });
 
-    float * tile    = aligned(scratch, n_tile + (n_head*n_tokens + n_tokens)*CHUNK);
-    float * weights = tile + n_tile;                   // [n_tokens][n_head][CHUNK]
-    float * masks   = weights + n_head*n_tokens*CHUNK; // [n_tokens][CHUNK]
+    float * tile    = aligned(scratch, n_tile + (n_lines + n_tokens)*CHUNK);
+    float * weights = tile + n_tile;           // [n_tokens][n_head][CHUNK]
+    float * masks   = weights + n_lines*CHUNK; // [n_tokens][CHUNK]
 
-    for (int64_t chunk = ith; chunk < dst->ne[2]; chunk += nth) {
-        const int64_t cell = chunk*CHUNK;
+    const int64_t cell = chunk*CHUNK;
 
-        float * out = (float *) ((char *) dst->data + chunk*dst->nb[2]); // [n_tokens][n_head][n_v + N_LANES]
-
-        for (int64_t c = 0; c < CHUNK; c += TILE) {
-            read_rows(k, cell + c, tile, n_rows_k);
-
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                for (int64_t h = 0; h < n_head; ++h) {
-                    const float * query = (const float *) ((const char *) q->data + h*q->nb[1] + t*q->nb[2]);
-
-                    dot(query, tile + h/n_gqa*n_k, n_rows_k, n_k/N_LANES, weights + (t*n_head + h)*CHUNK + c);
-                }
-            }
-        }
+    for (int64_t c = 0; c < CHUNK; c += TILE) {
+        read_rows(k, cell + c, tile, n_rows_k);
 
         for (int64_t t = 0; t < n_tokens; ++t) {
-            to_float(mask, (const char *) mask->data + t*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
-        }
-
-        for (int64_t r = 0; r < n_head*n_tokens; ++r) {
-            float * line = out + r*dst->ne[0];
-
-            weigh(weights + r*CHUNK, CHUNK, masks + r/n_head*CHUNK, by, alibi_slope(by.max_bias, r % n_head, n_head), line[n_v], line[n_v + 1]);
-
-            std::fill_n(line, n_v, 0.0f);
-        }
-
-        if (!v_trans) {
-            for (int64_t c = 0; c < CHUNK; c += TILE) {
-                read_rows(v, cell + c, tile, n_rows_v);
-
-                for (int64_t r = 0; r < n_head*n_tokens; ++r) {
-                    add(weights + r*CHUNK + c, tile + r % n_head/n_gqa*n_v, n_rows_v, n_v/N_LANES, out + r*dst->ne[0]);
-                }
+            for (int64_t h = 0; h < s.n_head; ++h) {
+                dot(query_of(q, t0 + t, h), tile + h/s.n_gqa*s.n_k, n_rows_k, s.n_k/N_LANES, weights + (t*s.n_head + h)*CHUNK + c);
             }
-            continue;
         }
+    }
 
-        // lines of V are channels: [CHUNK] cells of TILE of them at a time
-        for (int64_t line = 0; line < n_rows_v; line += TILE) {
-            for (int64_t i = 0; i < TILE; ++i) {
-                const char * src = (const char *) v->data + (line + i)*v->nb[2] + ggml_row_size(v->type, cell);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        to_float(mask, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
+    }
 
-                prefetch(src + TILE*v->nb[2], ggml_row_size(v->type, CHUNK));
-                to_float(v, src, tile + i*CHUNK, CHUNK);
+    for (int64_t r = 0; r < n_lines; ++r) {
+        float * line = out + r*s.n_part;
+
+        weigh(weights + r*CHUNK, CHUNK, masks + r/s.n_head*CHUNK, by, alibi_slope(by.max_bias, r % s.n_head, s.n_head), line[s.n_v], line[s.n_v + 1]);
+
+        std::fill_n(line, s.n_v, 0.0f);
+    }
+
+    if (!is_trans(v)) {
+        for (int64_t c = 0; c < CHUNK; c += TILE) {
+            read_rows(v, cell + c, tile, n_rows_v);
+
+            for (int64_t r = 0; r < n_lines; ++r) {
+                add(weights + r*CHUNK + c, tile + r % s.n_head/s.n_gqa*s.n_v, n_rows_v, s.n_v/N_LANES, out + r*s.n_part);
             }
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                for (int64_t g = 0; g < n_gqa; ++g) {
-                    const int64_t r = t*n_head + line/n_v*n_gqa + g;
+        }
+        return;
+    }
 
-                    dot_tile<CHUNK/N_LANES>(weights + r*CHUNK, tile, CHUNK, 0, out + r*dst->ne[0] + line % n_v);
-                }
+    // lines of V are channels: [CHUNK] cells of TILE of them at a time
+    for (int64_t line = 0; line < n_rows_v; line += TILE) {
+        for (int64_t i = 0; i < TILE; ++i) {
+            const char * src = (const char *) v->data + (line + i)*v->nb[2] + ggml_row_size(v->type, cell);
+
+            prefetch(src + TILE*v->nb[2], ggml_row_size(v->type, CHUNK));
+            to_float(v, src, tile + i*CHUNK, CHUNK);
+        }
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            for (int64_t g = 0; g < s.n_gqa; ++g) {
+                const int64_t r = t*s.n_head + line/s.n_v*s.n_gqa + g;
+
+                dot_tile<CHUNK/N_LANES>(weights + r*CHUNK, tile, CHUNK, 0, out + r*s.n_part + line % s.n_v);
             }
         }
     }
 }
 
-// dst: [n_embd_head_v*n_head, n_tokens]; sources: the parts of the chunks, those of the blocks, the sinks; userdata: not nullptr
-// where the second are there
-static void join_chunks(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const ggml_tensor * parts  = dst->src[0];
-    const ggml_tensor * blocks = userdata ? dst->src[1] : nullptr;
-    const ggml_tensor * sinks  = dst->src[userdata ? 2 : 1];
+// dst: [n_part, n_head*n_tokens, n_chunks]
+static void attend_hot(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    for (int64_t chunk = ith; chunk < dst->ne[2]; chunk += nth) {
+        attend_chunk(dst, *(const refreekv_decode_softmax *) userdata, chunk, 0, dst->src[0]->ne[2], (float *) ((char *) dst->data + chunk*dst->nb[2]));
+    }
+}
 
-    const int64_t n_v    = parts->ne[0] - N_LANES;
-    const int64_t n_head = dst->ne[0]/n_v;
+// What the lines of a batch (token by token, its heads) have before their parts are joined; one piece of memory
+struct lines {
+    int64_t n_lines;
+    int64_t n_blocks;
+    int64_t n_padded; // blocks, up to whole vectors
+    int64_t n_spans;
 
-    const int64_t n_chunks = parts->ne[2];
-    const int64_t n_all    = n_chunks + (blocks ? blocks->ne[2] : 0);
+    float * parts;   // [n_chunks][n_lines][n_part] of what is held
+    float * weights; // [n_lines][n_blocks*64] of warm cells, within their blocks
+    float * tops;    // [n_lines][n_padded]
+    float * totals;
+    float * spans;   // [n_spans][n_lines][n_part] of warm cells: a weighted sum of V and the sum of its weights, relative to e^lse
+    float * lse;     // [n_lines]
 
-    for (int64_t r = ith; r < parts->ne[1]; r += nth) {
-        const auto line_of = [&](int64_t c) {
-            const ggml_tensor * t = c < n_chunks ? parts : blocks;
+    // passes: whether what the second one puts out is there, too
+    static int64_t size(const shape & s, int64_t n_tokens, int64_t n_blocks, bool passes) {
+        const int64_t n_lines = s.n_head*n_tokens;
 
-            return (const float *) ((const char *) t->data + r*t->nb[1] + (c < n_chunks ? c : c - n_chunks)*t->nb[2]);
-        };
+        return n_lines*(s.n_chunks*s.n_part + n_blocks*REFREEKV_CODED_CELLS + 2*GGML_PAD(n_blocks, N_LANES)) + (passes ? spans_size(s, n_tokens, n_blocks) : 0);
+    }
 
-        const float sink = sinks ? ((const float *) sinks->data)[r % n_head] : -INFINITY;
+    static int64_t spans_size(const shape & s, int64_t n_tokens, int64_t n_blocks) {
+        const int64_t n_lines = s.n_head*n_tokens;
 
-        float top = sink;
-        for (int64_t c = 0; c < n_all; ++c) {
-            top = std::max(top, line_of(c)[n_v]);
-        }
+        return n_lines*s.n_part*refreekv_warm_spans(n_blocks) + GGML_PAD(n_lines, N_LANES);
+    }
 
-        float * out   = (float *) dst->data + r*n_v;
-        float   total = sinks ? expf(sink - top) : 0.0f;
+    lines(const shape & s, int64_t n_tokens, int64_t n_blocks, float * memory, float * memory_spans = nullptr) :
+        n_lines(s.n_head*n_tokens), n_blocks(n_blocks), n_padded(GGML_PAD(n_blocks, N_LANES)), n_spans(refreekv_warm_spans(n_blocks)) {
+        parts  = memory;
+        weights = parts + s.n_chunks*n_lines*s.n_part;
+        tops   = weights + n_lines*n_blocks*REFREEKV_CODED_CELLS;
+        totals = tops   + n_lines*n_padded;
+        spans  = memory_spans ? memory_spans : totals + n_lines*n_padded;
+        lse    = spans  + n_spans*n_lines*s.n_part;
+    }
 
-        std::fill_n(out, n_v, 0.0f);
+    refreekv_warm_judged judged(int64_t r) const {
+        return { weights + r*n_blocks*REFREEKV_CODED_CELLS, tops + r*n_padded, totals + r*n_padded };
+    }
+};
 
-        for (int64_t c = 0; c < n_all; ++c) {
-            const float * line = line_of(c);
+// the first pass over a span of warm cells, in one KV head
+static void judge_span(const refreekv_warm_view & warm, const shape & s, const lines & l, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
+    const float *        queries[REFREEKV_WARM_GQA];
+    refreekv_warm_judged judged [REFREEKV_WARM_GQA];
 
-            if (line[n_v] == -INFINITY) {
-                continue; // nothing that this token may see
-            }
-            const float w = expf(line[n_v] - top);
+    for (int64_t i = 0; i < s.n_gqa; ++i) {
+        queries[i] = query_of(q, token, h_kv*s.n_gqa + i);
+        judged [i] = l.judged(t*s.n_head + h_kv*s.n_gqa + i);
 
-            total += w*line[n_v + 1];
-            for (int64_t d = 0; d < n_v; d += N_LANES) {
-                store(out + d, load(out + d) + w*load(line + d));
-            }
-        }
-        for (int64_t d = 0; total > 0.0f && d < n_v; d += N_LANES) {
-            store(out + d, load(out + d)/total);
+        for (int64_t b = l.n_blocks; b < l.n_padded && span == l.n_spans - 1; ++b) {
+            judged[i].tops  [b] = -INFINITY;
+            judged[i].totals[b] = 0.0f;
         }
     }
+    refreekv_warm_judge(warm, token, h_kv, s.n_gqa, span, queries, judged);
+}
+
+// the second one
+static void attend_span(const refreekv_warm_view & warm, const shape & s, const lines & l, const float * lse, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
+    const float *        queries[REFREEKV_WARM_GQA];
+    refreekv_warm_judged judged [REFREEKV_WARM_GQA];
+    float *              out    [REFREEKV_WARM_GQA];
+
+    for (int64_t i = 0; i < s.n_gqa; ++i) {
+        const int64_t r = t*s.n_head + h_kv*s.n_gqa + i;
+
+        queries[i] = query_of(q, token, h_kv*s.n_gqa + i);
+        judged [i] = l.judged(r);
+        out    [i] = l.spans + (span*l.n_lines + r)*s.n_part;
+    }
+    refreekv_warm_attend(warm, token, h_kv, s.n_gqa, span, queries, judged, lse + t*s.n_head + h_kv*s.n_gqa, out);
+}
+
+// the logarithm of the sum of a line's weights, as far as it is known by the codes
+static float estimate_lse(const shape & s, const lines & l, int64_t r, float sink) {
+    const refreekv_warm_judged judged = l.judged(r);
+
+    lanes most = sink - lanes {};
+    for (int64_t b = 0; b < l.n_padded; b += N_LANES) {
+        most = max(load(judged.tops + b), most);
+    }
+    float top = -INFINITY;
+    for (int i = 0; i < N_LANES; ++i) {
+        top = std::max(top, most[i]);
+    }
+    for (int64_t c = 0; c < s.n_chunks; ++c) {
+        top = std::max(top, l.parts[(c*l.n_lines + r)*s.n_part + s.n_v]);
+    }
+    if (top == -INFINITY) {
+        return 0.0f; // it sees nothing
+    }
+
+    lanes sums = {};
+    for (int64_t b = 0; b < l.n_padded; b += N_LANES) {
+        sums += load(judged.totals + b)*exp_neg(load(judged.tops + b) - top);
+    }
+    float total = sum(sums) + expf(sink - top);
+    for (int64_t c = 0; c < s.n_chunks; ++c) {
+        const float * part = l.parts + (c*l.n_lines + r)*s.n_part + s.n_v;
+
+        total += part[1]*expf(part[0] - top);
+    }
+
+    return top + logf(total);
+}
+
+static float sink_of(const ggml_tensor * sinks, int64_t h) {
+    return sinks ? ((const float *) sinks->data)[h] : -INFINITY;
+}
+
+// one line's attention of its parts: out [n_v]. lse: what those of the warm cells are relative to
+static void join_line(const shape & s, const lines & l, int64_t r, float sink, float lse, float * out) {
+    float top = l.n_spans > 0 ? lse : sink;
+    for (int64_t c = 0; c < s.n_chunks; ++c) {
+        top = std::max(top, l.parts[(c*l.n_lines + r)*s.n_part + s.n_v]);
+    }
+
+    float total = sink > -INFINITY ? expf(sink - top) : 0.0f;
+
+    std::fill_n(out, s.n_v, 0.0f);
+
+    const auto add = [&](const float * part, float w, float weights) {
+        total += w*weights;
+        for (int64_t d = 0; d < s.n_v; d += N_LANES) {
+            store(out + d, load(out + d) + w*load(part + d));
+        }
+    };
+    for (int64_t c = 0; c < s.n_chunks; ++c) {
+        const float * part = l.parts + (c*l.n_lines + r)*s.n_part;
+
+        if (part[s.n_v] > -INFINITY) { // else there is nothing that this token may see
+            add(part, expf(part[s.n_v] - top), part[s.n_v + 1]);
+        }
+    }
+    for (int64_t i = 0; i < l.n_spans; ++i) {
+        const float * part = l.spans + (i*l.n_lines + r)*s.n_part;
+
+        add(part, expf(lse - top), part[s.n_v]);
+    }
+    for (int64_t d = 0; total > 0.0f && d < s.n_v; d += N_LANES) {
+        store(out + d, load(out + d)/total);
+    }
+}
+
+// dst: [n_embd_head_v*n_head, n_tokens]; sources: parts [n_part, n_head*n_tokens, n_chunks], sinks
+static void join_hot(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * parts = dst->src[0];
+
+    shape s = {}; // as far as join_line looks at it
+    s.n_part   = parts->ne[0];
+    s.n_v      = s.n_part - N_LANES;
+    s.n_chunks = parts->ne[2];
+    s.n_head   = dst->ne[0]/s.n_v;
+
+    const lines l(s, dst->ne[1], 0, (float *) parts->data);
+
+    for (int64_t r = ith; r < l.n_lines; r += nth) {
+        join_line(s, l, r, sink_of(dst->src[1], r % s.n_head), 0.0f, (float *) dst->data + r*s.n_v);
+    }
+}
+
+// Three operations where there are warm cells and few tokens. Sources: q, k, v, mask, and what the ones before have put out; the sinks
+// last. userdata: a refreekv_warm_view
+
+// dst: lines, without what the second one adds
+static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & warm = *(const refreekv_warm_view *) userdata;
+
+    const ggml_tensor * q = dst->src[0];
+
+    const shape s(q, dst->src[1], dst->src[2]);
+    const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->data);
+
+    const int64_t n_all = s.n_chunks + l.n_spans*s.n_head_kv;
+
+    for (int64_t i = ith; i < n_all; i += nth) {
+        if (i < s.n_chunks) {
+            attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
+            continue;
+        }
+        const int64_t u = i - s.n_chunks;
+
+        for (int64_t t = 0; t < q->ne[2]; ++t) {
+            judge_span(warm, s, l, q, t, t, u % s.n_head_kv, u/s.n_head_kv);
+        }
+    }
+}
+
+// dst: spans of lines, and lse
+static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & warm = *(const refreekv_warm_view *) userdata;
+
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * sinks = dst->src[4];
+
+    const shape s(q, dst->src[1], dst->src[2]);
+    const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->src[3]->data, (float *) dst->data);
+
+    thread_local std::vector<float> scratch;
+
+    // each thread for itself: it is less work than another operation to wait for
+    float * lse = aligned(scratch, l.n_lines);
+    for (int64_t r = 0; r < l.n_lines; ++r) {
+        lse[r] = estimate_lse(s, l, r, sink_of(sinks, r % s.n_head));
+    }
+    if (ith == 0) {
+        std::copy_n(lse, l.n_lines, l.lse);
+    }
+
+    for (int64_t u = ith; u < l.n_spans*s.n_head_kv; u += nth) {
+        for (int64_t t = 0; t < q->ne[2]; ++t) {
+            attend_span(warm, s, l, lse, q, t, t, u % s.n_head_kv, u/s.n_head_kv);
+        }
+    }
+}
+
+// dst: [n_embd_head_v*n_head, n_tokens]
+static void join_all(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & warm = *(const refreekv_warm_view *) userdata;
+
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * sinks = dst->src[5];
+
+    const shape s(q, dst->src[1], dst->src[2]);
+    const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->src[3]->data, (float *) dst->src[4]->data);
+
+    for (int64_t r = ith; r < l.n_lines; r += nth) {
+        join_line(s, l, r, sink_of(sinks, r % s.n_head), l.lse[r], (float *) dst->data + r*s.n_v);
+    }
+}
+
+// The same for many tokens, each by one thread. Sources: q, k, v, mask, sinks; dst: [n_embd_head_v*n_head, n_tokens]
+static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & warm = *(const refreekv_warm_view *) userdata;
+
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * sinks = dst->src[4];
+
+    const shape s(q, dst->src[1], dst->src[2]);
+
+    thread_local std::vector<float> scratch;
+
+    const lines l(s, 1, warm.n_blocks, aligned(scratch, lines::size(s, 1, warm.n_blocks, true)));
+
+    for (int64_t t = ith; t < q->ne[2]; t += nth) {
+        for (int64_t c = 0; c < s.n_chunks; ++c) {
+            attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
+        }
+        for (int64_t u = 0; u < l.n_spans*s.n_head_kv; ++u) {
+            judge_span(warm, s, l, q, t, 0, u % s.n_head_kv, u/s.n_head_kv);
+        }
+        for (int64_t h = 0; h < s.n_head; ++h) {
+            l.lse[h] = estimate_lse(s, l, h, sink_of(sinks, h));
+        }
+        for (int64_t u = 0; u < l.n_spans*s.n_head_kv; ++u) {
+            attend_span(warm, s, l, l.lse, q, t, 0, u % s.n_head_kv, u/s.n_head_kv);
+        }
+        for (int64_t h = 0; h < s.n_head; ++h) {
+            join_line(s, l, h, sink_of(sinks, h), l.lse[h], (float *) ((char *) dst->data + t*dst->nb[1]) + h*s.n_v);
+        }
+    }
+}
+
+static bool has_warm(const refreekv_decode_call & call) {
+    return call.warm && call.warm->n_blocks > 0;
 }
 
 bool refreekv_decode_fits(const refreekv_decode_call & call) {
@@ -175,46 +404,40 @@ bool refreekv_decode_fits(const refreekv_decode_call & call) {
     const ggml_tensor * k = call.k;
     const ggml_tensor * v = call.v;
 
-    const int64_t n_max = call.evicted && call.evicted->sketch.n_blocks() > 0 ? MAX_TOKENS_EVICTED : MAX_TOKENS;
-
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[2] <= n_max && q->ne[3] == 1 &&
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && (has_warm(call) ? q->ne[1]/k->ne[1] <= REFREEKV_WARM_GQA : q->ne[2] <= MAX_TOKENS) && q->ne[3] == 1 &&
            in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
            (!call.sinks || (call.sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(call.sinks))) &&
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;
 }
 
-bool refreekv_decode_can_fault(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v) {
-    return n_embd_head_k % N_LANES == 0 && n_embd_head_v % N_LANES == 0 && has_to_float(type_k) && has_to_float(type_v);
-}
-
 ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes) {
-    const int64_t n_v      = head_size_v(call.v);
-    const int64_t n_head   = call.q->ne[1];
+    const shape s(call.q, call.k, call.v);
+
     const int64_t n_tokens = call.q->ne[2];
-    const int64_t n_blocks = call.evicted ? call.evicted->sketch.n_blocks() : 0;
 
     const auto node = [&](int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args, ggml_custom_op_t f, const void * userdata) {
+        if (call.sinks && f != attend_hot && f != judge) {
+            args.push_back(call.sinks);
+        }
         nodes.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), args.size(), f, GGML_N_TASKS_MAX, const_cast<void *>(userdata)));
         return nodes.back();
     };
-    const auto with_sinks = [&](std::vector<ggml_tensor *> args) {
-        if (call.sinks) {
-            args.push_back(call.sinks);
-        }
-        return args;
-    };
 
-    ggml_tensor * parts = node(n_v + N_LANES, n_head*n_tokens, call.k->ne[2]/CHUNK, { call.q, call.k, call.v, call.mask }, decode_chunks, call.softmax);
+    if (!has_warm(call)) {
+        ggml_tensor * parts = node(s.n_part, s.n_head*n_tokens, s.n_chunks, { call.q, call.k, call.v, call.mask }, attend_hot, call.softmax);
 
-    if (n_blocks == 0) {
-        return node(n_v*n_head, n_tokens, 1, with_sinks({ parts }), join_chunks, nullptr);
+        return node(s.n_v*s.n_head, n_tokens, 1, { parts }, join_hot, nullptr);
     }
 
-    ggml_tensor * judged = node(GGML_PAD(n_blocks, N_LANES), n_head*n_tokens, 1, { call.q, call.k }, refreekv_judge_blocks, call.evicted);
-    ggml_tensor * least  = node(1, n_head*n_tokens, 1, with_sinks({ parts, judged }), refreekv_choose_blocks, call.evicted);
-    ggml_tensor * blocks = node(n_v + N_LANES, n_head*n_tokens, n_blocks, { call.q, call.k, call.v, judged, least }, refreekv_read_blocks, call.evicted);
+    const int64_t n_blocks = call.warm->n_blocks;
 
-    return node(n_v*n_head, n_tokens, 1, with_sinks({ parts, blocks }), join_chunks, call.evicted);
+    if (n_tokens > MAX_TOKENS) {
+        return node(s.n_v*s.n_head, n_tokens, 1, { call.q, call.k, call.v, call.mask }, attend_tokens, call.warm);
+    }
+
+    ggml_tensor * judged = node(lines::size      (s, n_tokens, n_blocks, false), 1, 1, { call.q, call.k, call.v, call.mask },      judge,       call.warm);
+    ggml_tensor * spans  = node(lines::spans_size(s, n_tokens, n_blocks),        1, 1, { call.q, call.k, call.v, judged },         attend_warm, call.warm);
+    return                 node(s.n_v*s.n_head, n_tokens, 1,                           { call.q, call.k, call.v, judged, spans }, join_all,    call.warm);
 }
 
 #endif

@@ -3,6 +3,7 @@
 #include "kernels/kernels-cpu.h"
 
 #include "kernels/attention-cpu.h"
+#include "kernels/codes.h"
 #include "kernels/kernels.h"
 #include "kernels/lanes.h"
 
@@ -11,8 +12,9 @@ const refreekv_kernels * refreekv_cpu_kernels() {
     static const refreekv_kernels kernels = {
         refreekv_attention_cpu_make,
         refreekv_decode_fits,
-        refreekv_decode_can_fault,
         refreekv_decode,
+        refreekv_codes_fit,
+        refreekv_encode,
     };
 
     return &kernels;

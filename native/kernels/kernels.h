@@ -17,11 +17,12 @@ struct refreekv_kernels {
     // tokens, lengths that are multiples of the vectors'
     bool (*decode_fits)(const refreekv_decode_call & call);
 
-    // whether blocks of what is evicted can take part, whatever the batch
-    bool (*decode_can_fault)(int64_t n_embd_head_k, int64_t n_embd_head_v, ggml_type type_k, ggml_type type_v);
-
     // [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
     ggml_tensor * (*decode)(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);
+
+    // kernels/codes.h
+    bool (*codes_fit)(int64_t n_channels, int bits);
+    void (*encode)(const float * rows, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
 };
 
 // those of the CPU backend that is loaded; nullptr: it has none, because its compiler lacks vectors of fixed size

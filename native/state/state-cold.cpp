@@ -8,6 +8,7 @@
 
 #include "llama-io.h"
 
+#include <cstring>
 #include <stdexcept>
 
 static const uint32_t REFREEKV_STATE_COLD = 0x434b4652; // "RFKC"
@@ -56,7 +57,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
             cells.push_back(list[i]);
         }
         for (bool v : { false, true }) {
-            const bool ok = cold.get(g, v, cells, [&](size_t, size_t n, const uint8_t * bytes) { io.write(bytes, n*g.row_size(v)); });
+            const bool ok = cold.get(g, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*g.row_size(v)); });
             if (!ok) {
                 refreekv_set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
@@ -112,7 +113,12 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
                 return cold.put(g, cells[i], n, k.data() + i*g.row_size(false), v.data() + i*g.row_size(true));
             });
-            sketch(g, cells, [&](size_t i) { return k.data() + i*g.row_size(false); });
+            warm.add(g, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+                for (size_t i = 0; i < n; ++i) {
+                    memcpy(rows_k + i*g.row_size(false), k.data() + indices[i]*g.row_size(false), g.row_size(false));
+                    memcpy(rows_v + i*g.row_size(true),  v.data() + indices[i]*g.row_size(true),  g.row_size(true));
+                }
+            });
         }
     }
 

@@ -378,7 +378,7 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
         g.res.release([&](uint32_t cell) { return in_list[cell]; });
         cold.forget(g, list);
     }
-    refresh_sketches();
+    warm.refresh(groups);
 
     // read_tensor writes when io is done. A state of several streams grows the rows once per stream, so there they are
     // written at once.

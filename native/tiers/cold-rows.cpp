@@ -4,6 +4,7 @@
 #include "cache/runs.h"
 #include "tiers/cold-store.h"
 
+#include "llama-hparams.h"
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace refreekv {
 static const size_t PIECE = 64 << 10; // bytes; stays in the processor's cache until it is where it belongs
 static const size_t GAP   = 4 << 10;  // that are read sooner than another read is begun
 
-cold_rows::cold_rows(const refreekv_params & params, bool on_host, uint32_t n_cells) : type(params.cold_type), limit(params.cold_limit), n_cells(n_cells) {
+cold_rows::cold_rows(const refreekv_params & params, const llama_hparams & hparams, bool on_host, uint32_t n_cells) : hparams(hparams), type(params.cold_type), limit(params.cold_limit), n_cells(n_cells) {
     if (params.cold == REFREEKV_COLD_NONE) {
         return;
     }
@@ -52,8 +53,8 @@ size_t cold_rows::row_size(const group & g, bool v) const {
     return ggml_row_size(type_of(g, v), g.n_embd(v));
 }
 
-uint64_t cold_rows::place_of(const group & g, uint32_t cell, bool v) const {
-    return g.cold_place + (v ? n_cells*(uint64_t) row_size(g, false) : 0) + cell*(uint64_t) row_size(g, v);
+bool cold_rows::readable() const {
+    return store && store->readable();
 }
 
 static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n_rows, int64_t n_embd) {
@@ -70,9 +71,17 @@ static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t *
 void cold_rows::reset(std::vector<group> & groups) {
     uint64_t place = 0;
     for (auto & g : groups) {
+        // 0 where a head is no whole number of blocks of its type
+        const auto head = [&](bool v) {
+            const int64_t n = v ? hparams.n_embd_head_v(g.il) : hparams.n_embd_head_k(g.il);
+
+            return n % ggml_blck_size(type_of(g, v)) == 0 ? ggml_row_size(type_of(g, v), n) : 0;
+        };
+        g.record = { row_size(g, false), row_size(g, true), g.heads.size(), head(false), head(true) };
+
         g.cold_place = place;
         g.is_cold.assign(store ? n_cells : 0, 0);
-        place += n_cells*(uint64_t) size_of(g);
+        place += n_cells*(uint64_t) g.record.bytes();
     }
     n_bytes = 0;
     is_full = false;
@@ -88,7 +97,7 @@ void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
     for (uint32_t cell : cells) {
         if (g.is_cold[cell]) {
             g.is_cold[cell] = 0;
-            n_bytes -= size_of(g);
+            n_bytes -= g.record.bytes();
         }
     }
     if (n_bytes == 0) {
@@ -96,22 +105,29 @@ void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
     }
 }
 
-bool cold_rows::write(group & g, uint32_t cell, size_t n, bool v, const uint8_t * rows) {
-    const size_t row = row_size(g, v);
+bool cold_rows::write(const group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
+    const size_t size  = g.record.bytes();
+    const size_t n_max = std::min(n, std::max<size_t>(1, PIECE/size));
 
-    if (type_of(g, v) == g.type(v)) {
-        return store->write(place_of(g, cell, v), rows, n*row);
-    }
-
-    const size_t n_max = std::max<size_t>(1, PIECE/row);
-
-    std::vector<uint8_t> smaller(std::min(n_max, n)*row);
+    std::vector<uint8_t> records(n_max*size);
+    std::vector<uint8_t> smaller[2];
 
     for (size_t i = 0; i < n; i += n_max) {
         const size_t n_piece = std::min(n_max, n - i);
 
-        convert(g.type(v), rows + i*g.row_size(v), type_of(g, v), smaller.data(), n_piece, g.n_embd(v));
-        if (!store->write(place_of(g, cell + i, v), smaller.data(), n_piece*row)) {
+        const auto rows = [&](bool is_v) {
+            const uint8_t * src = (is_v ? v : k) + i*g.row_size(is_v);
+            if (type_of(g, is_v) == g.type(is_v)) {
+                return src;
+            }
+            smaller[is_v].resize(n_max*row_size(g, is_v));
+            convert(g.type(is_v), src, type_of(g, is_v), smaller[is_v].data(), n_piece, g.n_embd(is_v));
+
+            return (const uint8_t *) smaller[is_v].data();
+        };
+        g.record.join(rows(false), rows(true), n_piece, records.data());
+
+        if (!store->write(place_of(g, cell + i), records.data(), n_piece*size)) {
             return false;
         }
     }
@@ -119,9 +135,9 @@ bool cold_rows::write(group & g, uint32_t cell, size_t n, bool v, const uint8_t 
 }
 
 bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
-    const uint64_t more = n*size_of(g);
+    const uint64_t more = n*g.record.bytes();
 
-    const bool ok = (limit == 0 || n_bytes + more <= limit) && write(g, cell, n, false, k) && write(g, cell, n, true, v);
+    const bool ok = (limit == 0 || n_bytes + more <= limit) && write(g, cell, n, k, v);
 
     if (ok) {
         std::fill_n(g.is_cold.begin() + cell, n, 1);
@@ -133,36 +149,42 @@ bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const
     return ok;
 }
 
-// cells that lie close together are read at once, and what lies between them, too
-bool cold_rows::get(const group & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const {
-    const size_t row   = row_size(g, v);
-    const size_t n_max = std::max<size_t>(1, PIECE/row);
-    const size_t n_gap = std::max<size_t>(1, GAP/row);
+// cells that lie close together come with one read, and what lies between them, too
+bool cold_rows::get(const group & g, const std::vector<uint32_t> & cells, const rows_fn & f) const {
+    const size_t size  = g.record.bytes();
+    const size_t n_max = std::max<size_t>(1, PIECE/size);
+    const size_t n_gap = std::max<size_t>(1, GAP/size);
 
-    const bool same = type_of(g, v) == g.type(v);
+    refreekv_bytes records;
+    refreekv_bytes rows  [2];
+    refreekv_bytes larger[2]; // where the cold store's type is a smaller one than the cache's
 
-    // kept, and not cleared: decoding reads many blocks with every token (faults.cpp)
-    thread_local refreekv_bytes bytes;
-    thread_local refreekv_bytes larger;
-
-    bytes .resize(n_max*row);
-    larger.resize(same ? 0 : n_max*g.row_size(v));
+    records.resize(n_max*size);
+    for (bool v : { false, true }) {
+        rows  [v].resize(n_max*row_size(g, v));
+        larger[v].resize(type_of(g, v) == g.type(v) ? 0 : n_max*g.row_size(v));
+    }
 
     for (size_t first = 0, last; first < cells.size(); first = last + 1) {
         last = first;
         while (last + 1 < cells.size() && cells[last + 1] - cells[last] <= n_gap && cells[last + 1] - cells[first] < n_max) {
             ++last;
         }
-        if (!store->read(place_of(g, cells[first], v), bytes.data(), (cells[last] - cells[first] + 1)*row)) {
+        if (!store->read(place_of(g, cells[first]), records.data(), (cells[last] - cells[first] + 1)*size)) {
             return false;
         }
 
         refreekv_for_runs(cells.data() + first, last - first + 1, [&](size_t i, size_t n) {
-            const uint8_t * rows = bytes.data() + (cells[first + i] - cells[first])*row;
-            if (!same) {
-                convert(type_of(g, v), rows, g.type(v), larger.data(), n, g.n_embd(v));
-            }
-            f(first + i, n, same ? rows : larger.data());
+            g.record.split(records.data() + (cells[first + i] - cells[first])*size, n, rows[0].data(), rows[1].data());
+
+            const auto as_cached = [&](bool v) {
+                if (type_of(g, v) == g.type(v)) {
+                    return rows[v].data();
+                }
+                convert(type_of(g, v), rows[v].data(), g.type(v), larger[v].data(), n, g.n_embd(v));
+                return larger[v].data();
+            };
+            f(first + i, n, as_cached(false), as_cached(true));
             return true;
         });
     }
@@ -181,18 +203,18 @@ void cold_rows::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t
         }
     }
 
-    const auto read = [&](bool is_v, std::vector<uint8_t> & rows) {
-        const size_t row = g.row_size(is_v);
+    const size_t row_k = g.row_size(false);
+    const size_t row_v = g.row_size(true);
 
-        rows.resize(cells.size()*row);
-        return get(g, is_v, cells, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(rows.data() + i*row, bytes, n*row); });
-    };
+    std::vector<uint8_t> k(cells.size()*row_k);
+    std::vector<uint8_t> v(cells.size()*row_v);
 
-    std::vector<uint8_t> k;
-    std::vector<uint8_t> v;
-
-    const bool ok = read(false, k) && read(true, v) && refreekv_for_runs(cells, [&](size_t i, size_t n) {
-        return put(g, cells[i] - first_src + first_dst, n, k.data() + i*g.row_size(false), v.data() + i*g.row_size(true));
+    const bool got = get(g, cells, [&](size_t i, size_t n, const uint8_t * rows_k, const uint8_t * rows_v) {
+        memcpy(k.data() + i*row_k, rows_k, n*row_k);
+        memcpy(v.data() + i*row_v, rows_v, n*row_v);
+    });
+    const bool ok = got && refreekv_for_runs(cells, [&](size_t i, size_t n) {
+        return put(g, cells[i] - first_src + first_dst, n, k.data() + i*row_k, v.data() + i*row_v);
     });
     is_full = is_full || !ok;
 }

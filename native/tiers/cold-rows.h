@@ -9,6 +9,7 @@
 #include <vector>
 
 class refreekv_cold;
+struct llama_hparams;
 
 namespace refreekv {
 
@@ -19,12 +20,13 @@ namespace refreekv {
 class cold_rows {
 public:
     // on_host: whether all of the cache is in host memory. Throws std::runtime_error where a file was asked for and cannot be had
-    cold_rows(const refreekv_params & params, bool on_host, uint32_t n_cells);
+    cold_rows(const refreekv_params & params, const llama_hparams & hparams, bool on_host, uint32_t n_cells);
     ~cold_rows();
 
     int32_t  kind()   const; // enum refreekv_cold_kind, what it is
     bool     exists() const { return store != nullptr; } // else what is evicted is gone
     bool     lost()   const { return is_full; }          // there was no room for a row
+    bool     readable() const;                           // by this process
     uint64_t bytes()  const { return n_bytes; }
 
     bool has(const group & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
@@ -38,15 +40,21 @@ public:
     // The rows of n neighbouring cells, as the cache has them. false: no room, and what comes later is lost, too
     bool put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
 
-    // f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on, as the cache has them. false: the
-    // store cannot be read
-    using rows_fn = std::function<void(size_t i, size_t n, const uint8_t * bytes)>;
-    bool get(const group & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const;
+    // f(i, n, k, v) for the rows of these cells, which ascend: n of them from the i-th on, as the cache has them. false: the store
+    // cannot be read
+    using rows_fn = std::function<void(size_t i, size_t n, const uint8_t * k, const uint8_t * v)>;
+    bool get(const group & g, const std::vector<uint32_t> & cells, const rows_fn & f) const;
+
+    // for those who read single rows of the store (warm_cells)
+    const refreekv_cold * get_store() const { return store.get(); }
+    ggml_type             type_of(const group & g, bool v) const;
 
     // cells first_dst + i get what first_src + i have, for i < n
     void copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
 
 private:
+    const llama_hparams & hparams;
+
     const int32_t  type;    // of rows that the cache has not quantised; -1: the cache's
     const uint64_t limit;   // bytes; 0: none
     const uint32_t n_cells; // of each group
@@ -56,12 +64,10 @@ private:
     std::atomic<uint64_t> n_bytes { 0 };
     std::atomic<bool>     is_full { false };
 
-    ggml_type type_of (const group & g, bool v) const;
-    size_t    row_size(const group & g, bool v) const;
-    size_t    size_of (const group & g) const { return row_size(g, false) + row_size(g, true); }
-    uint64_t  place_of(const group & g, uint32_t cell, bool v) const;
+    size_t   row_size(const group & g, bool v) const;
+    uint64_t place_of(const group & g, uint32_t cell) const { return g.cold_place + cell*(uint64_t) g.record.bytes(); }
 
-    bool write(group & g, uint32_t cell, size_t n, bool v, const uint8_t * rows);
+    bool write(const group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
 };
 
 } // namespace refreekv

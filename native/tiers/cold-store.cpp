@@ -86,11 +86,11 @@ char * refreekv_cold::page_at(uint64_t offset) {
     return (char *) page.get();
 }
 
-bool refreekv_cold::read(uint64_t offset, void * data, size_t size) const {
-    if (fd >= 0 && refreekv_process() != owner) {
-        return false;
-    }
+bool refreekv_cold::readable() const {
+    return fd < 0 || refreekv_process() == owner;
+}
 
+bool refreekv_cold::read_checked(uint64_t offset, void * data, size_t size) const {
     char * dst = (char *) data;
 
     while (size > 0) {

@@ -31,7 +31,11 @@ public:
     bool write(uint64_t offset, const void * data, size_t size);
 
     // false: they cannot be read (any more). Several threads may read at once
-    bool read(uint64_t offset, void * data, size_t size) const;
+    bool read(uint64_t offset, void * data, size_t size) const { return readable() && read_checked(offset, data, size); }
+
+    // The same in two steps, for those who read much: whether this process may read is a system call
+    bool readable() const;
+    bool read_checked(uint64_t offset, void * data, size_t size) const;
 
     // forget everything, and give its room back
     void clear();

@@ -101,7 +101,7 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
     if (n_restored > 0) {
         layouts.make_stale();
         if (const int32_t status = restore_rows(cells)) {
-            refresh_sketches();
+            warm.refresh(groups);
             return status;
         }
 
@@ -113,7 +113,7 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
                 cold.forget(groups[i], cells[i]); // in memory they would be there twice
             }
         }
-        refresh_sketches();
+        warm.refresh(groups);
     }
 
     // whoever shares these cells is whole again, too

@@ -55,13 +55,13 @@ void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) 
                 return (int32_t) REFREEKV_OK; // what there is no room for is lost
             });
         };
-        // a sketch is made of what the store has: that waits for it
+        // only rows that the store has are coded, and coding is next
         try {
-            scratch.put = std::async(g.evicted ? std::launch::deferred : std::launch::async, put);
+            scratch.put = std::async(g.warm ? std::launch::deferred : std::launch::async, put);
         } catch (const std::system_error &) {
             scratch.put = std::async(std::launch::deferred, put); // no more threads to be had
         }
-        if (g.evicted) {
+        if (g.warm) {
             finish(scratch);
         }
         return;
@@ -147,8 +147,10 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
 
             const std::vector<uint32_t> part(absent.begin() + first, absent.begin() + std::min(absent.size(), first + n_part));
 
-            const bool ok = cold.get(g, false, part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.k.data() + (first + i)*row_k, bytes, n*row_k); }) &&
-                            cold.get(g, true,  part, [&](size_t i, size_t n, const uint8_t * bytes) { memcpy(in.v.data() + (first + i)*row_v, bytes, n*row_v); });
+            const bool ok = cold.get(g, part, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
+                memcpy(in.k.data() + (first + i)*row_k, k, n*row_k);
+                memcpy(in.v.data() + (first + i)*row_v, v, n*row_v);
+            });
 
             return ok ? REFREEKV_OK : not_there();
         });
@@ -169,11 +171,15 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
     g.res.arrange(order);
     g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
 
-    for (bool is_v : { false, true }) {
-        refreekv_row_bytes rows(is_v ? g.rows.v() : g.rows.k(), is_v && g.rows.get_shape().v_trans);
-        if (!cold.get(g, is_v, absent, [&](size_t i, size_t n, const uint8_t * bytes) { rows.set(slots.data() + i, n, bytes); })) {
-            return not_there();
-        }
+    refreekv_row_bytes rows_k(g.rows.k(), false);
+    refreekv_row_bytes rows_v(g.rows.v(), g.rows.get_shape().v_trans);
+
+    const bool ok = cold.get(g, absent, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
+        rows_k.set(slots.data() + i, n, k);
+        rows_v.set(slots.data() + i, n, v);
+    });
+    if (!ok) {
+        return not_there();
     }
     for (uint32_t cell : absent) {
         g.res.assign(cell); // the free slots, lowest first

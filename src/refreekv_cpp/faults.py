@@ -1,4 +1,4 @@
-"""Evicted cells that an answer turns out to need (`kv_faults`)."""
+"""How exactly an answer attends to what was evicted (`kv_faults`)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from refreekv_cpp.errors import PolicyError
 
-# of a head's attention, what all evicted cells that take no part in it may draw together: docs/fidelity.md
-TOLERANCE = 0.05
+# of a head's attention, the part at which an evicted row is read
+THETA = 0.003
 
 
 @dataclass(frozen=True)
 class Faults:
-    """tolerance: 0: there are none. needed: a model that cannot have them is refused."""
+    """theta: 0: there are none. needed: a model that cannot have them is refused."""
 
-    tolerance: float
+    theta: float
     needed: bool
 
 
@@ -25,11 +25,11 @@ def check(faults: bool | float | None, evicted: str) -> Faults:
         PolicyError: neither a bool nor a part of 1, or evicted rows are not kept.
     """
     if faults is None:
-        return Faults(TOLERANCE if evicted == "restore" else 0.0, needed=False)
+        return Faults(THETA if evicted == "restore" else 0.0, needed=False)
     if not isinstance(faults, (int, float)) or not (faults is True or 0 <= faults < 1):
-        raise PolicyError(f"kv_faults={faults!r}: valid are True, False, and a tolerance between 0 and 1")
+        raise PolicyError(f"kv_faults={faults!r}: must be True, False, or a part of 1")
     if faults == 0:
         return Faults(0.0, needed=False)
     if evicted != "restore":
         raise PolicyError(f"kv_faults={faults}: needs kv_evicted='restore', not {evicted!r}")
-    return Faults(TOLERANCE if faults is True else float(faults), needed=True)
+    return Faults(THETA if faults is True else float(faults), needed=True)

@@ -67,10 +67,10 @@ class Llama(llama_cpp.Llama):
             both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
             kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
             read twice.
-        kv_faults: decoding sees what it misses: of the evicted keys 4 bits a number stay, and blocks of 64 cells take
-            part with their own rows, read from the cold store, until the others would draw no more than a part of any
-            head's attention (True: 0.05). Needs kv_evicted="restore" and the cache in host memory. Default: 0.05 where
-            it can be had, else 0.
+        kv_faults: decoding goes on attending to what is evicted: K stays in 4 bits a number and V in 2, and rows that
+            get this part of a head's attention or more (True: 0.003) are read from the cold store as they were. False:
+            what is evicted takes no part. Needs kv_evicted="restore" and the cache in host memory. Default: 0.003 where
+            it can be had, else False.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -223,14 +223,14 @@ class Llama(llama_cpp.Llama):
         return native.make_params(
             **options,
             memory_limit=self.kv_memory_limit or 0,
-            fault_mass=self._faults.tolerance if self._evicts else 0,
+            fault_mass=self._faults.theta if self._evicts else 0,
             fault_needed=self._faults.needed,
             **self._cold_options,
         )
 
     @property
     def kv_faults(self) -> float:
-        """The tolerance that decoding goes by; 0: what is evicted takes no part in it."""
+        """The part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part."""
         with self._reading:
             return float(native.stats(self._ctx.ctx).fault_mass) if self._evicts else 0.0
 
@@ -271,6 +271,8 @@ class Llama(llama_cpp.Llama):
         for start, end in spans.resolve(self.kv_protect, self, self._system):
             native.protect(ctx, _SEQ_ID, start, end)
         before = native.stats(ctx)
+        if isinstance(policy, ReFreeKV) and self.kv_faults:
+            policy = policy.beside_codes()
         if policy is self.kv_policy:
             n_evicted = policy.prune(ctx, _SEQ_ID)
         else:
@@ -405,7 +407,7 @@ class Llama(llama_cpp.Llama):
         self._heads_set = True
 
     def _find_heads(self) -> list[induction.Head]:
-        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None:
+        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None or self.kv_faults:
             return []
         path, options = Path(self.model_path), induction.options_of(self, self.kv_policy.n_window)
         scores = induction.load(path, options)

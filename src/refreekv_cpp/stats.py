@@ -39,7 +39,7 @@ class ProcessMemory:
         weights: of the model.
         compute: buffers for graphs.
         kv: K and V.
-        sketches: what `kv_faults` keeps of evicted keys.
+        sketches: codes of evicted rows (`kv_faults`).
         rings: the last queries, which an evicting policy judges by.
         other: the rest of the context: layers with a sliding window, recurrent states.
     """
@@ -90,8 +90,8 @@ class KVStats:
         cold_full: rows were lost that should have gone there, for want of room.
         n_restores: times that evicted rows were brought back.
         restore_ms: the time that took altogether, in milliseconds.
-        n_faults: evicted blocks that decoding has read from the cold store (`kv_faults`).
-        bytes_sketch: what is kept of evicted keys to know which.
+        n_faults: evicted rows, of one KV head each, that decoding has read from the cold store (`kv_faults`).
+        bytes_sketch: codes of evicted rows, which decoding attends to.
         n_layouts: distinct layouts among the groups: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """

@@ -83,7 +83,7 @@ def parse_spec(text: str) -> Spec:
     except PolicyError as error:
         raise PolicyError(f"{text!r}: {error}") from error
     allowed = _value(tolerance) if has_tolerance else bool(plus)
-    return Spec(text, policy, cache_type or "f16", check_faults(allowed, "restore").tolerance)
+    return Spec(text, policy, cache_type or "f16", check_faults(allowed, "restore").theta)
 
 
 def _value(text: str) -> Any:

@@ -21,8 +21,10 @@ CONTEXT_STEP = 256
 
 # of the default policy: the shares of the rows of K and V that stayed after long prompts (docs/fidelity.md)
 _KEPT_BY_DEFAULT = (0.39, 0.66)
-# of the bytes that evicted rows have in f16: what decoding keeps of their keys, where it has faults (docs/memory.md)
-_SKETCH_SHARE = 1 / 7
+# ... and the cells that stay where decoding goes on attending to what was evicted, by codes
+_HELD_BESIDE_CODES = (128, 256)
+# of the bytes that evicted rows have in f16: their codes (docs/memory.md)
+_CODES_SHARE = 0.23
 
 # what a first prompt takes beside all that is counted: code of kernels that is read now, graphs, stacks, logits
 _FIRST_PROMPT_BYTES = 4 * 2**20
@@ -82,7 +84,7 @@ class Needs:
         whole: what those would be if nothing were evicted.
         whole_f16: what that would be in f16.
         evicted: bytes of the rows of K and V that are evicted, in the cache's type.
-        faults: decoding keeps sketches of what is evicted.
+        faults: decoding goes on attending to what is evicted, by codes.
         cold: where evicted rows go, "memory", "file" or "" (nowhere).
         cold_dir: the folder of the file.
         cold_share: bytes of an evicted row in the cold store, over those that it has in the cache.
@@ -139,13 +141,18 @@ class Needs:
             return share, share
         if not self.evicts:
             return 1.0, 1.0
-        return _KEPT_BY_DEFAULT if self.policy == ReFreeKV() else None
+        if self.policy != ReFreeKV():
+            return None
+        if self.faults:
+            least, most = (min(n / self.n_tokens, 1.0) for n in _HELD_BESIDE_CODES)
+            return least, most
+        return _KEPT_BY_DEFAULT
 
     def settled(self, share: float) -> Needs:
         """After a pruning of the longest prompt that left this share of the rows of K and V."""
         kept = min(round(share * self.whole), self.prunable)
-        sketches = _SKETCH_SHARE * (1 - share) * self.whole_f16 if self.faults else 0.0
-        return replace(self.with_cache(round(kept + sketches)), evicted=self.whole - kept)
+        codes = _CODES_SHARE * (1 - share) * self.whole_f16 if self.faults else 0.0
+        return replace(self.with_cache(round(kept + codes)), evicted=self.whole - kept)
 
     @property
     def cold_bytes(self) -> int:

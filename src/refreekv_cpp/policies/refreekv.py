@@ -26,7 +26,8 @@ class ReFreeKV(Policy):
     `ReFreeKV.released_code()`; `ReFreeKV.window()` keeps no heads whole.
 
     Args:
-        threshold: the part of the measure that may be lost, 0 to 1.
+        threshold: the part of the measure that may be lost, 0 to 1; at 1 sinks and the last positions stay, whatever
+            the ranking.
         ranking: "position": sinks, then from the last position backwards (the paper's); "score": sinks, recent, then
             by the maximum over heads of the mean attention of the window, max-pooled over positions.
         rows: which attention rows are measured: of the "last" query, averaged over heads (the paper's); the "mean"
@@ -109,6 +110,11 @@ class ReFreeKV(Policy):
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
+
+    def beside_codes(self) -> ReFreeKV:
+        """The preset `refreekv` where decoding goes on attending to what leaves the cache (`kv_faults`): what is held
+        only saves reads then, so it is the sinks and the last 64, and no heads are kept whole. Own parameters stand."""
+        return replace(self, threshold=1.0, n_recent=64, induction=None) if self == ReFreeKV() else self
 
     def gentler(self) -> Self:
         return replace(self, threshold=self.threshold / 2)

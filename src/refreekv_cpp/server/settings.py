@@ -116,9 +116,9 @@ class ModelSettings(upstream.ModelSettings):
     )
     kv_faults: Annotated[Union[str, bool, float, None], BeforeValidator(_as_tolerance)] = Field(  # noqa: UP007
         default=None,
-        description="The part of a head's attention that evicted cells may draw without being read back, while an "
-        "answer is given: a number from 0 to 1, true (0.05) or false (none is read back). Default: true where the "
-        "cache is in host memory.",
+        description="The part of a head's attention at which an evicted row is read as it was during an answer; "
+        "all others count by their codes: a number from 0 to 1, true (0.003) or false (what is evicted takes no part). "
+        "Default: true where the cache is in host memory.",
     )
     kv_cold: Literal["auto", "memory", "file"] = Field(
         default="auto", description="Where evicted rows wait to be restored."

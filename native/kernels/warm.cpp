@@ -1,0 +1,203 @@
+#include "kernels/warm.h"
+
+#include "kernels/codes.h"
+
+#include "kernels/decode.h"
+#include "kernels/tiles.h"
+
+#ifdef REFREEKV_LANES
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+static const int64_t CELLS = REFREEKV_CODED_CELLS;
+
+// A block that gets less than this of a line's attention adds nothing to it
+static const float NOTHING = 1e-5f;
+
+static const uint8_t * codes_k(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
+    return warm.blocks[block] + h_kv*(refreekv_codes_bytes(warm.n_k, warm.bits_k) + refreekv_codes_bytes(warm.n_v, warm.bits_v));
+}
+
+static const uint8_t * codes_v(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
+    return codes_k(warm, block, h_kv) + refreekv_codes_bytes(warm.n_k, warm.bits_k);
+}
+
+static inline reg finished(reg x, const refreekv_decode_softmax & by) {
+    x *= by.pre_scale;
+    if (by.soft_cap > 0.0f) {
+        x = tanh(x)*by.soft_cap;
+    }
+    return x*by.post_scale;
+}
+
+void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * out) {
+    thread_local std::vector<float> scratch;
+
+    float * logits = aligned(scratch, (n_gqa + 1)*CELLS); // [n_gqa][CELLS]
+    float * mask   = logits + n_gqa*CELLS;
+
+    const int64_t end = std::min((span + 1)*REFREEKV_WARM_SPAN, warm.n_blocks);
+
+    for (int64_t b = span*REFREEKV_WARM_SPAN; b < end; ++b) {
+        if (!warm.visible[token*warm.n_blocks + b]) {
+            for (int64_t i = 0; i < n_gqa; ++i) {
+                out[i].tops  [b] = -INFINITY;
+                out[i].totals[b] = 0.0f;
+            }
+            continue;
+        }
+
+        if (b + 1 < end) { // blocks of a head do not lie one behind the other
+            prefetch((const char *) codes_k(warm, b + 1, h_kv), refreekv_codes_bytes(warm.n_k, warm.bits_k));
+        }
+        refreekv_dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, n_gqa, logits);
+
+        const bool whole = warm.there[b] == ~0ull;
+        for (int64_t j = 0; j < CELLS && !whole; ++j) {
+            mask[j] = warm.there[b] >> j & 1 ? 0.0f : -INFINITY;
+        }
+
+        for (int64_t i = 0; i < n_gqa; ++i) {
+            const float * src = logits + i*CELLS;
+            float *       dst = out[i].weights + b*CELLS;
+
+            reg m = reg {} - INFINITY;
+            for (int64_t j = 0; j < CELLS; j += N_REG) {
+                reg x = finished(load_reg(src + j), *warm.softmax);
+                if (!whole) {
+                    x += load_reg(mask + j);
+                }
+                store_reg(dst + j, x);
+                m = max(x, m);
+            }
+            float top = -INFINITY;
+            for (int p = 0; p < N_REG; ++p) {
+                top = std::max(top, m[p]);
+            }
+            reg total = {};
+            for (int64_t j = 0; j < CELLS; j += N_REG) {
+                const reg w = exp_neg(load_reg(dst + j) - top);
+
+                store_reg(dst + j, w);
+                total += w;
+            }
+            out[i].tops  [b] = top;
+            out[i].totals[b] = sum(total);
+        }
+    }
+}
+
+// a row takes part as it is: out[i] of the n_gqa heads
+static void attend_row(const refreekv_warm_view & warm, const uint8_t * row, int64_t n_gqa, const float * const * q, const float * lse, float * memory, float * const * out) {
+    float * k = memory;
+    float * v = k + warm.n_k;
+
+    const auto convert = [](ggml_type type, const uint8_t * src, float * dst, int64_t n) {
+        ggml_tensor t = {};
+        t.type = type;
+        to_float(&t, (const char *) src, dst, n);
+    };
+    convert(warm.type_k, row, k, warm.n_k);
+    convert(warm.type_v, row + ggml_row_size(warm.type_k, warm.n_k), v, warm.n_v);
+
+    for (int64_t i = 0; i < n_gqa; ++i) {
+        lanes dot = {};
+        for (int64_t d = 0; d < warm.n_k; d += N_LANES) {
+            dot += load(q[i] + d)*load(k + d);
+        }
+        const float weight = expf(finished(reg {} + sum(dot), *warm.softmax)[0] - lse[i]);
+
+        for (int64_t d = 0; d < warm.n_v; d += N_LANES) {
+            store(out[i] + d, load(out[i] + d) + weight*load(v + d));
+        }
+        out[i][warm.n_v] += weight;
+    }
+}
+
+void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * judged, const float * lse, float * const * out) {
+    const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + ggml_row_size(warm.type_v, warm.n_v);
+
+    thread_local std::vector<float>   scratch;
+    thread_local std::vector<uint8_t> rows;
+
+    float * memory  = aligned(scratch, warm.n_k + warm.n_v + n_gqa*(CELLS + 1));
+    float * weights = memory + warm.n_k + warm.n_v; // [n_gqa][CELLS]
+    float * factors = weights + n_gqa*CELLS;        // [n_gqa] of the weights of a block
+
+    rows.resize(CELLS*row_bytes);
+
+    for (int64_t i = 0; i < n_gqa; ++i) {
+        std::fill_n(out[i], warm.n_v + 1, 0.0f);
+    }
+
+    const int64_t end = std::min((span + 1)*REFREEKV_WARM_SPAN, warm.n_blocks);
+
+    for (int64_t b = span*REFREEKV_WARM_SPAN; b < end; ++b) {
+        if (!warm.visible[token*warm.n_blocks + b]) {
+            continue;
+        }
+
+        uint64_t peaks = 0;
+        for (int64_t i = 0; i < n_gqa; ++i) {
+            factors[i] = expf(judged[i].tops[b] - lse[i]);
+
+            if (factors[i] >= warm.theta) {
+                const float * src = judged[i].weights + b*CELLS;
+                for (int64_t j = 0; j < CELLS; ++j) {
+                    peaks |= (uint64_t) (src[j]*factors[i] >= warm.theta) << j;
+                }
+            }
+        }
+        if (peaks) {
+            const int64_t n_rows = __builtin_popcountll(peaks);
+
+            if (warm.read(warm.source, b, peaks, h_kv, rows.data())) {
+                for (int64_t i = 0; i < n_rows; ++i) {
+                    attend_row(warm, rows.data() + i*row_bytes, n_gqa, q, lse, memory, out);
+                }
+                *warm.n_read += n_rows;
+            } else {
+                peaks = 0;
+                *warm.n_lost += n_rows;
+            }
+        }
+
+        const float * w [16];
+        float *       to[16];
+        int64_t       n = 0;
+
+        for (int64_t i = 0; i < n_gqa; ++i) {
+            if (judged[i].totals[b]*factors[i] < NOTHING) {
+                continue;
+            }
+            const float * src = judged[i].weights + b*CELLS;
+            float *       dst = weights + i*CELLS;
+
+            for (int64_t j = 0; j < CELLS; j += N_REG) {
+                store_reg(dst + j, load_reg(src + j)*factors[i]);
+            }
+            for (uint64_t left = peaks; left; left &= left - 1) {
+                dst[__builtin_ctzll(left)] = 0.0f;
+            }
+            reg total = {};
+            for (int64_t j = 0; j < CELLS; j += N_REG) {
+                total += load_reg(dst + j);
+            }
+            out[i][warm.n_v] += sum(total);
+
+            w [n] = dst;
+            to[n] = out[i];
+            if (++n == 16) {
+                refreekv_add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+                n = 0;
+            }
+        }
+        if (n > 0) {
+            refreekv_add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+        }
+    }
+}
+
+#endif

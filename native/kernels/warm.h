@@ -1,0 +1,61 @@
+#pragma once
+
+#include "ggml.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+struct refreekv_decode_softmax;
+
+// What decoding sees of the warm cells of one group of KV heads: those whose K and V are held in codes (kernels/codes.h). All of them
+// are attended to by their codes, but for single rows that some head of their KV head gives theta of its attention or more, as the codes
+// have it: those take part with their own K and V, for all heads of that KV head.
+struct refreekv_warm_view {
+    const refreekv_decode_softmax * softmax;
+
+    int64_t n_head_kv;
+    int64_t n_k;     // channels of a head
+    int64_t n_v;
+    int     bits_k;
+    int     bits_v;
+    float   theta;
+
+    int64_t                 n_blocks;
+    const uint8_t * const * blocks;  // codes of K and V of each KV head in turn
+    const uint64_t *        there;   // [n_blocks] bit i: cell i is warm
+    const uint8_t *         visible; // [n_tokens][n_blocks] whether a token of the batch may see a block's cells
+
+    // K and V of some cells of a block (bit i: its cell i) in one KV head, as they were: cell after cell, K and then V, in these types.
+    // false: they are lost. From several threads
+    ggml_type type_k;
+    ggml_type type_v;
+    bool (*read)(const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows);
+    const void * source;
+
+    std::atomic<int64_t> * n_read; // rows
+    std::atomic<int64_t> * n_lost; // that could not be read: their codes stand for them
+};
+
+static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head, at most
+
+// blocks that one thread takes at a time, for one KV head
+static const int64_t REFREEKV_WARM_SPAN = 8;
+
+static inline int64_t refreekv_warm_spans(int64_t n_blocks) {
+    return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;
+}
+
+// The lines of heads that a pass works on: line i is head h_kv*n_gqa + i of a token
+struct refreekv_warm_judged {
+    float * weights; // [n_blocks*64] e^(logit - top)
+    float * tops;    // [n_blocks, rounded up to N_LANES] the largest logit of each block; -infinity: none
+    float * totals;  // of a block's weights
+};
+
+// First pass: the weights of a span of blocks, within each block. q, out: of the n_gqa heads of the KV head
+void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * out);
+
+// Second pass, once lse is known, the logarithm of the sum of all e^logit, hot and warm, of each line: out[i]: [n_v] the weighted sum
+// of V, and behind it the sum of the weights, both relative to e^lse
+void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * judged, const float * lse, float * const * out);

@@ -1,0 +1,162 @@
+#include "tiers/warm-cells.h"
+
+#include "kernels/codes.h"
+#include "tiers/cold-store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace refreekv {
+
+static const size_t SLAB     = 16;      // blocks
+static const size_t GAP      = 2 << 10; // bytes: reading them costs less than another read would
+static const uint32_t N_READ = 16;      // neighbouring cells that one read covers at most
+
+warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
+    bytes_k(refreekv_codes_bytes(n_k, bits_k)), bytes_v(refreekv_codes_bytes(n_v, bits_v)), block_bytes(n_head_kv*(bytes_k + bytes_v)) {
+    view.n_head_kv = n_head_kv;
+    view.n_k       = n_k;
+    view.n_v       = n_v;
+    view.bits_k    = bits_k;
+    view.bits_v    = bits_v;
+    view.n_read    = &n_read;
+    view.n_lost    = &n_lost;
+    view.source    = this;
+
+    view.read = [](const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows) {
+        return ((const warm_cells *) source)->read(block, cells, h_kv, rows);
+    };
+}
+
+// the kernels' view, after blocks have come or gone
+void warm_cells::update_view() {
+    visible.clear();
+
+    view.n_blocks = blocks.size();
+    view.blocks   = codes.data();
+    view.there    = there.data();
+    view.visible  = nullptr;
+}
+
+void warm_cells::clear() {
+    blocks.clear();
+    there.clear();
+    codes.clear();
+    slabs.clear();
+    update_view();
+}
+
+uint8_t * warm_cells::add(const uint32_t * cells, size_t n) {
+    const size_t n_blocks = blocks.size();
+
+    if (n_blocks == slabs.size()*SLAB) {
+        auto slab = refreekv_pages_alloc(SLAB*block_bytes);
+        if (!slab) {
+            throw std::bad_alloc();
+        }
+        slabs.push_back(std::move(slab));
+    }
+    blocks.reserve(n_blocks + SLAB);
+    there .reserve(n_blocks + SLAB);
+    codes .reserve(n_blocks + SLAB);
+
+    block b = { *std::min_element(cells, cells + n), {} };
+    for (size_t i = 0; i < n; ++i) {
+        b.behind[i] = cells[i] - b.lowest;
+    }
+    blocks.push_back(b);
+    there .push_back(~0ull >> (64 - n));
+    codes .push_back((uint8_t *) slabs.back().get() + n_blocks%SLAB*block_bytes);
+    update_view();
+
+    return codes.back();
+}
+
+void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
+    for (size_t i = 0, n_blocks = blocks.size(); i < n_blocks; ++i) {
+        if (blocks[i].lowest < first_src || blocks[i].lowest - first_src >= n) {
+            continue;
+        }
+        uint32_t cells[64];
+        for (int64_t j = 0; j < 64; ++j) {
+            cells[j] = cell(i, j) - first_src + first_dst;
+        }
+        memcpy(add(cells, 64), codes[i], block_bytes);
+        there.back() = there[i];
+    }
+}
+
+size_t warm_cells::bytes() const {
+    return blocks.size()*(block_bytes + sizeof(block) + sizeof(there[0]) + sizeof(codes[0]));
+}
+
+void warm_cells::drop_empty() {
+    size_t n = 0;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        if (there[i] == 0) {
+            continue;
+        }
+        if (n < i) {
+            blocks[n] = blocks[i];
+            there [n] = there[i];
+            memcpy(codes[n], codes[i], block_bytes);
+        }
+        n++;
+    }
+    blocks.resize(n);
+    there .resize(n);
+    codes .resize(n);
+    slabs .resize((n + SLAB - 1)/SLAB);
+
+    blocks.shrink_to_fit();
+    there .shrink_to_fit();
+    codes .shrink_to_fit();
+    update_view();
+}
+
+// Called by threads of a graph, during which no row moves. Rows that lie close together come with one read
+bool warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const {
+    const size_t   size  = exact.record.bytes();
+    const size_t   part  = exact.record.head();
+    const uint32_t n_gap = std::max<size_t>(1, GAP/size);
+
+    thread_local std::vector<uint8_t> piece;
+
+    while (cells && exact.readable) {
+        const uint32_t first = cell(block, lowest_bit(cells));
+
+        uint32_t run[N_READ]; // the run's cells, counted from the first
+        uint32_t n = 0;
+
+        do {
+            const uint32_t next = cell(block, lowest_bit(cells));
+            if (n > 0 && (next < first || next - first - run[n - 1] > n_gap || next - first >= N_READ)) {
+                break;
+            }
+            run[n++] = next - first;
+            cells &= cells - 1;
+        } while (cells && n < N_READ);
+
+        const uint64_t place = exact.place + first*(uint64_t) size + head*part;
+
+        if (n == 1) {
+            if (!exact.store->read_checked(place, rows, part)) {
+                return false;
+            }
+        } else {
+            piece.resize(N_READ*size);
+            if (!exact.store->read_checked(place, piece.data(), run[n - 1]*size + part)) {
+                return false;
+            }
+            for (uint32_t i = 0; i < n; ++i) {
+                memcpy(rows + i*part, piece.data() + run[i]*size, part);
+            }
+        }
+        rows += n*part;
+    }
+
+    return exact.readable;
+}
+
+} // namespace refreekv

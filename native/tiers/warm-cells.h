@@ -1,0 +1,111 @@
+#pragma once
+
+#include "cache/pages.h"
+#include "kernels/warm.h"
+#include "tiers/record.h"
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+class refreekv_cold;
+
+namespace refreekv {
+
+// the index of the lowest bit that is set; x is not 0
+static inline int64_t lowest_bit(uint64_t x) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(x);
+#else
+    int64_t i = 0;
+    while (!(x >> i & 1)) {
+        ++i;
+    }
+    return i;
+#endif
+}
+
+// The warm cells of one group: cells that left the cache, and whose K and V are held in codes (kernels/codes.h), in blocks of 64 cells.
+// A block is freed once none of its cells is warm any more.
+//
+// The exact rows of warm cells are in the cold store. Decoding reads some of them (view.read), from several threads.
+class warm_cells {
+public:
+    // n_k, n_v: channels of a KV head. The caller sets what `view` has of the soft-max and theta, and `exact`
+    warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v);
+
+    warm_cells(const warm_cells &) = delete;
+
+    void clear();
+
+    // Adds a block of at most 64 cells, no two of them 65536 or more apart. The caller writes the codes to the address that is
+    // returned: of each KV head in turn, those of K and then those of V. Throws std::bad_alloc, and nothing has changed then
+    uint8_t * add(const uint32_t * cells, size_t n);
+
+    static bool may_share(uint32_t lowest, uint32_t highest) { return highest - lowest < 1 << 16; }
+
+    // cells first_dst + i get what first_src + i have, for i < n
+    void copy(uint32_t first_src, uint32_t first_dst, uint32_t n);
+
+    // Cells for which is_warm(cell) is false are no longer warm. Returns whether there were any
+    template <typename F>
+    bool keep(F && is_warm) {
+        bool any = false;
+        for (size_t b = 0; b < blocks.size(); ++b) {
+            for (uint64_t left = there[b]; left; left &= left - 1) {
+                const int64_t i = lowest_bit(left);
+                if (!is_warm(cell(b, i))) {
+                    there[b] &= ~(1ull << i);
+                    any = true;
+                }
+            }
+        }
+        if (any) {
+            drop_empty();
+        }
+        return any;
+    }
+
+    uint32_t n_blocks()                      const { return blocks.size(); }
+    uint32_t cell(uint32_t block, int64_t i) const { return blocks[block].lowest + blocks[block].behind[i]; }
+    uint32_t first_cell(uint32_t block)      const { return cell(block, lowest_bit(there[block])); } // that is warm
+
+    size_t head_bytes_k() const { return bytes_k; } // codes of one KV head in a block
+    size_t head_bytes()   const { return bytes_k + bytes_v; }
+    size_t bytes()        const;
+
+    refreekv_warm_view   view = {};
+    std::vector<uint8_t> visible; // [n_tokens][n_blocks]
+
+    // where the exact rows are
+    struct {
+        const refreekv_cold * store = nullptr;
+        uint64_t              place = 0; // of the group's cell 0
+        refreekv::record      record;
+        bool                  readable = false; // by this process, as it was when the batch began
+    } exact;
+
+    std::atomic<int64_t> n_read { 0 };
+    std::atomic<int64_t> n_lost { 0 };
+
+private:
+    struct block {
+        uint32_t lowest; // cell
+        uint16_t behind[64];
+    };
+
+    const size_t bytes_k;
+    const size_t bytes_v;
+    const size_t block_bytes;
+
+    std::vector<block>              blocks;
+    std::vector<uint64_t>           there; // bit i of a block: its cell i is warm
+    std::vector<uint8_t *>          codes;
+    std::vector<refreekv_pages_ptr> slabs; // memory of codes
+
+    void drop_empty();
+    void update_view();
+    bool read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
+};
+
+} // namespace refreekv

@@ -1,0 +1,215 @@
+#include "tiers/warm-tier.h"
+
+#include "api/error.h"
+#include "kernels/codes.h"
+#include "kernels/kernels.h"
+
+#include "llama-batch.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace refreekv {
+
+// bits of codes: docs/fidelity.md says what other choices give
+static const int BITS_K = 4;
+static const int BITS_V = 2;
+
+static const size_t N_CELLS = REFREEKV_CODED_CELLS;
+
+// why a layer can have no warm tier, or nullptr
+static const char * why_not(const llama_hparams & hparams, const layer & layer, const refreekv_params & params) {
+    const auto * kernels = refreekv_find_kernels();
+
+    const int64_t n_k = hparams.n_embd_head_k(layer.il);
+    const int64_t n_v = hparams.n_embd_head_v(layer.il);
+
+    // a head is a whole number of blocks of its type, in the cache and in the cold store
+    const auto whole = [&](int64_t n, ggml_type type) {
+        return n % ggml_blck_size(type) == 0 && (params.cold_type < 0 || ggml_is_quantized(type) || n % ggml_blck_size((ggml_type) params.cold_type) == 0);
+    };
+
+    if (!ggml_backend_buft_is_host(layer.shape.buft)) {
+        return "the cache is not in host memory";
+    }
+    if (hparams.use_alibi) {
+        return "attention with ALiBi is not supported";
+    }
+    if (!whole(n_k, layer.shape.type_k) || !whole(n_v, layer.shape.type_v)) {
+        return "heads are no whole blocks of the cache's type";
+    }
+    if (!kernels || hparams.n_gqa(layer.il) > REFREEKV_WARM_GQA || !kernels->codes_fit(n_k, BITS_K) || !kernels->codes_fit(n_v, BITS_V)) {
+        return "this build has no decode kernel for the model's heads";
+    }
+    return nullptr;
+}
+
+void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
+    if (params.fault_mass <= 0.0f) {
+        return;
+    }
+
+    const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
+
+    for (const auto & layer : layers) {
+        why = why ? why : why_not(hparams, layer, params);
+    }
+    if (why && params.fault_needed) {
+        refreekv_set_error("faults: %s", why);
+        throw std::runtime_error(why);
+    }
+
+    share = why ? 0.0f : params.fault_mass;
+}
+
+void warm_tier::make(group & g, const layer & layer) const {
+    if (share <= 0.0f || g.whole) {
+        return;
+    }
+
+    g.warm = std::make_unique<warm_cells>(g.heads.size(), hparams.n_embd_head_k(g.il), hparams.n_embd_head_v(g.il), BITS_K, BITS_V);
+
+    g.warm->view.softmax = &layer.softmax;
+    g.warm->view.theta   = share;
+    g.warm->view.type_k  = cold.type_of(g, false);
+    g.warm->view.type_v  = cold.type_of(g, true);
+
+    g.warm->exact.store  = cold.get_store();
+    g.warm->exact.place  = g.cold_place;
+    g.warm->exact.record = g.record;
+}
+
+// of n rows of K or V: the codes of each KV head
+void warm_tier::encode(const group & g, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const {
+    const auto & view = g.warm->view;
+
+    const ggml_type type   = g.type(is_v);
+    const int64_t   n_row  = g.n_embd(is_v);
+    const int64_t   n_head = is_v ? view.n_v : view.n_k;
+
+    std::vector<float> numbers(n*n_row);
+    std::vector<float> head   (n*n_head);
+
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t * row = rows + i*g.row_size(is_v);
+        if (type == GGML_TYPE_F32) {
+            std::copy_n((const float *) row, n_row, numbers.data() + i*n_row);
+        } else {
+            ggml_get_type_traits(type)->to_float(row, numbers.data() + i*n_row, n_row);
+        }
+    }
+    for (int64_t h = 0; h < view.n_head_kv; ++h) {
+        for (int64_t i = 0; i < n; ++i) {
+            std::copy_n(numbers.data() + i*n_row + h*n_head, n_head, head.data() + i*n_head);
+        }
+        refreekv_find_kernels()->encode(head.data(), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, codes + h*g.warm->head_bytes() + (is_v ? g.warm->head_bytes_k() : 0));
+    }
+}
+
+void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_fn & rows) const {
+    if (!g.warm) {
+        return;
+    }
+
+    // the cells of a block are seen by the same sequences, and are neighbours in position
+    struct run {
+        uint32_t first; // one of its cells
+        std::vector<std::pair<llama_pos, uint32_t>> cells; // position and index of each
+    };
+    std::vector<run> runs;
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        if (!cold.has(g, cells[i])) {
+            continue;
+        }
+        auto it = std::find_if(runs.begin(), runs.end(), [&](const run & r) { return logical.alike(r.first, cells[i]); });
+        if (it == runs.end()) {
+            it = runs.insert(it, { cells[i], {} });
+        }
+        it->cells.emplace_back(logical.pos_of(cells[i]), i);
+    }
+
+    std::vector<uint8_t> rows_k(N_CELLS*g.row_size(false));
+    std::vector<uint8_t> rows_v(N_CELLS*g.row_size(true));
+
+    for (auto & r : runs) {
+        std::sort(r.cells.begin(), r.cells.end());
+
+        for (size_t first = 0, n; first < r.cells.size(); first += n) {
+            uint32_t indices [N_CELLS];
+            uint32_t of_block[N_CELLS];
+
+            uint32_t lowest  = UINT32_MAX;
+            uint32_t highest = 0;
+
+            for (n = 0; n < std::min(N_CELLS, r.cells.size() - first); ++n) {
+                indices [n] = r.cells[first + n].second;
+                of_block[n] = cells[indices[n]];
+
+                lowest  = std::min(lowest,  of_block[n]);
+                highest = std::max(highest, of_block[n]);
+                if (!warm_cells::may_share(lowest, highest)) {
+                    break;
+                }
+            }
+            rows(indices, n, rows_k.data(), rows_v.data());
+
+            uint8_t * codes = g.warm->add(of_block, n);
+            encode(g, false, n, rows_k.data(), codes);
+            encode(g, true,  n, rows_v.data(), codes);
+        }
+    }
+    n_generation++;
+}
+
+void warm_tier::refresh(std::vector<group> & groups) const {
+    for (auto & g : groups) {
+        if (g.warm && g.warm->keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && cold.has(g, cell) && !logical.is_empty(cell); })) {
+            n_generation++;
+        }
+    }
+}
+
+void warm_tier::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n) const {
+    if (!g.warm) {
+        return;
+    }
+    g.warm->copy(first_src, first_dst, n);
+    g.warm->keep([&](uint32_t cell) { return cell < first_dst || cell - first_dst >= n || cold.has(g, cell); });
+}
+
+void warm_tier::begin_batch(std::vector<group> & groups, const llama_ubatch & ubatch) {
+    const bool readable = share > 0.0f && cold.readable();
+
+    for (auto & g : groups) {
+        if (!g.warm || g.warm->n_blocks() == 0) {
+            continue;
+        }
+        auto & warm = *g.warm;
+
+        warm.exact.readable = readable;
+
+        const uint32_t n_blocks = warm.n_blocks();
+
+        warm.visible.resize(ubatch.n_tokens*n_blocks);
+        warm.view.visible = warm.visible.data();
+
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            // the block's other cells are of the same sequences, and no token of a batch has a position between them
+            const uint32_t cell = warm.first_cell(b);
+
+            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+                warm.visible[i*n_blocks + b] = logical.seq_has(cell, ubatch.seq_id[i][0]) && logical.pos_of(cell) <= ubatch.pos[i];
+            }
+        }
+
+        if (warm.n_lost > 0 && !warned_of_lost) {
+            LLAMA_LOG_WARN("refreekv: the cold store cannot be read any more; decoding goes on with the codes of what was evicted\n");
+            warned_of_lost = true;
+        }
+    }
+}
+
+} // namespace refreekv
