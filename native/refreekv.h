@@ -94,6 +94,8 @@ struct refreekv_params {
     int32_t window_step;      // every how many-th of them is looked at, counted back from the last
     int32_t n_sink;           // first positions that are always kept
     int32_t n_recent;         // last positions that are always kept
+    int32_t n_hot;            // refreekv, where decoding goes on attending to what is evicted (theta): the sinks and this many last positions stay,
+                              // and no attention is looked at; 0: the policy decides there, too
     int32_t n_full_layers;    // leading attention layers that are kept whole
     int32_t n_pool;           // width of the pool over scores, odd
     int32_t n_block;          // cells are evicted in multiples of this; the graph's padding
@@ -105,7 +107,7 @@ struct refreekv_params {
     float   top_p;            // top_p: the part of the attention that has to stay, in (0, 1]
     double  budget;           // of policies with a fixed one: fraction of the cells to keep, or a count when > 1
 
-    uint64_t memory_limit;    // bytes of K and V that a decode may not grow beyond; 0: none
+    uint64_t memory_limit;    // bytes of K and V, and of codes, that a decode may not grow beyond; 0: none
 
     int32_t      cold;        // enum refreekv_cold_kind
     uint64_t     cold_limit;  // bytes that the cold store may hold; 0: no limit
@@ -113,10 +115,9 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
-    float   fault_mass;       // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
-                              // attention or more from the cold store; 0: it goes on without. Where that can be had: with a cold store,
-                              // the cache in host memory, and heads that the decode kernel takes
-    bool    fault_needed;     // a context that cannot have it fails
+    float   theta;            // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
+                              // attention or more from the cold store, if there is one; 0: it goes on without. This needs the cache in
+                              // host memory, and heads that the decode kernel takes
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    by_graph;         // debug: move rows and look at attention with graphs, as on a device, where the host could do it
@@ -140,9 +141,9 @@ struct refreekv_stats {
     bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
-    float    fault_mass;  // what decoding goes by; 0: it goes on without what is evicted
-    int64_t  n_faults;    // evicted rows, of one KV head each, that it has read from the cold store
-    uint64_t bytes_sketch; // codes of evicted rows
+    float    theta;       // what decoding goes by; 0: it goes on without what is evicted
+    int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
+    uint64_t bytes_codes; // of evicted rows
 };
 
 // one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it

@@ -53,11 +53,12 @@ COMBINATIONS: dict[str, ReFreeKV] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Debug(Policy):
-    """Another policy, with the debug fields of native/refreekv.h set."""
+    """Another policy with the debug fields of native/refreekv.h set, and with theta, which only ReFreeKV has."""
 
     policy: Policy
     mask_only: bool = False
     by_graph: bool = False
+    theta: float = 0.0
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ class Debug(Policy):
     def native_options(self) -> dict[str, Any]:
         options = self.policy.native_options()
         assert options is not None
-        return {**options, "mask_only": self.mask_only, "by_graph": self.by_graph}
+        return {**options, "mask_only": self.mask_only, "by_graph": self.by_graph, "theta": self.theta}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from refreekv_cpp import Llama, Policy, native
+from refreekv_cpp import Llama, Policy, ReFreeKV, native
+from refreekv_cpp.policies import as_policy
 
 # ggml's numbers of the types a cache can have
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q4_0": 2, "iq4_nl": 20}
 F32, F16, Q8_0 = CACHE_TYPES["f32"], CACHE_TYPES["f16"], CACHE_TYPES["q8_0"]
 
 
-def load(path: Path, policy: str | Policy, *, kind: type[Llama] = Llama, **options: Any) -> Llama:
-    """A Llama on one thread: with models this small more of them only wait for each other."""
-    defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "kv_faults": False}
+def load(path: Path, policy: str | Policy, *, kind: type[Llama] = Llama, codes: bool = False, **options: Any) -> Llama:
+    """A Llama on one thread: with models this small more of them only wait for each other.
+
+    codes: ReFreeKV goes on attending to what it evicts.
+    """
+    defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    if isinstance(policy, str):
+        policy = as_policy(policy)
+    if isinstance(policy, ReFreeKV) and not codes:
+        policy = replace(policy, theta=0.0)
     return kind(str(path), kv_policy=policy, **{**defaults, **options})
 
 
@@ -53,7 +62,7 @@ class Sequences:
     """A context with several sequences, which llama-cpp-python's Llama does not have.
 
     Args:
-        cold: fields of refreekv_params that say where evicted rows go.
+        cold: fields of refreekv_params that say where evicted rows go, and theta.
         fields: of llama_context_params.
     """
 
@@ -75,7 +84,7 @@ class Sequences:
             path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
         )
         options = policy.native_options()
-        with native.next_context(options and native.make_params(**options, **(cold or {}))):
+        with native.next_context(options and native.make_params(**{**options, **(cold or {})})):
             self.context = llama_cpp._internals.LlamaContext(model=self.model, params=params, verbose=False)
         self.ctx = self.context.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refreekv_cpp.faults import THETA
 
 from refreekv_cpp import Full, PolicyError, ReFreeKV, Streaming
 from refreekv_cpp.document import FACT, write_document
@@ -19,7 +20,6 @@ from refreekv_cpp.eval.generators import GENERATORS, generate
 from refreekv_cpp.eval.records import RECORDS, SETTINGS
 from refreekv_cpp.eval.report import write_report
 from refreekv_cpp.eval.spec import parse_spec, parse_specs
-from refreekv_cpp.faults import THETA
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 

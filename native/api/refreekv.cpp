@@ -114,6 +114,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.window_step      = 1;
     res.n_sink           = 4;
     res.n_recent         = 32;
+    res.n_hot            = 64;
     res.n_full_layers    = 0;
     res.n_pool           = 7;
     res.n_block          = 256;
@@ -129,8 +130,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_dir         = nullptr;
     res.cold_type        = -1;
     res.cold_state       = true;
-    res.fault_mass       = 0.0f;
-    res.fault_needed     = false;
+    res.theta            = 0.0f;
     res.mask_only        = false;
     res.by_graph     = false;
 

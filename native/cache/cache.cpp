@@ -51,6 +51,9 @@ llama_memory_context_ptr cache::init_context(slot_info_vec_t sinfos, std::vector
 }
 
 cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches) {
+    if (store->plan_coding(ubatches)) {
+        return {}; // upstream then calls init_update(), and tries again
+    }
     auto res = llama_kv_cache::prepare(ubatches);
 
     return res.empty() || store->reserve(res) ? res : slot_info_vec_t {};

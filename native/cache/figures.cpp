@@ -83,7 +83,7 @@ refreekv_stats refreekv_store::stats() const {
     res.n_restores  = n_restores;
     res.restore_us  = restore_us;
 
-    res.fault_mass  = warm.theta();
+    res.theta       = warm.theta();
 
     res.bytes_bounced = evictor.bytes_bounced();
 
@@ -92,8 +92,8 @@ refreekv_stats refreekv_store::stats() const {
     for (const auto & g : groups) {
         res.bytes      += g.rows.bytes();
         if (g.warm) {
-            res.n_faults     += g.warm->n_read;
-            res.bytes_sketch += g.warm->bytes();
+            res.n_rows_read += g.warm->n_read;
+            res.bytes_codes += g.warm->bytes();
         }
         res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
 

@@ -43,7 +43,11 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     return false;
 }
 
+// bytes: of rows
 bool refreekv_store::within_limit(uint64_t bytes) const {
+    for (const auto & g : groups) {
+        bytes += g.warm ? g.warm->bytes() : 0;
+    }
     if (params.memory_limit == 0 || bytes <= params.memory_limit) {
         return true;
     }

@@ -18,7 +18,8 @@ llama_pos refreekv_store::pruned_pos(llama_seq_id seq_id) const {
 
 // a sequence that has no cells any more
 void refreekv_store::forget_seq(llama_seq_id seq_id) {
-    pruned[seq_id] = -1;
+    pruned  [seq_id] = -1;
+    coded_at[seq_id] = -1;
     spans[seq_id].clear();
     ring.forget(seq_id);
 }
@@ -66,6 +67,13 @@ bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     return true;
 }
 
+// whether queries see all cells: what groups do not hold is warm
+bool refreekv_store::attends_to_all() const {
+    return warm.theta() > 0.0f && std::all_of(groups.begin(), groups.end(), [&](const group & g) {
+        return g.res.n_visible() + (g.warm ? g.warm->n_cells() : 0) >= logical.n_used();
+    });
+}
+
 bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     // all of it: the other part of the memory may still refuse
     return for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
@@ -77,7 +85,7 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
     const llama_pos pos = pruned[seq_id];
 
-    if (restore_now(seq_id, gone0, gone1) >= 0) {
+    if (attends_to_all() || restore_now(seq_id, gone0, gone1) >= 0) {
         return true;
     }
     const std::string why = refreekv_last_error();
@@ -265,8 +273,8 @@ void refreekv_store::release_stale() {
         for (auto & g : groups) {
             cold.forget(g, empty);
         }
-        warm.refresh(groups);
     }
+    warm.refresh(groups);
     stale_slots = false;
 }
 

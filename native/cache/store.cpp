@@ -2,6 +2,7 @@
 
 #include "api/error.h"
 #include "api/process.h"
+#include "kernels/codes.h"
 #include "tiers/cold-store.h"
 
 #include "policies/policy.h"
@@ -39,7 +40,7 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     kv(kv), logical(kv.v_cells, kv.seq_to_stream), params(params), prunes_read(prunes_read),
     layouts(groups, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, groups, logical, layouts),
     ring(params.n_window + 1, kv.n_seq_max),
-    pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(groups, params.by_graph, n_generation),
+    pruned(logical.n_seq_ids(), -1), coded_at(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(groups, params.by_graph, n_generation),
     cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm) {
     const auto & hparams = kv.hparams;
@@ -63,13 +64,17 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     }
 
     warm.open(params, layers);
+    if (warm.theta() == 0.0f || params.policy != REFREEKV_POLICY_REFREEKV) {
+        this->params.n_hot = 0; // the policy decides
+    }
     if (warm.theta() > 0.0f) {
         layouts.set_pad(128); // little is held, and padding is memory
+        this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
     }
     make_groups({});
 
     for (const auto & [buft, ids] : by_buft) {
-        if (!refreekv_policy_looks(params.policy)) {
+        if (!refreekv_policy_looks(params.policy) || this->params.n_hot > 0) {
             break;
         }
 
@@ -308,9 +313,6 @@ const refreekv_warm_view * refreekv_store::warm_of(uint32_t i_group) const {
 }
 
 void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
-    if (cold.bytes() == 0) {
-        return;
-    }
     for (auto & g : groups) {
         cold.copy(g, first_src, first_dst, logical.stream_size());
         warm.copy(g, first_src, first_dst, logical.stream_size());

@@ -63,6 +63,9 @@ public:
     // tokens to come, this batch's among them: the next reserve() makes room for all of them, where it can
     void expect(uint32_t n_tokens) { n_expected = n_tokens; }
 
+    // Cells of an answer that is being generated are to be coded before this batch. true: update() does it, and the batch comes again
+    bool plan_coding(const std::vector<llama_ubatch> & ubatches);
+
     // called before every batch; true when update() has something to do
     bool begin_update(llama_context * lctx);
     bool update(llama_context * lctx);
@@ -173,7 +176,7 @@ private:
 
     const refreekv::logical_cells logical;
 
-    const refreekv_params params;
+    refreekv_params       params;
     const bool            prunes_read;
     std::set<llama_seq_id> read;         // sequences that batches of several tokens added to
 
@@ -187,6 +190,7 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
     std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
+    std::vector<llama_pos> coded_at;      // [LLAMA_MAX_SEQ] the last position when cells were last coded by plan_coding()
 
     std::vector<refreekv::span_list> spans; // [LLAMA_MAX_SEQ] see protect()
 
@@ -225,6 +229,7 @@ private:
     bool may_seq_cp (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 
     void forget_seq(llama_seq_id seq_id);
+    bool attends_to_all() const;
     void release_stale();
     bool copy_stream(llama_seq_id src, llama_seq_id dst);
     bool update_layouts();

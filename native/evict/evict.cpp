@@ -6,7 +6,6 @@
 #include "api/error.h"
 #include "api/process.h"
 #include "cache/parallel.h"
-#include "kernels/codes.h"
 #include "kernels/kernels.h"
 
 #include "llama-context.h"
@@ -17,6 +16,9 @@
 #include <cinttypes>
 
 static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
+// tokens of a sequence in one batch that are taken for an answer that is being generated, with drafts; more are a prompt
+static const uint32_t MAX_GENERATED = 32;
+
 static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 bool refreekv_store::begin_update(llama_context * lctx) {
@@ -73,9 +75,56 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const r
     }
 
     refreekv_params chosen = by ? *by : params;
-    chosen.n_block = warm.theta() > 0.0f ? std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS) : params.n_block;
+    chosen.n_block = params.n_block;
+    chosen.n_hot   = std::min(chosen.n_hot, params.n_hot);
 
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+}
+
+// Cells leave the hot set while an answer is generated, too, a few blocks of codes at a time: so that only codes grow. This is asked
+// before each batch. Returns true when cells are to be coded first; that is the next update()'s job
+bool refreekv_store::plan_coding(const std::vector<llama_ubatch> & ubatches) {
+    if (!jobs.empty()) {
+        return true;
+    }
+    if (params.n_hot == 0 || n_expected > 0 || groups.empty()) {
+        return false; // the policy decides, or a prompt is being read
+    }
+
+    const auto & g = groups.back(); // all groups that cells are evicted from hold the same
+
+    const uint32_t n_due = 2*layouts.padded(params.n_sink + params.n_hot);
+
+    std::map<llama_seq_id, uint32_t> n_tokens;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens && g.res.n_used() >= n_due; ++i) {
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                n_tokens[ubatch.seq_id[i][j]]++;
+            }
+        }
+    }
+
+    for (const auto & [seq_id, n] : n_tokens) {
+        const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
+
+        if (n > MAX_GENERATED || last < 0 || coded_at[seq_id] == last) {
+            continue;
+        }
+        uint32_t n_held = 0;
+        for (const auto & c : logical.of_seq(seq_id)) {
+            n_held += !g.lacks(c.cell);
+        }
+        if (n_held < (pruned[seq_id] >= 0 ? n_due : std::max<uint32_t>(n_due, params.n_min))) {
+            continue;
+        }
+        coded_at[seq_id] = last; // once, also where it fails
+
+        refreekv_params chosen = params;
+        chosen.n_min = 0;
+        jobs.push_back([this, seq_id = seq_id, chosen]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+    }
+
+    return !jobs.empty();
 }
 
 void refreekv_store::prune_read(llama_context * lctx) {

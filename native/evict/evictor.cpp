@@ -58,6 +58,13 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
         pinned.push_back(c.stays);
     }
 
+    if (by.n_hot > 0) {
+        refreekv_select_hot(by, list.size(), pinned, sel);
+        keep_selected(sel, keep);
+
+        return REFREEKV_OK;
+    }
+
     if (!refreekv_policy_looks(by.policy)) {
         refreekv_attention_host nothing(nullptr, 0, 0, list.size());
 

@@ -57,8 +57,8 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (p.window_step < 1 || p.window_step > p.n_window) {
         return "window_step: must be 1 to n_window";
     }
-    if (p.n_sink < 0 || p.n_recent < 0 || p.n_full_layers < 0 || p.n_min < 0) {
-        return "n_sink, n_recent, n_full_layers, n_min: must not be negative";
+    if (p.n_sink < 0 || p.n_recent < 0 || p.n_hot < 0 || p.n_full_layers < 0 || p.n_min < 0) {
+        return "n_sink, n_recent, n_hot, n_full_layers, n_min: must not be negative";
     }
     if (p.n_pool < 1 || p.n_pool % 2 == 0) {
         return "n_pool: must be odd and positive";
@@ -75,11 +75,8 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (p.beta < 1) {
         return "beta: must be 1 or more";
     }
-    if (!(p.fault_mass >= 0.0f && p.fault_mass < 1.0f)) {
-        return "fault_mass: must be 0 or more, and below 1";
-    }
-    if (p.fault_mass > 0.0f && p.cold == REFREEKV_COLD_NONE) {
-        return "fault_mass: needs a cold store";
+    if (!(p.theta >= 0.0f && p.theta < 1.0f)) {
+        return "theta: must be 0 or more, and below 1";
     }
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
         return "top_p: must be above 0 and at most 1";

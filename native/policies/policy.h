@@ -53,6 +53,9 @@ bool refreekv_policy_h2o      (const refreekv_params & params, refreekv_attentio
 bool refreekv_policy_pyramidkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 bool refreekv_policy_top_p    (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
 
+// what stays exact where the rest is attended to by codes (params.n_hot): the sinks, the pinned cells, and the last positions
+void refreekv_select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+
 // the registry; nullptr: no such policy, or one that evicts nothing
 refreekv_policy_fn refreekv_policy_find(int32_t kind);
 

@@ -108,13 +108,6 @@ bool refreekv_policy_refreekv(const refreekv_params & params, refreekv_attention
         return true;
     }
 
-    // all of the measure may be lost, so no attention has to be looked at
-    if (params.threshold >= 1.0f) {
-        res.order  = refreekv_order_head(params, n, n, pinned);
-        res.n_keep = cuts[0];
-        return true;
-    }
-
     if (!refreekv_rank(params, attn, pinned, res.order)) {
         return false;
     }

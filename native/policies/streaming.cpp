@@ -16,3 +16,10 @@ bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attentio
 
     return true;
 }
+
+void refreekv_select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
+    const uint32_t n_min = refreekv_order_head(params, n_cells, params.n_hot, pinned).size();
+
+    res.order  = refreekv_order_head(params, n_cells, n_cells, pinned);
+    res.n_keep = refreekv_cuts(params, n_cells, n_min).front();
+}

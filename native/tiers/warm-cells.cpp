@@ -87,6 +87,16 @@ void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
     }
 }
 
+uint32_t warm_cells::n_cells() const {
+    uint32_t res = 0;
+    for (uint64_t bits : there) {
+        for (; bits; bits &= bits - 1) {
+            res++;
+        }
+    }
+    return res;
+}
+
 size_t warm_cells::bytes() const {
     return blocks.size()*(block_bytes + sizeof(block) + sizeof(there[0]) + sizeof(codes[0]));
 }
@@ -122,6 +132,12 @@ bool warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * r
     const uint32_t n_gap = std::max<size_t>(1, GAP/size);
 
     thread_local std::vector<uint8_t> piece;
+
+    for (uint64_t left = cells; left; left &= left - 1) {
+        if (!exact.there[cell(block, lowest_bit(left))]) {
+            return false; // there was no room for it
+        }
+    }
 
     while (cells && exact.readable) {
         const uint32_t first = cell(block, lowest_bit(cells));

@@ -67,6 +67,7 @@ public:
     }
 
     uint32_t n_blocks()                      const { return blocks.size(); }
+    uint32_t n_cells()                       const; // that are warm
     uint32_t cell(uint32_t block, int64_t i) const { return blocks[block].lowest + blocks[block].behind[i]; }
     uint32_t first_cell(uint32_t block)      const { return cell(block, lowest_bit(there[block])); } // that is warm
 
@@ -82,6 +83,7 @@ public:
         const refreekv_cold * store = nullptr;
         uint64_t              place = 0; // of the group's cell 0
         refreekv::record      record;
+        const uint8_t *       there = nullptr; // [n_cells] whether the store has the row of a cell
         bool                  readable = false; // by this process, as it was when the batch began
     } exact;
 

@@ -1,6 +1,5 @@
 #include "tiers/warm-tier.h"
 
-#include "api/error.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
 
@@ -9,7 +8,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <cmath>
 
 namespace refreekv {
 
@@ -47,21 +46,20 @@ static const char * why_not(const llama_hparams & hparams, const layer & layer, 
 }
 
 void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
-    if (params.fault_mass <= 0.0f) {
+    if (params.theta <= 0.0f) {
         return;
     }
 
-    const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
+    const char * why = nullptr;
 
     for (const auto & layer : layers) {
         why = why ? why : why_not(hparams, layer, params);
     }
-    if (why && params.fault_needed) {
-        refreekv_set_error("faults: %s", why);
-        throw std::runtime_error(why);
+    if (why) {
+        LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why);
+    } else {
+        share = params.theta;
     }
-
-    share = why ? 0.0f : params.fault_mass;
 }
 
 void warm_tier::make(group & g, const layer & layer) const {
@@ -72,13 +70,14 @@ void warm_tier::make(group & g, const layer & layer) const {
     g.warm = std::make_unique<warm_cells>(g.heads.size(), hparams.n_embd_head_k(g.il), hparams.n_embd_head_v(g.il), BITS_K, BITS_V);
 
     g.warm->view.softmax = &layer.softmax;
-    g.warm->view.theta   = share;
+    g.warm->view.theta   = cold.exists() ? share : INFINITY; // else there is nothing to read
     g.warm->view.type_k  = cold.type_of(g, false);
     g.warm->view.type_v  = cold.type_of(g, true);
 
     g.warm->exact.store  = cold.get_store();
     g.warm->exact.place  = g.cold_place;
     g.warm->exact.record = g.record;
+    g.warm->exact.there  = g.is_cold.data();
 }
 
 // of n rows of K or V: the codes of each KV head
@@ -121,9 +120,6 @@ void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_f
     std::vector<run> runs;
 
     for (size_t i = 0; i < cells.size(); ++i) {
-        if (!cold.has(g, cells[i])) {
-            continue;
-        }
         auto it = std::find_if(runs.begin(), runs.end(), [&](const run & r) { return logical.alike(r.first, cells[i]); });
         if (it == runs.end()) {
             it = runs.insert(it, { cells[i], {} });
@@ -166,7 +162,7 @@ void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_f
 
 void warm_tier::refresh(std::vector<group> & groups) const {
     for (auto & g : groups) {
-        if (g.warm && g.warm->keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && cold.has(g, cell) && !logical.is_empty(cell); })) {
+        if (g.warm && g.warm->keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && !logical.is_empty(cell); })) {
             n_generation++;
         }
     }
@@ -177,7 +173,6 @@ void warm_tier::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t
         return;
     }
     g.warm->copy(first_src, first_dst, n);
-    g.warm->keep([&](uint32_t cell) { return cell < first_dst || cell - first_dst >= n || cold.has(g, cell); });
 }
 
 void warm_tier::begin_batch(std::vector<group> & groups, const llama_ubatch & ubatch) {

@@ -22,7 +22,7 @@ public:
     warm_tier(const llama_hparams & hparams, const logical_cells & logical, const cold_rows & cold, std::atomic<uint64_t> & n_generation) :
         hparams(hparams), logical(logical), cold(cold), n_generation(n_generation) {}
 
-    // Throws std::runtime_error where the parameters demand a warm tier and these layers cannot have one
+    // where the parameters ask for one, and these layers can have it
     void open(const refreekv_params & params, const std::vector<layer> & layers);
 
     // the part of a head's attention at which a row is read from the cold store; 0: there is no warm tier

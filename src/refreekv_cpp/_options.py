@@ -81,16 +81,6 @@ class KVOptions:
         }
 
 
-def check_every(n_tokens: int | None) -> int | None:
-    """
-    Raises:
-        PolicyError: not a positive number.
-    """
-    if n_tokens is not None and (not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1):
-        raise PolicyError(f"kv_prune_every={n_tokens!r}: must be a positive number of tokens, or None")
-    return n_tokens
-
-
 def _can_write(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 

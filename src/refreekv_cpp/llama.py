@@ -22,7 +22,6 @@ from refreekv_cpp import (
     _grammar,
     _options,
     _states,
-    faults,
     guard,
     induction,
     native,
@@ -61,16 +60,10 @@ class Llama(llama_cpp.Llama):
             second turn). Default: "restore".
         kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
             system message of a chat completion. Default: none but what the policy keeps.
-        kv_prune_every: prune again after so many generated tokens, so that a long answer does not grow without bound.
-            Default: only the prompt is pruned.
         kv_guard: how far, in nats, the pruned cache may be from the whole one: the first token of an answer is read on
             both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
             kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
             read twice.
-        kv_faults: decoding goes on attending to what is evicted: K stays in 4 bits a number and V in 2, and rows that
-            get this part of a head's attention or more (True: 0.003) are read from the cold store as they were. False:
-            what is evicted takes no part. Needs kv_evicted="restore" and the cache in host memory. Default: 0.003 where
-            it can be had, else False.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -95,7 +88,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_guard` or `kv_faults` that was
+        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_guard` that was
             asked for. (Where REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
@@ -111,9 +104,7 @@ class Llama(llama_cpp.Llama):
         kv_elastic: bool | None = None,
         kv_memory_limit: int | str | None = None,
         kv_protect: Protect | None = None,
-        kv_prune_every: int | None = None,
         kv_guard: float | None = None,
-        kv_faults: bool | float | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
@@ -133,10 +124,7 @@ class Llama(llama_cpp.Llama):
             kv_cold_state,
         )
         self.kv_protect = spans.check(kv_protect)
-        self.kv_prune_every = _options.check_every(kv_prune_every)
         self.kv_guard = guard.check(kv_guard, kv.evicted)
-        self._faults = faults.check(kv_faults, kv.evicted)
-        self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
             _cache_types.check(name, options.get(name))
@@ -171,7 +159,6 @@ class Llama(llama_cpp.Llama):
         self._n_limit_prunes = 0
         self._n_guarded = 0
         self._divergence: float | None = None  # of the last pruning, where it was measured
-        self._n_generated = 0  # since the last pruning
         self._system: str | None = None  # message of the chat that is being answered
         self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
         self._heads_set = False
@@ -207,8 +194,7 @@ class Llama(llama_cpp.Llama):
             except Exception as error:
                 self.close()
                 if isinstance(error, ValueError) and (reason := native.last_error()):
-                    other = "leave kv_faults out" if reason.startswith("faults: ") else 'kv_policy="full" runs it'
-                    raise UnsupportedModelError(f"{reason}; {other}") from error
+                    raise UnsupportedModelError(f'{reason}; kv_policy="full" runs it') from error
                 raise
         n_ctx = self.n_ctx()
         if len(self.input_ids) != n_ctx:  # llama.cpp has rounded it up, upstream's arrays are as long as was asked for
@@ -223,16 +209,8 @@ class Llama(llama_cpp.Llama):
         return native.make_params(
             **options,
             memory_limit=self.kv_memory_limit or 0,
-            fault_mass=self._faults.theta if self._evicts else 0,
-            fault_needed=self._faults.needed,
             **self._cold_options,
         )
-
-    @property
-    def kv_faults(self) -> float:
-        """The part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part."""
-        with self._reading:
-            return float(native.stats(self._ctx.ctx).fault_mass) if self._evicts else 0.0
 
     @property
     def kv_stats(self) -> KVStats:
@@ -271,8 +249,6 @@ class Llama(llama_cpp.Llama):
         for start, end in spans.resolve(self.kv_protect, self, self._system):
             native.protect(ctx, _SEQ_ID, start, end)
         before = native.stats(ctx)
-        if isinstance(policy, ReFreeKV) and self.kv_faults:
-            policy = policy.beside_codes()
         if policy is self.kv_policy:
             n_evicted = policy.prune(ctx, _SEQ_ID)
         else:
@@ -320,12 +296,6 @@ class Llama(llama_cpp.Llama):
             self._eval_within(tokens, self.kv_memory_limit)
         if self._prompt_of is not None:
             self._unpruned_of, self._prompt_of = self._prompt_of, None
-            self._n_generated = 0
-        elif self.kv_prune_every is not None and len(tokens) == 1:
-            self._n_generated += 1
-            if self._n_generated == self.kv_prune_every:
-                self._n_generated = 0
-                self.prune_kv()
 
     def _prune_due(self, generation: object = None) -> None:
         """Prune a prompt that was read and is not pruned yet, of any generation or just of this one.
@@ -407,7 +377,7 @@ class Llama(llama_cpp.Llama):
         self._heads_set = True
 
     def _find_heads(self) -> list[induction.Head]:
-        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None or self.kv_faults:
+        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None or self._codes_all:
             return []
         path, options = Path(self.model_path), induction.options_of(self, self.kv_policy.n_window)
         scores = induction.load(path, options)
@@ -593,8 +563,13 @@ class Llama(llama_cpp.Llama):
     @property
     def _n_window(self) -> int:
         """Queries that the policy judges by."""
-        n_window: int = (self.kv_policy.native_options() or {}).get("n_window", 0)
+        n_window: int = 0 if self._codes_all else (self.kv_policy.native_options() or {}).get("n_window", 0)
         return n_window
+
+    @property
+    def _codes_all(self) -> bool:
+        """Whether decoding goes on attending to all that is evicted, so that the policy has nothing to judge."""
+        return native.stats(self._ctx.ctx).theta > 0 and bool((self.kv_policy.native_options() or {}).get("n_hot"))
 
     def _rewind_for_queries(self, prompt: Sequence[int]) -> None:
         """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
@@ -718,7 +693,7 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         options = {name: getattr(self, name) for name in _OWN_OPTIONS}
-        return {**state, **options, "kv_faults": self._kv_faults}  # what was asked for, not what came of it here
+        return {**state, **options}
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)

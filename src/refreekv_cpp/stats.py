@@ -39,7 +39,7 @@ class ProcessMemory:
         weights: of the model.
         compute: buffers for graphs.
         kv: K and V.
-        sketches: codes of evicted rows (`kv_faults`).
+        codes: of evicted rows, which decoding attends to.
         rings: the last queries, which an evicting policy judges by.
         other: the rest of the context: layers with a sliding window, recurrent states.
     """
@@ -49,7 +49,7 @@ class ProcessMemory:
     weights: int
     compute: int
     kv: int
-    sketches: int
+    codes: int
     rings: int
     other: int
 
@@ -90,8 +90,9 @@ class KVStats:
         cold_full: rows were lost that should have gone there, for want of room.
         n_restores: times that evicted rows were brought back.
         restore_ms: the time that took altogether, in milliseconds.
-        n_faults: evicted rows, of one KV head each, that decoding has read from the cold store (`kv_faults`).
-        bytes_sketch: codes of evicted rows, which decoding attends to.
+        theta: the part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part.
+        n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
+        bytes_codes: codes of evicted rows, which decoding attends to.
         n_layouts: distinct layouts among the groups: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -124,8 +125,9 @@ class KVStats:
     cold_full: bool
     n_restores: int
     restore_ms: float
-    n_faults: int
-    bytes_sketch: int
+    theta: float
+    n_rows_read: int
+    bytes_codes: int
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
@@ -152,7 +154,7 @@ class KVStats:
                 weights=sum(buffer.model for buffer in buffers),
                 compute=sum(buffer.compute for buffer in buffers),
                 kv=stats.bytes,
-                sketches=stats.bytes_sketch,
+                codes=stats.bytes_codes,
                 rings=stats.bytes_ring,
                 other=stats.bytes_other,
             ),
@@ -183,8 +185,9 @@ class KVStats:
             cold_full=stats.cold_full,
             n_restores=stats.n_restores,
             restore_ms=stats.restore_us / 1000,
-            n_faults=stats.n_faults,
-            bytes_sketch=stats.bytes_sketch,
+            theta=stats.theta,
+            n_rows_read=stats.n_rows_read,
+            bytes_codes=stats.bytes_codes,
             n_layouts=stats.n_layout,
             buffers=buffers,
         )
@@ -205,7 +208,7 @@ class KVStats:
         """One line for a person, in MiB: the process, and what of it the model and the cache have."""
         memory = self.memory
         peak = "" if memory.rss_peak is None else f" (peak {_mib(memory.rss_peak)})"
-        small = {name: _mib(getattr(memory, name)) for name in ("sketches", "rings", "other")}
+        small = {name: _mib(getattr(memory, name)) for name in ("codes", "rings", "other")}
         parts = [
             f"weights {_mib(memory.weights)}",
             f"compute {_mib(memory.compute)}",

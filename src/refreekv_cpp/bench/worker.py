@@ -30,8 +30,6 @@ from typing import Any
 
 import numpy as np
 
-NO_FAULTS = "-no-faults"  # behind the name of a policy: with kv_faults=False
-
 
 def _load_by_path(path: Path) -> ModuleType:
     """A module of the package, without the package, which would bring its libllama."""
@@ -62,10 +60,7 @@ def load(spec: dict[str, Any]) -> Any:
     if spec["kv_policy"] == "elastic":  # the full cache, growing with its contents
         return OurLlama(spec["model"], verbose=False, kv_policy="full", **{**options, "kv_elastic": True})
 
-    policy = spec["kv_policy"].removesuffix(NO_FAULTS)
-    if policy != spec["kv_policy"]:
-        options["kv_faults"] = False
-    return OurLlama(spec["model"], verbose=False, kv_policy=policy, **options)
+    return OurLlama(spec["model"], verbose=False, kv_policy=spec["kv_policy"], **options)
 
 
 def begin(llm: Any, n_tokens: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.bench.plot import write_plot
 from refreekv_cpp.bench.runner import BURST, Contestant, Result, run
-from refreekv_cpp.bench.worker import NO_FAULTS
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
@@ -35,8 +34,8 @@ def bench(
     kv_policy: Annotated[
         str,
         typer.Option(
-            help=f"Policies, separated by commas; elastic is the full cache with kv_elastic, {NO_FAULTS} behind a "
-            "name is without kv_faults, and @q8_0 behind it is with K and V of that type."
+            help="Policies, separated by commas; elastic is the full cache with kv_elastic, and @q8_0 behind a name is "
+            "with K and V of that type."
         ),
     ] = "full,refreekv",
     tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "512,2048",
@@ -121,7 +120,7 @@ def contestants_of(kv_policy: str, against: Path | None, *, flash_attn: bool) ->
     ours = []
     for text in kv_policy.split(","):
         name, at, cache_type = text.partition("@")
-        as_policy("full" if name == "elastic" else name.removesuffix(NO_FAULTS))
+        as_policy("full" if name == "elastic" else name)
         if at and cache_type not in CACHE_TYPES:
             raise ValueError(f"{text}: the type must be one of {', '.join(CACHE_TYPES)}")
         if at and not flash_attn and cache_type not in ("f32", "f16", "bf16"):

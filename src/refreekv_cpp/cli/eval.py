@@ -62,7 +62,7 @@ def evaluate(
     check_names(names)
     sizes = [int(_number(text, "--lengths", 16, 2**20)) for text in _names(lengths)]
     places = [_number(text, "--depths", 0, 1) for text in _names(depths)]
-    machine.refuse("kv_elastic", "kv_faults", "type_k", "type_v")
+    machine.refuse("kv_elastic", "type_k", "type_v")
     path = resolve(model)
     written = of_datasets(read_items(data), _names(datasets)) if data else []
 

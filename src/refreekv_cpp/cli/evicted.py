@@ -31,14 +31,13 @@ def evicted(
     """What evicted cells would have drawn of an answer's attention, and whether that says how far the answer is off."""
     check_file(text)
     policy = as_policy(kv_policy)
-    machine.refuse("kv_faults")
     path = resolve(model)
     with common.vocabulary(path) as vocabulary:
         common.check_length("--tokens", tokens, vocabulary)
         prompt = vocabulary.tokenize(text.read_bytes())[:tokens]
     if len(prompt) < tokens:
         raise ValueError(f"{text}: {len(prompt)} tokens; --tokens {tokens} are wanted")
-    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=policy, kv_faults=False)
+    options = machine.llama_options(path, n_ctx=tokens + answer + 8, kv_policy=policy)
     with closing(common.load(path, options)) as llm:
         result = study(llm, prompt, answer)
     table = Table("known of the evicted", "their part, mean", "wrong by, mean", "rank correlation with KL")

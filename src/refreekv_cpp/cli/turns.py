@@ -18,7 +18,6 @@ from refreekv_cpp.models import resolve
 from refreekv_cpp.policies import as_policy
 
 _FULL = "full"
-_NO_FAULTS = "restore-no-faults"
 
 
 @common.user_errors()
@@ -29,7 +28,7 @@ def turns(
     kv_policy: Annotated[str, typer.Option(help="The policy of the pruned caches.")] = "refreekv",
     kv_evicted: Annotated[
         str,
-        typer.Option(help=f"What becomes of what was evicted, by commas; {_NO_FAULTS}: and kv_faults=False."),
+        typer.Option(help="What becomes of what was evicted when a question follows, by commas."),
     ] = "restore,drop",
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
@@ -39,10 +38,10 @@ def turns(
     """A chat about a long document, each question about another fact in it, with the full cache and pruned ones."""
     names = [_FULL, *(name.strip() for name in kv_evicted.split(","))]
     for name in names[1:]:
-        if name not in (*get_args(Evicted), _NO_FAULTS):
-            raise ValueError(f"--kv-evicted {name}: must be one of {', '.join(get_args(Evicted))}, {_NO_FAULTS}")
+        if name not in get_args(Evicted):
+            raise ValueError(f"--kv-evicted {name}: must be one of {', '.join(get_args(Evicted))}")
     as_policy(kv_policy)
-    options.refuse("kv_faults", "kv_elastic")
+    options.refuse("kv_elastic")
     path = resolve(model)
     with common.vocabulary(path) as vocabulary:
         common.check_length("--tokens", tokens, vocabulary)
@@ -53,8 +52,7 @@ def turns(
     for name in names:
         kv: dict[str, Any] = {}
         if name != _FULL:
-            kv = {"kv_evicted": "restore", "kv_faults": False} if name == _NO_FAULTS else {"kv_evicted": name}
-            kv |= {"kv_policy": kv_policy}
+            kv = {"kv_evicted": name, "kv_policy": kv_policy}
         with closing(common.load(path, {**shared, **kv})) as llm:
             conversation = Conversation.make(llm, n_tokens=tokens, n_turns=n_turns, seed=seed)
             held[name] = list(

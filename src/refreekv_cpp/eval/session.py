@@ -85,10 +85,10 @@ class Session:
     def score(self, tokens: Sequence[int]) -> Logits:
         """Reads tokens in batches, and returns the logits after each: [n, n_vocab].
 
-        One by one where there may be faults: those are of single tokens.
+        One by one where evicted cells are attended to by codes, as an answer is decoded.
         """
         llm = self.llm
-        n_batch = 1 if llm.kv_faults else llm.n_batch
+        n_batch = 1 if llm.kv_stats.theta > 0 else llm.n_batch
         llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # as eval would: what lies behind is as good as gone
         rows = np.empty((len(tokens), llm.n_vocab()), dtype=np.float32)
         for i in range(0, len(tokens), n_batch):

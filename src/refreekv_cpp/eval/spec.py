@@ -8,32 +8,26 @@ from typing import Any
 
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError
-from refreekv_cpp.faults import check as check_faults
 from refreekv_cpp.policies import Policy, as_policy
 
 _VALID = (
-    "valid are a policy's name, its parameters and a cache type: refreekv, streaming:0.4, "
-    "refreekv:threshold=0.6:n_window=32, refreekv+faults, full@q8_0"
+    "must be a policy's name, its parameters and a cache type: refreekv, streaming:0.4, refreekv:theta=0.01, full@q8_0"
 )
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A policy and the type its keys and values are stored in. `text` is what was written, and its name in reports.
-
-    faults: `kv_faults` of `Llama`.
-    """
+    """A policy and the type its keys and values are stored in. `text` is what was written, and its name in reports."""
 
     text: str
     policy: Policy
     cache_type: str
-    faults: float = 0.0
 
     def llama_options(self) -> dict[str, Any]:
         """For `Llama`. A quantised cache needs flash attention (llama.cpp stores V transposed without it)."""
         options: dict[str, Any] = {"kv_policy": self.policy, "kv_elastic": True, "kv_evicted": "drop"}
-        if self.faults:
-            options |= {"kv_evicted": "restore", "kv_faults": self.faults}
+        if (self.policy.native_options() or {}).get("theta"):
+            options |= {"kv_evicted": "restore"}  # rows are read from the cold store
         if self.cache_type != "f16":
             number = CACHE_TYPES[self.cache_type]
             options |= {"type_k": number, "type_v": number, "flash_attn": True}
@@ -54,7 +48,7 @@ def parse_specs(text: str) -> list[Spec]:
 
 
 def parse_spec(text: str) -> Spec:
-    """NAME[:PARAMETER=VALUE]...[+faults[=TOLERANCE]][@TYPE]; a value alone is the policy's first parameter.
+    """NAME[:PARAMETER=VALUE]...[@TYPE]; a value alone is the policy's first parameter.
 
     Raises:
         PolicyError: as `parse_specs`.
@@ -62,10 +56,6 @@ def parse_spec(text: str) -> Spec:
     head, at, cache_type = text.partition("@")
     if at and cache_type not in CACHE_TYPES:
         raise PolicyError(f"{text!r}: no cache type {cache_type!r}; valid are {', '.join(CACHE_TYPES)}")
-    head, plus, faults = head.partition("+")
-    kind, has_tolerance, tolerance = faults.partition("=")
-    if plus and kind != "faults":
-        raise PolicyError(f"{text!r}: {faults!r} is no option; {_VALID}")
     name, *parameters = head.split(":")
     policy = as_policy(name)
     options: dict[str, Any] = {}
@@ -82,8 +72,7 @@ def parse_spec(text: str) -> Spec:
         policy = type(policy)(**{**policy.as_dict(), **options})
     except PolicyError as error:
         raise PolicyError(f"{text!r}: {error}") from error
-    allowed = _value(tolerance) if has_tolerance else bool(plus)
-    return Spec(text, policy, cache_type or "f16", check_faults(allowed, "restore").theta)
+    return Spec(text, policy, cache_type or "f16")
 
 
 def _value(text: str) -> Any:

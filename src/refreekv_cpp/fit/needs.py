@@ -22,7 +22,7 @@ CONTEXT_STEP = 256
 # of the default policy: the shares of the rows of K and V that stayed after long prompts (docs/fidelity.md)
 _KEPT_BY_DEFAULT = (0.39, 0.66)
 # ... and the cells that stay where decoding goes on attending to what was evicted, by codes
-_HELD_BESIDE_CODES = (128, 256)
+_HOT_CELLS = (128, 256)
 # of the bytes that evicted rows have in f16: their codes (docs/memory.md)
 _CODES_SHARE = 0.23
 
@@ -84,7 +84,7 @@ class Needs:
         whole: what those would be if nothing were evicted.
         whole_f16: what that would be in f16.
         evicted: bytes of the rows of K and V that are evicted, in the cache's type.
-        faults: decoding goes on attending to what is evicted, by codes.
+        codes: decoding goes on attending to what is evicted, by codes.
         cold: where evicted rows go, "memory", "file" or "" (nowhere).
         cold_dir: the folder of the file.
         cold_share: bytes of an evicted row in the cold store, over those that it has in the cache.
@@ -103,7 +103,7 @@ class Needs:
     whole: int
     whole_f16: int
     evicted: int
-    faults: bool
+    codes: bool
     cold: str
     cold_dir: Path | None
     cold_share: float
@@ -143,16 +143,16 @@ class Needs:
             return 1.0, 1.0
         if self.policy != ReFreeKV():
             return None
-        if self.faults:
-            least, most = (min(n / self.n_tokens, 1.0) for n in _HELD_BESIDE_CODES)
+        if self.codes:
+            least, most = (min(n / self.n_tokens, 1.0) for n in _HOT_CELLS)
             return least, most
         return _KEPT_BY_DEFAULT
 
     def settled(self, share: float) -> Needs:
         """After a pruning of the longest prompt that left this share of the rows of K and V."""
         kept = min(round(share * self.whole), self.prunable)
-        codes = _CODES_SHARE * (1 - share) * self.whole_f16 if self.faults else 0.0
-        return replace(self.with_cache(round(kept + codes)), evicted=self.whole - kept)
+        n_bytes = _CODES_SHARE * (1 - share) * self.whole_f16 if self.codes else 0.0
+        return replace(self.with_cache(round(kept + n_bytes)), evicted=self.whole - kept)
 
     @property
     def cold_bytes(self) -> int:
@@ -194,7 +194,7 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
         whole=row_bytes * n_cells,
         whole_f16=row_numbers * 2 * n_cells,
         evicted=0,
-        faults=stats.fault_mass > 0,
+        codes=stats.theta > 0,
         cold={native.enum_value("COLD_MEMORY"): "memory", native.enum_value("COLD_FILE"): "file"}.get(stats.cold, ""),
         cold_dir=Path(llm._cold_options["cold_dir"]) if llm._cold_options.get("cold_dir") else None,
         cold_share=_cold_share(llm),

@@ -26,8 +26,7 @@ class ReFreeKV(Policy):
     `ReFreeKV.released_code()`; `ReFreeKV.window()` keeps no heads whole.
 
     Args:
-        threshold: the part of the measure that may be lost, 0 to 1; at 1 sinks and the last positions stay, whatever
-            the ranking.
+        threshold: the part of the measure that may be lost, 0 to 1.
         ranking: "position": sinks, then from the last position backwards (the paper's); "score": sinks, recent, then
             by the maximum over heads of the mean attention of the window, max-pooled over positions.
         rows: which attention rows are measured: of the "last" query, averaged over heads (the paper's); the "mean"
@@ -38,6 +37,12 @@ class ReFreeKV(Policy):
         window_step: every how many-th of them is looked at, counted back from the last.
         n_sink: first positions that are always kept.
         n_recent: last positions that the score ranking always keeps.
+        theta: decoding goes on attending to what is evicted, by codes of 4 bits for K and 2 bits for V; rows to which
+            some head gives this part of its attention or more are read from the cold store and count exactly. 0: what
+            is evicted is gone. Where the cache is not in host memory, and with ALiBi, it is gone, too.
+        n_hot: where decoding goes on attending to what is evicted, only the sinks and this many last positions stay
+            exact, and no attention is looked at: a larger set would save reads, not divergence (docs/fidelity.md).
+            0: the rule decides there, too. None: 64, unless a parameter of the rule is not the default.
         n_full_layers: leading attention layers that are kept whole.
         n_pool: width of the max-pool over scores in positions, odd.
         mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
@@ -56,6 +61,8 @@ class ReFreeKV(Policy):
     window_step: int = 1
     n_sink: int = 4
     n_recent: int = 32
+    theta: float = 0.003
+    n_hot: int | None = None
     n_full_layers: int = 0
     n_pool: int = 7
     mass_floor: float = 0.05
@@ -84,11 +91,15 @@ class ReFreeKV(Policy):
         for option in ("threshold", "mass_floor"):
             if not 0 <= getattr(self, option) <= 1:
                 raise PolicyError(f"{option}={getattr(self, option)}: must be from 0 to 1")
+        if not 0 <= self.theta < 1:
+            raise PolicyError(f"theta={self.theta}: must be from 0 to less than 1")
         check_window(self.n_window)
         if not 1 <= self.window_step <= self.n_window:
             raise PolicyError(f"window_step={self.window_step}: must be from 1 to n_window={self.n_window}")
         check_pool(self.n_pool)
         check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
+        if self.n_hot is not None:
+            check_not_negative(self, "n_hot")
         if self.induction is not None and not 0 <= self.induction <= 1:
             raise PolicyError(f"induction={self.induction}: must be from 0 to 1, or None")
 
@@ -107,14 +118,10 @@ class ReFreeKV(Policy):
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
         del options["induction"]  # Llama's work: native code is told which heads
+        options["n_hot"] = self.n_hot if self.n_hot is not None else 64 * (self == ReFreeKV(theta=self.theta))
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
-
-    def beside_codes(self) -> ReFreeKV:
-        """The preset `refreekv` where decoding goes on attending to what leaves the cache (`kv_faults`): what is held
-        only saves reads then, so it is the sinks and the last 64, and no heads are kept whole. Own parameters stand."""
-        return replace(self, threshold=1.0, n_recent=64, induction=None) if self == ReFreeKV() else self
 
     def gentler(self) -> Self:
         return replace(self, threshold=self.threshold / 2)
@@ -127,6 +134,7 @@ _PAPER: dict[str, Any] = {
     "measure": "norm",
     "sinks_in_measure": True,
     "n_recent": 0,
+    "theta": 0.0,
     "n_full_layers": 2,
     "induction": None,
 }

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from pydantic_settings import SettingsConfigDict
 from typing_extensions import Annotated, Self  # noqa: UP035
 
-from refreekv_cpp import _checks, _option_text, _options, faults
+from refreekv_cpp import _checks, _option_text, _options
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._files import check_file
 from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
@@ -24,7 +24,6 @@ from refreekv_cpp._suggest import did_you_mean
 _KV_OPTIONS = (
     "kv_policy",
     "kv_evicted",
-    "kv_faults",
     "kv_elastic",
     "kv_memory_limit",
     "kv_cold",
@@ -58,19 +57,6 @@ def _as_switch(value: Any) -> Any:
         return value if value == "auto" else _BOOL.validate_python(value)
     except ValidationError:
         raise ValueError("must be true, false or auto") from None
-
-
-def _as_tolerance(value: Any) -> Any:
-    if value is None or isinstance(value, bool):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        pass
-    try:
-        return _BOOL.validate_python(value)
-    except ValidationError:
-        raise ValueError("must be true, false or a number from 0 to 1") from None
 
 
 def _as_type(value: Any) -> Any:
@@ -113,12 +99,6 @@ class ModelSettings(upstream.ModelSettings):
         default="restore",
         description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
         "(read it all again) or drop (go on).",
-    )
-    kv_faults: Annotated[Union[str, bool, float, None], BeforeValidator(_as_tolerance)] = Field(  # noqa: UP007
-        default=None,
-        description="The part of a head's attention at which an evicted row is read as it was during an answer; "
-        "all others count by their codes: a number from 0 to 1, true (0.003) or false (what is evicted takes no part). "
-        "Default: true where the cache is in host memory.",
     )
     kv_cold: Literal["auto", "memory", "file"] = Field(
         default="auto", description="Where evicted rows wait to be restored."
@@ -174,8 +154,6 @@ class ModelSettings(upstream.ModelSettings):
             self.kv_cold_type,
             self.kv_cold_state,
         )
-        assert not isinstance(self.kv_faults, str)
-        faults.check(self.kv_faults, self.kv_evicted)
         return self
 
     @model_validator(mode="after")
