@@ -232,8 +232,8 @@ def softmax(logits: Array) -> Array:
 
 
 class LlamaReference:
-    """A llama-architecture GGUF, read and run. Its cache keeps every key and value; what is evicted from a layer, or
-    from some of its KV heads, is only hidden there, from the queries that come after."""
+    """A llama-architecture GGUF, read and run. Its cache keeps every key and value; what is evicted from a layer is
+    only hidden there, from the queries that come after."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -261,7 +261,7 @@ class LlamaReference:
         shape = (0, self.n_head_kv, self.n_embd_head)
         self.keys = [np.empty(shape) for _ in range(self.n_layer)]
         self.values = [np.empty(shape) for _ in range(self.n_layer)]
-        self.hidden = [np.empty((0, self.n_head_kv), dtype=bool) for _ in range(self.n_layer)]
+        self.hidden = [np.empty(0, dtype=bool) for _ in range(self.n_layer)]
         self.last_queries: list[Array] = []  # of each layer, [n_tokens, n_head, n_embd_head], of the last read()
 
     def copy(self) -> LlamaReference:
@@ -269,15 +269,11 @@ class LlamaReference:
         res.keys, res.values, res.hidden = list(self.keys), list(self.values), list(self.hidden)
         return res
 
-    def keep(self, layer: int, positions: Iterable[int], heads: Iterable[int] | None = None) -> None:
-        """From now on no query sees anything else of what this layer has read so far.
-
-        heads: the KV heads that this is for; default: all.
-        """
+    def keep(self, layer: int, positions: Iterable[int]) -> None:
+        """From now on no query sees anything else of what this layer has read so far."""
         hidden = np.ones(len(self.hidden[layer]), dtype=bool)
         hidden[list(positions)] = False
-        self.hidden[layer] = self.hidden[layer].copy()
-        self.hidden[layer][:, list(range(self.n_head_kv) if heads is None else heads)] |= hidden[:, None]
+        self.hidden[layer] = self.hidden[layer] | hidden
 
     def bring_back(self, layer: int, positions: Iterable[int]) -> None:
         """From now on queries see these again."""
@@ -314,16 +310,12 @@ class LlamaReference:
 
         self.keys[layer] = keys = np.concatenate([self.keys[layer], keys])
         self.values[layer] = values = np.concatenate([self.values[layer], values])
-        self.hidden[layer] = np.concatenate([self.hidden[layer], np.zeros((len(x), self.n_head_kv), dtype=bool)])
+        self.hidden[layer] = np.concatenate([self.hidden[layer], np.zeros(len(x), dtype=bool)])
 
-        scale = 1 / math.sqrt(self.n_embd_head)
+        seen = np.flatnonzero(~self.hidden[layer])
+        rows = attention_rows(queries, positions, keys[seen], seen, 1 / math.sqrt(self.n_embd_head))
         n_gqa = self.n_head // self.n_head_kv
-        out = []
-        for head in range(self.n_head_kv):
-            seen = np.flatnonzero(~self.hidden[layer][:, head])
-            own = slice(head * n_gqa, (head + 1) * n_gqa)
-            rows = attention_rows(queries[:, own], positions, keys[seen, head : head + 1], seen, scale)
-            out += [row @ values[seen, head] for row in rows]
+        out = [row @ values[seen, head // n_gqa] for head, row in enumerate(rows)]
         return np.concatenate(out, axis=1) @ self.weights[f"blk.{layer}.attn_output.weight"].T
 
     def feed_forward(self, layer: int, x: Array) -> Array:

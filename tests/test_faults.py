@@ -53,7 +53,6 @@ def all_writes_work() -> Iterator[None]:
 
 def read(path: Path, faults: float | bool, *, prune: bool = True, **options: Any) -> Llama:
     llm = load(path, POLICY, kv_faults=faults, **options)
-    llm._heads_set = True
     llm.eval(PROMPT)
     if prune:
         assert llm.prune_kv() > 0
@@ -100,19 +99,6 @@ def test_batches_of_drafts_and_sequences_have_faults_too(tiny: Callable[[str], P
         answers.append(logits(llm))
     assert_near(answers[1], answers[0], ERROR["f16, flash attention"])  # the full cache's by upstream's operations
     assert llm.kv_stats.n_faults > 0
-
-
-def test_layers_in_two_groups(tiny: Callable[[str], Path]) -> None:
-    answers = []
-    for prune in (False, True):
-        llm = load(tiny("gqa64"), POLICY, kv_faults=EVERY)
-        llm._heads_set = True
-        native.keep_heads(ctx_of(llm), [(0, 1), (2, 0)])
-        llm.eval(PROMPT)
-        if prune:
-            assert llm.prune_kv() > 0
-        answers.append(feed(llm, ANSWER))
-    assert_near(answers[1], answers[0], ERROR["f16"])
 
 
 def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
@@ -313,7 +299,6 @@ def test_they_are_there_where_they_can_be(tiny: Callable[[str], Path]) -> None:
     alibi = tiny(next(title for title in ARCHITECTURES if title.startswith("mpt")))
     llm = load(alibi, POLICY, kv_faults=None)
     assert llm.kv_faults == 0
-    llm._heads_set = True
     llm.eval(PROMPT)
     assert llm.prune_kv() > 0
     feed(llm, ANSWER)
@@ -322,7 +307,6 @@ def test_they_are_there_where_they_can_be(tiny: Callable[[str], Path]) -> None:
 def test_where_rows_are_moved_by_graphs(tiny: Callable[[str], Path]) -> None:
     # as on a device, but for the memory: sketches are made of rows that the host can see
     llm = load(tiny("gqa64"), Debug(policy=POLICY, by_graph=True), kv_faults=EVERY)
-    llm._heads_set = True
     llm.eval(PROMPT)
     llm.prune_kv()
     full = feed(read(tiny("gqa64"), False, prune=False), ANSWER)

@@ -187,9 +187,9 @@ def test_it_needs_what_was_evicted(evicted: Any) -> None:
 
 
 def test_other_parameters_have_to_fit_the_context(tiny_model: Path) -> None:
-    llm = load(tiny_model, ReFreeKV.window(n_window=32, n_min=0))
+    llm = load(tiny_model, ReFreeKV(n_window=32, n_min=0))
     llm.eval(PROMPT)
-    for other in (POLICY, ReFreeKV.window(n_window=64)):
+    for other in (POLICY, ReFreeKV(n_window=64)):
         with pytest.raises(PolicyError, match="n_window of 32 or less"):
             native.prune(llm._ctx.ctx, 0, native.make_params(**(other.native_options() or {})))
     assert np.all(np.array([len(layer) for layer in kept(llm)]) == len(PROMPT))

@@ -1,4 +1,4 @@
-// Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
+// Evicting from a refreekv_store: what the policy may see of a sequence in a layer, and what becomes of its answer.
 
 #include "hooks.h"
 #include "cache/store.h"
@@ -25,9 +25,7 @@ bool refreekv_store::begin_update(llama_context * lctx) {
 
     // ggml's allocator takes a graph with as many nodes and leafs as the last one for the same graph. One with other layouts
     // is not: the update reserves anew.
-    const bool others = (layouts.is_stale() && update_layouts()) || regrouped;
-
-    regrouped = false;
+    const bool others = layouts.is_stale() && update_layouts();
 
     return others || !jobs.empty();
 }
@@ -119,12 +117,12 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     }
     std::atomic<int64_t>          n_evicted { 0 };
 
-    int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
-        auto & g = groups[i];
+    int32_t status = refreekv_parallel(layers.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+        auto & layer = layers[i];
 
-        const bool asked = pos ? g.il == il : g.i_layer >= (uint32_t) by.n_full_layers;
+        const bool asked = pos ? layer.il == il : i >= (uint32_t) by.n_full_layers;
 
-        return asked && !g.whole ? evictor.evict(g, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+        return asked ? evictor.evict(layer, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
     });
 
     for (auto & s : scratch) {

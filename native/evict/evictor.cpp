@@ -28,11 +28,11 @@ std::vector<held> evictor::cells_of(llama_seq_id seq_id) const {
 }
 
 // those that it holds and queries can see
-std::vector<held> evictor::held_by(const group & g, std::vector<held> all) const {
+std::vector<held> evictor::held_by(const layer & layer, std::vector<held> all) const {
     size_t n = 0;
     for (const auto & c : all) {
-        const int32_t slot = g.res.slot(c.cell);
-        if (slot >= 0 && !g.res.hidden(slot)) {
+        const int32_t slot = layer.res.slot(c.cell);
+        if (slot >= 0 && !layer.res.hidden(slot)) {
             all[n++] = { c.pos, c.cell, (uint32_t) slot, c.stays };
         }
     }
@@ -48,7 +48,7 @@ static void keep_selected(const refreekv_selection & sel, std::vector<uint8_t> &
     }
 }
 
-int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
+int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned;
@@ -66,7 +66,7 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, by, memory, attn)) {
+    if (const int32_t status = look(layer, seq_id, list, by, memory, attn)) {
         return status;
     }
 
@@ -75,7 +75,7 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
     count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
         return REFREEKV_ERR_COMPUTE;
     }
 
@@ -84,19 +84,17 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
     return REFREEKV_OK;
 }
 
-int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
-        const auto & layer   = layers[g.i_layer];
-
+int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
     refreekv_attention_inputs in = {};
 
-    in.backend = mover.backend_of(g);
+    in.backend = mover.backend_of(layer);
     in.host    = mover.host_backend();
     if (!in.backend) {
-        refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
+        refreekv_set_error("layer %d: no backend of this context holds its cache", layer.il);
         return REFREEKV_ERR_COMPUTE;
     }
     if (!layer.known) {
-        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
+        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", layer.il);
         return REFREEKV_ERR_STATE;
     }
 
@@ -109,12 +107,12 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
         return REFREEKV_ERR_STATE;
     }
 
-    in.k           = g.rows.k();
+    in.k           = layer.rows.k();
     in.ring        = layer.ring;
-    in.heads       = g.heads;
-    in.n_embd_head = hparams.n_embd_head_k(g.il);
-    in.n_gqa       = hparams.n_gqa(g.il);
-    in.n_kv        = g.res.n_slots();
+    in.n_embd_head = hparams.n_embd_head_k(layer.il);
+    in.n_head_kv   = hparams.n_head_kv(layer.il);
+    in.n_gqa       = hparams.n_gqa(layer.il);
+    in.n_kv        = layer.res.n_slots();
     in.use_alibi   = hparams.use_alibi;
     in.max_bias    = hparams.f_max_alibi_bias;
     in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
@@ -122,11 +120,8 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
     in.post_scale  = layer.kq_scale;
 
     if (layer.sinks) {
-        in.sinks.resize(in.heads.size()*in.n_gqa);
-        for (size_t i = 0; i < in.heads.size(); ++i) {
-            const size_t size = in.n_gqa*sizeof(float);
-            ggml_backend_tensor_get(layer.sinks, in.sinks.data() + i*in.n_gqa, in.heads[i]*size, size);
-        }
+        in.sinks.resize(in.n_head_kv*in.n_gqa);
+        ggml_backend_tensor_get(layer.sinks, in.sinks.data(), 0, in.sinks.size()*sizeof(float));
     }
 
     for (const auto & c : list) {
@@ -141,14 +136,14 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
         attn = std::make_unique<refreekv_attention_graph>(std::move(in), memory);
     }
 
-    attn->i_layer = g.i_layer;
+    attn->i_layer = &layer - layers.data();
     attn->n_layer = layers.size();
 
     return REFREEKV_OK;
 }
 
-bool evictor::take_out(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
-    std::vector<uint8_t> out(g.res.n_slots(), 0);
+bool evictor::take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
+    std::vector<uint8_t> out(layer.res.n_slots(), 0);
     for (size_t c = 0; c < list.size(); ++c) {
         out[list[c].slot] = !keep[c];
     }
@@ -156,7 +151,7 @@ bool evictor::take_out(group & g, const std::vector<held> & list, const std::vec
     if (params.mask_only) {
         for (uint32_t s = 0; s < out.size(); ++s) {
             if (out[s]) {
-                g.res.hide(s);
+                layer.res.hide(s);
             }
         }
         return true;
@@ -166,26 +161,26 @@ bool evictor::take_out(group & g, const std::vector<held> & list, const std::vec
     std::vector<uint32_t> cells_out;
     for (uint32_t s = 0; s < out.size(); ++s) {
         if (out[s]) {
-            cells_out.push_back(g.res.cell(s));
-        } else if (g.res.cell(s) >= 0) {
+            cells_out.push_back(layer.res.cell(s));
+        } else if (layer.res.cell(s) >= 0) {
             slots.push_back(s);
         }
     }
 
-    transfer.put(g, cells_out, memory.lane);
+    transfer.put(layer, cells_out, memory.lane);
 
-    before_eviction(g, cells_out);
+    before_eviction(layer, cells_out);
 
-    if (!mover.move(g, slots, lay.padded(slots.size()))) {
+    if (!mover.move(layer, slots, lay.padded(slots.size()))) {
         return false;
     }
-    g.res.compact(slots);
+    layer.res.compact(slots);
 
     return true;
 }
 
-int32_t evictor::evict(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted) {
-    const auto list = held_by(g, all);
+int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted) {
+    const auto list = held_by(layer, all);
 
     std::vector<uint8_t> keep(list.size(), 1);
 
@@ -197,14 +192,14 @@ int32_t evictor::evict(group & g, llama_seq_id seq_id, const std::vector<held> &
         }
     } else if ((int32_t) list.size() < by.n_min) {
         return REFREEKV_OK;
-    } else if (const int32_t status = select(g, seq_id, list, by, memory.attention, keep)) {
+    } else if (const int32_t status = select(layer, seq_id, list, by, memory.attention, keep)) {
         return status;
     }
 
     const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
 
-    if (n_out > 0 && !take_out(g, list, keep, memory)) {
-        refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
+    if (n_out > 0 && !take_out(layer, list, keep, memory)) {
+        refreekv_set_error("layer %d: no memory to move the kept cells", layer.il);
         return REFREEKV_ERR_MEMORY;
     }
     n_evicted += n_out;

@@ -41,18 +41,18 @@ int32_t cold_rows::kind() const {
 }
 
 // the cache's type, unless a smaller one was asked for that its rows are whole blocks of
-ggml_type cold_rows::type_of(const group & g, bool v) const {
+ggml_type cold_rows::type_of(const layer & g, bool v) const {
     if (type < 0 || ggml_is_quantized(g.type(v))) {
         return g.type(v);
     }
     return g.n_embd(v) % ggml_blck_size((ggml_type) type) == 0 ? (ggml_type) type : g.type(v);
 }
 
-size_t cold_rows::row_size(const group & g, bool v) const {
+size_t cold_rows::row_size(const layer & g, bool v) const {
     return ggml_row_size(type_of(g, v), g.n_embd(v));
 }
 
-uint64_t cold_rows::place_of(const group & g, uint32_t cell, bool v) const {
+uint64_t cold_rows::place_of(const layer & g, uint32_t cell, bool v) const {
     return g.cold_place + (v ? n_cells*(uint64_t) row_size(g, false) : 0) + cell*(uint64_t) row_size(g, v);
 }
 
@@ -67,9 +67,9 @@ static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t *
     ggml_quantize_chunk(to, values.data(), dst, 0, n_rows, n_embd, nullptr); // to f32, f16 and bf16, too
 }
 
-void cold_rows::reset(std::vector<group> & groups) {
+void cold_rows::reset(std::vector<layer> & layers) {
     uint64_t place = 0;
-    for (auto & g : groups) {
+    for (auto & g : layers) {
         g.cold_place = place;
         g.is_cold.assign(store ? n_cells : 0, 0);
         place += n_cells*(uint64_t) size_of(g);
@@ -81,7 +81,7 @@ void cold_rows::reset(std::vector<group> & groups) {
     }
 }
 
-void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
+void cold_rows::forget(layer & g, const std::vector<uint32_t> & cells) {
     if (n_bytes == 0) {
         return;
     }
@@ -96,7 +96,7 @@ void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
     }
 }
 
-bool cold_rows::write(group & g, uint32_t cell, size_t n, bool v, const uint8_t * rows) {
+bool cold_rows::write(layer & g, uint32_t cell, size_t n, bool v, const uint8_t * rows) {
     const size_t row = row_size(g, v);
 
     if (type_of(g, v) == g.type(v)) {
@@ -118,7 +118,7 @@ bool cold_rows::write(group & g, uint32_t cell, size_t n, bool v, const uint8_t 
     return true;
 }
 
-bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
+bool cold_rows::put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
     const uint64_t more = n*size_of(g);
 
     const bool ok = (limit == 0 || n_bytes + more <= limit) && write(g, cell, n, false, k) && write(g, cell, n, true, v);
@@ -134,7 +134,7 @@ bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const
 }
 
 // cells that lie close together are read at once, and what lies between them, too
-bool cold_rows::get(const group & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const {
+bool cold_rows::get(const layer & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const {
     const size_t row   = row_size(g, v);
     const size_t n_max = std::max<size_t>(1, PIECE/row);
     const size_t n_gap = std::max<size_t>(1, GAP/row);
@@ -170,7 +170,7 @@ bool cold_rows::get(const group & g, bool v, const std::vector<uint32_t> & cells
     return true;
 }
 
-void cold_rows::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n) {
+void cold_rows::copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n) {
     if (n_bytes == 0) {
         return;
     }

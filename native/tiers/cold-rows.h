@@ -1,7 +1,7 @@
 #pragma once
 
 #include "refreekv.h"
-#include "cache/groups.h"
+#include "cache/layer.h"
 
 #include <atomic>
 #include <functional>
@@ -27,24 +27,24 @@ public:
     bool     lost()   const { return is_full; }          // there was no room for a row
     uint64_t bytes()  const { return n_bytes; }
 
-    bool has(const group & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
+    bool has(const layer & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
 
     // empty, with places for the rows of these groups
-    void reset(std::vector<group> & groups);
+    void reset(std::vector<layer> & layers);
 
     // rows that nobody will ask for again
-    void forget(group & g, const std::vector<uint32_t> & cells);
+    void forget(layer & g, const std::vector<uint32_t> & cells);
 
     // The rows of n neighbouring cells, as the cache has them. false: no room, and what comes later is lost, too
-    bool put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
+    bool put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
 
     // f(i, n, bytes) for the K or V of these cells, which ascend: n of them from the i-th on, as the cache has them. false: the
     // store cannot be read
     using rows_fn = std::function<void(size_t i, size_t n, const uint8_t * bytes)>;
-    bool get(const group & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const;
+    bool get(const layer & g, bool v, const std::vector<uint32_t> & cells, const rows_fn & f) const;
 
     // cells first_dst + i get what first_src + i have, for i < n
-    void copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
+    void copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
 
 private:
     const int32_t  type;    // of rows that the cache has not quantised; -1: the cache's
@@ -56,12 +56,12 @@ private:
     std::atomic<uint64_t> n_bytes { 0 };
     std::atomic<bool>     is_full { false };
 
-    ggml_type type_of (const group & g, bool v) const;
-    size_t    row_size(const group & g, bool v) const;
-    size_t    size_of (const group & g) const { return row_size(g, false) + row_size(g, true); }
-    uint64_t  place_of(const group & g, uint32_t cell, bool v) const;
+    ggml_type type_of (const layer & g, bool v) const;
+    size_t    row_size(const layer & g, bool v) const;
+    size_t    size_of (const layer & g) const { return row_size(g, false) + row_size(g, true); }
+    uint64_t  place_of(const layer & g, uint32_t cell, bool v) const;
 
-    bool write(group & g, uint32_t cell, size_t n, bool v, const uint8_t * rows);
+    bool write(layer & g, uint32_t cell, size_t n, bool v, const uint8_t * rows);
 };
 
 } // namespace refreekv

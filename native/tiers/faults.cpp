@@ -25,11 +25,11 @@ float refreekv_store::check_faults() const {
     const char * why = params.cold == REFREEKV_COLD_NONE ? "there is no cold store" : nullptr;
 
     for (const auto & layer : layers) {
-        if (!ggml_backend_buft_is_host(layer.shape.buft)) {
+        if (!ggml_backend_buft_is_host(layer.rows.get_shape().buft)) {
             why = "the cache is not in host memory";
         } else if (kv.hparams.use_alibi) {
             why = "attention with ALiBi is not supported";
-        } else if (!kernels || !kernels->decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.shape.type_k, layer.shape.type_v)) {
+        } else if (!kernels || !kernels->decode_can_fault(kv.hparams.n_embd_head_k(layer.il), kv.hparams.n_embd_head_v(layer.il), layer.type(false), layer.type(true))) {
             why = "this build has no decode kernel for the model's heads";
         }
     }
@@ -41,23 +41,23 @@ float refreekv_store::check_faults() const {
     return why ? 0.0f : params.fault_mass;
 }
 
-void refreekv_store::make_faults(uint32_t i_group) {
-    auto & g = groups[i_group];
+void refreekv_store::make_faults(uint32_t i_layer) {
+    auto & g = layers[i_layer];
 
-    if (fault_mass <= 0.0f || g.whole) {
+    if (fault_mass <= 0.0f) {
         return;
     }
 
     g.evicted = std::make_unique<refreekv_decode_evicted>();
 
-    g.evicted->softmax   = &layers[g.i_layer].softmax;
+    g.evicted->softmax   = &g.softmax;
     g.evicted->tolerance = fault_mass;
     g.evicted->row_k     = g.row_size(false);
     g.evicted->row_v     = g.row_size(true);
     g.evicted->sketch.reset(g.n_embd(false));
 
-    g.evicted->sees = [this, i_group](int64_t token, uint32_t block) {
-        const auto & b = groups[i_group].evicted->sketch[block];
+    g.evicted->sees = [this, i_layer](int64_t token, uint32_t block) {
+        const auto & b = layers[i_layer].evicted->sketch[block];
 
         size_t i = 0;
         while (!(b.there >> i & 1)) {
@@ -68,8 +68,8 @@ void refreekv_store::make_faults(uint32_t i_group) {
         return logical.seq_has(cell, batch_seq[token]) && logical.pos_of(cell) <= batch_pos[token];
     };
 
-    g.evicted->read = [this, i_group](uint32_t block, uint8_t * k, uint8_t * v) {
-        const auto & g = groups[i_group];
+    g.evicted->read = [this, i_layer](uint32_t block, uint8_t * k, uint8_t * v) {
+        const auto & g = layers[i_layer];
         const auto & b = g.evicted->sketch[block];
 
         std::vector<uint32_t> cells;
@@ -85,8 +85,8 @@ void refreekv_store::make_faults(uint32_t i_group) {
     };
 }
 
-refreekv_decode_evicted * refreekv_store::evicted_of(uint32_t i_group) const {
-    return groups[i_group].evicted.get();
+refreekv_decode_evicted * refreekv_store::evicted_of(uint32_t i_layer) const {
+    return layers[i_layer].evicted.get();
 }
 
 // a batch is about to be computed
@@ -101,7 +101,7 @@ void refreekv_store::note_batch(const llama_ubatch & ubatch) {
         batch_seq.push_back(ubatch.seq_id[i][0]);
     }
 
-    const bool lost = std::any_of(groups.begin(), groups.end(), [](const group & g) { return g.evicted && g.evicted->n_lost > 0; });
+    const bool lost = std::any_of(layers.begin(), layers.end(), [](const layer & g) { return g.evicted && g.evicted->n_lost > 0; });
     if (lost && !warned_of_lost) {
         LLAMA_LOG_WARN("refreekv: the cold store cannot be read any more: decoding goes on without what is evicted\n");
         warned_of_lost = true;
@@ -109,7 +109,7 @@ void refreekv_store::note_batch(const llama_ubatch & ubatch) {
 }
 
 // of cells that were evicted and are in the cold store; row(i): the key of cells[i], as the cache has it
-void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row) {
+void refreekv_store::sketch(layer & g, const std::vector<uint32_t> & cells, const std::function<const uint8_t * (size_t)> & row) {
     if (!g.evicted) {
         return;
     }
@@ -167,7 +167,7 @@ void refreekv_store::sketch(group & g, const std::vector<uint32_t> & cells, cons
 
 // cells have come back, or are gone, or have lost their rows
 void refreekv_store::refresh_sketches() {
-    for (auto & g : groups) {
+    for (auto & g : layers) {
         if (g.evicted && g.evicted->sketch.keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && cold.has(g, cell) && !logical.is_empty(cell); })) {
             n_generation++;
         }
@@ -178,7 +178,7 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
     if (cold.bytes() == 0) {
         return;
     }
-    for (auto & g : groups) {
+    for (auto & g : layers) {
         cold.copy(g, first_src, first_dst, logical.stream_size());
 
         if (g.evicted) {
@@ -188,6 +188,6 @@ void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
     }
 }
 
-void refreekv_store::sketch_rows(group & g, const std::vector<uint32_t> & cells) {
+void refreekv_store::sketch_rows(layer & g, const std::vector<uint32_t> & cells) {
     sketch(g, cells, [&](size_t i) { return (const uint8_t *) g.rows.k()->data + g.res.slot(cells[i])*g.rows.k()->nb[1]; });
 }

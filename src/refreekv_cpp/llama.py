@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
@@ -24,7 +23,6 @@ from refreekv_cpp import (
     _states,
     faults,
     guard,
-    induction,
     native,
     spans,
 )
@@ -33,7 +31,7 @@ from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.divergence import kl
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
-from refreekv_cpp.policies import Full, Policy, ReFreeKV
+from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
@@ -173,8 +171,6 @@ class Llama(llama_cpp.Llama):
         self._divergence: float | None = None  # of the last pruning, where it was measured
         self._n_generated = 0  # since the last pruning
         self._system: str | None = None  # message of the chat that is being answered
-        self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
-        self._heads_set = False
 
         try:
             self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
@@ -310,8 +306,6 @@ class Llama(llama_cpp.Llama):
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
             )
-        if self.n_tokens == 0:
-            self._keep_heads()
         if self.kv_memory_limit is None:
             self._eval(tokens)
         else:
@@ -387,41 +381,6 @@ class Llama(llama_cpp.Llama):
         self.n_tokens = n_tokens
         self._requires_eval = True  # the logits are not those of the last token that is left
 
-    def _keep_heads(self) -> None:
-        """Before the first token: have the heads kept whole that the policy wants whole, and no others.
-
-        They are found once per model file. (Cells of other sequences, which this class knows nothing of, are lost.)
-        """
-        if self._heads_set or self._n_ctx < 2 * induction.N_RANDOM:
-            return
-        if self._heads is None:
-            try:
-                self._heads = self._find_heads()
-            except CacheMemoryError:
-                return  # again before the next prompt
-        if self._heads or any(group.whole for group in native.figures(self._ctx.ctx)[1]):
-            self._ctx.kv_cache_clear()
-            native.keep_heads(self._ctx.ctx, self._heads)
-        self._heads_set = True
-
-    def _find_heads(self) -> list[induction.Head]:
-        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None:
-            return []
-        path, options = Path(self.model_path), induction.options_of(self, self.kv_policy.n_window)
-        scores = induction.load(path, options)
-        if scores is None or self.lora_path:
-            self._ctx.kv_cache_clear()
-            try:
-                self._eval(induction.random_tokens(self._model.model))
-                scores = induction.measure(self._ctx.ctx)
-            finally:
-                self._ctx.kv_cache_clear()
-                self.reset()
-                llama_cpp.llama_perf_context_reset(self._ctx.ctx)
-            if not self.lora_path:  # those of the model itself
-                induction.save(path, options, scores)
-        return [head for head, score in scores.items() if score > self.kv_policy.induction]
-
     def _eval(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.n_batch:
             native.expect(self._ctx.ctx, len(tokens))
@@ -438,7 +397,7 @@ class Llama(llama_cpp.Llama):
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
         if not self._evicts:
-            bytes_per_token = sum(group.row_bytes for group in native.figures(self._ctx.ctx)[1])
+            bytes_per_token = sum(layer.row_bytes for layer in native.figures(self._ctx.ctx)[1])
             needed = bytes_per_token * (self.n_tokens + len(tokens))
             if needed > limit:
                 raise CacheMemoryError(
@@ -634,10 +593,7 @@ class Llama(llama_cpp.Llama):
     def _load_state(self, state: llama_cpp.LlamaState) -> None:
         self._unpruned_of = None  # what was read is about to be replaced
         self._generation = None
-        if self.kv_elastic:
-            self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
-        self._heads_set = False
         try:
             with _states.without_scores(self):
                 super().load_state(_states.fitted(state, self))

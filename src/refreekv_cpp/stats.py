@@ -62,11 +62,9 @@ class KVStats:
         memory: of the whole process.
         policy: the policy's name.
         n_tokens: logical tokens in the cache.
-        cells_kept: cells held, per group of KV heads: a layer, or one part of it where some heads are kept whole.
-        cells_capacity: cells there is room for, likewise.
-        group_layers: the layer of the model that each group belongs to.
-        group_heads: the KV heads of each group.
-        n_whole_heads: KV heads that the policy leaves whole, over all layers.
+        layers: the layers of the model that have a cache a policy can work on.
+        cells_kept: cells that each of these layers holds.
+        cells_capacity: cells that each of them has room for.
         budget: bytes_kept / bytes_full; 1.0 for an empty cache.
         bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
         bytes_kept: what the kept cells need.
@@ -92,18 +90,16 @@ class KVStats:
         restore_ms: the time that took altogether, in milliseconds.
         n_faults: evicted blocks that decoding has read from the cold store (`kv_faults`).
         bytes_sketch: what is kept of evicted keys to know which.
-        n_layouts: distinct layouts among the groups: masks that a graph needs.
+        n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
 
     memory: ProcessMemory
     policy: str
     n_tokens: int
+    layers: tuple[int, ...]
     cells_kept: tuple[int, ...]
     cells_capacity: tuple[int, ...]
-    group_layers: tuple[int, ...]
-    group_heads: tuple[int, ...]
-    n_whole_heads: int
     budget: float
     bytes: int
     bytes_kept: int
@@ -139,12 +135,11 @@ class KVStats:
         divergence: float | None = None,
     ) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
-        stats, groups = native.figures(ctx)
+        stats, layers = native.figures(ctx)
         buffers = tuple(
             Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute) for name, info in native.buffers(ctx)
         )
-        kept = tuple(group.n_kept for group in groups)
-        bytes_kept = sum(group.n_kept * group.row_bytes for group in groups)
+        bytes_kept = sum(layer.n_kept * layer.row_bytes for layer in layers)
         return cls(
             memory=ProcessMemory(
                 rss=_process.rss(),
@@ -158,11 +153,9 @@ class KVStats:
             ),
             policy=policy,
             n_tokens=stats.n_tokens,
-            cells_kept=kept,
-            cells_capacity=tuple(group.n_capacity for group in groups),
-            group_layers=tuple(group.il for group in groups),
-            group_heads=tuple(group.n_head_kv for group in groups),
-            n_whole_heads=sum(group.n_head_kv for group in groups if group.whole),
+            layers=tuple(layer.il for layer in layers),
+            cells_kept=tuple(layer.n_kept for layer in layers),
+            cells_capacity=tuple(layer.n_capacity for layer in layers),
             budget=bytes_kept / stats.bytes_full if stats.bytes_full else 1.0,
             bytes=stats.bytes,
             bytes_kept=bytes_kept,
@@ -172,7 +165,7 @@ class KVStats:
             bytes_freed=stats.bytes_freed,
             bytes_read=stats.bytes_read,
             bytes_bounced=stats.bytes_bounced,
-            bytes_per_token=sum(group.row_bytes for group in groups),
+            bytes_per_token=sum(layer.row_bytes for layer in layers),
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,
             n_guarded=n_guarded,
@@ -188,15 +181,6 @@ class KVStats:
             n_layouts=stats.n_layout,
             buffers=buffers,
         )
-
-    def cells_per_layer(self) -> list[float]:
-        """Cells that each layer holds: the mean over its KV heads, in the order of layers."""
-        cells: dict[int, float] = {}
-        heads: dict[int, int] = {}
-        for layer, n_heads, n_kept in zip(self.group_layers, self.group_heads, self.cells_kept, strict=True):
-            cells[layer] = cells.get(layer, 0) + n_heads * n_kept
-            heads[layer] = heads.get(layer, 0) + n_heads
-        return [cells[layer] / heads[layer] for layer in cells]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -218,7 +202,7 @@ class KVStats:
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
-        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} groups>"
+        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.layers)} layers>"
 
 
 def _mib(n_bytes: int) -> str:

@@ -23,7 +23,7 @@ class ReFreeKV(Policy):
     at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
 
     The defaults are the preset `refreekv`. The paper's own rule is `ReFreeKV.paper()`, its released code's
-    `ReFreeKV.released_code()`; `ReFreeKV.window()` keeps no heads whole.
+    `ReFreeKV.released_code()`.
 
     Args:
         threshold: the part of the measure that may be lost, 0 to 1.
@@ -42,8 +42,6 @@ class ReFreeKV(Policy):
         mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
             nothing to lose.
         n_min: prompts shorter than this many tokens are left whole.
-        induction: KV heads with an induction score above this are kept whole, 0 to 1 (see `refreekv_cpp.induction`);
-            None: none are.
     """
 
     threshold: float = 0.35
@@ -59,12 +57,6 @@ class ReFreeKV(Policy):
     n_pool: int = 7
     mass_floor: float = 0.05
     n_min: int = 512
-    induction: float | None = 0.3
-
-    @classmethod
-    def window(cls, **options: Any) -> ReFreeKV:
-        """No heads are kept whole, and wider neighbourhoods: it can lose what is copied word by word."""
-        return cls(**{"induction": None, "threshold": 0.5, "n_pool": 31, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> ReFreeKV:
@@ -88,14 +80,11 @@ class ReFreeKV(Policy):
             raise PolicyError(f"window_step={self.window_step}: must be from 1 to n_window={self.n_window}")
         check_pool(self.n_pool)
         check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
-        if self.induction is not None and not 0 <= self.induction <= 1:
-            raise PolicyError(f"induction={self.induction}: must be from 0 to 1, or None")
 
     @property
     def name(self) -> str:
         for name, preset in (
             ("refreekv", ReFreeKV()),
-            ("window", ReFreeKV.window()),
             ("paper", ReFreeKV.paper()),
             ("released-code", ReFreeKV.released_code()),
         ):
@@ -105,7 +94,6 @@ class ReFreeKV(Policy):
 
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
-        del options["induction"]  # Llama's work: native code is told which heads
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
@@ -122,5 +110,4 @@ _PAPER: dict[str, Any] = {
     "sinks_in_measure": True,
     "n_recent": 0,
     "n_full_layers": 2,
-    "induction": None,
 }
