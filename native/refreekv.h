@@ -204,9 +204,7 @@ REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * mode
 
 // apply the context's policy to a sequence, now. Returns the number of cells evicted, over all layers.
 // Logits of the last decode stay readable.
-// params: choose by these for once: of the same kind, and with no larger n_window. n_block, and what is no matter of choosing,
-// stays the context's. NULL: by the context's own
-REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params);
+REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
 
 // keep just these positions of a sequence in one layer (il of the model). For policies of the caller's
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);

@@ -114,7 +114,6 @@ def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"kv_guard": 1e-6},
         {"kv_prune_every": 4},
         {"kv_policy": PythonStreaming()},
         {"kv_protect": [(100, 200)]},

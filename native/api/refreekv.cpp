@@ -163,7 +163,7 @@ const char * refreekv_model_refusal(const struct llama_model * model) {
     return why.empty() ? nullptr : why.c_str();
 }
 
-int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params) {
+int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
@@ -171,13 +171,7 @@ int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const st
     if (!refreekv_check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    if (params) {
-        if (const char * why = refreekv_policy_check(*params)) {
-            refreekv_set_error("%s", why);
-            return REFREEKV_ERR_ARGUMENT;
-        }
-    }
-    return refreekv_guard([&]() { return store->prune(ctx, seq_id, params); });
+    return refreekv_guard([&]() { return store->prune(ctx, seq_id); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {

@@ -122,8 +122,7 @@ public:
     //
 
     // cells evicted, or a refreekv_status; both run in update()
-    // by: parameters to choose by in place of the context's, nullptr: none
-    int64_t prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by = nullptr);
+    int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
     // these positions stay, whatever the policy; a refreekv_status
@@ -248,8 +247,8 @@ private:
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
 
-    // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
-    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
+    // pos: what to keep of layer il; nullptr: the policy decides, in every layer
+    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);
 };
 
 // Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none

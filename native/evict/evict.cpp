@@ -60,19 +60,12 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     return job_result;
 }
 
-int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by) {
-    if (by && (by->policy != params.policy || by->n_window > params.n_window)) {
-        refreekv_set_error("prune: other parameters have to be of the context's policy, with an n_window of %d or less", params.n_window);
-        return REFREEKV_ERR_ARGUMENT;
-    }
+int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
     if (!refreekv_policy_find(params.policy)) {
         return 0;
     }
 
-    refreekv_params chosen = by ? *by : params;
-    chosen.n_block = params.n_block;
-
-    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
 void refreekv_store::prune_read(llama_context * lctx) {
@@ -94,10 +87,10 @@ int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t 
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos, params); });
+    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos); });
 }
 
-int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by) {
+int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
@@ -105,7 +98,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     uint32_t n_threads = params.cold_limit > 0 ? 1 : mover.n_threads();
 
     // nor is the scratch memory to grow with them beyond a bound: a query head's weights at least (kernels/attention-cpu.cpp)
-    const size_t size = (size_t) std::max(1, logical.table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*sizeof(float);
+    const size_t size = (size_t) std::max(1, logical.table_of_seq(seq_id).seq_pos_max(seq_id))*params.n_window*sizeof(float);
 
     n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
@@ -120,9 +113,9 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     int32_t status = refreekv_parallel(layers.size(), n_threads, [&](uint32_t i, uint32_t thread) {
         auto & layer = layers[i];
 
-        const bool asked = pos ? layer.il == il : i >= (uint32_t) by.n_full_layers;
+        const bool asked = pos ? layer.il == il : i >= (uint32_t) params.n_full_layers;
 
-        return asked ? evictor.evict(layer, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+        return asked ? evictor.evict(layer, seq_id, all, pos, scratch[thread], n_evicted) : REFREEKV_OK;
     });
 
     for (auto & s : scratch) {

@@ -48,7 +48,7 @@ static void keep_selected(const refreekv_selection & sel, std::vector<uint8_t> &
     }
 }
 
-int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
+int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned;
@@ -56,21 +56,21 @@ int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vec
         pinned.push_back(c.stays);
     }
 
-    if (!refreekv_policy_looks(by.policy)) {
+    if (!refreekv_policy_looks(params.policy)) {
         refreekv_attention_host nothing(nullptr, 0, 0, list.size());
 
-        refreekv_policy_find(by.policy)(by, nothing, pinned, sel);
+        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(layer, seq_id, list, by, memory, attn)) {
+    if (const int32_t status = look(layer, seq_id, list, params, memory, attn)) {
         return status;
     }
 
-    const bool ok = refreekv_policy_find(by.policy)(by, *attn, pinned, sel);
+    const bool ok = refreekv_policy_find(params.policy)(params, *attn, pinned, sel);
 
     count(*attn);
 
@@ -179,7 +179,7 @@ bool evictor::take_out(layer & layer, const std::vector<held> & list, const std:
     return true;
 }
 
-int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted) {
+int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, scratch & memory, std::atomic<int64_t> & n_evicted) {
     const auto list = held_by(layer, all);
 
     std::vector<uint8_t> keep(list.size(), 1);
@@ -190,9 +190,9 @@ int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<hel
         for (size_t c = 0; c < list.size(); ++c) {
             keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || list[c].stays;
         }
-    } else if ((int32_t) list.size() < by.n_min) {
+    } else if ((int32_t) list.size() < params.n_min) {
         return REFREEKV_OK;
-    } else if (const int32_t status = select(layer, seq_id, list, by, memory.attention, keep)) {
+    } else if (const int32_t status = select(layer, seq_id, list, memory.attention, keep)) {
         return status;
     }
 

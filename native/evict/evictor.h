@@ -54,11 +54,11 @@ public:
     // of those, the ones that a layer holds and queries can see
     std::vector<held> held_by(const layer & layer, std::vector<held> all) const;
 
-    // pos: what to keep; nullptr: the policy decides, by these parameters. n_evicted goes up by the cells that are evicted. A
+    // pos: what to keep; nullptr: the policy decides. n_evicted goes up by the cells that are evicted. A
     // refreekv_status
-    int32_t evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted);
+    int32_t evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, scratch & memory, std::atomic<int64_t> & n_evicted);
 
-    // the attention that a policy looks at; a refreekv_status
+    // the attention that a policy with these parameters looks at; a refreekv_status
     int32_t look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const;
 
     // what was looked at counts in the figures
@@ -82,7 +82,7 @@ private:
     std::atomic<uint64_t> n_bytes_read    { 0 };
     std::atomic<uint64_t> n_bytes_bounced { 0 };
 
-    int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
+    int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
 
     // false: no memory to move what stays
     bool take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);

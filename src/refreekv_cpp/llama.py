@@ -22,14 +22,12 @@ from refreekv_cpp import (
     _options,
     _states,
     faults,
-    guard,
     native,
     spans,
 )
 from refreekv_cpp._log import inform, logger
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.divergence import kl
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.spans import Protect
@@ -61,10 +59,6 @@ class Llama(llama_cpp.Llama):
             system message of a chat completion. Default: none but what the policy keeps.
         kv_prune_every: prune again after so many generated tokens, so that a long answer does not grow without bound.
             Default: only the prompt is pruned.
-        kv_guard: how far, in nats, the pruned cache may be from the whole one: the first token of an answer is read on
-            both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
-            kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
-            read twice.
         kv_faults: decoding sees what it misses: of the evicted keys 4 bits a number stay, and blocks of 64 cells take
             part with their own rows, read from the cold store, until the others would draw no more than a part of any
             head's attention (True: 0.05). Needs kv_evicted="restore" and the cache in host memory. Default: 0.05 where
@@ -93,7 +87,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_guard` or `kv_faults` that was
+        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_faults` that was
             asked for. (Where REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
@@ -110,7 +104,6 @@ class Llama(llama_cpp.Llama):
         kv_memory_limit: int | str | None = None,
         kv_protect: Protect | None = None,
         kv_prune_every: int | None = None,
-        kv_guard: float | None = None,
         kv_faults: bool | float | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
@@ -132,7 +125,6 @@ class Llama(llama_cpp.Llama):
         )
         self.kv_protect = spans.check(kv_protect)
         self.kv_prune_every = _options.check_every(kv_prune_every)
-        self.kv_guard = guard.check(kv_guard, kv.evicted)
         self._faults = faults.check(kv_faults, kv.evicted)
         self._kv_faults = kv_faults
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
@@ -167,8 +159,6 @@ class Llama(llama_cpp.Llama):
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
-        self._n_guarded = 0
-        self._divergence: float | None = None  # of the last pruning, where it was measured
         self._n_generated = 0  # since the last pruning
         self._system: str | None = None  # message of the chat that is being answered
 
@@ -180,11 +170,6 @@ class Llama(llama_cpp.Llama):
             warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
-        if self.kv_guard is not None and self._evicts and self._is_hybrid:
-            self.close()
-            raise UnsupportedModelError(
-                f"kv_guard={self.kv_guard}: a hybrid model cannot take a token back; leave it out"
-            )
         self._loaded = True
 
     def _make_locks(self) -> None:
@@ -241,9 +226,7 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._reading:
-            return KVStats.read(
-                self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes, self._n_guarded, self._divergence
-            )
+            return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes)
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -256,28 +239,22 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            return self._prune(self.kv_policy)
-
-    def _prune(self, policy: Policy) -> int:
-        ctx = self._ctx.ctx
-        self._unpruned_of = None
-        if not self._evicts or self.n_tokens == 0:
-            return 0
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
-        for start, end in spans.resolve(self.kv_protect, self, self._system):
-            native.protect(ctx, _SEQ_ID, start, end)
-        before = native.stats(ctx)
-        if policy is self.kv_policy:
-            n_evicted = policy.prune(ctx, _SEQ_ID)
-        else:
-            n_evicted = native.prune(ctx, _SEQ_ID, native.make_params(**(policy.native_options() or {})))
-        after = self.kv_stats
-        inform(
-            f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
-            f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
-            verbose=self.verbose,
-        )
-        return n_evicted
+            ctx = self._ctx.ctx
+            self._unpruned_of = None
+            if not self._evicts or self.n_tokens == 0:
+                return 0
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
+            for start, end in spans.resolve(self.kv_protect, self, self._system):
+                native.protect(ctx, _SEQ_ID, start, end)
+            before = native.stats(ctx)
+            n_evicted = self.kv_policy.prune(ctx, _SEQ_ID)
+            after = self.kv_stats
+            inform(
+                f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
+                f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
+                verbose=self.verbose,
+            )
+            return n_evicted
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
@@ -296,8 +273,6 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens)
             return
 
-        if self._guards(tokens) and self._prune_guarded(tokens):
-            return
         self._prune_due()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
@@ -338,44 +313,6 @@ class Llama(llama_cpp.Llama):
             # nothing was read when the whole prompt was there already, and then it may have been pruned, too
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
-
-    def _guards(self, tokens: Sequence[int]) -> bool:
-        """Whether these are the first token of an answer, and the prompt before it is to be pruned under the guard."""
-        return (
-            self.kv_guard is not None
-            and self._unpruned_of is not None
-            and len(tokens) == 1
-            and native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1
-            and self.n_tokens >= (self.kv_policy.native_options() or {}).get("n_min", 0)
-        )
-
-    def _prune_guarded(self, token: Sequence[int]) -> bool:
-        """Read a token on the whole cache, prune what comes before it, and read it again; while the two differ by more
-        than `kv_guard`, restore and keep more, at last everything. False: the whole cache has no room for the token."""
-        assert self.kv_guard is not None
-        n_tokens = self.n_tokens
-        try:
-            self._eval(token)
-        except CacheMemoryError:
-            return False
-        full = guard.next_token(self)
-        for policy in guard.attempts(self.kv_policy):
-            self._go_back(n_tokens)
-            self._prune(policy)
-            self._eval(token)
-            self._divergence = kl(full, guard.next_token(self))
-            if self._divergence <= self.kv_guard:
-                return True
-            try:
-                native.restore(self._ctx.ctx, _SEQ_ID)
-            except (CacheStateError, CacheMemoryError) as error:
-                inform(f"{error}; the guard lets it be", verbose=self.verbose)
-                return True
-            self._n_guarded += 1
-        self._go_back(n_tokens)
-        self._eval(token)
-        self._divergence = kl(full, guard.next_token(self))
-        return True
 
     def _go_back(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
@@ -452,7 +389,6 @@ class Llama(llama_cpp.Llama):
         elif reset and self._queries_lost:
             self._rewind_for_queries(prompt)
         self._queries_lost = False
-        self._divergence = None
 
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._generation is not generation:
@@ -607,7 +543,6 @@ class Llama(llama_cpp.Llama):
                 logger.warning("an entry of the cache of states does not fit, and is not used: %s", message)
             raise _states.UnfitStateError(message) from error
         self._queries_lost = True
-        self._divergence = None
 
     def reset(self) -> None:
         """As upstream's."""
@@ -616,7 +551,6 @@ class Llama(llama_cpp.Llama):
             self._generation = None
             super().reset()
             self._queries_lost = False  # what comes is read from its beginning
-            self._divergence = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.

@@ -105,18 +105,13 @@ def next_context(params: Any | None) -> Iterator[None]:
         _lib.refreekv_forget_next_context()
 
 
-def prune(ctx: Any, seq_id: int, params: Any | None = None) -> int:
+def prune(ctx: Any, seq_id: int) -> int:
     """Apply the context's policy to a sequence. Returns the cells evicted, over all layers.
-
-    Args:
-        params: other parameters of the same policy (`make_params`) for this once. n_block, and what has nothing to do
-            with the choice of cells, stays the context's.
 
     Raises:
         CacheStateError: the last query of the sequence is not there any more.
-        PolicyError: params are of another policy, or look at more queries than the context keeps.
     """
-    return _check(_lib.refreekv_prune(_context(ctx), seq_id, ffi.NULL if params is None else params))
+    return _check(_lib.refreekv_prune(_context(ctx), seq_id))
 
 
 def expect(ctx: Any, n_tokens: int) -> None:

@@ -79,9 +79,6 @@ class KVStats:
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
-        n_guarded: prunings that `kv_guard` took back, to keep more.
-        divergence: KL(full || pruned), in nats, of the token after the first one of the last answer; None: not measured
-            (see `kv_guard`), or there was none since.
         prune_ms: the time the prunings took together, in milliseconds.
         bytes_cold: evicted rows in the cold store.
         cold: where that is: "memory", "file", or "" when there is none.
@@ -112,8 +109,6 @@ class KVStats:
     bytes_per_token: int
     n_prunes: int
     n_limit_prunes: int
-    n_guarded: int
-    divergence: float | None
     prune_ms: float
     bytes_cold: int
     cold: str
@@ -126,14 +121,7 @@ class KVStats:
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(
-        cls,
-        policy: str,
-        ctx: Any,
-        n_limit_prunes: int = 0,
-        n_guarded: int = 0,
-        divergence: float | None = None,
-    ) -> KVStats:
+    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
         stats, layers = native.figures(ctx)
         buffers = tuple(
@@ -168,8 +156,6 @@ class KVStats:
             bytes_per_token=sum(layer.row_bytes for layer in layers),
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,
-            n_guarded=n_guarded,
-            divergence=divergence,
             prune_ms=stats.prune_us / 1000,
             bytes_cold=stats.bytes_cold,
             cold={_COLD_MEMORY: "memory", _COLD_FILE: "file"}.get(stats.cold, ""),

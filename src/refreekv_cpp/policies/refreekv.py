@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
-
-from typing_extensions import Self
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
@@ -97,9 +95,6 @@ class ReFreeKV(Policy):
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
-
-    def gentler(self) -> Self:
-        return replace(self, threshold=self.threshold / 2)
 
 
 _PAPER: dict[str, Any] = {
