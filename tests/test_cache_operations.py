@@ -628,9 +628,9 @@ def assert_usable(llm: Llama, path: Path, policy: str | ReFreeKV, options: dict)
 
 # where a state with one sequence has what: native/state/state.cpp
 STATE_MAGIC = b"RFKV"
-STATE_HEADER = 24
-STATE_WHOLE_HEADS = 4  # their number: none
-STATE_GROUP = 40
+STATE_VERSION = 4
+STATE_HEADER = 20
+STATE_LAYER = 32
 
 
 def damaged(state: bytes) -> Iterator[bytes]:
@@ -639,8 +639,8 @@ def damaged(state: bytes) -> Iterator[bytes]:
     for n in [*range(0, 200, 9), *rng.integers(200, len(state), 40), len(state) - 1]:
         yield state[:n]
     start = state.index(STATE_MAGIC)
-    group = start + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS
-    for at in [*range(start, start + STATE_HEADER), *range(group - STATE_WHOLE_HEADS, group + STATE_GROUP + 32)]:
+    layer = start + STATE_HEADER + N_PROMPT
+    for at in [*range(start, start + STATE_HEADER), *range(layer, layer + STATE_LAYER + 32)]:
         yield state[:at] + bytes([state[at] ^ 0xFF]) + state[at + 1 :]
 
 
@@ -660,9 +660,18 @@ def test_a_damaged_state_is_refused_and_does_no_harm(tiny_model: Path) -> None:
     assert_usable(llm, tiny_model, POLICY, {})
 
 
+def test_a_state_of_an_older_version_is_refused(tiny_model: Path) -> None:
+    state = pruned(tiny_model).save_state().llama_state
+    version = state.index(STATE_MAGIC) + STATE_VERSION
+    llm = load(tiny_model, POLICY)
+    assert set_state(llm, state[:version] + bytes([state[version] - 1]) + state[version + 1 :]) == 0
+    assert "or by another version" in native.last_error()
+    assert_usable(llm, tiny_model, POLICY, {})
+
+
 def test_a_state_that_names_a_cell_twice_is_refused(tiny_model: Path) -> None:
     state = pruned(tiny_model).save_state().llama_state
-    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS + STATE_GROUP
+    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_LAYER
     llm = load(tiny_model, POLICY)
     assert set_state(llm, state[: cells + 4] + state[cells : cells + 4] + state[cells + 8 :]) == 0
     assert "names a cell that is not there" in native.last_error()
