@@ -44,8 +44,7 @@ ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_c
 // policy
 llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const llm_graph_input_attn_kv_iswa & inp, const ggml_tensor * k_cur, int il);
 
-// llama_context::graph_max_nodes: nodes that a graph may have beyond upstream's, when every layer is divided in the most
-// scattered way
+// llama_context::graph_max_nodes: nodes that a graph may have beyond upstream's
 uint32_t graph_extra_nodes(llama_memory_i * mem);
 
 // llama_context::memory_update: a reservation for other layouts may have changed the sizes that upstream expects to stay

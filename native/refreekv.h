@@ -125,7 +125,7 @@ struct refreekv_params {
 
 struct refreekv_stats {
     int32_t  n_tokens;    // logical cells in use
-    int32_t  n_group;     // groups of KV heads, over all layers
+    int32_t  n_layer;     // layers that have a cache
     int32_t  n_layout;    // distinct layouts: masks a graph needs
     int32_t  n_prunes;
     int64_t  prune_us;    // of all prunings
@@ -169,15 +169,14 @@ struct refreekv_device_info {
     uint64_t     bytes_work;         // scratch memory of the CPU's threads beside them
 };
 
-struct refreekv_group_info {
+struct refreekv_layer_info {
     int32_t  il;          // layer in the model
     int32_t  n_head;      // query heads
     int32_t  n_head_kv;
     int32_t  n_embd_head;
     int32_t  n_kept;      // cells held
     int32_t  n_capacity;  // cells there is room for
-    int32_t  layout;      // groups with equal layout share mask and indices
-    int32_t  whole;       // no policy evicts from it (refreekv_keep_heads)
+    int32_t  layout;      // layers with equal layout share mask and indices
     uint64_t row_bytes;   // K and V of one cell
     float    kq_scale;    // of the attention logits; 0 before the first decode
 };
@@ -206,17 +205,10 @@ REFREEKV_API const char * refreekv_model_refusal(const struct llama_model * mode
 
 // apply the context's policy to a sequence, now. Returns the number of cells evicted, over all layers.
 // Logits of the last decode stay readable.
-// params: choose by these for once: of the same kind, and with no larger n_window. n_block, and what is no matter of choosing,
-// stays the context's. NULL: by the context's own
-REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params);
+REFREEKV_API int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id);
 
-// keep just these positions of a sequence in one layer (il of the model), but for heads that are kept whole. For
-// policies of the caller's
+// keep just these positions of a sequence in one layer (il of the model). For policies of the caller's
 REFREEKV_API int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos);
-
-// keep these KV heads whole from now on, whatever the policy: heads[i] of layer il[i] of the model. Each layer that has
-// some is stored as two groups then. The cache has to be empty; 0 heads: layers are one group again.
-REFREEKV_API int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads);
 
 // positions p0 to p1 - 1 of a sequence are kept whatever the policy, in all layers, until the whole sequence is removed.
 // They need not be there yet.
@@ -243,10 +235,10 @@ REFREEKV_API void refreekv_fail_allocation(int32_t n);
 // -1 when the sequence is whole, < -1 on error
 REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id);
 
-// The figures of the cache and of its groups, all of one moment: the end of the last operation on it, or of the last batch.
-// Returns the number of groups, writes at most n_max of them. Any thread. Works without a policy, too: the only figure that
+// The figures of the cache and of the layers that have one, all of one moment: the end of the last operation on it, or of the last
+// batch. Returns the number of layers, writes at most n_max of them. Any thread. Works without a policy, too: the only figure that
 // changes is n_tokens then, and it is that of now
-REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max);
+REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max);
 
 // upstream's llama_get_memory_breakdown, of the same moment; returns the number of buffer types, writes at most n_max of
 // them. Any thread; works without a policy, too
@@ -256,18 +248,20 @@ REFREEKV_API int32_t refreekv_get_buffers(struct llama_context * ctx, struct ref
 // bytes_work are those of models that were loaded with no_alloc, 0 otherwise; bytes_context of others is what is allocated now
 REFREEKV_API int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_info * info, int32_t n_max);
 
-// the positions of a sequence that a group holds, ascending; returns their number, writes at most n_max of them
-REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max);
+// Below, i_layer counts the layers that have a cache, in the order of refreekv_get_stats().
+
+// the positions of a sequence that a layer holds, ascending; returns their number, writes at most n_max of them
+REFREEKV_API int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, llama_pos * pos, int32_t n_max);
 
 // what the metric would read, for oracles: the queries in the ring (oldest first), [n_head * n_embd_head] each, and the
-// keys of a group (position order), [n_head_kv * n_embd_head] each, dequantised; both return the number of rows
-REFREEKV_API int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
-REFREEKV_API int32_t refreekv_read_keys   (struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max);
+// keys of a layer (position order), [n_head_kv * n_embd_head] each, dequantised; both return the number of rows
+REFREEKV_API int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max);
+REFREEKV_API int32_t refreekv_read_keys   (struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max);
 
-// what a policy would look at: the attention of the queries in the ring to the cells that a group holds,
+// what a policy would look at: the attention of the queries in the ring to the cells that a layer holds,
 // out[(h*n_rows + r)*n_cells + j], rows oldest first, cells in position order (refreekv_get_kept has their positions).
 // Sets shape to n_head, n_rows, n_cells; writes nothing when n_max, the room in floats, is less than their product.
-REFREEKV_API int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, uint64_t n_max, int32_t * shape);
+REFREEKV_API int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape);
 
 // the policy alone, on attention that the caller has: attn[(h*n_rows + r)*n_cells + j], rows oldest first, cells in
 // position order, of layer i_layer of n_layer. kept[j] is set to 1 or 0. Returns the number kept.

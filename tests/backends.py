@@ -43,7 +43,6 @@ class Scenario:
 
     model: str = "gqa64"
     options: dict[str, Any] = field(default_factory=dict)
-    whole_heads: bool = False
     second_turn: bool = False
     state: bool = False
 
@@ -54,12 +53,11 @@ SCENARIOS = {
     "q8_0 cache": Scenario(options={"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}),
     "half of the layers": Scenario(options={"n_gpu_layers": 3}),  # two, and the output
     "offload_kqv=False": Scenario(options={"offload_kqv": False}),
-    "a head kept whole": Scenario(whole_heads=True),
     "second turn, restored": Scenario(second_turn=True),
     "saved and loaded": Scenario(state=True),
 }
 
-TABLE_POLICIES = ["full", "window", "paper", "released-code", "streaming", "snapkv", "h2o", "pyramidkv", "top-p"]
+TABLE_POLICIES = ["full", "refreekv", "paper", "released-code", "streaming", "snapkv", "h2o", "pyramidkv", "top-p"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,6 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
     defaults = {"kv_elastic": True, "n_gpu_layers": -1}
     llm = load(model, POLICIES.get(policy, policy), **{**defaults, **scenario.options, **options})
     evicts = policy != "full"
-    if scenario.whole_heads and evicts:
-        native.keep_heads(ctx_of(llm), [(1, 0)])
     llm.eval(random_tokens(N_PROMPT))
     rows = [logits(llm)]
     if evicts:

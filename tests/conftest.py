@@ -27,7 +27,7 @@ settings.load_profile("short")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Measured induction scores and cold stores are not left in the user's folders, nor taken from there."""
+    """Cold stores are not left in the user's folders, nor taken from there."""
     os.environ[VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 

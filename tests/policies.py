@@ -11,7 +11,6 @@ from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, To
 # the presets with their own constants
 PRESETS: dict[str, Policy] = {
     "refreekv": ReFreeKV(),
-    "window": ReFreeKV.window(),
     "paper": ReFreeKV.paper(),
     "released-code": ReFreeKV.released_code(),
     "streaming": Streaming(),
@@ -24,7 +23,7 @@ PRESETS: dict[str, Policy] = {
 # ... and with constants at which each of them takes something out of every tiny model. The random models attend more
 # evenly than real ones: what loses 1 % of the norm there is nearly nothing.
 POLICIES: dict[str, Policy] = {
-    "window": ReFreeKV.window(),
+    "refreekv": ReFreeKV(),
     "paper": ReFreeKV.paper(threshold=0.1, n_full_layers=1),
     "released-code": ReFreeKV.released_code(threshold=0.4),
     "streaming": Streaming(budget=0.3),
@@ -36,7 +35,7 @@ POLICIES: dict[str, Policy] = {
     "score-mass-last": ReFreeKV(rows="last", threshold=0.3, n_recent=0),
     "snapkv-mean": SnapKV(budget=300, pooling="mean", n_window=16, n_pool=5),
     "pyramidkv-gentle": PyramidKV(budget=0.6, beta=2),
-    "every-third-row": ReFreeKV.window(window_step=3),
+    "every-third-row": ReFreeKV(window_step=3),
     "position-mass-worst": ReFreeKV(ranking="position", threshold=0.8, n_sink=1),
 }
 

@@ -272,8 +272,8 @@ def warm_attention(
 
 
 class LlamaReference:
-    """A llama-architecture GGUF, read and run. Its cache keeps every key and value; what is evicted from a layer, or
-    from some of its KV heads, is only hidden there, from the queries that come after."""
+    """A llama-architecture GGUF, read and run. Its cache keeps every key and value; what is evicted from a layer is
+    only hidden there, from the queries that come after."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -301,7 +301,7 @@ class LlamaReference:
         shape = (0, self.n_head_kv, self.n_embd_head)
         self.keys = [np.empty(shape) for _ in range(self.n_layer)]
         self.values = [np.empty(shape) for _ in range(self.n_layer)]
-        self.hidden = [np.empty((0, self.n_head_kv), dtype=bool) for _ in range(self.n_layer)]
+        self.hidden = [np.empty(0, dtype=bool) for _ in range(self.n_layer)]
         self.warm: dict[int, tuple[npt.NDArray[np.int64], int, int, float]] = {}  # see put_away
         self.n_read = 0
         self.last_queries: list[Array] = []  # of each layer, [n_tokens, n_head, n_embd_head], of the last read()
@@ -312,15 +312,11 @@ class LlamaReference:
         res.warm = dict(self.warm)
         return res
 
-    def keep(self, layer: int, positions: Iterable[int], heads: Iterable[int] | None = None) -> None:
-        """From now on no query sees anything else of what this layer has read so far.
-
-        heads: the KV heads that this is for; default: all.
-        """
+    def keep(self, layer: int, positions: Iterable[int]) -> None:
+        """From now on no query sees anything else of what this layer has read so far."""
         hidden = np.ones(len(self.hidden[layer]), dtype=bool)
         hidden[list(positions)] = False
-        self.hidden[layer] = self.hidden[layer].copy()
-        self.hidden[layer][:, list(range(self.n_head_kv) if heads is None else heads)] |= hidden[:, None]
+        self.hidden[layer] = self.hidden[layer] | hidden
 
     def put_away(self, layer: int, kept: Iterable[int], bits: tuple[int, int], theta: float) -> None:
         """From now on queries, which come one by one, see all but these by codes of so many bits (of K, V), and read
@@ -363,28 +359,31 @@ class LlamaReference:
 
         self.keys[layer] = keys = np.concatenate([self.keys[layer], keys])
         self.values[layer] = values = np.concatenate([self.values[layer], values])
-        self.hidden[layer] = np.concatenate([self.hidden[layer], np.zeros((len(x), self.n_head_kv), dtype=bool)])
+        self.hidden[layer] = np.concatenate([self.hidden[layer], np.zeros(len(x), dtype=bool)])
 
         scale = 1 / math.sqrt(self.n_embd_head)
         n_gqa = self.n_head // self.n_head_kv
-        out = []
-        for head in range(self.n_head_kv):
-            if layer in self.warm:
-                gone, bits_k, bits_v, theta = self.warm[layer]
-                all_keys, all_values = (rows[layer][:, head].astype(np.float32) for rows in (self.keys, self.values))
-                rough = all_keys.copy(), all_values.copy()
-                for part, rows, bits in zip(rough, (all_keys, all_values), (bits_k, bits_v), strict=True):
-                    part[gone] = coded(rows[gone], bits)
-                own = slice(head * n_gqa, (head + 1) * n_gqa)
-                res, n_read = warm_attention(queries[0, own], all_keys, all_values, *rough, scale, theta)
-                self.n_read += n_read
-                out += [row[None] for row in res]
-                continue
-            seen = np.flatnonzero(~self.hidden[layer][:, head])
-            own = slice(head * n_gqa, (head + 1) * n_gqa)
-            rows = attention_rows(queries[:, own], positions, keys[seen, head : head + 1], seen, scale)
-            out += [row @ values[seen, head] for row in rows]
+        if layer in self.warm:
+            out = [
+                self.attention_to_warm(layer, head, queries[0, head * n_gqa : (head + 1) * n_gqa], scale)
+                for head in range(self.n_head_kv)
+            ]
+            return np.concatenate(out).reshape(1, -1) @ self.weights[f"blk.{layer}.attn_output.weight"].T
+        seen = np.flatnonzero(~self.hidden[layer])
+        rows = attention_rows(queries, positions, keys[seen], seen, scale)
+        out = [row @ values[seen, head // n_gqa] for head, row in enumerate(rows)]
         return np.concatenate(out, axis=1) @ self.weights[f"blk.{layer}.attn_output.weight"].T
+
+    def attention_to_warm(self, layer: int, head: int, queries: Array, scale: float) -> Array:
+        """One token's queries [n_gqa, d] of a KV head of a layer of which something was put away: [n_gqa, d]."""
+        gone, bits_k, bits_v, theta = self.warm[layer]
+        keys, values = (rows[layer][:, head].astype(np.float32) for rows in (self.keys, self.values))
+        coded_keys, coded_values = keys.copy(), values.copy()
+        coded_keys[gone] = coded(keys[gone], bits_k)
+        coded_values[gone] = coded(values[gone], bits_v)
+        res, n_read = warm_attention(queries, keys, values, coded_keys, coded_values, scale, theta)
+        self.n_read += n_read
+        return res
 
     def feed_forward(self, layer: int, x: Array) -> Array:
         gate = x @ self.weights[f"blk.{layer}.ffn_gate.weight"].T

@@ -26,7 +26,6 @@ TESTS = [
     "test_sequence_states.py",
     "test_memory.py",
     "test_memories.py",
-    "test_heads.py",
     "test_restore.py",
     "test_cold_states.py",
     "test_cold_types.py",

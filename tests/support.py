@@ -54,7 +54,7 @@ def feed(llm: llama_cpp.Llama, tokens: Iterable[int]) -> npt.NDArray[np.float32]
 
 def kept(llm: Llama, seq_id: int = 0) -> list[list[int]]:
     """The positions that each layer holds."""
-    n_layer = native.stats(ctx_of(llm)).n_group
+    n_layer = native.stats(ctx_of(llm)).n_layer
     return [native.kept(ctx_of(llm), seq_id, layer).tolist() for layer in range(n_layer)]
 
 
@@ -131,7 +131,7 @@ class Sequences:
         }
 
     def kept(self, seq_id: int) -> list[list[int]]:
-        return [native.kept(self.ctx, seq_id, layer).tolist() for layer in range(native.stats(self.ctx).n_group)]
+        return [native.kept(self.ctx, seq_id, layer).tolist() for layer in range(native.stats(self.ctx).n_layer)]
 
     def remove(self, seq_id: int, start: int = -1, end: int = -1) -> bool:
         return llama_cpp.llama_memory_seq_rm(self.memory, seq_id, start, end)

@@ -19,10 +19,10 @@ KINDS = {"soft-cap": "gemma2", "ALiBi": "mpt", "sinks": "gpt-oss"}
 
 
 def attention(model: Path, n_window: int, read: Callable[[Sequences], Any], by_graph: bool, **fields: Any) -> list[Any]:
-    """Of every group: [n_head, n_rows, n_cells]."""
+    """Of every layer: [n_head, n_rows, n_cells]."""
     sequences = Sequences(model, Debug(policy=ReFreeKV(n_window=n_window), by_graph=by_graph), **fields)
     read(sequences)
-    rows = [native.read_attention(sequences.ctx, 0, group) for group in range(native.stats(sequences.ctx).n_group)]
+    rows = [native.read_attention(sequences.ctx, 0, layer) for layer in range(native.stats(sequences.ctx).n_layer)]
     assert (native.stats(sequences.ctx).bytes_read > 0) == by_graph
     sequences.close()
     return rows
@@ -66,7 +66,7 @@ def test_cells_of_other_sequences_between(tiny_model: Path) -> None:
     assert_the_same(tiny_model, 40, read)
 
 
-@pytest.mark.parametrize("policy", [ReFreeKV.window(), SnapKV(budget=0.5)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [ReFreeKV(), SnapKV(budget=0.5)], ids=lambda policy: policy.name)
 def test_the_number_of_threads_changes_nothing(tiny_model: Path, policy: Any) -> None:
     states = []
     for n_threads in (1, 3):

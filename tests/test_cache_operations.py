@@ -233,8 +233,8 @@ def test_layers_of_equal_size_that_hold_other_sequences_do_not_share_a_mask(
             each.read(its_id, prompt)
             for layer, n in enumerate(n_kept[seq_id]):
                 native.keep(each.ctx, its_id, layer, np.arange(700 - n, 700))
-    assert {native.group(sequences.ctx, layer).n_kept for layer in range(4)} == {700}
-    assert [native.group(sequences.ctx, layer).layout for layer in range(4)] == [0, 1, 0, 1]
+    assert {native.layer(sequences.ctx, layer).n_kept for layer in range(4)} == {700}
+    assert [native.layer(sequences.ctx, layer).layout for layer in range(4)] == [0, 1, 0, 1]
     together = sequences.read_together({0: MORE, 1: MORE})
     for seq_id, each in alone.items():
         assert_alike(together[seq_id], each.read(0, MORE))
@@ -290,10 +290,10 @@ def test_a_copy_is_of_the_cache_as_it_was(tiny_model: Path, sequences: Sequences
 def test_cells_of_two_sequences_are_held_once(unified: Sequences) -> None:
     unified.read(0, PROMPT)
     prune(unified, 0)
-    n_cells = native.group(unified.ctx, 0).n_kept
+    n_cells = native.layer(unified.ctx, 0).n_kept
     unified.copy(0, 1)
     assert unified.kept(1) == unified.kept(0)
-    assert native.group(unified.ctx, 0).n_kept == n_cells
+    assert native.layer(unified.ctx, 0).n_kept == n_cells
 
 
 def test_a_part_of_a_pruned_sequence_cannot_be_copied(sequences: Sequences) -> None:
@@ -429,8 +429,8 @@ def test_layers_that_are_not_there(tiny_model: Path) -> None:
     with pytest.raises(PolicyError, match="layer 4 has no KV cache"):
         native.keep(ctx_of(llm), 0, 4, np.array([1]))
     for layer in (-1, 4):
-        with pytest.raises(PolicyError, match=f"group {layer}: there are 4"):
-            native.group(ctx_of(llm), layer)
+        with pytest.raises(PolicyError, match=f"index={layer}: must be 0 to 3"):
+            native.layer(ctx_of(llm), layer)
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def test_the_books_balance(tiny_model: Path, options: dict) -> None:
 
     llm.eval(PROMPT)
     before = llm.kv_stats
-    row_bytes = [native.group(ctx_of(llm), layer).row_bytes for layer in range(4)]
+    row_bytes = [native.layer(ctx_of(llm), layer).row_bytes for layer in range(4)]
     # 2 KV heads of 16 numbers, K and V
     assert row_bytes == [2 * 2 * 16 * (4 if "type_k" in options else 2)] * 4
     assert before.n_tokens == N_PROMPT
@@ -505,7 +505,7 @@ def test_layers_of_equal_size_share_a_mask(tiny_model: Path) -> None:
     for layer, positions in enumerate(sets):
         native.keep(ctx_of(llm), 0, layer, np.array(positions))
     assert llm.kv_stats.n_layouts == 2
-    assert [native.group(ctx_of(llm), layer).layout for layer in range(4)] == [0, 0, 1, 0]
+    assert [native.layer(ctx_of(llm), layer).layout for layer in range(4)] == [0, 0, 1, 0]
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def test_a_pruned_state_goes_on_where_it_was_saved(tiny_model: Path, options: di
     feed(llm, MORE)
     state = llm.save_state()
     # the cells that went are not in it, nor is anything in their place
-    row_bytes = native.group(ctx_of(llm), 0).row_bytes
+    row_bytes = native.layer(ctx_of(llm), 0).row_bytes
     n_cells = sum(map(len, kept(llm)))
     assert n_cells * row_bytes < state.llama_state_size < whole.llama_state_size
     assert state.llama_state_size - n_cells * row_bytes == pytest.approx(
@@ -628,9 +628,9 @@ def assert_usable(llm: Llama, path: Path, policy: str | ReFreeKV, options: dict)
 
 # where a state with one sequence has what: native/state/state.cpp
 STATE_MAGIC = b"RFKV"
-STATE_HEADER = 24
-STATE_WHOLE_HEADS = 4  # their number: none
-STATE_GROUP = 40
+STATE_VERSION = 4
+STATE_HEADER = 20
+STATE_LAYER = 32
 
 
 def damaged(state: bytes) -> Iterator[bytes]:
@@ -639,8 +639,8 @@ def damaged(state: bytes) -> Iterator[bytes]:
     for n in [*range(0, 200, 9), *rng.integers(200, len(state), 40), len(state) - 1]:
         yield state[:n]
     start = state.index(STATE_MAGIC)
-    group = start + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS
-    for at in [*range(start, start + STATE_HEADER), *range(group - STATE_WHOLE_HEADS, group + STATE_GROUP + 32)]:
+    layer = start + STATE_HEADER + N_PROMPT
+    for at in [*range(start, start + STATE_HEADER), *range(layer, layer + STATE_LAYER + 32)]:
         yield state[:at] + bytes([state[at] ^ 0xFF]) + state[at + 1 :]
 
 
@@ -660,9 +660,18 @@ def test_a_damaged_state_is_refused_and_does_no_harm(tiny_model: Path) -> None:
     assert_usable(llm, tiny_model, POLICY, {})
 
 
+def test_a_state_of_an_older_version_is_refused(tiny_model: Path) -> None:
+    state = pruned(tiny_model).save_state().llama_state
+    version = state.index(STATE_MAGIC) + STATE_VERSION
+    llm = load(tiny_model, POLICY)
+    assert set_state(llm, state[:version] + bytes([state[version] - 1]) + state[version + 1 :]) == 0
+    assert "or by another version" in native.last_error()
+    assert_usable(llm, tiny_model, POLICY, {})
+
+
 def test_a_state_that_names_a_cell_twice_is_refused(tiny_model: Path) -> None:
     state = pruned(tiny_model).save_state().llama_state
-    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_WHOLE_HEADS + STATE_GROUP
+    cells = state.index(STATE_MAGIC) + STATE_HEADER + N_PROMPT + STATE_LAYER
     llm = load(tiny_model, POLICY)
     assert set_state(llm, state[: cells + 4] + state[cells : cells + 4] + state[cells + 8 :]) == 0
     assert "names a cell that is not there" in native.last_error()

@@ -19,7 +19,7 @@ from refreekv_cpp.cli.options import LoadOptions, MachineOptions, parse_option
 
 COMMANDS_WITH_THREADS = [
     *(["run", "--prompt", "x"], ["chat"], ["demo", "--model"], ["plan"], ["bench"], ["memory"], ["turns"]),
-    *(["eval", "--out", "out"], ["eval-evicted", "--text", __file__], ["serve"]),
+    *(["eval", "--out", "out"], ["serve"]),
 ]
 MACHINE = {"--gpu-layers", "--flash-attn", "--threads", "--option"}
 ONE_CACHE = {"--n-ctx", "--kv-policy", "--kv-evicted", "--kv-memory-limit"}
@@ -52,13 +52,6 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("x" * 600)
-    return path
-
-
 # -- the same names in every command -----------------------------------------------------------------------------------
 
 
@@ -66,7 +59,7 @@ def text(tmp_path: Path) -> Path:
     ("command", "expected"),
     [
         *((name, MACHINE | ONE_CACHE) for name in ("run", "chat", "demo")),
-        *((name, MACHINE | {"--kv-policy"}) for name in ("bench", "memory", "turns", "eval-evicted")),
+        *((name, MACHINE | {"--kv-policy"}) for name in ("bench", "memory", "turns")),
         ("eval", MACHINE),
     ],
 )
@@ -78,15 +71,12 @@ def test_options_have_the_same_names(command: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize(("layers", "number"), [("auto", -1), ("all", -1), ("7", 7), ("0", 0)])
 @pytest.mark.usefixtures("gpu")
-def test_layers_on_the_gpu(
-    tiny_model: Path, text: Path, loaded: list[dict[str, Any]], layers: str, number: int
-) -> None:
+def test_layers_on_the_gpu(tiny_model: Path, loaded: list[dict[str, Any]], layers: str, number: int) -> None:
     commands = [
         ["run", "--prompt", "x"],
         ["chat"],
         ["demo", "--tokens", "2000", "--model"],
         ["turns", "--tokens", "500"],
-        ["eval-evicted", "--tokens", "512", "--text", text],
     ]
     for command in commands:
         result = refreekv(*command, tiny_model, "--gpu-layers", layers, "--threads", "3", "--option", "n_ubatch=64")
@@ -285,7 +275,6 @@ def test_threads_have_a_bound(command: list[str], tiny_model: Path) -> None:
     [
         (["turns"], "kv_faults=0.5"),
         (["turns"], "kv_elastic=false"),
-        (["eval-evicted", "--text", __file__], "kv_faults=0.5"),
         (["bench"], "type_k=q8_0"),
         (["memory"], "type_v=q8_0"),
         (["eval", "--out", "out"], "kv_faults=0.5"),
@@ -306,7 +295,6 @@ def test_what_a_command_sets_itself_is_refused(command: list[str], given: str, m
         ["memory", "--tokens", "9000", "--n-ctx", "9999"],
         ["demo", "--tokens", "999999999", "--model"],
         ["turns", "--turns", "1", "--tokens"],
-        ["eval-evicted", "--text", __file__, "--tokens"],
         ["eval", "--out", "out", "--lengths"],
     ],
     ids=str,
@@ -352,7 +340,7 @@ def test_a_command_can_have_an_option_of_its_own_instead() -> None:
     "command",
     [
         *(["run", "--prompt", "x"], ["chat"], ["demo", "--model"], ["info"], ["bench"], ["memory"], ["turns"]),
-        *(["eval", "--out", "out"], ["eval-evicted", "--text", __file__]),
+        ["eval", "--out", "out"],
     ],
     ids=str,
 )

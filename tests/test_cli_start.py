@@ -13,7 +13,7 @@ import pytest
 
 import refreekv_cpp
 
-COMMANDS = ["run", "chat", "demo", "plan", "info", "bench", "memory", "turns", "eval", "eval-report", "eval-evicted"]
+COMMANDS = ["run", "chat", "demo", "plan", "info", "bench", "memory", "turns", "eval", "eval-report"]
 
 # the modules that pyproject.toml's extras bring (pydantic and PyYAML come with dependencies, too)
 WITHOUT_EXTRAS = """

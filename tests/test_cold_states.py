@@ -57,13 +57,10 @@ def tokens_read(llm: Llama) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("options", CACHES, ids=str)
 @pytest.mark.parametrize("cold", COLD)
-@pytest.mark.parametrize("heads", [[], [(0, 1), (2, 0), (2, 1)]], ids=["undivided", "divided"])
-def test_what_was_evicted_comes_back_after_loading(tiny: Tiny, heads: list, cold: str, options: dict) -> None:
+def test_what_was_evicted_comes_back_after_loading(tiny: Tiny, cold: str, options: dict) -> None:
     llms = [load(tiny("gqa64"), POLICY, kv_cold=cold, **options) for _ in range(3)]
     saved, never, loaded = llms
     for llm in (saved, never):
-        llm._heads_set = True
-        native.keep_heads(ctx_of(llm), heads)
         llm.eval(PROMPT)
     n_evicted = saved.prune_kv()
     state = saved.save_state()
@@ -202,7 +199,7 @@ def test_the_evicted_rows_can_be_left_out(tiny_model: Path) -> None:
     llm, other = read(tiny_model, kv_cold_state=False), load(tiny_model, POLICY)
     state = llm.save_state()
     assert COLD_MAGIC + bytes(4) == state.llama_state[-8:]
-    n_cells, row_bytes = sum(map(len, kept(llm))), native.group(ctx_of(llm), 0).row_bytes
+    n_cells, row_bytes = sum(map(len, kept(llm))), native.layer(ctx_of(llm), 0).row_bytes
     with_cold = read(tiny_model).save_state().llama_state_size
     assert with_cold - state.llama_state_size == pytest.approx((4 * len(PROMPT) - n_cells) * (row_bytes + 4), abs=64)
     other.load_state(state)

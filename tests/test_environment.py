@@ -22,7 +22,7 @@ llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, n_threads_batch=1)
 llm.eval(list(range(3, 103)))
 llm.eval([5])
 stats = native.stats(llm._ctx.ctx)
-kept = [native.group(llm._ctx.ctx, i).n_kept for i in range(stats.n_group)]
+kept = [native.layer(llm._ctx.ctx, i).n_kept for i in range(stats.n_layer)]
 print(json.dumps({"rings": stats.bytes_ring, "prunes": stats.n_prunes, "kept": kept}))
 """
 

@@ -351,30 +351,6 @@ def test_report_by_hand(tmp_path: Path) -> None:
     assert rows_of(report, "Speed")[1][2:5] == ["50", "250", "10.0"]
 
 
-def test_what_the_guard_would_have_seen(tmp_path: Path) -> None:
-    (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
-
-    def answer(item: str, kl: list[float], cache: str = "paper", mode: str = "seen") -> dict[str, Any]:
-        one = {name: [1.0] * len(kl) for name in ("same_top", "delta_p", "nll", "nll_full")}
-        return record(item, cache, None, mode=mode, greedy={"kl": kl, **one})
-
-    records = [
-        answer("a", [0.0, 0.0], "full"),
-        answer("a", [0.2, 0.04, 0.1]),  # bad, by its mean
-        answer("b", [0.02, 0.2]),  # bad, and the guard sees little of it
-        answer("c", [0.05, 0.0]),  # good
-        answer("d", [9.0]),  # nothing follows
-        answer("e", [9.0, 9.0], mode="hidden"),
-    ]
-    (tmp_path / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in records))
-    assert rows_of(write_report(tmp_path), "What the guard would have seen") == [
-        ["0.01", "2 of 2", "1 of 1"],
-        ["0.03", "1 of 2", "1 of 1"],
-        ["0.1", "1 of 2", "0 of 1"],
-        ["0.3", "0 of 2", "0 of 1"],
-    ]
-
-
 def test_a_retrieval_map_by_hand(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
     places = {"a": (0.5, 100), "b": (0.5, 100), "c": (0.5, 200), "e": (0, 100)}

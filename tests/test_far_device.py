@@ -54,7 +54,7 @@ def on_device(path: Path, policy: str, **options: Any) -> Llama:
     ("policy", "name"),
     [
         *((policy, "all layers") for policy in TABLE_POLICIES),
-        *((policy, name) for policy in ("window", "streaming") for name in SCENARIOS if name != "all layers"),
+        *((policy, name) for policy in ("refreekv", "streaming") for name in SCENARIOS if name != "all layers"),
     ],
 )
 def test_it_answers_as_the_cpu(tiny: Tiny, library: Path, policy: str, name: str) -> None:
@@ -74,7 +74,7 @@ def test_it_answers_as_the_cpu(tiny: Tiny, library: Path, policy: str, name: str
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_rows_keep_their_bytes_on_the_device(tiny: Tiny, device: FarDevice, cache: dict[str, Any]) -> None:
     """... through growing, evicting, the cold store and back."""
-    llm = on_device(tiny("gqa64"), "window", **cache)
+    llm = on_device(tiny("gqa64"), "refreekv", **cache)
     llm.eval(PROMPT)
     before = llm.save_state().llama_state
     expected = feed(llm, MORE)
@@ -89,7 +89,7 @@ def test_rows_keep_their_bytes_on_the_device(tiny: Tiny, device: FarDevice, cach
 
 
 def test_reading_and_growing_brings_nothing_but_logits_to_the_host(tiny: Tiny, device: FarDevice) -> None:
-    llm = on_device(tiny("gqa"), "window")
+    llm = on_device(tiny("gqa"), "refreekv")
     device.forget()
     llm.eval(PROMPT)
     feed(llm, MORE)
@@ -120,7 +120,7 @@ def test_a_pruning_reads_back_numbers_and_no_keys_or_values(
 
 
 def test_only_evicted_rows_go_to_the_cold_store(tiny: Tiny, device: FarDevice) -> None:
-    llm = on_device(tiny("gqa64"), "window")
+    llm = on_device(tiny("gqa64"), "refreekv")
     llm.eval(PROMPT)
     device.forget()
     llm.prune_kv()
@@ -148,7 +148,7 @@ def test_without_a_kernel_the_host_does_it_and_counts(
     tiny: Tiny, device: FarDevice, missing: list[str], what_comes: str, cache: dict[str, Any]
 ) -> None:
     def run() -> tuple[list[list[int]], np.ndarray, int]:
-        llm = on_device(tiny("gqa64"), "window", **cache)
+        llm = on_device(tiny("gqa64"), "refreekv", **cache)
         llm.eval(PROMPT)
         llm.prune_kv()
         cells, row = kept(llm), logits(llm)

@@ -46,9 +46,9 @@ def test_what_auto_means(monkeypatch: pytest.MonkeyPatch, options: Any, gpu: boo
     [
         ("full", {}, False),
         ("full", {"kv_elastic": True}, False),
-        ("window", {}, True),
-        ("window", {"flash_attn": False}, False),
-        ("window", {"embedding": True}, False),  # runs with the full cache
+        ("refreekv", {}, True),
+        ("refreekv", {"flash_attn": False}, False),
+        ("refreekv", {"embedding": True}, False),  # runs with the full cache
     ],
     ids=str,
 )
@@ -67,7 +67,7 @@ def test_a_model_without_policies_is_loaded_as_upstream_does(tmp_path: Path, mon
     assert llm.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
 
-@pytest.mark.parametrize("policy", ["full", "window"])
+@pytest.mark.parametrize("policy", ["full", "refreekv"])
 def test_a_quantised_cache_needs_no_further_option(tiny: Callable[[str], Path], policy: str) -> None:
     llm = load(tiny("gqa64"), policy, type_k=Q8_0, type_v=Q8_0)
     llm.eval([1, 5, 6])

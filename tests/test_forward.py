@@ -38,7 +38,7 @@ def by_hand(n_layer: int, n_prompt: int = N_PROMPT) -> list[list[int]]:
 
 def evict(llm: Llama, sets: list[list[int]]) -> None:
     for layer, positions in enumerate(sets):
-        before = native.group(ctx_of(llm), layer).n_kept
+        before = native.layer(ctx_of(llm), layer).n_kept
         assert native.keep(ctx_of(llm), 0, layer, np.array(positions)) == before - len(positions)
     assert kept(llm) == sets
 
@@ -232,7 +232,7 @@ def test_a_policy_that_has_evicted_nothing(decoded: Run, caches: str) -> None:
 
 
 @pytest.mark.parametrize("debug", [{"mask_only": True}, {"by_graph": True}], ids=str)
-@pytest.mark.parametrize("name", ["window", "paper"])
+@pytest.mark.parametrize("name", ["refreekv", "paper"])
 def test_policies_choose_the_same_in_debug_modes(tiny_model: Path, name: str, debug: dict[str, bool]) -> None:
     res = []
     for policy in (POLICIES[name], Debug(policy=POLICIES[name], **debug)):

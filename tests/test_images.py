@@ -114,7 +114,7 @@ def test_another_error_of_a_handler_stays_what_it_is(load: Load) -> None:
 
     def handler(**_: Any) -> None:
         with suppress(PolicyError):
-            native.keep_heads(ctx_of(llm), [(9, 0)])
+            native.keep(ctx_of(llm), 0, 99, np.arange(1))
         raise ValueError("no image")
 
     llm.chat_handler = handler

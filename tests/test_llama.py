@@ -178,7 +178,7 @@ def test_every_name_is_a_policy_and_says_so() -> None:
 def test_full_is_upstreams_cache(tiny_model: Path) -> None:
     llm = load(tiny_model, "full")
     at_load = llm.kv_stats
-    assert at_load.bytes == 2048 * 4 * native.group(ctx_of(llm), 0).row_bytes
+    assert at_load.bytes == 2048 * 4 * native.layer(ctx_of(llm), 0).row_bytes
     assert (at_load.n_tokens, at_load.budget) == (0, 1)
 
     llm.eval(PROMPT)
@@ -241,7 +241,7 @@ def conversation(llm: Llama) -> list[int]:
     return [*PROMPT, *generate(llm, PROMPT), *QUESTION]
 
 
-@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+@pytest.mark.parametrize("name", ["refreekv", "paper", "streaming"])
 def test_recompute_lets_the_new_question_decide(tiny_model: Path, name: str) -> None:
     llm, fresh = (load(tiny_model, POLICIES[name], kv_evicted="recompute") for _ in range(2))
     tokens = conversation(llm)
@@ -338,7 +338,7 @@ def test_completions_go_through_upstreams_state_cache(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("n_more", [0, 10, 100])
-@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+@pytest.mark.parametrize("name", ["refreekv", "paper", "streaming"])
 def test_a_prompt_that_goes_on_from_a_whole_state_is_pruned_as_a_fresh_one(
     tiny_model: Path, name: str, n_more: int
 ) -> None:
@@ -358,8 +358,8 @@ def test_a_state_that_does_not_fit_leaves_an_empty_cache(tiny_model: Path, polic
     source, target = (load(tiny_model, policy) for policy in policies)
     for llm in (source, target):
         llm.eval(PROMPT)
-    with pytest.raises(PolicyError, match="group 99"):  # an error of before is not the reason
-        native.group(ctx_of(target), 99)
+    with pytest.raises(PolicyError, match="index=99: must be 0 to 3"):  # an error of before is not the reason
+        native.layer(ctx_of(target), 99)
     with pytest.raises(CacheStateError, match=r"^Failed to set llama state data: it was not written by a context"):
         target.load_state(source.save_state())
     assert target.n_tokens == target.kv_stats.n_tokens == 0

@@ -17,7 +17,7 @@ from tiny_architectures import DRAFT
 
 from refreekv_cpp import Full, ReFreeKV, UnsupportedModelError, native
 
-POLICY = ReFreeKV.window(n_min=0)
+POLICY = ReFreeKV(threshold=0.5, n_min=0)
 PROMPT = random_tokens(900)
 MORE = random_tokens(21, seed=1)[1:]
 
@@ -42,7 +42,7 @@ def open_sequences(path: Path, **fields: object) -> Sequences:
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_only_layers_that_see_everything_are_pruned(tiny: Tiny, name: str) -> None:
     llm = load(tiny(name), POLICY)
-    assert [native.group(ctx_of(llm), i).il for i in range(native.stats(ctx_of(llm)).n_group)] == [1, 3]
+    assert [native.layer(ctx_of(llm), i).il for i in range(native.stats(ctx_of(llm)).n_layer)] == [1, 3]
     llm.eval(PROMPT)
     before = llm.kv_stats
     assert llm.prune_kv() > 0
@@ -146,7 +146,7 @@ def test_a_state_on_the_device_holds_rows_by_value(tiny: Tiny, name: str) -> Non
     sequences.read(0, PROMPT[:200])
     for seed in range(2):
         state = sequences.save(0, on_device)
-        assert len(state) > 200 * native.group(sequences.ctx, 0).row_bytes
+        assert len(state) > 200 * native.layer(sequences.ctx, 0).row_bytes
         expected = sequences.read(0, MORE)
         sequences.remove(0)
         sequences.read(1, random_tokens(700, seed=seed))  # the rows move
@@ -226,4 +226,4 @@ def test_what_is_expected_stays_expected_when_a_batch_is_refused(tiny: Tiny) -> 
         sequences.read(0, random_tokens(400))
     sequences.remove(1)  # the next batch gives back what is not needed
     sequences.read(0, random_tokens(400))
-    assert native.group(sequences.ctx, 0).n_capacity >= len(PROMPT) + 1500
+    assert native.layer(sequences.ctx, 0).n_capacity >= len(PROMPT) + 1500

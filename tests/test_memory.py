@@ -55,26 +55,26 @@ def test_expected_tokens_get_their_room_at_once(tiny_model: Path, prompt: list[i
     sequences.read_together({0: prompt[512:1024]})
     sequences.read_together({0: prompt[1024:]})
     assert first == native.stats(sequences.ctx).bytes
-    assert native.group(sequences.ctx, 0).n_capacity == blocks(N_PROMPT) * BLOCK
+    assert native.layer(sequences.ctx, 0).n_capacity == blocks(N_PROMPT) * BLOCK
 
     # they have come: what is read now grows by what it needs
     sequences.read_together({0: prompt[:500]})
-    assert native.group(sequences.ctx, 0).n_capacity == blocks(N_PROMPT + 500) * BLOCK
+    assert native.layer(sequences.ctx, 0).n_capacity == blocks(N_PROMPT + 500) * BLOCK
 
 
 def test_what_was_expected_and_did_not_come_is_given_back(tiny_model: Path, prompt: list[int]) -> None:
     sequences = Sequences(tiny_model, Streaming())
     native.expect(sequences.ctx, 4000)
     sequences.read_together({0: prompt[:100]})
-    assert native.group(sequences.ctx, 0).n_capacity == 4096
+    assert native.layer(sequences.ctx, 0).n_capacity == 4096
     native.expect(sequences.ctx, 0)
     sequences.read_together({0: prompt[:1]})
-    assert native.group(sequences.ctx, 0).n_capacity == BLOCK
+    assert native.layer(sequences.ctx, 0).n_capacity == BLOCK
 
     native.expect(sequences.ctx, 4000)
     llama_cpp.llama_memory_clear(sequences.memory, True)
     sequences.read_together({0: prompt[:1]})
-    assert native.group(sequences.ctx, 0).n_capacity == BLOCK
+    assert native.layer(sequences.ctx, 0).n_capacity == BLOCK
 
 
 def test_a_pruned_cache_has_no_more_than_a_block_to_spare(tiny_model: Path, prompt: list[int]) -> None:
@@ -111,7 +111,7 @@ def test_buffers_stay_what_they_were(tiny_model: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak of the resident memory")
 def test_the_scratch_memory_of_a_pruning_is_bounded(tmp_path: Path) -> None:
-    """It was the peak of a process: the weights of a group's whole attention to the window took 62 MiB here."""
+    """It was the peak of a process: the weights of a layer's whole attention to the window took 62 MiB here."""
     TinyModel(n_layer=2, n_head=16).write(tmp_path / "model.gguf")
     llm = load(tmp_path / "model.gguf", ReFreeKV(n_window=256), n_ctx=4096)
     llm.eval(random_tokens(4000))

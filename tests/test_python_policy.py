@@ -39,14 +39,14 @@ class PythonStreaming(PythonPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonWindow(PythonPolicy):
-    """`ReFreeKV.window` a second time: it leaves out whole blocks by itself, by its own ranking."""
+class PythonReFreeKV(PythonPolicy):
+    """`ReFreeKV` a second time: it leaves out whole blocks by itself, by its own ranking."""
 
-    threshold: float = 0.5
+    threshold: float = 0.35
     n_window: int = 64
 
     def select(self, attention: Any, positions: Any, layer: int) -> Any:
-        rule = ReFreeKV.window(threshold=self.threshold)
+        rule = ReFreeKV(threshold=self.threshold)
         selection = reference.select_refreekv(rule, attention.astype(np.float64), self.n_block)
         return np.isin(np.arange(len(positions)), selection.kept)
 
@@ -76,10 +76,10 @@ def cells(*which: int) -> Callable[[int, int], Any]:
     [
         (Streaming(budget=0.3), PythonStreaming()),
         (Streaming(budget=0.7, n_sink=20), PythonStreaming(budget=0.7, n_sink=20)),
-        (ReFreeKV.window(), PythonWindow()),
-        (ReFreeKV.window(threshold=0.7), PythonWindow(threshold=0.7)),
+        (ReFreeKV(), PythonReFreeKV()),
+        (ReFreeKV(threshold=0.7), PythonReFreeKV(threshold=0.7)),
     ],
-    ids=["streaming", "streaming-0.7", "window", "window-0.7"],
+    ids=["streaming", "streaming-0.7", "refreekv", "refreekv-0.7"],
 )
 @pytest.mark.parametrize("model", ["gqa", "mha"])
 def test_it_keeps_what_the_same_policy_in_native_keeps(
@@ -97,7 +97,7 @@ def test_it_keeps_what_the_same_policy_in_native_keeps(
 
 
 def test_it_sees_and_prunes_a_pruned_cache(tiny_model: Path) -> None:
-    by_native, by_python = load(tiny_model, ReFreeKV.window()), load(tiny_model, PythonWindow())
+    by_native, by_python = load(tiny_model, ReFreeKV()), load(tiny_model, PythonReFreeKV())
     for llm in (by_native, by_python):
         llm.eval(PROMPT)
         llm.prune_kv()
@@ -128,10 +128,10 @@ def test_the_attention_is_that_of_the_queries_to_the_keys(tiny: Callable[[str], 
     llm = load(tiny(model), PythonStreaming(n_window=48), type_k=type_k, flash_attn=flash_attn)
     llm.eval(random_tokens(n_prompt))
     for _ in range(2):
-        for layer in range(native.stats(ctx_of(llm)).n_group):
+        for layer in range(native.stats(ctx_of(llm)).n_layer):
             attention = native.read_attention(ctx_of(llm), 0, layer)
             expected = attention_of(llm, llm.kv_policy, layer, type_k)
-            assert attention.shape == (native.group(ctx_of(llm), layer).n_head, 48, len(kept(llm)[layer]))
+            assert attention.shape == (native.layer(ctx_of(llm), layer).n_head, 48, len(kept(llm)[layer]))
             np.testing.assert_allclose(attention, expected, atol=MODEL_TOLERANCE)
         llm.prune_kv()  # and again, where slots and cells are not the same any more
         llm.eval(QUESTION[:50])
@@ -153,7 +153,7 @@ def test_the_attention_of_one_sequence_among_others(tiny_model: Path, kv_unified
     for seq_id in range(2):
         queries, query_pos = native.read_queries(sequences.ctx, seq_id, 2)
         keys, key_pos = native.read_keys(sequences.ctx, seq_id, 2)
-        expected = reference.attention_rows(queries, query_pos, keys, key_pos, native.group(sequences.ctx, 2).kq_scale)
+        expected = reference.attention_rows(queries, query_pos, keys, key_pos, native.layer(sequences.ctx, 2).kq_scale)
         attention = native.read_attention(sequences.ctx, seq_id, 2)
         assert attention.shape == (4, 40, 450)
         np.testing.assert_allclose(attention, expected, atol=MODEL_TOLERANCE)
@@ -308,7 +308,7 @@ def test_a_context_that_keeps_no_queries_has_no_attention_to_read(tiny_model: Pa
 def test_attention_of_what_is_not_there(tiny_model: Path, seq_id: int, index: int) -> None:
     llm = load(tiny_model, PythonStreaming())
     llm.eval(PROMPT)
-    with pytest.raises(PolicyError, match=r"has no tokens|there are 4"):
+    with pytest.raises(PolicyError, match=r"has no tokens|must be 0 to 3"):
         native.read_attention(ctx_of(llm), seq_id, index)
 
 

@@ -1,7 +1,5 @@
 """Random operations on sequences that share a context, each step against a NumPy model of every sequence by itself.
 
-Layers are divided, too: some of their KV heads are kept whole, and no policy evicts from these.
-
 Hypothesis picks the operations and, when a step fails, looks for the shortest list that fails. A few hundred steps by
 default; `pytest tests/test_random_operations.py --hypothesis-profile=long` takes 10,000 (see conftest.py).
 """
@@ -21,7 +19,6 @@ from hypothesis.stateful import (
     Bundle,
     MultipleResults,
     RuleBasedStateMachine,
-    initialize,
     invariant,
     multiple,
     precondition,
@@ -40,9 +37,6 @@ MODEL = TinyModel(n_layer=3, n_head=6, n_head_kv=3)
 SEQ_IDS = st.integers(0, N_SEQ - 1)
 LENGTHS = st.sampled_from([1, 3, 40, 150, 500])
 SEEDS = st.integers(0, 2**16)
-HEADS = st.lists(st.tuples(st.integers(0, MODEL.n_layer - 1), st.integers(0, MODEL.n_head_kv - 1)))
-
-Heads = frozenset[tuple[int, int]]  # (layer, KV head)
 
 
 class Sequence:
@@ -51,7 +45,7 @@ class Sequence:
     def __init__(self, model: reference.LlamaReference) -> None:
         self.model = model
         self.cells: list[int] = []  # one for each token; a copy within a table has the original's
-        self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions, but of heads that are kept whole
+        self.held: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions
         self.pruned = -1
         self.lost: list[set[int]] = [set() for _ in range(model.n_layer)]  # positions that no cold store has
         self.spans: list[range] = []  # protected positions
@@ -77,12 +71,11 @@ class Sequence:
             held |= positions
             self.model.bring_back(layer, positions)
 
-    def keep(self, layer: int, positions: set[int], heads: list[int]) -> None:
-        """Of these KV heads of a layer, all that are not kept whole."""
+    def keep(self, layer: int, positions: set[int]) -> None:
         if positions != self.held[layer]:
             self.pruned = len(self.cells) - 1
         self.held[layer] = positions
-        self.model.keep(layer, sorted(positions), heads)
+        self.model.keep(layer, sorted(positions))
 
     def rewind(self, n_tokens: int) -> None:
         self.model.rewind(n_tokens)
@@ -95,12 +88,8 @@ class Sequence:
 class State:
     """A state of some sequences, as llama.cpp saved it, and what they should be once it is loaded."""
 
-    def __init__(
-        self, data: bytes, saved: list[Sequence], context: list[Sequence], whole: Heads, *, has_cold: bool
-    ) -> None:
+    def __init__(self, data: bytes, saved: list[Sequence], context: list[Sequence], *, has_cold: bool) -> None:
         self.data = data
-        self.whole = whole
-        self.is_pruned = any(sequence.pruned >= 0 for sequence in context)
         self.sequences = [sequence.copy() for sequence in saved]
         # it knows of cells which lie behind a pruning, not of which sequence
         behind = {cell for sequence in context for cell in sequence.cells[: sequence.pruned + 1]}
@@ -142,8 +131,6 @@ class Operations(RuleBasedStateMachine):
             n_batch=N_SEQ * 1024,
         )
         self.n_cells = 0
-        self.whole: Heads = frozenset()
-        self.used_since_divided = False
 
     def teardown(self) -> None:
         self.native.close()  # a machine that failed is part of cycles, which are freed in any order
@@ -152,40 +139,15 @@ class Operations(RuleBasedStateMachine):
     def is_empty(self) -> bool:
         return not any(sequence.cells for sequence in self.sequences)
 
-    @property
-    def groups(self) -> list[tuple[int, bool]]:
-        """The layer of each, and whether it is of the heads that are kept whole."""
-        res = []
-        for layer in range(MODEL.n_layer):
-            n_whole = len([il for il, _ in self.whole if il == layer])
-            res += [(layer, False)] * (n_whole < MODEL.n_head_kv) + [(layer, True)] * (n_whole > 0)
-        return res
-
-    def evictable(self, layer: int) -> list[int]:
-        """The KV heads of a layer that are not kept whole."""
-        return [head for head in range(MODEL.n_head_kv) if (layer, head) not in self.whole]
-
     def empty(self) -> Sequence:
         return Sequence(self.model.copy())
 
     def new_cells(self, n: int) -> list[int]:
         self.n_cells += n
-        self.used_since_divided = True
         return list(range(self.n_cells - n, self.n_cells))
 
     def shared(self, cell: int) -> bool:
         return sum(cell in sequence.cells for sequence in self.sequences) > 1
-
-    @initialize(heads=HEADS)
-    def divide_first(self, heads: list[tuple[int, int]]) -> None:
-        self.divide(heads)
-
-    @precondition(lambda self: self.is_empty and self.used_since_divided)
-    @rule(heads=HEADS)
-    def divide(self, heads: list[tuple[int, int]]) -> None:
-        native.keep_heads(self.native.ctx, heads)
-        self.whole = frozenset(heads)
-        self.used_since_divided = False
 
     @filled
     @rule(data=st.booleans())
@@ -227,15 +189,10 @@ class Operations(RuleBasedStateMachine):
             return
         wanted = set(np.random.default_rng(seed).choice(n, int(part * n), replace=False).tolist())
         before = sequence.held[layer]
-        heads = self.evictable(layer)
-        after = {
-            pos
-            for pos in before
-            if not heads or pos in wanted or self.shared(sequence.cells[pos]) or sequence.protects(pos)
-        }
+        after = {pos for pos in before if pos in wanted or self.shared(sequence.cells[pos]) or sequence.protects(pos)}
         n_evicted = native.keep(self.native.ctx, seq_id, layer, np.array(sorted(wanted), dtype=np.int32))
         assert n_evicted == len(before) - len(after)
-        sequence.keep(layer, after, heads)
+        sequence.keep(layer, after)
 
     @filled
     @rule(seq_id=SEQ_IDS)
@@ -249,14 +206,12 @@ class Operations(RuleBasedStateMachine):
             return  # no query is left: checked elsewhere, here just that it changes nothing
         # which cells is checked elsewhere; none that another sequence needs
         n_expected = 0
-        for (layer, whole), after in zip(self.groups, map(set, self.native.kept(seq_id)), strict=True):
-            if whole:
-                continue  # every_sequence_is_as_expected
+        for layer, after in enumerate(map(set, self.native.kept(seq_id))):
             before = sequence.held[layer]
             assert after <= before
             assert not any(self.shared(sequence.cells[pos]) or sequence.protects(pos) for pos in before - after)
             n_expected += len(before - after)
-            sequence.keep(layer, after, self.evictable(layer))
+            sequence.keep(layer, after)
         assert n_evicted == n_expected
 
     @filled
@@ -391,20 +346,12 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(ctx, seq_id))()
         assert llama_cpp.llama_state_seq_get_data(ctx, buffer, len(buffer), seq_id) == len(buffer)
-        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences, self.whole, has_cold=self.cold_state)
+        return State(bytes(buffer), [self.sequences[seq_id]], self.sequences, has_cold=self.cold_state)
 
     @rule(seq_id=SEQ_IDS, state=states)
     def load(self, seq_id: int, state: State) -> None:
         n_read = llama_cpp.llama_state_seq_set_data(self.native.ctx, state.buffer(), len(state.data), seq_id)
-        self.sequences[seq_id] = self.empty()
-        # where nothing was evicted, it is divided as this context is
-        whole = self.whole if not state.is_pruned and (self.whole or not self.is_empty) else state.whole
-        if whole != self.whole and not self.is_empty:
-            assert n_read == 0
-            assert "keeps other KV heads whole" in native.last_error()
-            return
         assert n_read == len(state.data)
-        self.whole = whole
         self.sequences[seq_id] = state.sequences[0].copy()
         self.sequences[seq_id].cells = self.new_cells(len(state.sequences[0].cells))
 
@@ -413,25 +360,20 @@ class Operations(RuleBasedStateMachine):
         ctx = self.native.ctx
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(ctx))()
         n_written = llama_cpp.llama_state_get_data(ctx, buffer, len(buffer))
-        return State(bytes(buffer[:n_written]), self.sequences, self.sequences, self.whole, has_cold=self.cold_state)
+        return State(bytes(buffer[:n_written]), self.sequences, self.sequences, has_cold=self.cold_state)
 
     @rule(state=whole_states)
     def load_all(self, state: State) -> None:
         n_read = llama_cpp.llama_state_set_data(self.native.ctx, state.buffer(), len(state.data))
         assert n_read == len(state.data)
         self.sequences = [sequence.copy() for sequence in state.sequences]
-        # a state of an empty cache says nothing of it
-        if not self.is_empty and (state.is_pruned or not self.whole):
-            self.whole = state.whole
 
     @invariant()
     def every_sequence_is_as_expected(self) -> None:
         for seq_id, sequence in enumerate(self.sequences):
             assert self.native.n_tokens(seq_id) == len(sequence.cells)
             assert native.pruned_pos(self.native.ctx, seq_id) == sequence.pruned, f"pruned_pos of {seq_id}"
-            everything = list(range(len(sequence.cells)))
-            expected = [everything if whole else sorted(sequence.held[layer]) for layer, whole in self.groups]
-            assert self.native.kept(seq_id) == expected, f"cells of {seq_id}"
+            assert self.native.kept(seq_id) == [sorted(layer) for layer in sequence.held], f"cells of {seq_id}"
 
 
 @pytest.mark.parametrize(

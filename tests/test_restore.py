@@ -24,7 +24,7 @@ Tiny = Callable[[str], Path]
 PROMPT = random_tokens(700)
 MORE = random_tokens(40, seed=1)
 QUESTION = random_tokens(60, seed=2)
-POLICY = ReFreeKV.window(n_min=0)
+POLICY = ReFreeKV(n_min=0)
 COLD = ["memory", "file"]
 CACHES = [
     {},
@@ -70,13 +70,10 @@ def generate(llm: Llama, tokens: list[int], n: int = 6) -> list[int]:
 
 @pytest.mark.parametrize("options", CACHES, ids=str)
 @pytest.mark.parametrize("cold", COLD)
-@pytest.mark.parametrize("heads", [[], [(0, 1), (2, 0), (2, 1)]], ids=["undivided", "divided"])
-def test_a_restored_cache_is_the_one_that_was_pruned(tiny: Tiny, heads: list, cold: str, options: dict) -> None:
+def test_a_restored_cache_is_the_one_that_was_pruned(tiny: Tiny, cold: str, options: dict) -> None:
     llms = []
     for prune in (True, False):
         llm = load(tiny("gqa64"), POLICY, kv_cold=cold, **options)
-        llm._heads_set = True
-        native.keep_heads(ctx_of(llm), heads)
         llm.eval(PROMPT)
         if prune:
             n_evicted = llm.prune_kv()
@@ -149,7 +146,7 @@ def test_nothing_to_restore_is_no_error(tiny_model: Path) -> None:
 # -- turns -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "paper", "streaming"])
+@pytest.mark.parametrize("name", ["refreekv", "paper", "streaming"])
 def test_the_next_turn_has_everything_and_is_pruned_again(tiny_model: Path, name: str) -> None:
     llm, by_hand = (load(tiny_model, POLICIES[name]) for _ in range(2))
     assert llm.kv_evicted == "restore"

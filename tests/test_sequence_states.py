@@ -119,7 +119,7 @@ def test_a_part_cannot_be_copied_to_another_stream(tiny_model: Path) -> None:
 def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None:
     """As many layouts, in other layers: ggml's allocator must not take the one graph for the other."""
     for first, second in [([3], [0]), ([0], [3]), ([1], [2]), ([1, 3], [1, 2])]:
-        sequences = Sequences(tiny_model, ReFreeKV.window(n_min=0))
+        sequences = Sequences(tiny_model, ReFreeKV(n_min=0))
         states = []
         for layers in (first, second):
             sequences.read(0, random_tokens(300, 0))
@@ -132,6 +132,6 @@ def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None
                 sequences.remove(0)
                 assert sequences.restore(state, 0)
                 logits = sequences.read(0, tokens)
-            alone = Sequences(tiny_model, ReFreeKV.window(n_min=0))
+            alone = Sequences(tiny_model, ReFreeKV(n_min=0))
             alone.restore(states[1], 0)
             np.testing.assert_array_equal(logits, alone.read(0, tokens))

@@ -180,9 +180,11 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     assert_one_error_line(refreekv("serve", tiny_model, *model), "MODEL and --model: only one")
     assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "some"), "must be auto, all or a number")
     assert_one_error_line(refreekv("serve", tiny_model, "--flash-attn=some"), "must be true, false or auto")
-    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_guard"), "must be NAME=VALUE")
-    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_gard=1"), "did you mean 'kv_guard'")
-    assert_one_error_line(refreekv("serve", tiny_model, "--gpu-layers", "0", "--option", "kv_guard=-1"), "kv_guard=-1")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_protect"), "must be NAME=VALUE")
+    assert_one_error_line(refreekv("serve", tiny_model, "--option", "kv_protekt=1"), "did you mean 'kv_protect'")
+    assert_one_error_line(
+        refreekv("serve", tiny_model, "--gpu-layers", "0", "--option", "kv_protect=1"), "kv_protect=1"
+    )
     assert_one_error_line(refreekv("serve", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
     quiet = ["--verbose", "false", "--option"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
@@ -284,10 +286,10 @@ def test_the_options_of_the_other_commands() -> None:
 
 
 def test_any_option_of_llama() -> None:
-    options = ["kv_guard=0.5", "kv_protect=[[0, 4]]", "kv-cold-dir=/tmp", "n_ctx=512", "swa_full=False"]
+    options = ["kv_protect=[[0, 4]]", "kv-cold-dir=/tmp", "n_ctx=512", "swa_full=False"]
     (model,) = _settings(["a.gguf", *(f"--option={option}" for option in options)])[1]
     passed = model.llama_options()
-    assert (passed["kv_guard"], passed["kv_protect"], passed["kv_cold_dir"]) == (0.5, [[0, 4]], "/tmp")
+    assert (passed["kv_protect"], passed["kv_cold_dir"]) == ([[0, 4]], "/tmp")
     assert passed["swa_full"] is False
     assert model.n_ctx == 512
     assert "n_ctx" not in passed

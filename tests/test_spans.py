@@ -19,7 +19,7 @@ Tiny = Callable[[str], Path]
 PROMPT = random_tokens(700)
 SPANS = [(40, 90), (300, 301)]
 PROTECTED = {*range(40, 90), 300}
-POLICY = ReFreeKV.window(n_min=0)
+POLICY = ReFreeKV(threshold=0.5, n_min=0)
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "full"])

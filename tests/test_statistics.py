@@ -49,7 +49,7 @@ def read_meanwhile(read: Callable[[], Any]) -> Iterator[tuple[list[Any], threadi
 
 
 def consistent(stats: KVStats) -> bool:
-    """Whether figures of one moment: no group holds more than there are tokens, nor more than it has room for."""
+    """Whether figures of one moment: no layer holds more than there are tokens, nor more than it has room for."""
     return (
         all(n <= min(stats.n_tokens, room) for n, room in zip(stats.cells_kept, stats.cells_capacity, strict=True))
         and stats.bytes_kept <= stats.bytes
@@ -132,10 +132,10 @@ def test_figures_are_those_of_the_end_of_every_operation(tiny_model: Path, name:
     sequences = Sequences(tiny_model, POLICIES[name])
 
     def check(n_tokens: int) -> None:
-        stats, groups = native.figures(sequences.ctx)
+        stats, layers = native.figures(sequences.ctx)
         assert stats.n_tokens == n_tokens
-        cells = [set(sequences.kept(0)[i]) | {-1 - pos for pos in sequences.kept(1)[i]} for i in range(len(groups))]
-        assert [group.n_kept for group in groups] == [len(held) for held in cells]
+        cells = [set(sequences.kept(0)[i]) | {-1 - pos for pos in sequences.kept(1)[i]} for i in range(len(layers))]
+        assert [layer.n_kept for layer in layers] == [len(held) for held in cells]
         context = sum(info.bytes_context for _, info in native.buffers(sequences.ctx))
         assert stats.bytes + stats.bytes_ring + stats.bytes_other == context
 

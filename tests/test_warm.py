@@ -63,7 +63,6 @@ def codes(theta: float, policy: Policy = POLICY) -> Policy:
 
 def read(path: Path, theta: float, *, prune: bool = True, **options: Any) -> Llama:
     llm = load(path, codes(theta), **options)
-    llm._heads_set = True
     llm.eval(PROMPT)
     if prune:
         assert llm.prune_kv() > 0
@@ -98,19 +97,6 @@ def test_other_kinds_of_attention(tiny: Callable[[str], Path], kind: str) -> Non
     model = tiny(next(title for title in ARCHITECTURES if title.startswith(kind)))
     full, ours = (feed(read(model, EVERY, prune=prune, **CACHES["f32"]), ANSWER) for prune in (False, True))
     assert_near(ours, full, 1e-4)
-
-
-def test_layers_in_two_groups(tiny: Callable[[str], Path]) -> None:
-    answers = []
-    for prune in (False, True):
-        llm = load(tiny("gqa64"), codes(EVERY))
-        llm._heads_set = True
-        native.keep_heads(ctx_of(llm), [(0, 1), (2, 0)])
-        llm.eval(PROMPT)
-        if prune:
-            assert llm.prune_kv() > 0
-        answers.append(feed(llm, ANSWER))
-    assert_near(answers[1], answers[0], ERROR["f16"])
 
 
 def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
@@ -323,16 +309,14 @@ def test_there_are_codes_where_they_can_be(tiny: Callable[[str], Path]) -> None:
     alibi = tiny(next(title for title in ARCHITECTURES if title.startswith("mpt")))
     llm = load(alibi, codes(EVERY))
     assert llm.kv_stats.theta == 0
-    llm._heads_set = True
     llm.eval(PROMPT)
     assert llm.prune_kv() > 0
     feed(llm, ANSWER)
 
 
 def test_where_rows_are_moved_by_graphs(tiny: Callable[[str], Path]) -> None:
-    # as on a device, but for the memory: sketches are made of rows that the host can see
+    # as on a device, but for the memory: codes are made of rows that the host can see
     llm = load(tiny("gqa64"), Debug(policy=POLICY, by_graph=True, theta=EVERY))
-    llm._heads_set = True
     llm.eval(PROMPT)
     llm.prune_kv()
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
@@ -394,9 +378,8 @@ def test_the_preset_holds_sinks_and_a_window_where_the_rest_is_attended_to(tiny:
     assert llm.kv_stats.bytes + llm.kv_stats.bytes_codes < 0.45 * llm.kv_stats.bytes_full
 
     # what somebody has chosen stands, and so does the preset where the rest is gone
-    for policy in (ReFreeKV(threshold=0.3, induction=None), ReFreeKV(theta=0)):
+    for policy in (ReFreeKV(threshold=0.3), ReFreeKV(theta=0)):
         llm = load(tiny("gqa64"), policy, codes=True)
-        llm._heads_set = True
         llm.eval(PROMPT)
         llm.prune_kv()
         assert any(len(positions) > len(PROMPT) - n_out for positions in kept(llm))

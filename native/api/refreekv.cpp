@@ -19,7 +19,7 @@
 #include <cstdio>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 10;
+static const int32_t REFREEKV_ABI_VERSION = 11;
 
 static thread_local std::string g_error;
 
@@ -64,9 +64,9 @@ static bool refreekv_check_seq(const refreekv_store & store, llama_seq_id seq_id
     return true;
 }
 
-static bool refreekv_check_group(uint32_t n_groups, int32_t i_group) {
-    if (i_group < 0 || (uint32_t) i_group >= n_groups) {
-        refreekv_set_error("group %d: there are %u", i_group, n_groups);
+static bool refreekv_check_layer(uint32_t n_layers, int32_t i_layer) {
+    if (i_layer < 0 || (uint32_t) i_layer >= n_layers) {
+        refreekv_set_error("i_layer = %d: must be 0 to %u", i_layer, n_layers - 1);
         return false;
     }
     return true;
@@ -100,7 +100,7 @@ uint32_t refreekv_hooks_ran(void) {
     return refreekv::hooks_ran();
 }
 
-// the `refreekv` preset, but for the heads that refreekv_keep_heads() is told of; see docs/policies.md
+// the `refreekv` preset, see docs/policies.md
 struct refreekv_params refreekv_params_default(void) {
     refreekv_params res = {};
 
@@ -163,7 +163,7 @@ const char * refreekv_model_refusal(const struct llama_model * model) {
     return why.empty() ? nullptr : why.c_str();
 }
 
-int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const struct refreekv_params * params) {
+int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
@@ -171,13 +171,7 @@ int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id, const st
     if (!refreekv_check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    if (params) {
-        if (const char * why = refreekv_policy_check(*params)) {
-            refreekv_set_error("%s", why);
-            return REFREEKV_ERR_ARGUMENT;
-        }
-    }
-    return refreekv_guard([&]() { return store->prune(ctx, seq_id, params); });
+    return refreekv_guard([&]() { return store->prune(ctx, seq_id); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
@@ -198,25 +192,6 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
         std::sort(list.begin(), list.end());
 
         return store->keep(ctx, seq_id, il, list);
-    });
-}
-
-int32_t refreekv_keep_heads(struct llama_context * ctx, const int32_t * il, const int32_t * heads, int32_t n_heads) {
-    auto * store = refreekv_get_store(ctx);
-    if (!store) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-    if (n_heads < 0) {
-        refreekv_set_error("keep_heads: n_heads must not be negative");
-        return REFREEKV_ERR_ARGUMENT;
-    }
-
-    return refreekv_guard([&]() -> int32_t {
-        refreekv_store::heads_list list;
-        for (int32_t i = 0; i < n_heads; ++i) {
-            list.emplace_back(il[i], heads[i]);
-        }
-        return store->set_whole_heads(ctx, list);
     });
 }
 
@@ -284,7 +259,7 @@ static void refreekv_read_buffers(llama_context * ctx, F && f) {
     }
 }
 
-int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_group_info * groups, int32_t n_max) {
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
     auto * mem = refreekv_get_memory(ctx);
     if (!mem) {
         return REFREEKV_ERR_NO_POLICY;
@@ -294,13 +269,13 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
     if (store) {
         store->get_figures().read([&](const refreekv::figures & f) {
             *stats = f.stats;
-            std::copy_n(f.groups.begin(), std::min<int32_t>(n_max, f.groups.size()), groups);
+            std::copy_n(f.layers.begin(), std::min<int32_t>(n_max, f.layers.size()), layers);
         });
     } else {
         *stats = refreekv::full_stats(mem, ctx->get_model().hparams);
-        for (int32_t i = 0; i < std::min(n_max, stats->n_group); ++i) {
-            groups[i] = refreekv::full_group(mem, ctx->get_model().hparams, i);
-            groups[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
+        for (int32_t i = 0; i < std::min(n_max, stats->n_layer); ++i) {
+            layers[i] = refreekv::full_layer(mem, ctx->get_model().hparams, i);
+            layers[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
         }
     }
 
@@ -309,7 +284,7 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
         stats->bytes_other -= stats->bytes;
     }
 
-    return stats->n_group;
+    return stats->n_layer;
 }
 
 int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {
@@ -344,58 +319,58 @@ int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_
     return n;
 }
 
-int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, llama_pos * pos, int32_t n_max) {
+int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, llama_pos * pos, int32_t n_max) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!store->valid_seq(seq_id) || !refreekv_check_group(store->n_groups(), i_group)) {
+    if (!store->valid_seq(seq_id) || !refreekv_check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    const auto kept = store->kept(seq_id, i_group);
+    const auto kept = store->kept(seq_id, i_layer);
     std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
 
     return kept.size();
 }
 
-int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_queries(seq_id, i_group, out, pos, n_max); });
+    return refreekv_guard([&]() { return store->read_queries(seq_id, i_layer, out, pos, n_max); });
 }
 
-int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, llama_pos * pos, int32_t n_max) {
+int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_keys(seq_id, i_group, out, pos, n_max); });
+    return refreekv_guard([&]() { return store->read_keys(seq_id, i_layer, out, pos, n_max); });
 }
 
-int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
     auto * store = refreekv_get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_group(store->n_groups(), i_group)) {
+    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_attention(ctx, seq_id, i_group, out, n_max, shape); });
+    return refreekv_guard([&]() { return store->read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {

@@ -36,7 +36,7 @@ refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hp
         return res;
     }
 
-    res.n_group  = refreekv_any_cache::layers_of(*kv).size();
+    res.n_layer  = refreekv_any_cache::layers_of(*kv).size();
     res.n_layout = 1;
 
     for (const auto & [_, size] : kv->memory_breakdown()) {
@@ -44,18 +44,18 @@ refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hp
     }
     res.n_tokens = refreekv_n_tokens(*kv);
 
-    for (int32_t i = 0; i < res.n_group; ++i) {
-        res.bytes_full += (uint64_t) res.n_tokens*full_group(mem, hparams, i).row_bytes;
+    for (int32_t i = 0; i < res.n_layer; ++i) {
+        res.bytes_full += (uint64_t) res.n_tokens*full_layer(mem, hparams, i).row_bytes;
     }
 
     return res;
 }
 
-refreekv_group_info refreekv::full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group) {
+refreekv_layer_info refreekv::full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer) {
     const auto * kv    = refreekv::cache::part_of(mem);
-    const auto & layer = refreekv_any_cache::layers_of(*kv)[i_group];
+    const auto & layer = refreekv_any_cache::layers_of(*kv)[i_layer];
 
-    refreekv_group_info res = {};
+    refreekv_layer_info res = {};
 
     res.il          = layer.il;
     res.n_head      = hparams.n_head(layer.il);
@@ -71,7 +71,7 @@ refreekv_group_info refreekv::full_group(llama_memory_t mem, const llama_hparams
 refreekv_stats refreekv_store::stats() const {
     refreekv_stats res = {};
 
-    res.n_group     = groups.size();
+    res.n_layer     = layers.size();
     res.n_layout    = layouts.n_layouts();
     res.n_prunes    = n_prunes;
     res.prune_us    = prune_us;
@@ -89,15 +89,15 @@ refreekv_stats refreekv_store::stats() const {
 
     res.n_tokens = logical.n_used();
 
-    for (const auto & g : groups) {
-        res.bytes      += g.rows.bytes();
-        if (g.warm) {
-            res.n_rows_read += g.warm->n_read;
-            res.bytes_codes += g.warm->bytes();
+    for (const auto & layer : layers) {
+        res.bytes      += layer.rows.bytes();
+        if (layer.warm) {
+            res.n_rows_read += layer.warm->n_read;
+            res.bytes_codes += layer.warm->bytes();
         }
-        res.bytes_full += (uint64_t) res.n_tokens*g.rows.row_bytes();
+        res.bytes_full += (uint64_t) res.n_tokens*layer.rows.row_bytes();
 
-        res.bytes_bounced += g.rows.bytes_bounced();
+        res.bytes_bounced += layer.rows.bytes_bounced();
     }
     for (const auto & [_, buf] : ring_bufs) {
         res.bytes_ring += ggml_backend_buffer_get_size(buf.get());
@@ -106,29 +106,28 @@ refreekv_stats refreekv_store::stats() const {
     return res;
 }
 
-refreekv_group_info refreekv_store::group_info(uint32_t i_group) const {
-    const auto & g = groups[i_group];
+refreekv_layer_info refreekv_store::layer_info(uint32_t i_layer) const {
+    const auto & layer = layers[i_layer];
 
-    uint32_t n_kept = g.res.n_visible();
+    uint32_t n_kept = layer.res.n_visible();
     if (stale_slots) {
         n_kept = 0;
-        for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-            n_kept += g.res.cell(s) >= 0 && !g.res.hidden(s) && !logical.is_empty(g.res.cell(s));
+        for (uint32_t s = 0; s < layer.res.n_slots(); ++s) {
+            n_kept += layer.res.cell(s) >= 0 && !layer.res.hidden(s) && !logical.is_empty(layer.res.cell(s));
         }
     }
 
-    refreekv_group_info res = {};
+    refreekv_layer_info res = {};
 
-    res.il          = g.il;
-    res.n_head      = kv.hparams.n_gqa(g.il)*g.heads.size();
-    res.n_head_kv   = g.heads.size();
-    res.n_embd_head = kv.hparams.n_embd_head_k(g.il);
+    res.il          = layer.il;
+    res.n_head      = kv.hparams.n_head(layer.il);
+    res.n_head_kv   = kv.hparams.n_head_kv(layer.il);
+    res.n_embd_head = kv.hparams.n_embd_head_k(layer.il);
     res.n_kept      = n_kept;
-    res.n_capacity  = g.rows.capacity();
-    res.layout      = g.layout;
-    res.whole       = g.whole;
-    res.row_bytes   = g.rows.row_bytes();
-    res.kq_scale    = layers[g.i_layer].kq_scale;
+    res.n_capacity  = layer.rows.capacity();
+    res.layout      = layer.layout;
+    res.row_bytes   = layer.rows.row_bytes();
+    res.kq_scale    = layer.kq_scale;
 
     return res;
 }
@@ -138,9 +137,9 @@ void refreekv_store::publish() {
 
     next.stats = stats();
 
-    next.groups.resize(groups.size());
-    for (uint32_t i = 0; i < groups.size(); ++i) {
-        next.groups[i] = group_info(i);
+    next.layers.resize(layers.size());
+    for (uint32_t i = 0; i < layers.size(); ++i) {
+        next.layers[i] = layer_info(i);
     }
 
     next.bytes.clear();
@@ -154,8 +153,8 @@ void refreekv_store::publish() {
         next.bytes.emplace_back(buft, size);
     };
     if (!kv.model.hparams.no_alloc) {
-        for (const auto & g : groups) {
-            add(g.rows.get_shape().buft, g.rows.bytes());
+        for (const auto & layer : layers) {
+            add(layer.rows.get_shape().buft, layer.rows.bytes());
         }
         for (const auto & [_, buf] : ring_bufs) {
             add(ggml_backend_buffer_get_type(buf.get()), ggml_backend_buffer_get_size(buf.get()));
@@ -207,9 +206,9 @@ void refreekv::publish_buffers(llama_context * lctx) {
     lctx->buffers->bytes_compute = bytes_compute;
 }
 
-std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_group) const {
+std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_layer) const {
     std::vector<llama_pos> res;
-    for (const auto & c : evictor.held_by(groups[i_group], evictor.cells_of(seq_id))) {
+    for (const auto & c : evictor.held_by(layers[i_layer], evictor.cells_of(seq_id))) {
         res.push_back(c.pos);
     }
     return res;
@@ -228,54 +227,47 @@ static void refreekv_read_row(const ggml_tensor * t, int64_t row, int64_t i, int
     }
 }
 
-int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
+int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
     std::vector<int32_t>   rows;
     std::vector<llama_pos> row_pos;
 
     ring.rows(seq_id, logical.table_of_seq(seq_id).seq_pos_max(seq_id), params.n_window, 1, rows, row_pos);
 
-    const auto & g = groups[i_group];
-    const auto * t = layers[g.i_layer].ring;
+    const auto * t = layers[i_layer].ring;
     if (!t) {
         return 0;
     }
 
-    // the queries of one KV head lie side by side
-    const int64_t n = kv.hparams.n_embd_head_k(g.il)*kv.hparams.n_gqa(g.il);
-
     for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
-        for (uint32_t h : g.heads) {
-            refreekv_read_row(t, rows[i], h*n, n, out);
-            out += n;
-        }
+        refreekv_read_row(t, rows[i], 0, t->ne[0], out + i*t->ne[0]);
         pos[i] = row_pos[i];
     }
 
     return rows.size();
 }
 
-int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const {
-    const auto & g    = groups[i_group];
-    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
+int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
+    const auto & layer = layers[i_layer];
+    const auto   list  = evictor.held_by(layer, evictor.cells_of(seq_id));
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
-        refreekv_read_row(g.rows.k(), list[i].slot, 0, g.rows.k()->ne[0], out + i*g.rows.k()->ne[0]);
+        refreekv_read_row(layer.rows.k(), list[i].slot, 0, layer.rows.k()->ne[0], out + i*layer.rows.k()->ne[0]);
         pos[i] = list[i].pos;
     }
 
     return list.size();
 }
 
-int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape) {
+int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
     mover.set_context(lctx);
 
     refreekv_publishing publish(this); // what was read back
 
-    const auto & g    = groups[i_group];
-    const auto   list = evictor.held_by(g, evictor.cells_of(seq_id));
+    const auto & layer = layers[i_layer];
+    const auto   list  = evictor.held_by(layer, evictor.cells_of(seq_id));
 
-    if (list.empty() || !layers[g.i_layer].ring) {
-        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", g.il, layers[g.i_layer].ring ? "cells" : "queries", seq_id);
+    if (list.empty() || !layer.ring) {
+        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", layer.il, layer.ring ? "cells" : "queries", seq_id);
         return REFREEKV_ERR_STATE;
     }
 
@@ -284,7 +276,7 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
 
     refreekv_attention_scratch          scratch;
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = evictor.look(g, seq_id, list, every, scratch, attn)) {
+    if (const int32_t status = evictor.look(layer, seq_id, list, every, scratch, attn)) {
         return status;
     }
 
@@ -301,7 +293,7 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
     evictor.count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
         return REFREEKV_ERR_COMPUTE;
     }
 

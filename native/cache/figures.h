@@ -27,12 +27,12 @@ namespace refreekv {
 // what a cache with a policy says of itself, of one moment
 struct figures {
     refreekv_stats                                             stats = {};
-    std::vector<refreekv_group_info>                           groups;
+    std::vector<refreekv_layer_info>                           layers;
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> bytes; // of rows and rings; empty when nothing is allocated
 };
 
 // The last figures that were published. The thread that owns the context writes, any thread reads. Publishing allocates nothing
-// once all groups are there.
+// after the first time.
 class figures_board {
 public:
     // to be filled in before publish(); the owner's
@@ -58,6 +58,6 @@ private:
 
 // the figures of a cache without a policy
 refreekv_stats      full_stats(llama_memory_t mem, const llama_hparams & hparams);
-refreekv_group_info full_group(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_group);
+refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer);
 
 } // namespace refreekv

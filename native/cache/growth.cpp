@@ -38,15 +38,15 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
         return true;
     }
 
-    give_back(); // what the other groups have got for this batch
+    give_back(); // what the other layers have got for this batch
 
     return false;
 }
 
 // bytes: of rows
 bool refreekv_store::within_limit(uint64_t bytes) const {
-    for (const auto & g : groups) {
-        bytes += g.warm ? g.warm->bytes() : 0;
+    for (const auto & layer : layers) {
+        bytes += layer.warm ? layer.warm->bytes() : 0;
     }
     if (params.memory_limit == 0 || bytes <= params.memory_limit) {
         return true;
@@ -60,11 +60,11 @@ bool refreekv_store::within_limit(uint64_t bytes) const {
 void refreekv_store::give_back() {
     mover.synchronize();
 
-    for (auto & g : groups) {
-        const auto slots = g.used_slots();
+    for (auto & layer : layers) {
+        const auto slots = layer.used_slots();
 
-        if (layouts.padded(slots.size()) < g.rows.capacity() && mover.move(g, slots, layouts.padded(slots.size()))) {
-            g.res.compact(slots);
+        if (layouts.padded(slots.size()) < layer.rows.capacity() && mover.move(layer, slots, layouts.padded(slots.size()))) {
+            layer.res.compact(slots);
             layouts.make_stale();
         }
     }
@@ -81,20 +81,20 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 
     uint64_t bytes = 0;
 
-    for (auto & g : groups) {
+    for (auto & layer : layers) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
-            logical.for_batch(sinfo, [&](uint32_t cell) { n_new += g.res.slot(cell) < 0; });
+            logical.for_batch(sinfo, [&](uint32_t cell) { n_new += layer.res.slot(cell) < 0; });
         }
-        n_new += std::min(n_more, logical.size() - std::min(logical.size(), g.res.n_used() + n_new));
+        n_new += std::min(n_more, logical.size() - std::min(logical.size(), layer.res.n_used() + n_new));
 
         plan p;
-        p.n_need  = layouts.padded(g.res.n_slots_after(n_new));
-        p.n_tight = layouts.padded(g.res.n_used() + n_new);
-        p.shrink  = g.rows.capacity() >= 2*p.n_tight || (idle_rows && g.rows.capacity() > p.n_tight);
+        p.n_need  = layouts.padded(layer.res.n_slots_after(n_new));
+        p.n_tight = layouts.padded(layer.res.n_used() + n_new);
+        p.shrink  = layer.rows.capacity() >= 2*p.n_tight || (idle_rows && layer.rows.capacity() > p.n_tight);
 
         plans.push_back(p);
-        bytes += g.rows.bytes_for(p.shrink ? p.n_tight : std::max(p.n_need, g.rows.capacity()));
+        bytes += layer.rows.bytes_for(p.shrink ? p.n_tight : std::max(p.n_need, layer.rows.capacity()));
     }
 
     if (!within_limit(bytes)) {
@@ -103,12 +103,12 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 
     bool synced = false;
 
-    for (size_t i = 0; i < groups.size(); ++i) {
-        auto & g = groups[i];
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & layer = layers[i];
 
         const auto & p = plans[i];
 
-        if (p.n_need <= g.rows.capacity() && !p.shrink) {
+        if (p.n_need <= layer.rows.capacity() && !p.shrink) {
             continue;
         }
         if (!synced) {
@@ -116,18 +116,18 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
             synced = true;
         }
 
-        const auto slots = p.shrink ? g.used_slots() : g.all_slots();
+        const auto slots = p.shrink ? layer.used_slots() : layer.all_slots();
 
-        if (!mover.move(g, slots, p.shrink ? p.n_tight : p.n_need)) {
-            if (p.n_need <= g.rows.capacity()) {
+        if (!mover.move(layer, slots, p.shrink ? p.n_tight : p.n_need)) {
+            if (p.n_need <= layer.rows.capacity()) {
                 continue; // there is room, only not less
             }
             refreekv_set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
-                    g.il, g.rows.capacity(), p.shrink ? p.n_tight : p.n_need, g.rows.row_bytes(), (size_t) stats().bytes >> 20);
+                    layer.il, layer.rows.capacity(), p.shrink ? p.n_tight : p.n_need, layer.rows.row_bytes(), (size_t) stats().bytes >> 20);
             return false;
         }
         if (p.shrink) {
-            g.res.compact(slots);
+            layer.res.compact(slots);
         }
         layouts.make_stale();
     }
@@ -138,17 +138,17 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 }
 
 // room for n cells more
-bool refreekv_store::make_room(group & g, uint32_t n) {
-    const uint32_t n_need = layouts.padded(g.res.n_slots_after(n));
+bool refreekv_store::make_room(layer & layer, uint32_t n) {
+    const uint32_t n_need = layouts.padded(layer.res.n_slots_after(n));
 
-    if (n_need <= g.rows.capacity()) {
+    if (n_need <= layer.rows.capacity()) {
         return true;
     }
-    if (!within_limit(stats().bytes + g.rows.bytes_for(n_need) - g.rows.bytes())) {
+    if (!within_limit(stats().bytes + layer.rows.bytes_for(n_need) - layer.rows.bytes())) {
         return false;
     }
-    if (!mover.move(g, g.all_slots(), n_need)) {
-        refreekv_set_error("no memory for %u cells in layer %d", n_need, g.il);
+    if (!mover.move(layer, layer.all_slots(), n_need)) {
+        refreekv_set_error("no memory for %u cells in layer %d", n_need, layer.il);
         return false;
     }
     return true;

@@ -15,7 +15,7 @@ struct placed {
 };
 
 // Upstream's tables of cells (position and sequences of each), read only. There is a table per stream (per sequence, unless
-// kv_unified). All of them share the rows of a group, so a cell is known here by one number: stream*stream_size() + index.
+// kv_unified). All of them share the rows of a layer, so a cell is known here by one number: stream*stream_size() + index.
 // Masks keep sequences apart, as in a unified cache.
 class logical_cells {
 public:

@@ -3,11 +3,11 @@
 #include <cstdint>
 #include <vector>
 
-// Which logical cells (upstream's llama_kv_cells) a group of KV heads still holds, and in which physical slot.
+// Which logical cells (upstream's llama_kv_cells) a layer still holds, and in which physical slot.
 // Pure bookkeeping: it knows neither positions nor tensors.
 //
 // A slot is free, or belongs to one cell. Slots [0, n_slots()) have been handed out; free ones among them are reused
-// lowest first, so that groups which start equal and see the same cells stay equal.
+// lowest first, so that layers which start equal and see the same cells stay equal.
 class refreekv_residency {
 public:
     void reset(uint32_t n_cells);

@@ -8,13 +8,13 @@ namespace refreekv {
 
 static const uint32_t MAX_THREADS = 4;
 
-ggml_backend_t row_mover::backend_of(const group & g) const {
+ggml_backend_t row_mover::backend_of(const layer & layer) const {
     if (!lctx) {
         return nullptr;
     }
 
     auto * sched = lctx->get_sched();
-    auto * buft  = g.rows.get_shape().buft;
+    auto * buft  = layer.rows.get_shape().buft;
     auto * dev   = ggml_backend_buft_get_device(buft); // nullptr for plain host memory
 
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
@@ -36,25 +36,25 @@ ggml_backend_t row_mover::host_backend() const {
 }
 
 // whether the host may read and write rows where they are
-bool row_mover::in_place(const group & g) const {
-    return ggml_backend_buft_is_host(g.rows.get_shape().buft) && !by_graph;
+bool row_mover::in_place(const layer & layer) const {
+    return ggml_backend_buft_is_host(layer.rows.get_shape().buft) && !by_graph;
 }
 
-// that may work on groups beside each other: much of the time goes into memory that was never touched, and into the system
+// that may work on layers beside each other: much of the time goes into memory that was never touched, and into the system
 uint32_t row_mover::n_threads() const {
-    const bool on_host = std::all_of(groups.begin(), groups.end(), [&](const group & g) { return in_place(g); });
+    const bool on_host = std::all_of(layers.begin(), layers.end(), [&](const layer & layer) { return in_place(layer); });
 
     return on_host && lctx ? std::clamp(lctx->n_threads_batch(), 1u, MAX_THREADS) : 1;
 }
 
-bool row_mover::move(group & g, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
+bool row_mover::move(layer & layer, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
     generation++;
 
-    return g.rows.move(slots, capacity, backend_of(g), by_graph, in);
+    return layer.rows.move(slots, capacity, backend_of(layer), by_graph, in);
 }
 
-void row_mover::read(group & g, const std::vector<uint32_t> & slots, refreekv_rows::host_rows & out) const {
-    g.rows.read(slots, backend_of(g), by_graph, out);
+void row_mover::read(layer & layer, const std::vector<uint32_t> & slots, refreekv_rows::host_rows & out) const {
+    layer.rows.read(slots, backend_of(layer), by_graph, out);
 }
 
 // not llama_synchronize: that ends upstream's timing of a batch, which has not begun

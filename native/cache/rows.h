@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-// The K and V rows of one group of KV heads: memory of their own on the layer's backend, with room for `capacity` cells.
+// The K and V rows of one layer: memory of their own on the layer's backend, with room for `capacity` cells.
 // Growing, shrinking and evicting are one operation, move(). In host memory and on CUDA it is done in place (cache/region.h):
 // rows move within their memory, which grows before that or shrinks after it. Elsewhere it is: allocate, copy the rows that stay,
 // free.

@@ -26,14 +26,14 @@ void refreekv_store::forget_seq(llama_seq_id seq_id) {
 
 void refreekv_store::clear() {
     mover.synchronize();
-    for (auto & g : groups) {
-        g.rows.clear();
-        g.res.reset(logical.size());
-        if (g.warm) {
-            g.warm->clear();
+    for (auto & layer : layers) {
+        layer.rows.clear();
+        layer.res.reset(logical.size());
+        if (layer.warm) {
+            layer.warm->clear();
         }
     }
-    cold.reset(groups);
+    cold.reset(layers);
     for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
         forget_seq(s);
     }
@@ -67,10 +67,10 @@ bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     return true;
 }
 
-// whether queries see all cells: what groups do not hold is warm
+// whether queries see all cells: what layers do not hold is warm
 bool refreekv_store::attends_to_all() const {
-    return warm.theta() > 0.0f && std::all_of(groups.begin(), groups.end(), [&](const group & g) {
-        return g.res.n_visible() + (g.warm ? g.warm->n_cells() : 0) >= logical.n_used();
+    return warm.theta() > 0.0f && std::all_of(layers.begin(), layers.end(), [&](const layer & layer) {
+        return layer.res.n_visible() + (layer.warm ? layer.warm->n_cells() : 0) >= logical.n_used();
     });
 }
 
@@ -186,47 +186,47 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
     std::vector<uint32_t> cells_dst(logical.stream_size());
     std::iota(cells_dst.begin(), cells_dst.end(), first_dst);
 
-    for (auto & g : groups) {
-        g.res.release(in_dst);
-        cold.forget(g, cells_dst);
+    for (auto & layer : layers) {
+        layer.res.release(in_dst);
+        cold.forget(layer, cells_dst);
     }
-    warm.refresh(groups);
+    warm.refresh(layers);
 
     const auto fail = [&]() {
-        for (auto & g : groups) {
-            g.res.release(in_dst);
+        for (auto & layer : layers) {
+            layer.res.release(in_dst);
         }
         kv.seq_rm(dst, -1, -1);
         refreekv_set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now", src, dst);
         return false;
     };
 
-    for (auto & g : groups) {
-        auto slots = g.used_slots();
+    for (auto & layer : layers) {
+        auto slots = layer.used_slots();
 
         const size_t n_old = slots.size();
 
         std::vector<uint32_t> cells;
         for (uint32_t i = 0; i < logical.stream_size(); ++i) {
-            const int32_t slot = g.res.slot(first_src + i);
-            if (slot >= 0 && !g.res.hidden(slot)) {
+            const int32_t slot = layer.res.slot(first_src + i);
+            if (slot >= 0 && !layer.res.hidden(slot)) {
                 cells.push_back(first_dst + i);
                 slots.push_back(slot);
             }
         }
 
         const uint32_t n_need = layouts.padded(slots.size());
-        if (n_need > g.rows.capacity() && !within_limit(stats().bytes + g.rows.bytes_for(n_need) - g.rows.bytes())) {
+        if (n_need > layer.rows.capacity() && !within_limit(stats().bytes + layer.rows.bytes_for(n_need) - layer.rows.bytes())) {
             return fail();
         }
-        if (!mover.move(g, slots, n_need)) {
+        if (!mover.move(layer, slots, n_need)) {
             return fail();
         }
 
         slots.resize(n_old);
-        g.res.compact(slots);
+        layer.res.compact(slots);
         for (uint32_t cell : cells) {
-            g.res.assign(cell); // no holes are left: the slots behind, in this order
+            layer.res.assign(cell); // no holes are left: the slots behind, in this order
         }
     }
     copy_cold(first_src, first_dst);
@@ -258,8 +258,8 @@ void refreekv_store::release_stale() {
     if (!stale_slots) {
         return;
     }
-    for (auto & g : groups) {
-        if (g.res.release([&](uint32_t cell) { return logical.is_empty(cell); })) {
+    for (auto & layer : layers) {
+        if (layer.res.release([&](uint32_t cell) { return logical.is_empty(cell); })) {
             layouts.make_stale();
         }
     }
@@ -270,11 +270,11 @@ void refreekv_store::release_stale() {
                 empty.push_back(cell);
             }
         }
-        for (auto & g : groups) {
-            cold.forget(g, empty);
+        for (auto & layer : layers) {
+            cold.forget(layer, empty);
         }
     }
-    warm.refresh(groups);
+    warm.refresh(layers);
     stale_slots = false;
 }
 

@@ -13,9 +13,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <atomic>
-#include <limits>
-#include <numeric>
 #include <stdexcept>
 
 // construction
@@ -38,9 +35,9 @@ static ggml_backend_buffer_ptr refreekv_no_storage(ggml_context * ctx, ggml_back
 
 refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read) :
     kv(kv), logical(kv.v_cells, kv.seq_to_stream), params(params), prunes_read(prunes_read),
-    layouts(groups, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, groups, logical, layouts),
+    layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, layers, logical, layouts),
     ring(params.n_window + 1, kv.n_seq_max),
-    pruned(logical.n_seq_ids(), -1), coded_at(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(groups, params.by_graph, n_generation),
+    pruned(logical.n_seq_ids(), -1), coded_at(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
     cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm) {
     const auto & hparams = kv.hparams;
@@ -60,9 +57,12 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
         if (!layer.v) {
             throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
         }
-        layers.push_back({ (int32_t) layer.il, { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) }, {}, layer.k->buffer });
-    }
+        const refreekv_rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
 
+        layers.emplace_back((int32_t) layer.il, shape, layer.k->buffer);
+        layers.back().res.reset(logical.size());
+    }
+    cold.reset(layers);
     warm.open(params, layers);
     if (warm.theta() == 0.0f || params.policy != REFREEKV_POLICY_REFREEKV) {
         this->params.n_hot = 0; // the policy decides
@@ -71,7 +71,9 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
         layouts.set_pad(128); // little is held, and padding is memory
         this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
     }
-    make_groups({});
+    for (auto & layer : layers) {
+        warm.make(layer);
+    }
 
     for (const auto & [buft, ids] : by_buft) {
         if (!refreekv_policy_looks(params.policy) || this->params.n_hot > 0) {
@@ -110,116 +112,6 @@ refreekv_store * refreekv_store::of(llama_memory_t mem) {
     return cache ? &cache->get_store() : nullptr;
 }
 
-// the heads of a layer that policies may evict from, and those that are kept whole; either may be missing
-std::vector<refreekv_store::part> refreekv_store::divide(const layer & layer, const heads_list & whole) const {
-    std::vector<part> res { { {}, false }, { {}, true } };
-    for (uint32_t h = 0; h < kv.hparams.n_head_kv(layer.il); ++h) {
-        res[std::find(whole.begin(), whole.end(), std::make_pair(layer.il, h)) != whole.end()].heads.push_back(h);
-    }
-
-    // where heads cannot be separated (the slope of ALiBi depends on their number; they may be no whole number of blocks
-    // of the cache's type), the layer stays whole
-    const bool separable = !kv.hparams.use_alibi &&
-                           kv.hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.shape.type_k) == 0 &&
-                           kv.hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.shape.type_v) == 0;
-    if (!separable && !res[1].heads.empty()) {
-        res[0].heads.clear();
-        res[1].heads.resize(kv.hparams.n_head_kv(layer.il));
-        std::iota(res[1].heads.begin(), res[1].heads.end(), 0);
-    }
-
-    res.erase(std::remove_if(res.begin(), res.end(), [](const part & p) { return p.heads.empty(); }), res.end());
-
-    return res;
-}
-
-refreekv_rows::shape refreekv_store::shape_of(const layer & layer, const std::vector<uint32_t> & heads) const {
-    refreekv_rows::shape res = layer.shape;
-    if (heads.size() < kv.hparams.n_head_kv(layer.il)) {
-        res.n_embd_k = heads.size()*kv.hparams.n_embd_head_k(layer.il);
-        res.n_embd_v = heads.size()*kv.hparams.n_embd_head_v(layer.il);
-    }
-    return res;
-}
-
-// drops what the groups hold
-void refreekv_store::make_groups(const heads_list & whole) {
-    groups.clear();
-    views.forget();
-
-    for (uint32_t i_layer = 0; i_layer < layers.size(); ++i_layer) {
-        auto & layer = layers[i_layer];
-
-        layer.groups.clear();
-
-        for (auto & p : divide(layer, whole)) {
-            const auto shape = shape_of(layer, p.heads);
-
-            layer.groups.push_back(groups.size());
-            groups.push_back({ layer.il, i_layer, std::move(p.heads), p.whole, 0, {}, refreekv_rows(shape, layer.il), layer.no_memory, 0, {}, {}, nullptr });
-            groups.back().res.reset(logical.size());
-        }
-    }
-    cold.reset(groups);
-    for (auto & g : groups) {
-        warm.make(g, layers[g.i_layer]);
-    }
-
-    layouts.make_stale();
-    regrouped     = true;
-    n_generation++;
-}
-
-uint32_t refreekv_store::n_heads_kv() const {
-    uint32_t res = 0;
-    for (const auto & layer : layers) {
-        res += kv.hparams.n_head_kv(layer.il);
-    }
-    return res;
-}
-
-bool refreekv_store::holds_nothing() const {
-    return std::all_of(groups.begin(), groups.end(), [](const group & g) { return g.res.n_used() == 0; });
-}
-
-bool refreekv_store::valid_heads(const heads_list & heads) const {
-    for (const auto & [il, h] : heads) {
-        if (il_to_layer.find(il) == il_to_layer.end() || h >= kv.hparams.n_head_kv(il)) {
-            refreekv_set_error("whole heads: layer %d has no KV head %u", il, h);
-            return false;
-        }
-    }
-    return true;
-}
-
-refreekv_store::heads_list refreekv_store::whole_heads() const {
-    heads_list res;
-    for (const auto & g : groups) {
-        for (uint32_t h : g.heads) {
-            if (g.whole) {
-                res.emplace_back(g.il, h);
-            }
-        }
-    }
-    return res;
-}
-
-int64_t refreekv_store::set_whole_heads(llama_context * lctx, const heads_list & heads) {
-    if (!valid_heads(heads)) {
-        return REFREEKV_ERR_ARGUMENT;
-    }
-    return run_job(lctx, [this, heads]() -> int64_t {
-        if (!holds_nothing()) {
-            refreekv_set_error("whole heads: only an empty cache can be divided; clear it first");
-            return REFREEKV_ERR_STATE;
-        }
-        make_groups(heads);
-        update_layouts();
-
-        return REFREEKV_OK;
-    });
-}
-
 bool refreekv_store::update_layouts() {
     n_generation++;
 
@@ -231,12 +123,12 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
 
     release_stale();
 
-    for (auto & g : groups) {
-        logical.for_batch(sinfo, [&](uint32_t cell) { g.res.assign(cell); });
-        GGML_ASSERT(g.res.n_slots() <= g.rows.capacity());
+    for (auto & layer : layers) {
+        logical.for_batch(sinfo, [&](uint32_t cell) { layer.res.assign(cell); });
+        GGML_ASSERT(layer.res.n_slots() <= layer.rows.capacity());
     }
 
-    // equal groups that take the same cells stay equal
+    // equal layers that take the same cells stay equal
     if (layouts.is_stale()) {
         update_layouts();
     }
@@ -252,8 +144,8 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
 
 // graphs
 
-void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known) {
-    auto & layer = layers[il_to_layer.at(il)];
+void refreekv_store::note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known) {
+    auto & layer = layers[i_layer];
 
     layer.kq_scale = kq_scale;
     layer.sinks    = sinks;
@@ -266,14 +158,14 @@ void refreekv_store::note_attention(int32_t il, float kq_scale, ggml_tensor * si
     layer.softmax = { cap > 0.0f ? (flash_attn ? kq_scale : 1.0f)/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, kv.hparams.f_max_alibi_bias };
 }
 
-const refreekv_decode_softmax * refreekv_store::softmax_of(int32_t il) const {
-    const auto & layer = layers[il_to_layer.at(il)];
+const refreekv_decode_softmax * refreekv_store::softmax_of(uint32_t i_layer) const {
+    const auto & layer = layers[i_layer];
 
     return layer.known ? &layer.softmax : nullptr;
 }
 
-void refreekv_store::run_with_cache(ggml_tensor * node, uint32_t i_group) const {
-    mover.run_on(node, mover.backend_of(groups[i_group]));
+void refreekv_store::run_with_cache(ggml_tensor * node, uint32_t i_layer) const {
+    mover.run_on(node, mover.backend_of(layers[i_layer]));
 }
 
 void refreekv_store::run_on_host(ggml_tensor * node) const {
@@ -285,8 +177,8 @@ refreekv_store::~refreekv_store() = default;
 std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> res;
 
-    for (const auto & g : groups) {
-        res[g.rows.get_shape().buft] += g.rows.bytes();
+    for (const auto & layer : layers) {
+        res[layer.rows.get_shape().buft] += layer.rows.bytes();
     }
     for (const auto & [buft, size] : ring_breakdown()) {
         res[buft] += size;
@@ -306,15 +198,13 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() co
     return res;
 }
 
-const refreekv_warm_view * refreekv_store::warm_of(uint32_t i_group) const {
-    const auto & g = groups[i_group];
-
-    return g.warm ? &g.warm->view : nullptr;
+const refreekv_warm_view * refreekv_store::warm_of(uint32_t i_layer) const {
+    return layers[i_layer].warm ? &layers[i_layer].warm->view : nullptr;
 }
 
 void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
-    for (auto & g : groups) {
-        cold.copy(g, first_src, first_dst, logical.stream_size());
-        warm.copy(g, first_src, first_dst, logical.stream_size());
+    for (auto & layer : layers) {
+        cold.copy(layer, first_src, first_dst, logical.stream_size());
+        warm.copy(layer, first_src, first_dst, logical.stream_size());
     }
 }

@@ -4,7 +4,7 @@
 
 #include "cache/cache.h"
 #include "cache/figures.h"
-#include "cache/groups.h"
+#include "cache/layer.h"
 #include "cache/logical-cells.h"
 #include "evict/evictor.h"
 #include "graph/views.h"
@@ -21,11 +21,10 @@
 // The storage of a refreekv::cache.
 //
 // Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
-// where K and V lie. The unit is a group of KV heads of one layer: it holds its own subset of the logical cells
-// (refreekv_residency) in rows of its own (refreekv_rows), which grow as tokens come and shrink as they are evicted. A
-// layer is one group, or two where some of its heads are kept whole (set_whole_heads).
+// where K and V lie. Each layer holds its own subset of the logical cells (refreekv_residency) in rows of its own
+// (refreekv_rows), which grow as tokens come and shrink as they are evicted.
 //
-// Groups whose slots look alike to every query that may still come share a layout: one mask and one pair of index
+// Layers whose slots look alike to every query that may still come share a layout: one mask and one pair of index
 // inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
 //
 // Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
@@ -83,15 +82,14 @@ public:
     // counts up when a graph built before must not run again
     uint64_t generation() const { return n_generation; }
 
-    uint32_t layout_of(uint32_t i_group) const { return groups[i_group].layout; }
+    uint32_t layout_of(uint32_t i_layer) const { return layers[i_layer].layout; }
 
-    uint32_t n_layers()   const { return layers.size(); }
-    uint32_t n_heads_kv() const; // over all layers
+    uint32_t n_layers() const { return layers.size(); }
 
-    bool has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
+    // of the model's layer il: whether it has a cache, and its place among those that have
+    bool     has_layer(int32_t il) const { return il_to_layer.count(il) > 0; }
+    uint32_t layer_of (int32_t il) const { return il_to_layer.at(il); }
 
-    const std::vector<uint32_t> & groups_of(int32_t il)       const { return layers[il_to_layer.at(il)].groups; }
-    const std::vector<uint32_t> & heads_of (uint32_t i_group) const { return groups[i_group].heads; }
     const refreekv::layouts & get_layouts() const { return layouts; }
 
     refreekv::views &         get_views() { return views; }
@@ -101,27 +99,27 @@ public:
 
     // their bytes; without allocation (hparams.no_alloc) what they would need
     std::map<ggml_backend_buffer_type_t, size_t> ring_breakdown() const;
-    ggml_tensor * ring_of(int32_t il) const { return layers[il_to_layer.at(il)].ring; }
+    ggml_tensor * ring_of(uint32_t i_layer) const { return layers[i_layer].ring; }
 
     // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
     // known: it is of the kind that the eviction graph computes
-    void note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
+    void note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known);
 
     // nullptr: the attention of the layer is not of that kind
-    const refreekv_decode_softmax * softmax_of(int32_t il) const;
+    const refreekv_decode_softmax * softmax_of(uint32_t i_layer) const;
 
     // whether cells may be evicted: the cache is not the elastic full one
     bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
 
-    // the evicted cells of a group that decoding goes on attending to; nullptr: none
-    const refreekv_warm_view * warm_of(uint32_t i_group) const;
+    // the evicted cells of a layer that decoding goes on attending to; nullptr: none
+    const refreekv_warm_view * warm_of(uint32_t i_layer) const;
 
     // a batch is about to be computed
-    void begin_batch(const llama_ubatch & ubatch) { warm.begin_batch(groups, ubatch); }
+    void begin_batch(const llama_ubatch & ubatch) { warm.begin_batch(layers, ubatch); }
 
-    // nodes of the decoding graph that is being built; where the cache of a group is
-    void run_with_cache(ggml_tensor * node, uint32_t i_group) const;
-    ggml_backend_buffer_type_t buft_of(uint32_t i_group) const { return groups[i_group].rows.get_shape().buft; }
+    // nodes of the decoding graph that is being built; where the cache of a layer is
+    void run_with_cache(ggml_tensor * node, uint32_t i_layer) const;
+    ggml_backend_buffer_type_t buft_of(uint32_t i_layer) const { return layers[i_layer].rows.get_shape().buft; }
     void run_on_host(ggml_tensor * node) const;
 
     //
@@ -129,8 +127,7 @@ public:
     //
 
     // cells evicted, or a refreekv_status; both run in update()
-    // by: parameters to choose by in place of the context's, nullptr: none
-    int64_t prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by = nullptr);
+    int64_t prune(llama_context * lctx, llama_seq_id seq_id);
     int64_t keep (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
 
     // these positions stay, whatever the policy; a refreekv_status
@@ -138,10 +135,6 @@ public:
 
     // what was evicted comes back from the cold store; cells, or a refreekv_status
     int64_t restore(llama_context * lctx, llama_seq_id seq_id);
-
-    // (layer, KV head) that policies do not touch; a refreekv_status. The cache has to be empty
-    using heads_list = std::vector<std::pair<int32_t, uint32_t>>;
-    int64_t set_whole_heads(llama_context * lctx, const heads_list & heads);
 
     llama_pos pruned_pos(llama_seq_id seq_id) const;
     bool      valid_seq (llama_seq_id seq_id) const;
@@ -151,15 +144,13 @@ public:
 
     const refreekv::figures_board & get_figures() const { return board; }
 
-    uint32_t n_groups() const { return groups.size(); }
+    std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_layer) const;
 
-    std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_group) const;
-
-    int32_t read_queries(llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
-    int32_t read_keys   (llama_seq_id seq_id, uint32_t i_group, float * out, llama_pos * pos, int32_t n_max) const;
+    int32_t read_queries(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const;
+    int32_t read_keys   (llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const;
 
     // a refreekv_status
-    int32_t read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_group, float * out, uint64_t n_max, int32_t * shape);
+    int32_t read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_layer, float * out, uint64_t n_max, int32_t * shape);
 
     // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
     void prune_read(llama_context * lctx);
@@ -171,7 +162,6 @@ private:
     refreekv::cache & kv;
 
     using layer  = refreekv::layer;
-    using group  = refreekv::group;
     using placed = refreekv::placed;
 
     const refreekv::logical_cells logical;
@@ -182,7 +172,6 @@ private:
 
     std::vector<layer>          layers;
     std::map<int32_t, uint32_t> il_to_layer;
-    std::vector<group>          groups; // in the order of layers
     refreekv::layouts           layouts;
     refreekv::views             views;
 
@@ -200,7 +189,6 @@ private:
     bool     idle_rows     = false;       // whole sequences are gone: give their room back with the next batch
     bool     refused_copy  = false;
     bool     restoring     = false;       // cleared, and no batch since: a whole state may be read
-    bool     regrouped     = false;       // layers were divided anew
 
     std::vector<std::function<int64_t()>> jobs; // what the next update() does
     int64_t          job_result = 0;
@@ -208,7 +196,7 @@ private:
     refreekv::figures_board board;
 
     refreekv_stats      stats() const;
-    refreekv_group_info group_info(uint32_t i_group) const;
+    refreekv_layer_info layer_info(uint32_t i_layer) const;
 
     int64_t  n_prunes    = 0;
     int64_t  prune_us    = 0;
@@ -238,24 +226,9 @@ private:
     bool grow(const slot_info_vec_t & sinfos, uint32_t n_more);
     void give_back();
 
-    // heads of a layer that are stored together
-    struct part {
-        std::vector<uint32_t> heads;
-        bool                  whole;
-    };
-    std::vector<part>    divide  (const layer & layer, const heads_list & whole) const;
-    refreekv_rows::shape shape_of(const layer & layer, const std::vector<uint32_t> & heads) const;
+    bool make_room(layer & layer, uint32_t n);
 
-    void       make_groups(const heads_list & whole);
-    bool       valid_heads(const heads_list & heads) const;
-    heads_list whole_heads() const; // ascending
-    bool       holds_nothing() const;
-
-    bool make_room(group & g, uint32_t n);
-
-    bool read_whole_heads (llama_io_read_i & io, heads_list & heads) const;
-    bool read_group_head  (llama_io_read_i & io, int32_t il, size_t n_heads, bool whole, const refreekv_rows::shape & shape, uint32_t cell_count, std::vector<uint32_t> & cells);
-    bool read_divided_anew(llama_io_read_i & io, const heads_list & theirs, const std::vector<uint32_t> & list);
+    bool read_layer_head(llama_io_read_i & io, const layer & layer, uint32_t cell_count, std::vector<uint32_t> & cells) const;
 
     // a sequence in another stream is about to have the cells of this one: first_dst + i for first_src + i
     void copy_cold(uint32_t first_src, uint32_t first_dst);
@@ -263,7 +236,7 @@ private:
     void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
     bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
 
-    std::vector<uint32_t> missing(const group & g, const std::vector<placed> & cells) const;
+    std::vector<uint32_t> missing(const layer & layer, const std::vector<placed> & cells) const;
 
     int32_t restore_rows(const std::vector<std::vector<uint32_t>> & cells); // a refreekv_status
     int64_t restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -271,8 +244,8 @@ private:
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
 
-    // pos: what to keep of layer il; nullptr: the policy decides, in every layer, by these parameters
-    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by);
+    // pos: what to keep of layer il; nullptr: the policy decides, in every layer
+    int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);
 };
 
 // Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none

@@ -1,6 +1,5 @@
 #include "evict/attention.h"
 
-#include "graph/heads.h"
 
 #include "ggml-alloc.h"
 
@@ -72,15 +71,14 @@ static const float REFREEKV_BEHIND_ALL = 1 << 30; // a position
 refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_, refreekv_attention_scratch & memory) : in(std::move(in_)), memory(memory) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
-    n_head  = in.heads.size()*in.n_gqa;
+    n_head  = in.n_head_kv*in.n_gqa;
 
-    const int64_t n_head_kv = in.heads.size();
     const size_t  size_kv   = sizeof(float)*in.n_kv*n_rows*in.n_gqa;
 
-    n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, n_head_kv);
+    n_head_kv_slice = std::clamp<int64_t>(REFREEKV_SLICE_BYTES/size_kv, 1, in.n_head_kv);
 
     if (in.max_bias > 0.0f) {
-        n_head_kv_slice = n_head_kv; // the ALiBi slope depends on the head's index
+        n_head_kv_slice = in.n_head_kv; // the ALiBi slope depends on the head's index
     }
 
     if (in.use_alibi) {
@@ -131,11 +129,10 @@ ggml_tensor * refreekv_attention_graph::build_mask(ggml_context * ctx, uploads &
 // f() once softmax holds the rows of a slice, for each slice in turn
 template <typename F>
 bool refreekv_attention_graph::for_each_slice(F && f) {
-    const int64_t n_head_kv  = in.heads.size();
-    const bool    all_in_one = n_head_kv_slice == n_head_kv;
+    const bool all_in_one = n_head_kv_slice == in.n_head_kv;
 
-    for (int64_t h = 0; h < n_head_kv; h += n_head_kv_slice) {
-        const int64_t n = std::min(n_head_kv_slice, n_head_kv - h);
+    for (int64_t h = 0; h < in.n_head_kv; h += n_head_kv_slice) {
+        const int64_t n = std::min(n_head_kv_slice, in.n_head_kv - h);
 
         if (!all_in_one || !softmax.out) {
             if (!compute(softmax, [&](ggml_context * ctx, uploads & ups) { return build_softmax(ctx, h, n, ups); })) {
@@ -202,7 +199,7 @@ bool refreekv_attention_graph::next_way() {
     return true;
 }
 
-// of the KV heads in.heads[h_kv], ...: [n_kv, n_rows, n_head of the slice]
+// of n_kv_heads KV heads from h_kv on: [n_kv, n_rows, n_head of the slice]
 ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
     const int64_t n_gqa = in.n_gqa;
 
@@ -211,7 +208,9 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     ggml_tensor * q = ggml_get_rows(ctx, in.ring, refreekv_upload(ctx, ups, GGML_TYPE_I32, n_rows, 1, in.rows));
 
     q = ggml_reshape_3d(ctx, q, in.n_embd_head, q->ne[0]/in.n_embd_head, n_rows);
-    q = refreekv_select_heads(ctx, q, { in.heads.begin() + h_kv, in.heads.begin() + h_kv + n_kv_heads }, n_gqa);
+    if (n_kv_heads < in.n_head_kv) {
+        q = ggml_cont(ctx, ggml_view_3d(ctx, q, q->ne[0], n_kv_heads*n_gqa, n_rows, q->nb[1], q->nb[2], h_kv*n_gqa*q->nb[1]));
+    }
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
 
     ggml_tensor * k = in.k;
@@ -277,7 +276,7 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
         ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
     }
 
-    // groups may be looked at on several threads, and they have one backend
+    // layers may be looked at on several threads, and they have one backend
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
 

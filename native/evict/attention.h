@@ -23,18 +23,17 @@ private:
     const float * attn;
 };
 
-// A group's stored queries and keys, and what becomes of their products: upstream's build_attn_mha (llama-graph.cpp), i.e.
+// A layer's stored queries and keys, and what becomes of their products: upstream's build_attn_mha (llama-graph.cpp), i.e.
 // scale, mask, ALiBi, soft-cap, sinks.
 struct refreekv_attention_inputs {
     ggml_backend_t backend;
     ggml_backend_t host; // the last resort
 
-    ggml_tensor * k;    // [n_embd_head*heads.size(), capacity]
-    ggml_tensor * ring; // [n_embd_head*n_head of the layer, n]
-
-    std::vector<uint32_t> heads; // KV heads of the layer that k has
+    ggml_tensor * k;    // [n_embd_head*n_head_kv, capacity]
+    ggml_tensor * ring; // [n_embd_head*n_head, n]
 
     int64_t n_embd_head;
+    int64_t n_head_kv;
     int64_t n_gqa;      // query heads per KV head
     int64_t n_kv;       // slots that are looked at: [0, n_kv)
 
@@ -42,7 +41,7 @@ struct refreekv_attention_inputs {
     std::vector<llama_pos> row_pos; // their positions
     std::vector<int32_t>   slots;   // slot of cell j
     std::vector<llama_pos> pos;     // its position, ascending
-    std::vector<float>     sinks;   // [heads.size()*n_gqa], or empty
+    std::vector<float>     sinks;   // [n_head_kv*n_gqa], or empty
 
     bool  use_alibi;
     float max_bias;
@@ -51,7 +50,7 @@ struct refreekv_attention_inputs {
     float post_scale;  // applied by the soft-max
 };
 
-// memory for one group after the other
+// memory for one layer after the other
 struct refreekv_attention_scratch {
     refreekv_bytes weights; // the kernel's
 

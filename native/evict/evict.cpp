@@ -1,4 +1,4 @@
-// Evicting from a refreekv_store: what the policy may see of a sequence in a group, and what becomes of its answer.
+// Evicting from a refreekv_store: what the policy may see of a sequence in a layer, and what becomes of its answer.
 
 #include "hooks.h"
 #include "cache/store.h"
@@ -28,9 +28,7 @@ bool refreekv_store::begin_update(llama_context * lctx) {
 
     // ggml's allocator takes a graph with as many nodes and leafs as the last one for the same graph. One with other layouts
     // is not: the update reserves anew.
-    const bool others = (layouts.is_stale() && update_layouts()) || regrouped;
-
-    regrouped = false;
+    const bool others = layouts.is_stale() && update_layouts();
 
     return others || !jobs.empty();
 }
@@ -65,20 +63,12 @@ int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> &
     return job_result;
 }
 
-int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id, const refreekv_params * by) {
-    if (by && (by->policy != params.policy || by->n_window > params.n_window)) {
-        refreekv_set_error("prune: other parameters have to be of the context's policy, with an n_window of %d or less", params.n_window);
-        return REFREEKV_ERR_ARGUMENT;
-    }
+int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
     if (!refreekv_policy_find(params.policy)) {
         return 0;
     }
 
-    refreekv_params chosen = by ? *by : params;
-    chosen.n_block = params.n_block;
-    chosen.n_hot   = std::min(chosen.n_hot, params.n_hot);
-
-    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+    return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
 // Cells leave the hot set while an answer is generated, too, a few blocks of codes at a time: so that only codes grow. This is asked
@@ -87,17 +77,17 @@ bool refreekv_store::plan_coding(const std::vector<llama_ubatch> & ubatches) {
     if (!jobs.empty()) {
         return true;
     }
-    if (params.n_hot == 0 || n_expected > 0 || groups.empty()) {
+    if (params.n_hot == 0 || n_expected > 0 || layers.empty()) {
         return false; // the policy decides, or a prompt is being read
     }
 
-    const auto & g = groups.back(); // all groups that cells are evicted from hold the same
+    const auto & layer = layers.back(); // all layers that cells are evicted from hold the same cells
 
     const uint32_t n_due = 2*layouts.padded(params.n_sink + params.n_hot);
 
     std::map<llama_seq_id, uint32_t> n_tokens;
     for (const auto & ubatch : ubatches) {
-        for (uint32_t i = 0; i < ubatch.n_tokens && g.res.n_used() >= n_due; ++i) {
+        for (uint32_t i = 0; i < ubatch.n_tokens && layer.res.n_used() >= n_due; ++i) {
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
                 n_tokens[ubatch.seq_id[i][j]]++;
             }
@@ -112,16 +102,14 @@ bool refreekv_store::plan_coding(const std::vector<llama_ubatch> & ubatches) {
         }
         uint32_t n_held = 0;
         for (const auto & c : logical.of_seq(seq_id)) {
-            n_held += !g.lacks(c.cell);
+            n_held += !layer.lacks(c.cell);
         }
         if (n_held < (pruned[seq_id] >= 0 ? n_due : std::max<uint32_t>(n_due, params.n_min))) {
             continue;
         }
         coded_at[seq_id] = last; // once, also where it fails
 
-        refreekv_params chosen = params;
-        chosen.n_min = 0;
-        jobs.push_back([this, seq_id = seq_id, chosen]() { return run_eviction(seq_id, -1, nullptr, chosen); });
+        jobs.push_back([this, seq_id = seq_id]() { return run_eviction(seq_id, -1, nullptr); });
     }
 
     return !jobs.empty();
@@ -146,10 +134,10 @@ int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t 
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos, params); });
+    return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos); });
 }
 
-int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos, const refreekv_params & by) {
+int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
@@ -157,7 +145,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     uint32_t n_threads = params.cold_limit > 0 ? 1 : mover.n_threads();
 
     // nor is the scratch memory to grow with them beyond a bound: a query head's weights at least (kernels/attention-cpu.cpp)
-    const size_t size = (size_t) std::max(1, logical.table_of_seq(seq_id).seq_pos_max(seq_id))*by.n_window*sizeof(float);
+    const size_t size = (size_t) std::max(1, logical.table_of_seq(seq_id).seq_pos_max(seq_id))*params.n_window*sizeof(float);
 
     n_threads = std::clamp<size_t>(REFREEKV_SCRATCH_BYTES/size, 1, n_threads);
 
@@ -169,12 +157,12 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     }
     std::atomic<int64_t>          n_evicted { 0 };
 
-    int32_t status = refreekv_parallel(groups.size(), n_threads, [&](uint32_t i, uint32_t thread) {
-        auto & g = groups[i];
+    int32_t status = refreekv_parallel(layers.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+        auto & layer = layers[i];
 
-        const bool asked = pos ? g.il == il : g.i_layer >= (uint32_t) by.n_full_layers;
+        const bool asked = pos ? layer.il == il : i >= (uint32_t) params.n_full_layers;
 
-        return asked && !g.whole ? evictor.evict(g, seq_id, all, pos, by, scratch[thread], n_evicted) : REFREEKV_OK;
+        return asked ? evictor.evict(layer, seq_id, all, pos, scratch[thread], n_evicted) : REFREEKV_OK;
     });
 
     for (auto & s : scratch) {
@@ -188,7 +176,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     n_expected = 0;
 
     if (status != REFREEKV_OK) {
-        warm.refresh(groups); // some of what was coded stayed after all
+        warm.refresh(layers); // some of what was coded stayed after all
     }
 
     // after an error, what was evicted before it is gone

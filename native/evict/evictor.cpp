@@ -30,11 +30,11 @@ std::vector<held> evictor::cells_of(llama_seq_id seq_id) const {
 }
 
 // those that it holds and queries can see
-std::vector<held> evictor::held_by(const group & g, std::vector<held> all) const {
+std::vector<held> evictor::held_by(const layer & layer, std::vector<held> all) const {
     size_t n = 0;
     for (const auto & c : all) {
-        const int32_t slot = g.res.slot(c.cell);
-        if (slot >= 0 && !g.res.hidden(slot)) {
+        const int32_t slot = layer.res.slot(c.cell);
+        if (slot >= 0 && !layer.res.hidden(slot)) {
             all[n++] = { c.pos, c.cell, (uint32_t) slot, c.stays };
         }
     }
@@ -50,7 +50,7 @@ static void keep_selected(const refreekv_selection & sel, std::vector<uint8_t> &
     }
 }
 
-int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
+int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
     refreekv_selection sel;
 
     std::vector<uint8_t> pinned;
@@ -58,33 +58,33 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
         pinned.push_back(c.stays);
     }
 
-    if (by.n_hot > 0) {
-        refreekv_select_hot(by, list.size(), pinned, sel);
+    if (params.n_hot > 0) {
+        refreekv_select_hot(params, list.size(), pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
-    if (!refreekv_policy_looks(by.policy)) {
+    if (!refreekv_policy_looks(params.policy)) {
         refreekv_attention_host nothing(nullptr, 0, 0, list.size());
 
-        refreekv_policy_find(by.policy)(by, nothing, pinned, sel);
+        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
     std::unique_ptr<refreekv_attention> attn;
-    if (const int32_t status = look(g, seq_id, list, by, memory, attn)) {
+    if (const int32_t status = look(layer, seq_id, list, params, memory, attn)) {
         return status;
     }
 
-    const bool ok = refreekv_policy_find(by.policy)(by, *attn, pinned, sel);
+    const bool ok = refreekv_policy_find(params.policy)(params, *attn, pinned, sel);
 
     count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", g.il, ggml_backend_name(mover.backend_of(g)));
+        refreekv_set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
         return REFREEKV_ERR_COMPUTE;
     }
 
@@ -93,19 +93,17 @@ int32_t evictor::select(const group & g, llama_seq_id seq_id, const std::vector<
     return REFREEKV_OK;
 }
 
-int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
-        const auto & layer   = layers[g.i_layer];
-
+int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
     refreekv_attention_inputs in = {};
 
-    in.backend = mover.backend_of(g);
+    in.backend = mover.backend_of(layer);
     in.host    = mover.host_backend();
     if (!in.backend) {
-        refreekv_set_error("layer %d: no backend of this context holds its cache", g.il);
+        refreekv_set_error("layer %d: no backend of this context holds its cache", layer.il);
         return REFREEKV_ERR_COMPUTE;
     }
     if (!layer.known) {
-        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", g.il);
+        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", layer.il);
         return REFREEKV_ERR_STATE;
     }
 
@@ -118,12 +116,12 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
         return REFREEKV_ERR_STATE;
     }
 
-    in.k           = g.rows.k();
+    in.k           = layer.rows.k();
     in.ring        = layer.ring;
-    in.heads       = g.heads;
-    in.n_embd_head = hparams.n_embd_head_k(g.il);
-    in.n_gqa       = hparams.n_gqa(g.il);
-    in.n_kv        = g.res.n_slots();
+    in.n_embd_head = hparams.n_embd_head_k(layer.il);
+    in.n_head_kv   = hparams.n_head_kv(layer.il);
+    in.n_gqa       = hparams.n_gqa(layer.il);
+    in.n_kv        = layer.res.n_slots();
     in.use_alibi   = hparams.use_alibi;
     in.max_bias    = hparams.f_max_alibi_bias;
     in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
@@ -131,11 +129,8 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
     in.post_scale  = layer.kq_scale;
 
     if (layer.sinks) {
-        in.sinks.resize(in.heads.size()*in.n_gqa);
-        for (size_t i = 0; i < in.heads.size(); ++i) {
-            const size_t size = in.n_gqa*sizeof(float);
-            ggml_backend_tensor_get(layer.sinks, in.sinks.data() + i*in.n_gqa, in.heads[i]*size, size);
-        }
+        in.sinks.resize(in.n_head_kv*in.n_gqa);
+        ggml_backend_tensor_get(layer.sinks, in.sinks.data(), 0, in.sinks.size()*sizeof(float));
     }
 
     for (const auto & c : list) {
@@ -150,14 +145,14 @@ int32_t evictor::look(const group & g, llama_seq_id seq_id, const std::vector<he
         attn = std::make_unique<refreekv_attention_graph>(std::move(in), memory);
     }
 
-    attn->i_layer = g.i_layer;
+    attn->i_layer = &layer - layers.data();
     attn->n_layer = layers.size();
 
     return REFREEKV_OK;
 }
 
-bool evictor::take_out(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
-    std::vector<uint8_t> out(g.res.n_slots(), 0);
+bool evictor::take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
+    std::vector<uint8_t> out(layer.res.n_slots(), 0);
     for (size_t c = 0; c < list.size(); ++c) {
         out[list[c].slot] = !keep[c];
     }
@@ -165,7 +160,7 @@ bool evictor::take_out(group & g, const std::vector<held> & list, const std::vec
     if (params.mask_only) {
         for (uint32_t s = 0; s < out.size(); ++s) {
             if (out[s]) {
-                g.res.hide(s);
+                layer.res.hide(s);
             }
         }
         return true;
@@ -175,36 +170,36 @@ bool evictor::take_out(group & g, const std::vector<held> & list, const std::vec
     std::vector<uint32_t> cells_out;
     for (uint32_t s = 0; s < out.size(); ++s) {
         if (out[s]) {
-            cells_out.push_back(g.res.cell(s));
-        } else if (g.res.cell(s) >= 0) {
+            cells_out.push_back(layer.res.cell(s));
+        } else if (layer.res.cell(s) >= 0) {
             slots.push_back(s);
         }
     }
 
-    transfer.put(g, cells_out, memory.lane);
+    transfer.put(layer, cells_out, memory.lane);
 
-    const refreekv_row_bytes k(g.rows.k(), false);
-    const refreekv_row_bytes v(g.rows.v(), g.rows.get_shape().v_trans);
+    const refreekv_row_bytes k(layer.rows.k(), false);
+    const refreekv_row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
-    warm.add(g, cells_out, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+    warm.add(layer, cells_out, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
         uint32_t from[REFREEKV_CODED_CELLS];
         for (size_t i = 0; i < n; ++i) {
-            from[i] = g.res.slot(cells_out[indices[i]]);
+            from[i] = layer.res.slot(cells_out[indices[i]]);
         }
         k.get(from, n, rows_k);
         v.get(from, n, rows_v);
     });
 
-    if (!mover.move(g, slots, lay.padded(slots.size()))) {
+    if (!mover.move(layer, slots, lay.padded(slots.size()))) {
         return false;
     }
-    g.res.compact(slots);
+    layer.res.compact(slots);
 
     return true;
 }
 
-int32_t evictor::evict(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted) {
-    const auto list = held_by(g, all);
+int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, scratch & memory, std::atomic<int64_t> & n_evicted) {
+    const auto list = held_by(layer, all);
 
     std::vector<uint8_t> keep(list.size(), 1);
 
@@ -214,16 +209,16 @@ int32_t evictor::evict(group & g, llama_seq_id seq_id, const std::vector<held> &
         for (size_t c = 0; c < list.size(); ++c) {
             keep[c] = std::binary_search(pos->begin(), pos->end(), list[c].pos) || list[c].stays;
         }
-    } else if ((int32_t) list.size() < by.n_min) {
+    } else if ((int32_t) all.size() < params.n_min) {
         return REFREEKV_OK;
-    } else if (const int32_t status = select(g, seq_id, list, by, memory.attention, keep)) {
+    } else if (const int32_t status = select(layer, seq_id, list, memory.attention, keep)) {
         return status;
     }
 
     const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
 
-    if (n_out > 0 && !take_out(g, list, keep, memory)) {
-        refreekv_set_error("layer %d: no memory to move the kept cells", g.il);
+    if (n_out > 0 && !take_out(layer, list, keep, memory)) {
+        refreekv_set_error("layer %d: no memory to move the kept cells", layer.il);
         return REFREEKV_ERR_MEMORY;
     }
     n_evicted += n_out;

@@ -18,7 +18,7 @@ struct llama_hparams;
 
 namespace refreekv {
 
-// a cell of one sequence that a group holds
+// a cell of one sequence that a layer holds
 struct held {
     llama_pos pos;
     uint32_t  cell;
@@ -29,8 +29,8 @@ struct held {
 // positions that are kept whatever the policy, ends excluded
 using span_list = std::vector<std::pair<llama_pos, llama_pos>>;
 
-// The eviction of a sequence from one group: what the policy may see of it, and what becomes of its answer. Works on several
-// groups at once.
+// The eviction of a sequence from one layer: what the policy may see of it, and what becomes of its answer. Works on several
+// layers at once.
 class evictor {
 public:
     // spans: [n_seq_ids]
@@ -38,25 +38,25 @@ public:
             const std::vector<span_list> & spans, const refreekv_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, const warm_tier & warm) :
         params(params), hparams(hparams), logical(logical), layers(layers), spans(spans), ring(ring), lay(lay), mover(mover), transfer(transfer), warm(warm) {}
 
-    // memory of one thread, for one group after the other
+    // memory of one thread, for one layer after the other
     struct scratch {
         refreekv_attention_scratch attention;
         cold_transfer::lane        lane;
     };
 
-    // of a sequence: before it is known which of them a group holds, and in which slots; upstream has them in a tree, which is
-    // walked once for all groups
+    // of a sequence: before it is known which of them a layer holds, and in which slots; upstream has them in a tree, which is
+    // walked once for all layers
     std::vector<held> cells_of(llama_seq_id seq_id) const;
 
-    // of those, the ones that a group holds and queries can see
-    std::vector<held> held_by(const group & g, std::vector<held> all) const;
+    // of those, the ones that a layer holds and queries can see
+    std::vector<held> held_by(const layer & layer, std::vector<held> all) const;
 
-    // pos: what to keep; nullptr: the policy decides, by these parameters. n_evicted goes up by the cells that are evicted. A
+    // pos: what to keep; nullptr: the policy decides. n_evicted goes up by the cells that are evicted. A
     // refreekv_status
-    int32_t evict(group & g, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, const refreekv_params & by, scratch & memory, std::atomic<int64_t> & n_evicted);
+    int32_t evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, scratch & memory, std::atomic<int64_t> & n_evicted);
 
-    // the attention that a policy looks at; a refreekv_status
-    int32_t look(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const;
+    // the attention that a policy with these parameters looks at; a refreekv_status
+    int32_t look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const;
 
     // what was looked at counts in the figures
     void count(const refreekv_attention & attn);
@@ -79,10 +79,10 @@ private:
     std::atomic<uint64_t> n_bytes_read    { 0 };
     std::atomic<uint64_t> n_bytes_bounced { 0 };
 
-    int32_t select(const group & g, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
+    int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
 
     // false: no memory to move what stays
-    bool take_out(group & g, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);
+    bool take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);
 };
 
 } // namespace refreekv

@@ -3,7 +3,6 @@
 #include "api/error.h"
 #include "api/process.h"
 #include "cache/store.h"
-#include "graph/heads.h"
 #include "kernels/decode.h"
 #include "kernels/kernels.h"
 
@@ -52,11 +51,11 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
     const auto type_mask = graph.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
 
     if (!reservation && n_tokens == 1 && store.get_layouts().n_layouts() > 1) {
-        tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.get_layouts().n_kv(layout_of(store.get_layouts().group_of_longest())), n_tokens);
+        tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.get_layouts().n_kv(layout_of(store.get_layouts().layer_of_longest())), n_tokens);
         tail_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
     }
 
-    for (uint32_t i = 0; i < store.n_groups(); ++i) {
+    for (uint32_t i = 0; i < store.n_layers(); ++i) {
         const uint32_t layout   = layout_of(i);
         const int64_t  n_v_idxs = store.get_views().n_v_idxs(i);
 
@@ -96,26 +95,26 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
     ring_dst = new_input(ctx, GGML_TYPE_I64, "refreekv_ring_dst", n_copy);
 }
 
-uint32_t graph_input::layout_of(uint32_t i_group) const {
-    return reservation ? 0 : store.layout_of(i_group);
+uint32_t graph_input::layout_of(uint32_t i_layer) const {
+    return reservation ? 0 : store.layout_of(i_layer);
 }
 
 bool graph_input::is_tail(uint32_t layout) const {
     return tail_mask && store.get_layouts().tail_of(layout) >= 0;
 }
 
-const graph_input::kind * graph_input::find(uint32_t i_group) const {
+const graph_input::kind * graph_input::find(uint32_t i_layer) const {
     for (auto & k : kinds) {
-        if (k.layout == layout_of(i_group) && k.n_v_idxs == store.get_views().n_v_idxs(i_group) && (!k.buft || k.buft == store.buft_of(i_group))) {
+        if (k.layout == layout_of(i_layer) && k.n_v_idxs == store.get_views().n_v_idxs(i_layer) && (!k.buft || k.buft == store.buft_of(i_layer))) {
             return &k;
         }
     }
     return nullptr;
 }
 
-// the mask of the longest layout where the cache of a group is: copied once to each device, and not once per layout
-ggml_tensor * graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_group) {
-    auto * buft = store.buft_of(i_group);
+// the mask of the longest layout where the cache of a layer is: copied once to each device, and not once per layout
+ggml_tensor * graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_layer) {
+    auto * buft = store.buft_of(i_layer);
 
     if (ggml_backend_buft_is_host(buft)) {
         return tail_mask;
@@ -124,7 +123,7 @@ ggml_tensor * graph_input::tail_mask_for(ggml_context * ctx, uint32_t i_group) {
     auto & mask = tail_masks[buft];
     if (!mask) {
         mask = ggml_cont(ctx, tail_mask);
-        store.run_with_cache(mask, i_group);
+        store.run_with_cache(mask, i_layer);
     }
     return mask;
 }
@@ -136,24 +135,24 @@ void graph_input::set_input(const llama_ubatch * ubatch) {
 
     // tensors that no layer used have no buffer
     if (tail_mask && tail_mask->buffer) {
-        store.get_views().set_input_mask(tail_mask, store.get_layouts().group_of_longest(), *ubatch, causal);
+        store.get_views().set_input_mask(tail_mask, store.get_layouts().layer_of_longest(), *ubatch, causal);
     }
     if (tail_idxs && tail_idxs->buffer) {
-        store.get_views().set_input_k_idxs(tail_idxs, store.get_layouts().group_of_shortest(), slots);
+        store.get_views().set_input_k_idxs(tail_idxs, store.get_layouts().layer_of_shortest(), slots);
     }
 
     for (const auto & k : kinds) {
         if (k.v_idxs->buffer && k.v_idxs != tail_idxs) {
-            store.get_views().set_input_v_idxs(k.v_idxs, k.i_group, slots);
+            store.get_views().set_input_v_idxs(k.v_idxs, k.i_layer, slots);
         }
         if (!k.first) {
             continue;
         }
         if (k.k_idxs->buffer) {
-            store.get_views().set_input_k_idxs(k.k_idxs, k.i_group, slots);
+            store.get_views().set_input_k_idxs(k.k_idxs, k.i_layer, slots);
         }
         if (k.mask->buffer) {
-            store.get_views().set_input_mask(k.mask, k.i_group, *ubatch, causal);
+            store.get_views().set_input_mask(k.mask, k.i_layer, *ubatch, causal);
         }
     }
 
@@ -176,23 +175,20 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         refuse(call.il);
     }
 
+    const uint32_t i_layer = store.layer_of(call.il);
+    const auto &   kind    = kind_of(i_layer);
+
     ggml_context * ctx  = graph.ctx0;
-    ggml_tensor  * ring = store.ring_of(call.il);
+    ggml_tensor  * ring = store.ring_of(i_layer);
     ggml_tensor  * q    = call.q_cur;
 
     const bool known = ggml_nelements(q) == (int64_t) graph.hparams.n_embd_head_k(call.il)*graph.hparams.n_head(call.il)*q->ne[2];
 
-    store.note_attention(call.il, call.kq_scale, call.sinks, known);
-
-    const auto & ids = store.groups_of(call.il);
+    store.note_attention(i_layer, call.kq_scale, call.sinks, known);
 
     // K directly behind its RoPE: backends make one operation of both
-    for (uint32_t i : ids) {
-        ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind_of(i).k_idxs, i, reservation, tail_idxs && kind_of(i).k_idxs == tail_idxs));
-    }
-    for (uint32_t i : ids) {
-        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind_of(i).v_idxs, i, reservation, tail_idxs && kind_of(i).v_idxs == tail_idxs));
-    }
+    ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind.k_idxs, i_layer, reservation, tail_idxs && kind.k_idxs == tail_idxs));
+    ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
 
     if (ring && known) {
         ggml_tensor * last = ggml_is_contiguous(q) ? ggml_reshape_2d(ctx, q, ring->ne[0], q->ne[2])
@@ -201,49 +197,24 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, ggml_get_rows(ctx, last, ring_src), ring_dst));
     }
 
-    if (ids.size() == 1) {
-        return attend(graph, q, call.sinks, ids[0], call);
-    }
-
-    const int64_t n_gqa = graph.hparams.n_gqa(call.il);
-
-    std::vector<ggml_tensor *>         parts;
-    std::vector<std::vector<uint32_t>> heads;
-
-    for (uint32_t i : ids) {
-        heads.push_back(store.heads_of(i));
-
-        ggml_tensor * s = nullptr;
-        if (call.sinks) {
-            s = refreekv_select_heads(ctx, ggml_reshape_3d(ctx, call.sinks, 1, ggml_nelements(call.sinks), 1), heads.back(), n_gqa);
-            s = ggml_reshape_1d(ctx, s, ggml_nelements(s));
-        }
-        parts.push_back(attend(graph, refreekv_select_heads(ctx, q, heads.back(), n_gqa), s, i, call));
-    }
-
-    return refreekv_join_heads(ctx, parts, heads, n_gqa);
-}
-
-// to one group
-ggml_tensor * graph_input::attend(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, const attention_call & call) {
-    if (ggml_tensor * own = decode(graph.ctx0, q, sinks, i_group, call.il)) {
+    if (ggml_tensor * own = decode(ctx, i_layer, call)) {
         return own;
     }
-    ggml_tensor * k = store.get_views().get_k(graph.ctx0, i_group, reservation);
-    ggml_tensor * v = store.get_views().get_v(graph.ctx0, i_group, reservation);
+    ggml_tensor * k = store.get_views().get_k(ctx, i_layer, reservation);
+    ggml_tensor * v = store.get_views().get_v(ctx, i_layer, reservation);
 
-    return graph.build_attn_mha(q, k, v, nullptr, kind_of(i_group).mask, sinks, nullptr, 0, call.kq_scale, call.il);
+    return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, nullptr, 0, call.kq_scale, call.il);
 }
 
-// the same by our own kernel; nullptr: upstream's ops are to do it
-ggml_tensor * graph_input::decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il) {
-    const auto * softmax = decodes ? store.softmax_of(il) : nullptr;
+// the attention by our own kernel; nullptr: upstream's ops are to do it
+ggml_tensor * graph_input::decode(ggml_context * ctx, uint32_t i_layer, const attention_call & attn) {
+    const auto * softmax = decodes ? store.softmax_of(i_layer) : nullptr;
     if (!softmax) {
         return nullptr;
     }
 
     const refreekv_decode_call call = {
-        q, store.get_views().get_k(ctx, i_group, false), store.get_views().get_v(ctx, i_group, false), kind_of(i_group).mask, sinks, softmax, store.warm_of(i_group),
+        attn.q_cur, store.get_views().get_k(ctx, i_layer, false), store.get_views().get_v(ctx, i_layer, false), kind_of(i_layer).mask, attn.sinks, softmax, store.warm_of(i_layer),
     };
 
     const auto * kernels = refreekv_find_kernels();
@@ -291,12 +262,11 @@ llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const l
     return own ? graph_input::of(graph, *own).base_of(inp) : nullptr;
 }
 
-// Per KV head at most one run of it in each of q, k and v (view, concat), and in the join (view, concat, reshape); beside them
-// a second attention call, its rows and indices, and the ring.
+// Views of rows and masks, their indices, the ring, and what our kernel has for upstream's operations: well below 32 a layer.
 uint32_t graph_extra_nodes(llama_memory_i * mem) {
     const auto * store = refreekv_store::of(mem);
 
-    return store ? 9*store->n_heads_kv() + 64*store->n_layers() : 0;
+    return store ? 32*store->n_layers() : 0;
 }
 
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {

@@ -43,9 +43,9 @@ private:
     const uint64_t generation;
     const uint32_t n_tokens;
 
-    // tensors that groups share
+    // tensors that layers share
     struct kind {
-        uint32_t i_group; // one of them
+        uint32_t i_layer; // one of them
         uint32_t layout;
         int64_t  n_v_idxs;
         bool     first;   // of its layout: the others share its mask and K indices
@@ -70,15 +70,14 @@ private:
 
     bool is_tail(uint32_t layout) const;
 
-    ggml_tensor * tail_mask_for(ggml_context * ctx, uint32_t i_group);
+    ggml_tensor * tail_mask_for(ggml_context * ctx, uint32_t i_layer);
 
-    const kind * find   (uint32_t i_group) const;
-    const kind & kind_of(uint32_t i_group) const { return *find(i_group); }
+    const kind * find   (uint32_t i_layer) const;
+    const kind & kind_of(uint32_t i_layer) const { return *find(i_layer); }
 
-    uint32_t layout_of(uint32_t i_group) const;
+    uint32_t layout_of(uint32_t i_layer) const;
 
-    ggml_tensor * attend(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, const attention_call & call);
-    ggml_tensor * decode(ggml_context * ctx, ggml_tensor * q, ggml_tensor * sinks, uint32_t i_group, int32_t il);
+    ggml_tensor * decode(ggml_context * ctx, uint32_t i_layer, const attention_call & attn);
 };
 
 } // namespace refreekv

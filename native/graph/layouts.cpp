@@ -4,20 +4,20 @@
 
 namespace refreekv {
 
-layouts::layouts(std::vector<group> & groups, const logical_cells & logical, bool use_alibi, uint32_t n_pad) :
-    groups(groups), logical(logical), use_alibi(use_alibi), n_pad(n_pad), pad(std::max(n_pad, 256u)) {}
+layouts::layouts(std::vector<layer> & layers, const logical_cells & logical, bool use_alibi, uint32_t n_pad) :
+    layers(layers), logical(logical), use_alibi(use_alibi), n_pad(n_pad), pad(std::max(n_pad, 256u)) {}
 
 uint32_t layouts::padded(uint32_t n) const {
     return GGML_PAD(n, pad);
 }
 
 uint32_t layouts::n_kv(uint32_t layout) const {
-    return padded(std::max(1u, groups[first_of[layout]].res.n_slots()));
+    return padded(std::max(1u, layers[first_of[layout]].res.n_slots()));
 }
 
 // Can the mask of a serve b, from slot n on, now and for every token to come? Slot by slot they hold the same cell, or two cells
 // that no query can tell apart any more: settled, and of the same sequences. And new cells take the slots that correspond.
-bool layouts::same_from(const group & a, uint32_t n, const group & b, const std::vector<uint8_t> & settled) const {
+bool layouts::same_from(const layer & a, uint32_t n, const layer & b, const std::vector<uint8_t> & settled) const {
     if (a.res.n_slots() != b.res.n_slots() + n) {
         return false;
     }
@@ -43,7 +43,7 @@ bool layouts::same_from(const group & a, uint32_t n, const group & b, const std:
     return true;
 }
 
-// true when groups share masks in another way than before
+// true when layers share masks in another way than before
 bool layouts::update(const std::vector<llama_pos> & pruned) {
     // a cell is settled once it lies behind the position at which its sequences were pruned: every query to come sees it
     // (with ALiBi the distance still matters)
@@ -61,20 +61,20 @@ bool layouts::update(const std::vector<llama_pos> & pruned) {
 
     bool others = false;
 
-    for (uint32_t i = 0; i < groups.size(); ++i) {
+    for (uint32_t i = 0; i < layers.size(); ++i) {
         uint32_t l = 0;
-        while (l < first_of.size() && !(groups[first_of[l]].rows.capacity() == groups[i].rows.capacity() && same_from(groups[first_of[l]], 0, groups[i], settled))) {
+        while (l < first_of.size() && !(layers[first_of[l]].rows.capacity() == layers[i].rows.capacity() && same_from(layers[first_of[l]], 0, layers[i], settled))) {
             ++l;
         }
         if (l == first_of.size()) {
             first_of.push_back(i);
         }
-        others |= groups[i].layout != l;
+        others |= layers[i].layout != l;
 
-        groups[i].layout = l;
+        layers[i].layout = l;
     }
 
-    const auto n_slots = [&](uint32_t l) { return groups[first_of[l]].res.n_slots(); };
+    const auto n_slots = [&](uint32_t l) { return layers[first_of[l]].res.n_slots(); };
 
     longest = 0;
     for (uint32_t l = 1; l < first_of.size(); ++l) {
@@ -87,7 +87,7 @@ bool layouts::update(const std::vector<llama_pos> & pruned) {
         const uint32_t n = n_slots(longest) - n_slots(l);
 
         // the padding behind them is to be the same
-        if (n_kv(longest) - n_kv(l) == n && same_from(groups[first_of[longest]], n, groups[first_of[l]], settled)) {
+        if (n_kv(longest) - n_kv(l) == n && same_from(layers[first_of[longest]], n, layers[first_of[l]], settled)) {
             tails[l] = n;
             shortest = n_slots(l) < n_slots(shortest) ? l : shortest;
         }

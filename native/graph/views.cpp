@@ -1,7 +1,5 @@
 #include "graph/views.h"
 
-#include "graph/heads.h"
-
 #include "llama-batch.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -13,67 +11,67 @@
 namespace refreekv {
 
 // A graph with as many nodes and leafs as its reservation runs on the plan made for that: so a reservation has a leaf for each
-// group, too. A plan of its own would leave tensors at multiples of 32 bytes only, and the product of K and Q takes 1.5 times as
+// layer, too. A plan of its own would leave tensors at multiples of 32 bytes only, and the product of K and Q takes 1.5 times as
 // long where its lines are split.
-const views::worst_rows & views::worst_of(const group & g) {
-    worst.resize(groups.size());
+const views::worst_rows & views::worst_of(const layer & layer) {
+    worst.resize(layers.size());
 
-    auto & res = worst[&g - groups.data()];
+    auto & res = worst[&layer - layers.data()];
     if (!res.ctx) {
         ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
         res.ctx.reset(ggml_init(params));
 
-        const auto & shape = g.rows.get_shape();
+        const auto & shape = layer.rows.get_shape();
 
         res.k = ggml_new_tensor_2d(res.ctx.get(), shape.type_k, shape.n_embd_k, worst_n_kv());
         res.v = shape.v_trans ? ggml_new_tensor_2d(res.ctx.get(), shape.type_v, worst_n_kv(), shape.n_embd_v)
                               : ggml_new_tensor_2d(res.ctx.get(), shape.type_v, shape.n_embd_v, worst_n_kv());
 
-        res.k->buffer = g.no_memory;
-        res.v->buffer = g.no_memory;
+        res.k->buffer = layer.no_memory;
+        res.v->buffer = layer.no_memory;
     }
 
     return res;
 }
 
-ggml_tensor * views::rows_k(const group & g, bool reservation) {
-    return reservation ? worst_of(g).k : g.rows.k();
+ggml_tensor * views::rows_k(const layer & layer, bool reservation) {
+    return reservation ? worst_of(layer).k : layer.rows.k();
 }
 
-ggml_tensor * views::rows_v(const group & g, bool reservation) {
-    return reservation ? worst_of(g).v : g.rows.v();
+ggml_tensor * views::rows_v(const layer & layer, bool reservation) {
+    return reservation ? worst_of(layer).v : layer.rows.v();
 }
 
-ggml_tensor * views::rows_from(ggml_context * ctx, ggml_tensor * rows, const group & g, bool by_shortest) const {
+ggml_tensor * views::rows_from(ggml_context * ctx, ggml_tensor * rows, const layer & layer, bool by_shortest) const {
     if (!by_shortest) {
         return rows;
     }
-    const int64_t n = g.res.n_slots() - groups[lay.group_of_shortest()].res.n_slots();
+    const int64_t n = layer.res.n_slots() - layers[lay.layer_of_shortest()].res.n_slots();
 
     return ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1] - n, rows->nb[1], n*rows->nb[1]);
 }
 
-ggml_tensor * views::get_k(ggml_context * ctx, uint32_t i_group, bool reservation) {
-    const auto & g = groups[i_group];
+ggml_tensor * views::get_k(ggml_context * ctx, uint32_t i_layer, bool reservation) {
+    const auto & layer = layers[i_layer];
 
-    const int64_t n_head_kv   = g.heads.size();
-    const int64_t n_embd_head = hparams.n_embd_head_k(g.il);
-    const int64_t n_kv        = reservation ? worst_n_kv() : lay.n_kv(g.layout);
+    const int64_t n_head_kv   = hparams.n_head_kv(layer.il);
+    const int64_t n_embd_head = hparams.n_embd_head_k(layer.il);
+    const int64_t n_kv        = reservation ? worst_n_kv() : lay.n_kv(layer.layout);
 
-    ggml_tensor * k = rows_k(g, reservation);
+    ggml_tensor * k = rows_k(layer, reservation);
 
     return ggml_view_4d(ctx, k, n_embd_head, n_head_kv, n_kv, 1,
             ggml_row_size(k->type, n_embd_head), k->nb[1], k->nb[1]*n_kv, 0);
 }
 
-ggml_tensor * views::get_v(ggml_context * ctx, uint32_t i_group, bool reservation) {
-    const auto & g = groups[i_group];
+ggml_tensor * views::get_v(ggml_context * ctx, uint32_t i_layer, bool reservation) {
+    const auto & layer = layers[i_layer];
 
-    const int64_t n_head_kv   = g.heads.size();
-    const int64_t n_embd_head = hparams.n_embd_head_v(g.il);
-    const int64_t n_kv        = reservation ? worst_n_kv() : lay.n_kv(g.layout);
+    const int64_t n_head_kv   = hparams.n_head_kv(layer.il);
+    const int64_t n_embd_head = hparams.n_embd_head_v(layer.il);
+    const int64_t n_kv        = reservation ? worst_n_kv() : lay.n_kv(layer.layout);
 
-    ggml_tensor * v = rows_v(g, reservation);
+    ggml_tensor * v = rows_v(layer, reservation);
 
     if (!v_trans) {
         return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
@@ -85,34 +83,31 @@ ggml_tensor * views::get_v(ggml_context * ctx, uint32_t i_group, bool reservatio
     return ggml_view_4d(ctx, v, n_kv, n_head_kv, n_embd_head, 1, line*n_embd_head, line, line*n_embd_head*n_head_kv, 0);
 }
 
-ggml_tensor * views::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_group, bool reservation, bool by_shortest) {
-    const auto & g = groups[i_group];
+ggml_tensor * views::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_layer, bool reservation, bool by_shortest) {
+    const auto & layer = layers[i_layer];
 
-    k_cur = refreekv_select_heads(ctx, k_cur, g.heads, 1);
     k_cur = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], k_cur->ne[2], k_cur->nb[2], 0);
 
-    return ggml_set_rows(ctx, rows_from(ctx, rows_k(g, reservation), g, by_shortest), k_cur, k_idxs);
+    return ggml_set_rows(ctx, rows_from(ctx, rows_k(layer, reservation), layer, by_shortest), k_cur, k_idxs);
 }
 
-ggml_tensor * views::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation, bool by_shortest) {
-    const auto & g = groups[i_group];
+ggml_tensor * views::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_layer, bool reservation, bool by_shortest) {
+    const auto & layer = layers[i_layer];
 
-    ggml_tensor * v = rows_v(g, reservation);
-
-    v_cur = refreekv_select_heads(ctx, v_cur, g.heads, 1);
+    ggml_tensor * v = rows_v(layer, reservation);
 
     const int64_t n_embd   = v_cur->ne[0]*v_cur->ne[1];
     const int64_t n_tokens = v_cur->ne[2];
 
     if (!v_trans) {
-        return ggml_set_rows(ctx, rows_from(ctx, v, g, by_shortest), ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
+        return ggml_set_rows(ctx, rows_from(ctx, v, layer, by_shortest), ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
     }
 
     v_cur = ggml_row_size(v_cur->type, n_embd) == v_cur->nb[2] ? ggml_reshape_2d(ctx, v_cur, n_embd, n_tokens)
                                                                : ggml_cont_2d   (ctx, v_cur, n_embd, n_tokens);
 
     // [TAG_V_CACHE_VARIABLE]
-    const int64_t n_embd_row = g.rows.get_shape().n_embd_v;
+    const int64_t n_embd_row = layer.rows.get_shape().n_embd_v;
     if (n_embd < n_embd_row) {
         v_cur = ggml_pad(ctx, v_cur, n_embd_row - n_embd, 0, 0, 0);
     }
@@ -123,26 +118,26 @@ ggml_tensor * views::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor 
             ggml_reshape_2d(ctx, v_cur, 1, ggml_nelements(v_cur)), v_idxs);
 }
 
-int64_t views::n_v_idxs(uint32_t i_group) const {
-    return v_trans ? groups[i_group].rows.get_shape().n_embd_v : 1;
+int64_t views::n_v_idxs(uint32_t i_layer) const {
+    return v_trans ? layers[i_layer].rows.get_shape().n_embd_v : 1;
 }
 
-void views::set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache::slot_info & sinfo) const {
-    const auto & res = groups[i_group].res;
+void views::set_input_k_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const {
+    const auto & res = layers[i_layer].res;
 
     int64_t * data = (int64_t *) dst->data;
     logical.for_batch(sinfo, [&](uint32_t cell) { *data++ = res.slot(cell); });
 }
 
-void views::set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache::slot_info & sinfo) const {
-    const auto & g = groups[i_group];
+void views::set_input_v_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const {
+    const auto & layer = layers[i_layer];
 
-    const int64_t n_row    = n_v_idxs(i_group);
-    const int64_t capacity = g.rows.capacity();
+    const int64_t n_row    = n_v_idxs(i_layer);
+    const int64_t capacity = layer.rows.capacity();
 
     int64_t * data = (int64_t *) dst->data;
     logical.for_batch(sinfo, [&](uint32_t cell) {
-        const int64_t slot = g.res.slot(cell);
+        const int64_t slot = layer.res.slot(cell);
         for (int64_t j = 0; j < n_row; ++j) {
             *data++ = j*capacity + slot;
         }
@@ -167,7 +162,7 @@ bool views::visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool
 
 // slot by slot where upstream goes cell by cell
 template <typename T>
-void views::fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const {
+void views::fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_ubatch & ubatch, bool causal) const {
     const T keep = llama_cast<T>(0.0f);
     const T drop = llama_cast<T>(-INFINITY);
 
@@ -201,9 +196,9 @@ void views::fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatc
             const auto &   table = logical.table_of_seq(seq_id);
             const uint32_t first = logical.first_of(seq_id);
 
-            for (uint32_t s = 0; s < g.res.n_slots(); ++s) {
-                const int64_t index = (int64_t) g.res.cell(s) - first;
-                if (index < 0 || index >= logical.stream_size() || g.res.hidden(s) || !table.seq_has(index, seq_id)) {
+            for (uint32_t s = 0; s < layer.res.n_slots(); ++s) {
+                const int64_t index = (int64_t) layer.res.cell(s) - first;
+                if (index < 0 || index >= logical.stream_size() || layer.res.hidden(s) || !table.seq_has(index, seq_id)) {
                     continue;
                 }
                 if (table.pos_get(index) >= pos_min[seq_id] || alibi) {
@@ -217,22 +212,22 @@ void views::fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatc
         }
 
         for (uint32_t s : it->second.open) {
-            const uint32_t cell = g.res.cell(s);
+            const uint32_t cell = layer.res.cell(s);
 
             row[s] = !visible(cell, ubatch, i, causal) ? drop : alibi ? llama_cast<T>((float) -std::abs(logical.pos_of(cell) - pos)) : keep;
         }
     }
 }
 
-void views::set_input_mask(ggml_tensor * dst, uint32_t i_group, const llama_ubatch & ubatch, bool causal) const {
+void views::set_input_mask(ggml_tensor * dst, uint32_t i_layer, const llama_ubatch & ubatch, bool causal) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const auto & g = groups[i_group];
+    const auto & layer = layers[i_layer];
 
     if (dst->type == GGML_TYPE_F16) {
-        fill_mask((ggml_fp16_t *) dst->data, dst->ne[0], g, ubatch, causal);
+        fill_mask((ggml_fp16_t *) dst->data, dst->ne[0], layer, ubatch, causal);
     } else {
-        fill_mask((float       *) dst->data, dst->ne[0], g, ubatch, causal);
+        fill_mask((float       *) dst->data, dst->ne[0], layer, ubatch, causal);
     }
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cache/groups.h"
+#include "cache/layer.h"
 #include "cache/logical-cells.h"
 #include "graph/layouts.h"
 
@@ -13,38 +13,35 @@ struct llama_ubatch;
 
 namespace refreekv {
 
-// What graphs see of the groups: views of their rows, the indices of new cells, the mask of a layout. The counterparts of
-// llama_kv_cache's get_k, get_v, cpy_k, cpy_v and set_input_*, with the group's capacity in the place of kv_size.
+// What graphs see of the layers: views of their rows, the indices of new cells, the mask of a layout. The counterparts of
+// llama_kv_cache's get_k, get_v, cpy_k, cpy_v and set_input_*, with the layer's capacity in the place of kv_size.
 //
 // reservation: the shapes of the worst case, without memory.
 class views {
 public:
-    views(const llama_hparams & hparams, bool v_trans, const std::vector<group> & groups, const logical_cells & logical, const layouts & lay) :
-        hparams(hparams), v_trans(v_trans), groups(groups), logical(logical), lay(lay) {}
-
-    // layers were divided into other groups
-    void forget() { worst.clear(); }
+    views(const llama_hparams & hparams, bool v_trans, const std::vector<layer> & layers, const logical_cells & logical, const layouts & lay) :
+        hparams(hparams), v_trans(v_trans), layers(layers), logical(logical), lay(lay) {}
 
     uint32_t worst_n_kv() const { return logical.size(); }
 
-    // indices that one token of a group takes in v_idxs
-    int64_t n_v_idxs(uint32_t i_group) const;
+    // indices that one token of a layer takes in v_idxs
+    int64_t n_v_idxs(uint32_t i_layer) const;
 
-    ggml_tensor * get_k(ggml_context * ctx, uint32_t i_group, bool reservation);
-    ggml_tensor * get_v(ggml_context * ctx, uint32_t i_group, bool reservation);
+    ggml_tensor * get_k(ggml_context * ctx, uint32_t i_layer, bool reservation);
+    ggml_tensor * get_v(ggml_context * ctx, uint32_t i_layer, bool reservation);
 
     // k_cur, v_cur: all heads of the layer; by_shortest: the indices are those of the shortest layout of the tails
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_group, bool reservation, bool by_shortest);
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_group, bool reservation, bool by_shortest);
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, uint32_t i_layer, bool reservation, bool by_shortest);
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, uint32_t i_layer, bool reservation, bool by_shortest);
 
-    void set_input_k_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache::slot_info & sinfo) const;
-    void set_input_v_idxs(ggml_tensor * dst, uint32_t i_group, const llama_kv_cache::slot_info & sinfo) const;
-    void set_input_mask  (ggml_tensor * dst, uint32_t i_group, const llama_ubatch & ubatch, bool causal) const;
+    void set_input_k_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const;
+    void set_input_v_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const;
+    void set_input_mask  (ggml_tensor * dst, uint32_t i_layer, const llama_ubatch & ubatch, bool causal) const;
 
 private:
     const llama_hparams &      hparams;
     const bool                 v_trans;
-    const std::vector<group> & groups;
+    const std::vector<layer> & layers;
     const logical_cells &      logical;
     const layouts &            lay;
 
@@ -54,19 +51,19 @@ private:
         ggml_tensor * k = nullptr;
         ggml_tensor * v = nullptr;
     };
-    std::vector<worst_rows> worst; // [n_groups] made when they are asked for
+    std::vector<worst_rows> worst; // [n_layers] made when they are asked for
 
-    const worst_rows & worst_of(const group & g);
+    const worst_rows & worst_of(const layer & layer);
 
-    // K and V of a group as matrices
-    ggml_tensor * rows_k(const group & g, bool reservation);
-    ggml_tensor * rows_v(const group & g, bool reservation);
+    // K and V of a layer as matrices
+    ggml_tensor * rows_k(const layer & layer, bool reservation);
+    ggml_tensor * rows_v(const layer & layer, bool reservation);
 
     // those that indices count from
-    ggml_tensor * rows_from(ggml_context * ctx, ggml_tensor * rows, const group & g, bool by_shortest) const;
+    ggml_tensor * rows_from(ggml_context * ctx, ggml_tensor * rows, const layer & layer, bool by_shortest) const;
 
     template <typename T>
-    void fill_mask(T * data, int64_t n_kv, const group & g, const llama_ubatch & ubatch, bool causal) const;
+    void fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_ubatch & ubatch, bool causal) const;
 
     bool visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const;
 };

@@ -77,7 +77,7 @@ private:
     int64_t n_head_slice; // query heads whose weights are there together
 
     // of the slice that was computed last
-    int64_t first_head = -1; // among the query heads of the group; -1: none was
+    int64_t first_head = -1; // query head; -1: none was
     int64_t n_heads    = 0;
 
     std::vector<float> queries_memory;
@@ -106,7 +106,7 @@ refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs &
     in(in_), memory(memory), n_gqa(in.n_gqa), n_padded_rows(GGML_PAD(in.rows.size(), N_REG)), n_chunks((in.slots.size() + CHUNK - 1)/CHUNK) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
-    n_head  = in.heads.size()*in.n_gqa;
+    n_head  = in.n_head_kv*in.n_gqa;
 
     n_head_slice = std::clamp<int64_t>(memory.weights_limit/weights_bytes(1), 1, n_head);
 }
@@ -157,9 +157,7 @@ void refreekv_attention_cpu::pack_queries() {
 
     for (uint32_t r = 0; r < n_rows; ++r) {
         for (int64_t h = 0; h < n_heads; ++h) {
-            const int64_t head = in.heads[(first_head + h)/n_gqa]*n_gqa + (first_head + h)%n_gqa; // of the layer
-
-            const char * src = (const char *) in.ring->data + in.rows[r]*in.ring->nb[1] + head*n_embd_head*sizeof(ggml_fp16_t);
+            const char * src = (const char *) in.ring->data + in.rows[r]*in.ring->nb[1] + (first_head + h)*n_embd_head*sizeof(ggml_fp16_t);
             ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, row.data(), n_embd_head);
 
             float * dst = queries + h*n_padded_rows*n_embd_head;

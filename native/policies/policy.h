@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-// What a policy may look at: the attention of the last queries of one sequence to the cells that one group of KV heads
+// What a policy may look at: the attention of the last queries of one sequence to the cells that one layer
 // holds of it. Cells are numbered in position order, rows oldest first. Computed on demand.
 class refreekv_attention {
 public:
@@ -86,6 +86,6 @@ uint32_t refreekv_budget(const refreekv_params & params, uint32_t n_cells);
 // SnapKV's ranking with n_budget cells to keep: its own budget, or PyramidKV's for the layer
 bool refreekv_select_snapkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, uint32_t n_budget, refreekv_selection & res);
 
-// the counts at which a ranking may be cut: cells leave in whole blocks, so that all groups of a sequence stay equal
+// the counts at which a ranking may be cut: cells leave in whole blocks, so that all layers of a sequence stay equal
 // modulo the graph's padding and grow into the next block at the same token. Ascending, the last is n_cells.
 std::vector<uint32_t> refreekv_cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min);

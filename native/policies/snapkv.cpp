@@ -1,6 +1,6 @@
 // SnapKV (arXiv 2404.14469): the window, and before it the cells with the most attention of the window's queries, pooled
 // over positions so that neighbours stay together; a fixed budget. There every head chooses for itself; here the heads of
-// a group share their cells, and what is pooled and ranked is their mean.
+// a layer share their cells, and what is pooled and ranked is their mean.
 
 #include "policies/policy.h"
 

@@ -1,5 +1,5 @@
 // The nucleus of the attention, as Twilight (arXiv 2502.02770) takes it: the window, and before it the fewest cells with
-// which top_p of the attention is there, on the mean of the window's rows and the group's heads. No fixed budget. There
+// which top_p of the attention is there, on the mean of the window's rows and the layer's heads. No fixed budget. There
 // each decoding step looks for its own cells in a cache that stays whole; here the choice is made once.
 
 #include "policies/policy.h"

@@ -15,35 +15,35 @@ static const uint32_t REFREEKV_STATE_COLD = 0x434b4652; // "RFKC"
 
 struct refreekv_state_cold {
     uint32_t magic;
-    uint32_t n_groups; // 0: nothing was evicted, or nothing of it was to be saved
+    uint32_t n_layers; // 0: nothing was evicted, or nothing of it was to be saved
 };
 
-// before the rows of a group: indices of the list, ascending, and K and V in that order
+// before the rows of a layer: indices of the list, ascending, and K and V in that order
 struct refreekv_state_cold_group {
     uint32_t magic;
     uint32_t n_rows;
 };
 
 void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
-    std::vector<std::vector<uint32_t>> rows(groups.size()); // indices of the list
+    std::vector<std::vector<uint32_t>> rows(layers.size()); // indices of the list
 
     bool any = false;
-    for (uint32_t i_group = 0; i_group < groups.size() && params.cold_state && cold.bytes() > 0; ++i_group) {
-        const auto & g = groups[i_group];
+    for (uint32_t i_layer = 0; i_layer < layers.size() && params.cold_state && cold.bytes() > 0; ++i_layer) {
+        const auto & layer = layers[i_layer];
         for (uint32_t i = 0; i < list.size(); ++i) {
-            if (cold.has(g, list[i]) && g.res.slot(list[i]) < 0) {
-                rows[i_group].push_back(i);
+            if (cold.has(layer, list[i]) && layer.res.slot(list[i]) < 0) {
+                rows[i_layer].push_back(i);
                 any = true;
             }
         }
     }
 
-    const refreekv_state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) groups.size() : 0 };
+    const refreekv_state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) layers.size() : 0 };
     io.write(&header, sizeof(header));
 
-    for (uint32_t i_group = 0; i_group < header.n_groups; ++i_group) {
-        const auto & g    = groups[i_group];
-        const auto & idxs = rows[i_group];
+    for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
+        const auto & layer = layers[i_layer];
+        const auto & idxs = rows[i_layer];
 
         const refreekv_state_cold_group info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
         io.write(&info, sizeof(info));
@@ -57,7 +57,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
             cells.push_back(list[i]);
         }
         for (bool v : { false, true }) {
-            const bool ok = cold.get(g, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*g.row_size(v)); });
+            const bool ok = cold.get(layer, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*layer.row_size(v)); });
             if (!ok) {
                 refreekv_set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
@@ -72,19 +72,19 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
     refreekv_state_cold header;
     io.read(&header, sizeof(header));
 
-    if (header.magic != REFREEKV_STATE_COLD || (header.n_groups != 0 && header.n_groups != groups.size())) {
+    if (header.magic != REFREEKV_STATE_COLD || (header.n_layers != 0 && header.n_layers != layers.size())) {
         refreekv_set_error("state: damaged, it does not end in evicted rows");
         return false;
     }
 
-    for (uint32_t i_group = 0; i_group < header.n_groups; ++i_group) {
-        auto & g = groups[i_group];
+    for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
+        auto & layer = layers[i_layer];
 
         refreekv_state_cold_group info;
         io.read(&info, sizeof(info));
 
         if (info.magic != REFREEKV_STATE_COLD || info.n_rows > list.size()) {
-            refreekv_set_error("state: damaged, %u rows evicted from layer %d", info.n_rows, g.il);
+            refreekv_set_error("state: damaged, %u rows evicted from layer %d", info.n_rows, layer.il);
             return false;
         }
         if (info.n_rows == 0) {
@@ -96,27 +96,27 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
 
         int64_t last = -1;
         for (uint32_t & i : cells) {
-            if (i <= last || i >= list.size() || g.res.slot(list[i]) >= 0) {
-                refreekv_set_error("state: damaged, layer %d has evicted a cell that is not there or that it holds", g.il);
+            if (i <= last || i >= list.size() || layer.res.slot(list[i]) >= 0) {
+                refreekv_set_error("state: damaged, layer %d has evicted a cell that is not there or that it holds", layer.il);
                 return false;
             }
             last = i;
             i    = list[i];
         }
 
-        std::vector<uint8_t> k(cells.size()*g.row_size(false));
-        std::vector<uint8_t> v(cells.size()*g.row_size(true));
+        std::vector<uint8_t> k(cells.size()*layer.row_size(false));
+        std::vector<uint8_t> v(cells.size()*layer.row_size(true));
         io.read(k.data(), k.size());
         io.read(v.data(), v.size());
 
         if (cold.exists()) {
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
-                return cold.put(g, cells[i], n, k.data() + i*g.row_size(false), v.data() + i*g.row_size(true));
+                return cold.put(layer, cells[i], n, k.data() + i*layer.row_size(false), v.data() + i*layer.row_size(true));
             });
-            warm.add(g, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+            warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
                 for (size_t i = 0; i < n; ++i) {
-                    memcpy(rows_k + i*g.row_size(false), k.data() + indices[i]*g.row_size(false), g.row_size(false));
-                    memcpy(rows_v + i*g.row_size(true),  v.data() + indices[i]*g.row_size(true),  g.row_size(true));
+                    memcpy(rows_k + i*layer.row_size(false), k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
+                    memcpy(rows_v + i*layer.row_size(true),  v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
                 }
             });
         }

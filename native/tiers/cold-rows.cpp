@@ -42,14 +42,14 @@ int32_t cold_rows::kind() const {
 }
 
 // the cache's type, unless a smaller one was asked for that its rows are whole blocks of
-ggml_type cold_rows::type_of(const group & g, bool v) const {
+ggml_type cold_rows::type_of(const layer & g, bool v) const {
     if (type < 0 || ggml_is_quantized(g.type(v))) {
         return g.type(v);
     }
     return g.n_embd(v) % ggml_blck_size((ggml_type) type) == 0 ? (ggml_type) type : g.type(v);
 }
 
-size_t cold_rows::row_size(const group & g, bool v) const {
+size_t cold_rows::row_size(const layer & g, bool v) const {
     return ggml_row_size(type_of(g, v), g.n_embd(v));
 }
 
@@ -68,16 +68,16 @@ static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t *
     ggml_quantize_chunk(to, values.data(), dst, 0, n_rows, n_embd, nullptr); // to f32, f16 and bf16, too
 }
 
-void cold_rows::reset(std::vector<group> & groups) {
+void cold_rows::reset(std::vector<layer> & layers) {
     uint64_t place = 0;
-    for (auto & g : groups) {
+    for (auto & g : layers) {
         // 0 where a head is no whole number of blocks of its type
         const auto head = [&](bool v) {
             const int64_t n = v ? hparams.n_embd_head_v(g.il) : hparams.n_embd_head_k(g.il);
 
             return n % ggml_blck_size(type_of(g, v)) == 0 ? ggml_row_size(type_of(g, v), n) : 0;
         };
-        g.record = { row_size(g, false), row_size(g, true), g.heads.size(), head(false), head(true) };
+        g.record = { row_size(g, false), row_size(g, true), hparams.n_head_kv(g.il), head(false), head(true) };
 
         g.cold_place = place;
         g.is_cold.assign(store ? n_cells : 0, 0);
@@ -90,7 +90,7 @@ void cold_rows::reset(std::vector<group> & groups) {
     }
 }
 
-void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
+void cold_rows::forget(layer & g, const std::vector<uint32_t> & cells) {
     if (n_bytes == 0) {
         return;
     }
@@ -105,7 +105,7 @@ void cold_rows::forget(group & g, const std::vector<uint32_t> & cells) {
     }
 }
 
-bool cold_rows::write(const group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
+bool cold_rows::write(const layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
     const size_t size  = g.record.bytes();
     const size_t n_max = std::min(n, std::max<size_t>(1, PIECE/size));
 
@@ -134,7 +134,7 @@ bool cold_rows::write(const group & g, uint32_t cell, size_t n, const uint8_t * 
     return true;
 }
 
-bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
+bool cold_rows::put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
     const uint64_t more = n*g.record.bytes();
 
     const bool ok = (limit == 0 || n_bytes + more <= limit) && write(g, cell, n, k, v);
@@ -150,7 +150,7 @@ bool cold_rows::put(group & g, uint32_t cell, size_t n, const uint8_t * k, const
 }
 
 // cells that lie close together come with one read, and what lies between them, too
-bool cold_rows::get(const group & g, const std::vector<uint32_t> & cells, const rows_fn & f) const {
+bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const rows_fn & f) const {
     const size_t size  = g.record.bytes();
     const size_t n_max = std::max<size_t>(1, PIECE/size);
     const size_t n_gap = std::max<size_t>(1, GAP/size);
@@ -192,7 +192,7 @@ bool cold_rows::get(const group & g, const std::vector<uint32_t> & cells, const 
     return true;
 }
 
-void cold_rows::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n) {
+void cold_rows::copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n) {
     if (n_bytes == 0) {
         return;
     }

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "refreekv.h"
-#include "cache/groups.h"
+#include "cache/layer.h"
 
 #include <atomic>
 #include <functional>
@@ -13,10 +13,10 @@ struct llama_hparams;
 
 namespace refreekv {
 
-// The evicted rows that are kept in a cold store. It has a place for every cell of every group, so nothing is looked up: a flag
+// The evicted rows that are kept in a cold store. It has a place for every cell of every layer, so nothing is looked up: a flag
 // per cell says whether its row is there. A row never changes while its cell is in use.
 //
-// put() and get() may be called for several groups at once.
+// put() and get() may be called for several layers at once.
 class cold_rows {
 public:
     // on_host: whether all of the cache is in host memory. Throws std::runtime_error where a file was asked for and cannot be had
@@ -29,45 +29,45 @@ public:
     bool     readable() const;                           // by this process
     uint64_t bytes()  const { return n_bytes; }
 
-    bool has(const group & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
+    bool has(const layer & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
 
-    // empty, with places for the rows of these groups
-    void reset(std::vector<group> & groups);
+    // empty, with places for the rows of these layers
+    void reset(std::vector<layer> & layers);
 
     // rows that nobody will ask for again
-    void forget(group & g, const std::vector<uint32_t> & cells);
+    void forget(layer & g, const std::vector<uint32_t> & cells);
 
     // The rows of n neighbouring cells, as the cache has them. false: no room, and what comes later is lost, too
-    bool put(group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
+    bool put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
 
     // f(i, n, k, v) for the rows of these cells, which ascend: n of them from the i-th on, as the cache has them. false: the store
     // cannot be read
     using rows_fn = std::function<void(size_t i, size_t n, const uint8_t * k, const uint8_t * v)>;
-    bool get(const group & g, const std::vector<uint32_t> & cells, const rows_fn & f) const;
+    bool get(const layer & g, const std::vector<uint32_t> & cells, const rows_fn & f) const;
 
     // for those who read single rows of the store (warm_cells)
     const refreekv_cold * get_store() const { return store.get(); }
-    ggml_type             type_of(const group & g, bool v) const;
+    ggml_type             type_of(const layer & g, bool v) const;
 
     // cells first_dst + i get what first_src + i have, for i < n
-    void copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
+    void copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
 
 private:
     const llama_hparams & hparams;
 
     const int32_t  type;    // of rows that the cache has not quantised; -1: the cache's
     const uint64_t limit;   // bytes; 0: none
-    const uint32_t n_cells; // of each group
+    const uint32_t n_cells; // of each layer
 
     std::unique_ptr<refreekv_cold> store;
 
     std::atomic<uint64_t> n_bytes { 0 };
     std::atomic<bool>     is_full { false };
 
-    size_t   row_size(const group & g, bool v) const;
-    uint64_t place_of(const group & g, uint32_t cell) const { return g.cold_place + cell*(uint64_t) g.record.bytes(); }
+    size_t   row_size(const layer & g, bool v) const;
+    uint64_t place_of(const layer & g, uint32_t cell) const { return g.cold_place + cell*(uint64_t) g.record.bytes(); }
 
-    bool write(const group & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
+    bool write(const layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
 };
 
 } // namespace refreekv

@@ -18,10 +18,10 @@
 #include <utility>
 
 // ascending
-std::vector<uint32_t> refreekv_store::missing(const group & g, const std::vector<placed> & cells) const {
+std::vector<uint32_t> refreekv_store::missing(const layer & layer, const std::vector<placed> & cells) const {
     std::vector<uint32_t> res;
     for (const auto & [_, cell] : cells) {
-        if (g.lacks(cell)) {
+        if (layer.lacks(cell)) {
             res.push_back(cell);
         }
     }
@@ -30,12 +30,12 @@ std::vector<uint32_t> refreekv_store::missing(const group & g, const std::vector
     return res;
 }
 
-// cells: of each group
+// cells: of each layer
 int32_t refreekv_store::restore_rows(const std::vector<std::vector<uint32_t>> & cells) {
     std::vector<refreekv_rows::host_rows> in(mover.n_threads());
 
-    const int32_t status = refreekv_parallel(groups.size(), mover.n_threads(), [&](uint32_t i, uint32_t thread) {
-        return transfer.get(groups[i], cells[i], in[thread]);
+    const int32_t status = refreekv_parallel(layers.size(), mover.n_threads(), [&](uint32_t i, uint32_t thread) {
+        return transfer.get(layers[i], cells[i], in[thread]);
     });
     idle_rows |= status != REFREEKV_OK; // room for what did not come
 
@@ -75,23 +75,23 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
     uint64_t bytes      = stats().bytes;
     int64_t  n_restored = 0;
 
-    for (auto & g : groups) {
-        cells.push_back(missing(g, all));
+    for (auto & layer : layers) {
+        cells.push_back(missing(layer, all));
 
         uint32_t n_absent = 0;
         for (uint32_t cell : cells.back()) {
-            if (g.res.slot(cell) >= 0) {
+            if (layer.res.slot(cell) >= 0) {
                 continue;
             }
-            if (!cold.has(g, cell)) {
-                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, g.il, !cold.exists() ? "this context has no cold store" : cold.lost() ? "the cold store had no room for all" : "the state that was loaded did not have them");
+            if (!cold.has(layer, cell)) {
+                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, layer.il, !cold.exists() ? "this context has no cold store" : cold.lost() ? "the cold store had no room for all" : "the state that was loaded did not have them");
                 return REFREEKV_ERR_STATE;
             }
             n_absent++;
         }
 
-        const uint32_t n_need = layouts.padded(g.res.n_used() + n_absent);
-        bytes += n_need > g.rows.capacity() ? g.rows.bytes_for(n_need) - g.rows.bytes() : 0;
+        const uint32_t n_need = layouts.padded(layer.res.n_used() + n_absent);
+        bytes += n_need > layer.rows.capacity() ? layer.rows.bytes_for(n_need) - layer.rows.bytes() : 0;
         n_restored += cells.back().size();
     }
     if (!within_limit(bytes)) {
@@ -101,7 +101,7 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
     if (n_restored > 0) {
         layouts.make_stale();
         if (const int32_t status = restore_rows(cells)) {
-            warm.refresh(groups);
+            warm.refresh(layers);
             return status;
         }
 
@@ -109,11 +109,11 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
         restore_us += ggml_time_us() - t_start;
 
         if (cold.kind() == REFREEKV_COLD_MEMORY) {
-            for (uint32_t i = 0; i < groups.size(); ++i) {
-                cold.forget(groups[i], cells[i]); // in memory they would be there twice
+            for (uint32_t i = 0; i < layers.size(); ++i) {
+                cold.forget(layers[i], cells[i]); // in memory they would be there twice
             }
         }
-        warm.refresh(groups);
+        warm.refresh(layers);
     }
 
     // whoever shares these cells is whole again, too
@@ -122,8 +122,8 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
             continue;
         }
         const auto its   = s == seq_id ? all : logical.of_seq(s);
-        const bool whole = std::all_of(groups.begin(), groups.end(), [&](const group & g) {
-            return std::none_of(its.begin(), its.end(), [&](const placed & c) { return g.lacks(c.cell); });
+        const bool whole = std::all_of(layers.begin(), layers.end(), [&](const layer & layer) {
+            return std::none_of(its.begin(), its.end(), [&](const placed & c) { return layer.lacks(c.cell); });
         });
         if (whole) {
             pruned[s]     = -1;

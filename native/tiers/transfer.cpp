@@ -12,16 +12,16 @@
 
 namespace refreekv {
 
-// that rows of one group pass through, on their way from a device and back: much of the time goes into memory that was never touched
+// that rows of one layer pass through, on their way from a device and back: much of the time goes into memory that was never touched
 static const uint32_t N_THREADS = 4;
 
-void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) {
+void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scratch) {
     if (!cold.exists()) {
         return;
     }
 
     // a row never changes: what came back from a file is still there
-    cells.erase(std::remove_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cold.has(g, cell); }), cells.end());
+    cells.erase(std::remove_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cold.has(layer, cell); }), cells.end());
     std::sort(cells.begin(), cells.end());
 
     if (cells.empty()) {
@@ -30,11 +30,11 @@ void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) 
 
     std::vector<uint32_t> slots;
     for (uint32_t cell : cells) {
-        slots.push_back(g.res.slot(cell));
+        slots.push_back(layer.res.slot(cell));
     }
 
-    if (!mover.in_place(g)) {
-        mover.read(g, slots, scratch.rows[0]);
+    if (!mover.in_place(layer)) {
+        mover.read(layer, slots, scratch.rows[0]);
 
         finish(scratch);
         std::swap(scratch.rows[0], scratch.rows[1]);
@@ -42,7 +42,7 @@ void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) 
         // which rows a store with a limit has room for hangs on their order
         const uint32_t n_parts = one_thread ? 1 : N_THREADS;
 
-        const auto put = [this, &g, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {
+        const auto put = [this, &layer, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {
             const size_t n_part = (cells.size() + n_parts - 1)/n_parts;
 
             return refreekv_parallel(n_parts, n_parts, [&](uint32_t p, uint32_t) {
@@ -50,25 +50,25 @@ void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) 
 
                 refreekv_for_runs(cells.data() + first, std::min(cells.size() - first, n_part), [&](size_t i, size_t n) {
                     i += first;
-                    return cold.put(g, cells[i], n, rows.k.data() + i*g.row_size(false), rows.v.data() + i*g.row_size(true));
+                    return cold.put(layer, cells[i], n, rows.k.data() + i*layer.row_size(false), rows.v.data() + i*layer.row_size(true));
                 });
                 return (int32_t) REFREEKV_OK; // what there is no room for is lost
             });
         };
         // only rows that the store has are coded, and coding is next
         try {
-            scratch.put = std::async(g.warm ? std::launch::deferred : std::launch::async, put);
+            scratch.put = std::async(layer.warm ? std::launch::deferred : std::launch::async, put);
         } catch (const std::system_error &) {
             scratch.put = std::async(std::launch::deferred, put); // no more threads to be had
         }
-        if (g.warm) {
+        if (layer.warm) {
             finish(scratch);
         }
         return;
     }
 
-    const refreekv_row_bytes k(g.rows.k(), false);
-    const refreekv_row_bytes v(g.rows.v(), g.rows.get_shape().v_trans);
+    const refreekv_row_bytes k(layer.rows.k(), false);
+    const refreekv_row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
     std::vector<uint8_t> bytes_k;
     std::vector<uint8_t> bytes_v;
@@ -79,7 +79,7 @@ void cold_transfer::put(group & g, std::vector<uint32_t> cells, lane & scratch) 
         k.get(slots.data() + i, n, bytes_k.data());
         v.get(slots.data() + i, n, bytes_v.data());
 
-        return cold.put(g, cells[i], n, bytes_k.data(), bytes_v.data());
+        return cold.put(layer, cells[i], n, bytes_k.data(), bytes_v.data());
     });
 }
 
@@ -94,25 +94,25 @@ void cold_transfer::finish(lane & scratch) {
     }
 }
 
-// in: memory for rows on their way to a device, that is kept from group to group
-int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in) {
+// in: memory for rows on their way to a device, that is kept from layer to layer
+int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in) {
     const auto no_memory = [&]() {
-        refreekv_set_error("restore: no memory for %zu cells in layer %d", g.res.n_used() + cells.size(), g.il);
+        refreekv_set_error("restore: no memory for %zu cells in layer %d", layer.res.n_used() + cells.size(), layer.il);
         return REFREEKV_ERR_MEMORY;
     };
     const auto not_there = [&]() {
-        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", g.il);
+        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", layer.il);
         return REFREEKV_ERR_STATE;
     };
 
     std::vector<uint32_t> absent; // those that are not just hidden
     std::vector<uint8_t>  is_absent(logical.size(), 0);
     for (uint32_t cell : cells) {
-        if (g.res.slot(cell) < 0) {
+        if (layer.res.slot(cell) < 0) {
             absent.push_back(cell);
             is_absent[cell] = 1;
         } else {
-            g.res.assign(cell);
+            layer.res.assign(cell);
         }
     }
     if (absent.empty()) {
@@ -126,16 +126,16 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
     for (uint32_t cell = 0; cell < logical.size(); ++cell) {
         if (is_absent[cell]) {
             slots.push_back(order.size());
-        } else if (g.res.slot(cell) < 0) {
+        } else if (layer.res.slot(cell) < 0) {
             continue;
         }
         order.push_back(cell);
-        slots_now.push_back(is_absent[cell] ? refreekv_rows::none : g.res.slot(cell));
+        slots_now.push_back(is_absent[cell] ? refreekv_rows::none : layer.res.slot(cell));
     }
 
-    if (!mover.in_place(g)) {
-        const size_t row_k = g.row_size(false);
-        const size_t row_v = g.row_size(true);
+    if (!mover.in_place(layer)) {
+        const size_t row_k = layer.row_size(false);
+        const size_t row_v = layer.row_size(true);
 
         in.k.resize(absent.size()*row_k);
         in.v.resize(absent.size()*row_v);
@@ -147,7 +147,7 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
 
             const std::vector<uint32_t> part(absent.begin() + first, absent.begin() + std::min(absent.size(), first + n_part));
 
-            const bool ok = cold.get(g, part, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
+            const bool ok = cold.get(layer, part, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
                 memcpy(in.k.data() + (first + i)*row_k, k, n*row_k);
                 memcpy(in.v.data() + (first + i)*row_v, v, n*row_v);
             });
@@ -157,24 +157,24 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
         if (status != REFREEKV_OK) {
             return status;
         }
-        if (!mover.move(g, slots_now, lay.padded(order.size()), in)) {
+        if (!mover.move(layer, slots_now, lay.padded(order.size()), in)) {
             return no_memory();
         }
-        g.res.arrange(order);
+        layer.res.arrange(order);
 
         return REFREEKV_OK;
     }
 
-    if (!mover.move(g, slots_now, lay.padded(order.size()))) {
+    if (!mover.move(layer, slots_now, lay.padded(order.size()))) {
         return no_memory();
     }
-    g.res.arrange(order);
-    g.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
+    layer.res.arrange(order);
+    layer.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
 
-    refreekv_row_bytes rows_k(g.rows.k(), false);
-    refreekv_row_bytes rows_v(g.rows.v(), g.rows.get_shape().v_trans);
+    refreekv_row_bytes rows_k(layer.rows.k(), false);
+    refreekv_row_bytes rows_v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
-    const bool ok = cold.get(g, absent, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
+    const bool ok = cold.get(layer, absent, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
         rows_k.set(slots.data() + i, n, k);
         rows_v.set(slots.data() + i, n, v);
     });
@@ -182,7 +182,7 @@ int32_t cold_transfer::get(group & g, const std::vector<uint32_t> & cells, refre
         return not_there();
     }
     for (uint32_t cell : absent) {
-        g.res.assign(cell); // the free slots, lowest first
+        layer.res.assign(cell); // the free slots, lowest first
     }
 
     return REFREEKV_OK;

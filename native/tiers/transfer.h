@@ -11,29 +11,29 @@
 
 namespace refreekv {
 
-// Rows of a group on their way to the cold store and back. Works on several groups at once.
+// Rows of a layer on their way to the cold store and back. Works on several layers at once.
 class cold_transfer {
 public:
     // one_thread: which rows the store has room for depends on the order in which they come
     cold_transfer(const logical_cells & logical, const layouts & lay, row_mover & mover, cold_rows & cold, bool one_thread) :
         logical(logical), lay(lay), mover(mover), cold(cold), one_thread(one_thread) {}
 
-    // memory of one thread, for one group after the other
+    // memory of one thread, for one layer after the other
     struct lane {
-        // rows of a device come to one of these, while those of the group before are put into the cold store from the other
+        // rows of a device come to one of these, while those of the layer before are put into the cold store from the other
         refreekv_rows::host_rows rows[2];
         std::future<int32_t>     put;                      // waits for it when it goes
         int32_t                  put_status = REFREEKV_OK; // of those that are done
     };
 
     // rows that are about to be evicted
-    void put(group & g, std::vector<uint32_t> cells, lane & scratch);
+    void put(layer & layer, std::vector<uint32_t> cells, lane & scratch);
 
     // what is still on its way; put_status says how it went
     static void finish(lane & scratch);
 
-    // the rows of these cells, which ascend, come back; in: memory for them, kept from group to group. A refreekv_status
-    int32_t get(group & g, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in);
+    // the rows of these cells, which ascend, come back; in: memory for them, kept from layer to layer. A refreekv_status
+    int32_t get(layer & layer, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in);
 
 private:
     const logical_cells & logical;

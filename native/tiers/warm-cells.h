@@ -25,7 +25,7 @@ static inline int64_t lowest_bit(uint64_t x) {
 #endif
 }
 
-// The warm cells of one group: cells that left the cache, and whose K and V are held in codes (kernels/codes.h), in blocks of 64 cells.
+// The warm cells of one layer: cells that left the cache, and whose K and V are held in codes (kernels/codes.h), in blocks of 64 cells.
 // A block is freed once none of its cells is warm any more.
 //
 // The exact rows of warm cells are in the cold store. Decoding reads some of them (view.read), from several threads.
@@ -81,7 +81,7 @@ public:
     // where the exact rows are
     struct {
         const refreekv_cold * store = nullptr;
-        uint64_t              place = 0; // of the group's cell 0
+        uint64_t              place = 0; // of the layer's cell 0
         refreekv::record      record;
         const uint8_t *       there = nullptr; // [n_cells] whether the store has the row of a cell
         bool                  readable = false; // by this process, as it was when the batch began

@@ -30,13 +30,13 @@ static const char * why_not(const llama_hparams & hparams, const layer & layer, 
         return n % ggml_blck_size(type) == 0 && (params.cold_type < 0 || ggml_is_quantized(type) || n % ggml_blck_size((ggml_type) params.cold_type) == 0);
     };
 
-    if (!ggml_backend_buft_is_host(layer.shape.buft)) {
+    if (!ggml_backend_buft_is_host(layer.rows.get_shape().buft)) {
         return "the cache is not in host memory";
     }
     if (hparams.use_alibi) {
         return "attention with ALiBi is not supported";
     }
-    if (!whole(n_k, layer.shape.type_k) || !whole(n_v, layer.shape.type_v)) {
+    if (!whole(n_k, layer.rows.get_shape().type_k) || !whole(n_v, layer.rows.get_shape().type_v)) {
         return "heads are no whole blocks of the cache's type";
     }
     if (!kernels || hparams.n_gqa(layer.il) > REFREEKV_WARM_GQA || !kernels->codes_fit(n_k, BITS_K) || !kernels->codes_fit(n_v, BITS_V)) {
@@ -62,37 +62,37 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     }
 }
 
-void warm_tier::make(group & g, const layer & layer) const {
-    if (share <= 0.0f || g.whole) {
+void warm_tier::make(layer & layer) const {
+    if (share <= 0.0f) {
         return;
     }
 
-    g.warm = std::make_unique<warm_cells>(g.heads.size(), hparams.n_embd_head_k(g.il), hparams.n_embd_head_v(g.il), BITS_K, BITS_V);
+    layer.warm = std::make_unique<warm_cells>(hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), BITS_K, BITS_V);
 
-    g.warm->view.softmax = &layer.softmax;
-    g.warm->view.theta   = cold.exists() ? share : INFINITY; // else there is nothing to read
-    g.warm->view.type_k  = cold.type_of(g, false);
-    g.warm->view.type_v  = cold.type_of(g, true);
+    layer.warm->view.softmax = &layer.softmax;
+    layer.warm->view.theta   = cold.exists() ? share : INFINITY; // else there is nothing to read
+    layer.warm->view.type_k  = cold.type_of(layer, false);
+    layer.warm->view.type_v  = cold.type_of(layer, true);
 
-    g.warm->exact.store  = cold.get_store();
-    g.warm->exact.place  = g.cold_place;
-    g.warm->exact.record = g.record;
-    g.warm->exact.there  = g.is_cold.data();
+    layer.warm->exact.store  = cold.get_store();
+    layer.warm->exact.place  = layer.cold_place;
+    layer.warm->exact.record = layer.record;
+    layer.warm->exact.there  = layer.is_cold.data();
 }
 
 // of n rows of K or V: the codes of each KV head
-void warm_tier::encode(const group & g, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const {
-    const auto & view = g.warm->view;
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const {
+    const auto & view = layer.warm->view;
 
-    const ggml_type type   = g.type(is_v);
-    const int64_t   n_row  = g.n_embd(is_v);
+    const ggml_type type   = layer.type(is_v);
+    const int64_t   n_row  = layer.n_embd(is_v);
     const int64_t   n_head = is_v ? view.n_v : view.n_k;
 
     std::vector<float> numbers(n*n_row);
     std::vector<float> head   (n*n_head);
 
     for (int64_t i = 0; i < n; ++i) {
-        const uint8_t * row = rows + i*g.row_size(is_v);
+        const uint8_t * row = rows + i*layer.row_size(is_v);
         if (type == GGML_TYPE_F32) {
             std::copy_n((const float *) row, n_row, numbers.data() + i*n_row);
         } else {
@@ -103,12 +103,12 @@ void warm_tier::encode(const group & g, bool is_v, int64_t n, const uint8_t * ro
         for (int64_t i = 0; i < n; ++i) {
             std::copy_n(numbers.data() + i*n_row + h*n_head, n_head, head.data() + i*n_head);
         }
-        refreekv_find_kernels()->encode(head.data(), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, codes + h*g.warm->head_bytes() + (is_v ? g.warm->head_bytes_k() : 0));
+        refreekv_find_kernels()->encode(head.data(), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, codes + h*layer.warm->head_bytes() + (is_v ? layer.warm->head_bytes_k() : 0));
     }
 }
 
-void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_fn & rows) const {
-    if (!g.warm) {
+void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const rows_fn & rows) const {
+    if (!layer.warm) {
         return;
     }
 
@@ -127,8 +127,8 @@ void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_f
         it->cells.emplace_back(logical.pos_of(cells[i]), i);
     }
 
-    std::vector<uint8_t> rows_k(N_CELLS*g.row_size(false));
-    std::vector<uint8_t> rows_v(N_CELLS*g.row_size(true));
+    std::vector<uint8_t> rows_k(N_CELLS*layer.row_size(false));
+    std::vector<uint8_t> rows_v(N_CELLS*layer.row_size(true));
 
     for (auto & r : runs) {
         std::sort(r.cells.begin(), r.cells.end());
@@ -152,37 +152,37 @@ void warm_tier::add(group & g, const std::vector<uint32_t> & cells, const rows_f
             }
             rows(indices, n, rows_k.data(), rows_v.data());
 
-            uint8_t * codes = g.warm->add(of_block, n);
-            encode(g, false, n, rows_k.data(), codes);
-            encode(g, true,  n, rows_v.data(), codes);
+            uint8_t * codes = layer.warm->add(of_block, n);
+            encode(layer, false, n, rows_k.data(), codes);
+            encode(layer, true,  n, rows_v.data(), codes);
         }
     }
     n_generation++;
 }
 
-void warm_tier::refresh(std::vector<group> & groups) const {
-    for (auto & g : groups) {
-        if (g.warm && g.warm->keep([&](uint32_t cell) { return g.res.slot(cell) < 0 && !logical.is_empty(cell); })) {
+void warm_tier::refresh(std::vector<layer> & layers) const {
+    for (auto & layer : layers) {
+        if (layer.warm && layer.warm->keep([&](uint32_t cell) { return layer.res.slot(cell) < 0 && !logical.is_empty(cell); })) {
             n_generation++;
         }
     }
 }
 
-void warm_tier::copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n) const {
-    if (!g.warm) {
+void warm_tier::copy(layer & layer, uint32_t first_src, uint32_t first_dst, uint32_t n) const {
+    if (!layer.warm) {
         return;
     }
-    g.warm->copy(first_src, first_dst, n);
+    layer.warm->copy(first_src, first_dst, n);
 }
 
-void warm_tier::begin_batch(std::vector<group> & groups, const llama_ubatch & ubatch) {
+void warm_tier::begin_batch(std::vector<layer> & layers, const llama_ubatch & ubatch) {
     const bool readable = share > 0.0f && cold.readable();
 
-    for (auto & g : groups) {
-        if (!g.warm || g.warm->n_blocks() == 0) {
+    for (auto & layer : layers) {
+        if (!layer.warm || layer.warm->n_blocks() == 0) {
             continue;
         }
-        auto & warm = *g.warm;
+        auto & warm = *layer.warm;
 
         warm.exact.readable = readable;
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "refreekv.h"
-#include "cache/groups.h"
+#include "cache/layer.h"
 #include "cache/logical-cells.h"
 #include "tiers/cold-rows.h"
 
@@ -28,22 +28,22 @@ public:
     // the part of a head's attention at which a row is read from the cold store; 0: there is no warm tier
     float theta() const { return share; }
 
-    // for a group that policies evict from; its places in the cold store are known
-    void make(group & g, const layer & layer) const;
+    // the layer's places in the cold store are known
+    void make(layer & layer) const;
 
     // Codes of cells that are in the cold store and are about to leave the cache, or have come from a state. rows(indices, n, k, v)
-    // writes the rows of n of them, as the cache has them. Works on several groups at once. Throws std::bad_alloc
+    // writes the rows of n of them, as the cache has them. Works on several layers at once. Throws std::bad_alloc
     using rows_fn = std::function<void(const uint32_t * indices, size_t n, uint8_t * k, uint8_t * v)>;
-    void add(group & g, const std::vector<uint32_t> & cells, const rows_fn & rows) const;
+    void add(layer & layer, const std::vector<uint32_t> & cells, const rows_fn & rows) const;
 
     // after cells have come back, have been removed, or have lost their rows
-    void refresh(std::vector<group> & groups) const;
+    void refresh(std::vector<layer> & layers) const;
 
-    // cells first_dst + i of a group get what first_src + i have, for i < n
-    void copy(group & g, uint32_t first_src, uint32_t first_dst, uint32_t n) const;
+    // cells first_dst + i of a layer get what first_src + i have, for i < n
+    void copy(layer & layer, uint32_t first_src, uint32_t first_dst, uint32_t n) const;
 
     // a batch is about to be computed
-    void begin_batch(std::vector<group> & groups, const llama_ubatch & ubatch);
+    void begin_batch(std::vector<layer> & layers, const llama_ubatch & ubatch);
 
 private:
     const llama_hparams &   hparams;
@@ -54,7 +54,7 @@ private:
     float share          = 0.0f;
     bool  warned_of_lost = false;
 
-    void encode(const group & g, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const;
+    void encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const;
 };
 
 } // namespace refreekv

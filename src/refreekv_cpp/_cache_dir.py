@@ -1,4 +1,4 @@
-"""The one folder of files that can be had again: models, measured induction scores, the cold store's files."""
+"""The one folder of files that can be had again: models and the cold store's files."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
@@ -22,17 +21,14 @@ from refreekv_cpp import (
     _grammar,
     _options,
     _states,
-    guard,
-    induction,
     native,
     spans,
 )
 from refreekv_cpp._log import inform, logger
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.divergence import kl
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
-from refreekv_cpp.policies import Full, Policy, ReFreeKV
+from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
@@ -60,10 +56,6 @@ class Llama(llama_cpp.Llama):
             second turn). Default: "restore".
         kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
             system message of a chat completion. Default: none but what the policy keeps.
-        kv_guard: how far, in nats, the pruned cache may be from the whole one: the first token of an answer is read on
-            both, and where KL(full || pruned) of the next token is above this, what was evicted comes back, and more is
-            kept, or everything (see docs/fidelity.md). Needs kv_evicted="restore". Default: the first token is not
-            read twice.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
@@ -88,7 +80,6 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy, or not the `kv_guard` that was
             asked for. (Where REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
@@ -104,7 +95,6 @@ class Llama(llama_cpp.Llama):
         kv_elastic: bool | None = None,
         kv_memory_limit: int | str | None = None,
         kv_protect: Protect | None = None,
-        kv_guard: float | None = None,
         kv_cold: Cold | None = None,
         kv_cold_dir: str | os.PathLike[str] | None = None,
         kv_cold_limit: int | str | None = None,
@@ -124,7 +114,6 @@ class Llama(llama_cpp.Llama):
             kv_cold_state,
         )
         self.kv_protect = spans.check(kv_protect)
-        self.kv_guard = guard.check(kv_guard, kv.evicted)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
             _cache_types.check(name, options.get(name))
@@ -157,11 +146,7 @@ class Llama(llama_cpp.Llama):
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
-        self._n_guarded = 0
-        self._divergence: float | None = None  # of the last pruning, where it was measured
         self._system: str | None = None  # message of the chat that is being answered
-        self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
-        self._heads_set = False
 
         try:
             self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
@@ -171,11 +156,6 @@ class Llama(llama_cpp.Llama):
             warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
-        if self.kv_guard is not None and self._evicts and self._is_hybrid:
-            self.close()
-            raise UnsupportedModelError(
-                f"kv_guard={self.kv_guard}: a hybrid model cannot take a token back; leave it out"
-            )
         self._loaded = True
 
     def _make_locks(self) -> None:
@@ -223,9 +203,7 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._reading:
-            return KVStats.read(
-                self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes, self._n_guarded, self._divergence
-            )
+            return KVStats.read(self.kv_policy.name, self._ctx.ctx, self._n_limit_prunes)
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -238,28 +216,22 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            return self._prune(self.kv_policy)
-
-    def _prune(self, policy: Policy) -> int:
-        ctx = self._ctx.ctx
-        self._unpruned_of = None
-        if not self._evicts or self.n_tokens == 0:
-            return 0
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
-        for start, end in spans.resolve(self.kv_protect, self, self._system):
-            native.protect(ctx, _SEQ_ID, start, end)
-        before = native.stats(ctx)
-        if policy is self.kv_policy:
-            n_evicted = policy.prune(ctx, _SEQ_ID)
-        else:
-            n_evicted = native.prune(ctx, _SEQ_ID, native.make_params(**(policy.native_options() or {})))
-        after = self.kv_stats
-        inform(
-            f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
-            f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
-            verbose=self.verbose,
-        )
-        return n_evicted
+            ctx = self._ctx.ctx
+            self._unpruned_of = None
+            if not self._evicts or self.n_tokens == 0:
+                return 0
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
+            for start, end in spans.resolve(self.kv_protect, self, self._system):
+                native.protect(ctx, _SEQ_ID, start, end)
+            before = native.stats(ctx)
+            n_evicted = self.kv_policy.prune(ctx, _SEQ_ID)
+            after = self.kv_stats
+            inform(
+                f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
+                f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
+                verbose=self.verbose,
+            )
+            return n_evicted
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
@@ -278,8 +250,6 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens)
             return
 
-        if self._guards(tokens) and self._prune_guarded(tokens):
-            return
         self._prune_due()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
@@ -288,8 +258,6 @@ class Llama(llama_cpp.Llama):
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
             )
-        if self.n_tokens == 0:
-            self._keep_heads()
         if self.kv_memory_limit is None:
             self._eval(tokens)
         else:
@@ -317,82 +285,9 @@ class Llama(llama_cpp.Llama):
             if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
                 self.prune_kv()
 
-    def _guards(self, tokens: Sequence[int]) -> bool:
-        """Whether these are the first token of an answer, and the prompt before it is to be pruned under the guard."""
-        return (
-            self.kv_guard is not None
-            and self._unpruned_of is not None
-            and len(tokens) == 1
-            and native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1
-            and self.n_tokens >= (self.kv_policy.native_options() or {}).get("n_min", 0)
-        )
-
-    def _prune_guarded(self, token: Sequence[int]) -> bool:
-        """Read a token on the whole cache, prune what comes before it, and read it again; while the two differ by more
-        than `kv_guard`, restore and keep more, at last everything. False: the whole cache has no room for the token."""
-        assert self.kv_guard is not None
-        n_tokens = self.n_tokens
-        try:
-            self._eval(token)
-        except CacheMemoryError:
-            return False
-        full = guard.next_token(self)
-        for policy in guard.attempts(self.kv_policy):
-            self._go_back(n_tokens)
-            self._prune(policy)
-            self._eval(token)
-            self._divergence = kl(full, guard.next_token(self))
-            if self._divergence <= self.kv_guard:
-                return True
-            try:
-                native.restore(self._ctx.ctx, _SEQ_ID)
-            except (CacheStateError, CacheMemoryError) as error:
-                inform(f"{error}; the guard lets it be", verbose=self.verbose)
-                return True
-            self._n_guarded += 1
-        self._go_back(n_tokens)
-        self._eval(token)
-        self._divergence = kl(full, guard.next_token(self))
-        return True
-
     def _go_back(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
         self._requires_eval = True  # the logits are not those of the last token that is left
-
-    def _keep_heads(self) -> None:
-        """Before the first token: have the heads kept whole that the policy wants whole, and no others.
-
-        They are found once per model file. (Cells of other sequences, which this class knows nothing of, are lost.)
-        """
-        if self._heads_set or self._n_ctx < 2 * induction.N_RANDOM:
-            return
-        if self._heads is None:
-            try:
-                self._heads = self._find_heads()
-            except CacheMemoryError:
-                return  # again before the next prompt
-        if self._heads or any(group.whole for group in native.figures(self._ctx.ctx)[1]):
-            self._ctx.kv_cache_clear()
-            native.keep_heads(self._ctx.ctx, self._heads)
-        self._heads_set = True
-
-    def _find_heads(self) -> list[induction.Head]:
-        if not isinstance(self.kv_policy, ReFreeKV) or self.kv_policy.induction is None or self._codes_all:
-            return []
-        path, options = Path(self.model_path), induction.options_of(self, self.kv_policy.n_window)
-        scores = induction.load(path, options)
-        if scores is None or self.lora_path:
-            self._ctx.kv_cache_clear()
-            try:
-                self._eval(induction.random_tokens(self._model.model))
-                scores = induction.measure(self._ctx.ctx)
-            finally:
-                self._ctx.kv_cache_clear()
-                self.reset()
-                llama_cpp.llama_perf_context_reset(self._ctx.ctx)
-            if not self.lora_path:  # those of the model itself
-                induction.save(path, options, scores)
-        return [head for head, score in scores.items() if score > self.kv_policy.induction]
 
     def _eval(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.n_batch:
@@ -410,7 +305,7 @@ class Llama(llama_cpp.Llama):
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
         if not self._evicts:
-            bytes_per_token = sum(group.row_bytes for group in native.figures(self._ctx.ctx)[1])
+            bytes_per_token = sum(layer.row_bytes for layer in native.figures(self._ctx.ctx)[1])
             needed = bytes_per_token * (self.n_tokens + len(tokens))
             if needed > limit:
                 raise CacheMemoryError(
@@ -465,7 +360,6 @@ class Llama(llama_cpp.Llama):
         elif reset and self._queries_lost:
             self._rewind_for_queries(prompt)
         self._queries_lost = False
-        self._divergence = None
 
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._generation is not generation:
@@ -611,10 +505,7 @@ class Llama(llama_cpp.Llama):
     def _load_state(self, state: llama_cpp.LlamaState) -> None:
         self._unpruned_of = None  # what was read is about to be replaced
         self._generation = None
-        if self.kv_elastic:
-            self._keep_heads()  # a state of a whole cache is divided as this one is; a pruned one brings its division
         native.clear_error()
-        self._heads_set = False
         try:
             with _states.without_scores(self):
                 super().load_state(_states.fitted(state, self))
@@ -628,7 +519,6 @@ class Llama(llama_cpp.Llama):
                 logger.warning("an entry of the cache of states does not fit, and is not used: %s", message)
             raise _states.UnfitStateError(message) from error
         self._queries_lost = True
-        self._divergence = None
 
     def reset(self) -> None:
         """As upstream's."""
@@ -637,7 +527,6 @@ class Llama(llama_cpp.Llama):
             self._generation = None
             super().reset()
             self._queries_lost = False  # what comes is read from its beginning
-            self._divergence = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 
 _lib: Any = ffi.dlopen(library._name)
 
@@ -105,18 +105,13 @@ def next_context(params: Any | None) -> Iterator[None]:
         _lib.refreekv_forget_next_context()
 
 
-def prune(ctx: Any, seq_id: int, params: Any | None = None) -> int:
+def prune(ctx: Any, seq_id: int) -> int:
     """Apply the context's policy to a sequence. Returns the cells evicted, over all layers.
-
-    Args:
-        params: other parameters of the same policy (`make_params`) for this once. n_block, and what has nothing to do
-            with the choice of cells, stays the context's.
 
     Raises:
         CacheStateError: the last query of the sequence is not there any more.
-        PolicyError: params are of another policy, or look at more queries than the context keeps.
     """
-    return _check(_lib.refreekv_prune(_context(ctx), seq_id, ffi.NULL if params is None else params))
+    return _check(_lib.refreekv_prune(_context(ctx), seq_id))
 
 
 def expect(ctx: Any, n_tokens: int) -> None:
@@ -152,24 +147,6 @@ def keep(ctx: Any, seq_id: int, layer: int, positions: Positions) -> int:
     )
 
 
-def keep_heads(ctx: Any, heads: Iterable[tuple[int, int]]) -> None:
-    """Keep these (layer of the model, KV head) whole, whatever the policy. The cache has to be empty.
-
-    Where heads cannot be separated (ALiBi, or heads that are no whole blocks of the cache's type), the layer is.
-
-    Raises:
-        CacheStateError: it is not.
-        PolicyError: there is no such head.
-    """
-    pairs = np.array(list(heads), dtype=np.int32).reshape(-1, 2)
-    layers, numbers = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
-    _check(
-        _lib.refreekv_keep_heads(
-            _context(ctx), ffi.from_buffer("int32_t[]", layers), ffi.from_buffer("int32_t[]", numbers), len(pairs)
-        )
-    )
-
-
 def fail_allocation(n: int) -> None:
     """Test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none."""
     _lib.refreekv_fail_allocation(n)
@@ -181,18 +158,15 @@ def pruned_pos(ctx: Any, seq_id: int) -> int:
 
 
 def figures(ctx: Any) -> tuple[Any, list[Any]]:
-    """The `refreekv_stats` of a cache and the `refreekv_group_info` of each of its groups, all of one moment.
+    """The `refreekv_stats` of a cache and the `refreekv_layer_info` of each layer that has one, all of one moment.
 
     Any thread may ask, while the context exists: the figures are those of the end of the last operation or batch.
     """
     out = ffi.new("struct refreekv_stats *")
-    n_max = 0
-    while True:  # a cache is seldom divided anew
-        groups = ffi.new("struct refreekv_group_info[]", n_max)
-        n = _check(_lib.refreekv_get_stats(_context(ctx), out, groups, n_max))
-        if n <= n_max:
-            return out, _copies("struct refreekv_group_info *", groups, n)
-        n_max = n
+    n_max = _check(_lib.refreekv_get_stats(_context(ctx), out, ffi.NULL, 0))
+    layers = ffi.new("struct refreekv_layer_info[]", n_max)
+    n = _check(_lib.refreekv_get_stats(_context(ctx), out, layers, n_max))
+    return out, _copies("struct refreekv_layer_info *", layers, n)
 
 
 def stats(ctx: Any) -> Any:
@@ -200,16 +174,16 @@ def stats(ctx: Any) -> Any:
     return figures(ctx)[0]
 
 
-def group(ctx: Any, index: int) -> Any:
-    """The `refreekv_group_info` of one group. Any thread, see `figures`.
+def layer(ctx: Any, index: int) -> Any:
+    """The `refreekv_layer_info` of one of the layers that have a cache. Any thread, see `figures`.
 
     Raises:
-        PolicyError: there is no such group.
+        PolicyError: there is no such layer.
     """
-    groups = figures(ctx)[1]
-    if not 0 <= index < len(groups):
-        raise PolicyError(f"group {index}: there are {len(groups)}")
-    return groups[index]
+    layers = figures(ctx)[1]
+    if not 0 <= index < len(layers):
+        raise PolicyError(f"index={index}: must be 0 to {len(layers) - 1}")
+    return layers[index]
 
 
 def buffers(ctx: Any) -> list[tuple[str, Any]]:
@@ -234,14 +208,14 @@ def devices(ctx: Any) -> list[Any]:
 
 
 def kept(ctx: Any, seq_id: int, index: int) -> Positions:
-    """The positions of a sequence that a group holds, ascending."""
-    out = np.empty(group(ctx, index).n_kept, dtype=np.int32)
+    """The positions of a sequence that a layer holds, ascending."""
+    out = np.empty(layer(ctx, index).n_kept, dtype=np.int32)
     n = _check(_lib.refreekv_get_kept(_context(ctx), seq_id, index, ffi.from_buffer("llama_pos[]", out), len(out)))
     return out[:n]
 
 
 def _read_rows(function: Any, ctx: Any, seq_id: int, index: int, n_max: int, n_head: int) -> tuple[Floats, Positions]:
-    out = np.empty((n_max, n_head, group(ctx, index).n_embd_head), dtype=np.float32)
+    out = np.empty((n_max, n_head, layer(ctx, index).n_embd_head), dtype=np.float32)
     pos = np.empty(n_max, dtype=np.int32)
     n = _check(
         function(
@@ -253,17 +227,17 @@ def _read_rows(function: Any, ctx: Any, seq_id: int, index: int, n_max: int, n_h
 
 def read_queries(ctx: Any, seq_id: int, index: int) -> tuple[Floats, Positions]:
     """The queries in the ring, oldest first: [n, n_head, n_embd_head] and their positions."""
-    return _read_rows(_lib.refreekv_read_queries, ctx, seq_id, index, 256, group(ctx, index).n_head)
+    return _read_rows(_lib.refreekv_read_queries, ctx, seq_id, index, 256, layer(ctx, index).n_head)
 
 
 def read_keys(ctx: Any, seq_id: int, index: int) -> tuple[Floats, Positions]:
-    """The keys a group holds, dequantised, in position order: [n, n_head_kv, n_embd_head] and their positions."""
-    info = group(ctx, index)
+    """The keys a layer holds, dequantised, in position order: [n, n_head_kv, n_embd_head] and their positions."""
+    info = layer(ctx, index)
     return _read_rows(_lib.refreekv_read_keys, ctx, seq_id, index, info.n_kept, info.n_head_kv)
 
 
 def read_attention(ctx: Any, seq_id: int, index: int) -> Floats:
-    """What a policy sees of a group, [n_head, n_rows, n_cells]: softmax rows of the ring's queries, oldest first."""
+    """What a policy sees of a layer, [n_head, n_rows, n_cells]: softmax rows of the ring's queries, oldest first."""
     shape = ffi.new("int32_t[3]")
 
     def call(out: Any, n_max: int) -> None:

@@ -62,11 +62,9 @@ class KVStats:
         memory: of the whole process.
         policy: the policy's name.
         n_tokens: logical tokens in the cache.
-        cells_kept: cells held, per group of KV heads: a layer, or one part of it where some heads are kept whole.
-        cells_capacity: cells there is room for, likewise.
-        group_layers: the layer of the model that each group belongs to.
-        group_heads: the KV heads of each group.
-        n_whole_heads: KV heads that the policy leaves whole, over all layers.
+        layers: the layers of the model that have a cache a policy can work on.
+        cells_kept: cells that each of these layers holds.
+        cells_capacity: cells that each of them has room for.
         budget: bytes_kept / bytes_full; 1.0 for an empty cache.
         bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
         bytes_kept: what the kept cells need.
@@ -81,9 +79,6 @@ class KVStats:
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
-        n_guarded: prunings that `kv_guard` took back, to keep more.
-        divergence: KL(full || pruned), in nats, of the token after the first one of the last answer; None: not measured
-            (see `kv_guard`), or there was none since.
         prune_ms: the time the prunings took together, in milliseconds.
         bytes_cold: evicted rows in the cold store.
         cold: where that is: "memory", "file", or "" when there is none.
@@ -93,18 +88,16 @@ class KVStats:
         theta: the part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part.
         n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
         bytes_codes: codes of evicted rows, which decoding attends to.
-        n_layouts: distinct layouts among the groups: masks that a graph needs.
+        n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
 
     memory: ProcessMemory
     policy: str
     n_tokens: int
+    layers: tuple[int, ...]
     cells_kept: tuple[int, ...]
     cells_capacity: tuple[int, ...]
-    group_layers: tuple[int, ...]
-    group_heads: tuple[int, ...]
-    n_whole_heads: int
     budget: float
     bytes: int
     bytes_kept: int
@@ -117,8 +110,6 @@ class KVStats:
     bytes_per_token: int
     n_prunes: int
     n_limit_prunes: int
-    n_guarded: int
-    divergence: float | None
     prune_ms: float
     bytes_cold: int
     cold: str
@@ -132,21 +123,13 @@ class KVStats:
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(
-        cls,
-        policy: str,
-        ctx: Any,
-        n_limit_prunes: int = 0,
-        n_guarded: int = 0,
-        divergence: float | None = None,
-    ) -> KVStats:
+    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
-        stats, groups = native.figures(ctx)
+        stats, layers = native.figures(ctx)
         buffers = tuple(
             Buffer(name, info.bytes_model, info.bytes_context, info.bytes_compute) for name, info in native.buffers(ctx)
         )
-        kept = tuple(group.n_kept for group in groups)
-        bytes_kept = sum(group.n_kept * group.row_bytes for group in groups)
+        bytes_kept = sum(layer.n_kept * layer.row_bytes for layer in layers)
         return cls(
             memory=ProcessMemory(
                 rss=_process.rss(),
@@ -160,11 +143,9 @@ class KVStats:
             ),
             policy=policy,
             n_tokens=stats.n_tokens,
-            cells_kept=kept,
-            cells_capacity=tuple(group.n_capacity for group in groups),
-            group_layers=tuple(group.il for group in groups),
-            group_heads=tuple(group.n_head_kv for group in groups),
-            n_whole_heads=sum(group.n_head_kv for group in groups if group.whole),
+            layers=tuple(layer.il for layer in layers),
+            cells_kept=tuple(layer.n_kept for layer in layers),
+            cells_capacity=tuple(layer.n_capacity for layer in layers),
             budget=bytes_kept / stats.bytes_full if stats.bytes_full else 1.0,
             bytes=stats.bytes,
             bytes_kept=bytes_kept,
@@ -174,11 +155,9 @@ class KVStats:
             bytes_freed=stats.bytes_freed,
             bytes_read=stats.bytes_read,
             bytes_bounced=stats.bytes_bounced,
-            bytes_per_token=sum(group.row_bytes for group in groups),
+            bytes_per_token=sum(layer.row_bytes for layer in layers),
             n_prunes=stats.n_prunes,
             n_limit_prunes=n_limit_prunes,
-            n_guarded=n_guarded,
-            divergence=divergence,
             prune_ms=stats.prune_us / 1000,
             bytes_cold=stats.bytes_cold,
             cold={_COLD_MEMORY: "memory", _COLD_FILE: "file"}.get(stats.cold, ""),
@@ -191,15 +170,6 @@ class KVStats:
             n_layouts=stats.n_layout,
             buffers=buffers,
         )
-
-    def cells_per_layer(self) -> list[float]:
-        """Cells that each layer holds: the mean over its KV heads, in the order of layers."""
-        cells: dict[int, float] = {}
-        heads: dict[int, int] = {}
-        for layer, n_heads, n_kept in zip(self.group_layers, self.group_heads, self.cells_kept, strict=True):
-            cells[layer] = cells.get(layer, 0) + n_heads * n_kept
-            heads[layer] = heads.get(layer, 0) + n_heads
-        return [cells[layer] / heads[layer] for layer in cells]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -221,7 +191,7 @@ class KVStats:
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
-        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.cells_kept)} groups>"
+        return f"<KVStats {self.receipt()}, {kept} cells in each of {len(self.layers)} layers>"
 
 
 def _mib(n_bytes: int) -> str:

@@ -14,7 +14,6 @@ from refreekv_cpp.cli.bench import bench
 from refreekv_cpp.cli.chat import chat
 from refreekv_cpp.cli.demo import demo
 from refreekv_cpp.cli.eval import eval_report, evaluate
-from refreekv_cpp.cli.evicted import evicted
 from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.plan import plan
@@ -31,7 +30,6 @@ for command in (run, chat, demo, info, plan, bench, memory, turns):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-report")(eval_report)
-app.command("eval-evicted")(evicted)
 # its options are those of upstream's server, which parses them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 

@@ -20,12 +20,12 @@ from refreekv_cpp.models import resolve
 
 @dataclass(frozen=True)
 class Cache:
-    """The full memory of a context. No groups: it has nothing that a policy could work on."""
+    """The full memory of a context. No layers: it has nothing that a policy could work on."""
 
     n_ctx: int
     bytes: int
     bytes_other: int  # layers with a sliding window, recurrent states
-    groups: tuple[Any, ...]
+    layers: tuple[Any, ...]
 
 
 @common.user_errors()
@@ -56,17 +56,16 @@ def info(
 def _read_cache(llm: fit.Unallocated, n_ctx: int) -> Cache | None:
     with fit.context(llm, n_ctx) as ctx:
         try:
-            stats = native.stats(ctx)
+            stats, layers = native.figures(ctx)
         except CacheStateError:  # an encoder has no memory
             return None
-        groups = [native.group(ctx, i) for i in range(stats.n_group)]
         n_cells = int(llama_cpp.llama_n_ctx(ctx))
     # some models have layers without attention, which hold no bytes
     return Cache(
         n_ctx=n_cells,
         bytes=stats.bytes,
         bytes_other=stats.bytes_other,
-        groups=tuple(group for group in groups if group.n_head_kv > 0),
+        layers=tuple(layer for layer in layers if layer.n_head_kv > 0),
     )
 
 
@@ -75,12 +74,12 @@ def _cache_rows(llm: fit.Unallocated, cache: Cache | None) -> Iterator[tuple[str
     if cache is None:
         yield "layers", f"{n_layer}, none with a KV cache"
         return
-    if cache.groups:
-        yield "attention layers", f"{len(cache.groups)} of {n_layer}"
-        yield "heads", _range(group.n_head for group in cache.groups)
-        yield "KV heads", _range(group.n_head_kv for group in cache.groups)
-        yield "head size", _range(group.n_embd_head for group in cache.groups)
-        yield "KV cache per token", f"{sum(group.row_bytes for group in cache.groups) / 1024:.2f} KiB"
+    if cache.layers:
+        yield "attention layers", f"{len(cache.layers)} of {n_layer}"
+        yield "heads", _range(layer.n_head for layer in cache.layers)
+        yield "KV heads", _range(layer.n_head_kv for layer in cache.layers)
+        yield "head size", _range(layer.n_embd_head for layer in cache.layers)
+        yield "KV cache per token", f"{sum(layer.row_bytes for layer in cache.layers) / 1024:.2f} KiB"
     else:
         yield "layers", str(n_layer)
     yield f"KV cache of {cache.n_ctx} tokens (full)", mebibytes(cache.bytes)

@@ -80,7 +80,7 @@ def _given(args: list[str]) -> dict[str, Any]:
         "--option",
         action="append",
         metavar="NAME=VALUE",
-        help="Any other option of Llama, such as kv_guard=0.5; JSON where the value is JSON, else text. Repeatable.",
+        help="Any other option of Llama, such as kv_protect=system; the value is JSON, or else text. Repeatable.",
     )
     add_args_from_model(parser, Settings)
     given = {name: value for name, value in vars(parser.parse_args(_spelled(args))).items() if value is not None}

@@ -91,7 +91,6 @@ def write_report(folder: Path) -> str:
         ("Fidelity: along the full cache's greedy answer", _fidelity(rows, "greedy")),
         ("Fidelity: along the text that really follows", _fidelity(rows, "real")),
         ("Mean KL along the full cache's greedy answer, per dataset", _kl_per_dataset(others, datasets)),
-        ("What the guard would have seen", _guard(others)),
         ("Tasks", _tasks(others, datasets, settings["seed"], "score")),
         ("A second question about another fact", _tasks(others, datasets, settings["seed"], "second_score")),
         ("Where a fact was found", _maps(once, datasets)),
@@ -160,30 +159,6 @@ def _size(row: Row) -> tuple[str, str]:
     return (
         f"{row.mean(lambda record: record['budget']):.0%}",
         f"{mebibytes(row.mean(lambda record: record['bytes']))} ({row.mean(bytes_part):.0%})",
-    )
-
-
-# limits of kv_guard, and the mean KL of an answer that it should have flagged
-_GUARD_LIMITS = (0.01, 0.03, 0.1, 0.3)
-_BAD_ANSWER = 0.05
-
-
-def _guard(rows: Sequence[Row]) -> str:
-    """The guard measures the first scored token of an answer. Over all answers of all caches: what that says of the
-    others' mean KL."""
-    answers = [record["greedy"]["kl"] for row in rows if row.mode == "seen" for record in row.records]
-    pairs = [(kl[0], statistics.fmean(kl[1:])) for kl in answers if len(kl) > 1]
-    bad = [first for first, rest in pairs if rest > _BAD_ANSWER]
-    good = [first for first, rest in pairs if rest <= _BAD_ANSWER]
-    if not pairs:
-        return ""
-
-    def above(limit: float, firsts: Sequence[float]) -> str:
-        return f"{sum(first > limit for first in firsts)} of {len(firsts)}"
-
-    return markdown(
-        ["`kv_guard`", f"caught: answers with a mean KL above {_BAD_ANSWER}", "flagged for nothing"],
-        [[str(limit), above(limit, bad), above(limit, good)] for limit in _GUARD_LIMITS],
     )
 
 

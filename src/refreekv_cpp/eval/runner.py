@@ -287,7 +287,7 @@ def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer)
         "meta": {name: item.meta[name] for name in ("depth", "length") if name in item.meta},
         "n_tokens": stats.n_tokens,
         "budget": stats.budget,
-        "cells_kept": stats.cells_per_layer(),
+        "cells_kept": list(stats.cells_kept),
         "bytes": stats.bytes,
         "bytes_reference": reference.stats.bytes,
         "greedy": fidelity(said.logits, answer.logits, said.tokens),

@@ -176,11 +176,10 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
     n_ctx_train = llm._model.n_ctx_train()
     with context(llm, n_ctx or n_ctx_train) as ctx:
         devices = [_device(info) for info in native.devices(ctx)]
-        stats = native.stats(ctx)
-        groups = [native.group(ctx, i) for i in range(stats.n_group)]
+        stats, layers = native.figures(ctx)
         n_cells = int(llama_cpp.llama_n_ctx(ctx))
-        row_bytes = sum(group.row_bytes for group in groups)
-        row_numbers = sum(2 * group.n_head_kv * group.n_embd_head for group in groups)
+        row_bytes = sum(layer.row_bytes for layer in layers)
+        row_numbers = sum(2 * layer.n_head_kv * layer.n_embd_head for layer in layers)
     needs = Needs(
         devices=_with_weights(llm, devices),
         n_ctx=n_cells,

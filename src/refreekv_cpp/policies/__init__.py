@@ -37,7 +37,6 @@ __all__ = [
 REGISTRY: dict[str, Callable[[], Policy]] = {
     "full": Full,
     "refreekv": ReFreeKV,
-    "window": ReFreeKV.window,
     "paper": ReFreeKV.paper,
     "released-code": ReFreeKV.released_code,
     "streaming": Streaming,

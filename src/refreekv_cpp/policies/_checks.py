@@ -25,11 +25,6 @@ def check_budget(budget: float) -> None:
         raise PolicyError(f"budget={budget}: must be a fraction in (0, 1] or a number of cells above 1")
 
 
-def larger_budget(budget: float) -> float:
-    """Half of what is evicted stays, or, of a number of cells, twice as many."""
-    return (1 + budget) / 2 if budget <= 1 else 2 * budget
-
-
 def check_window(n_window: int) -> None:
     if not 1 <= n_window <= 256:
         raise PolicyError(f"n_window={n_window}: must be from 1 to 256")

@@ -60,9 +60,5 @@ class Policy(ABC):
         """
         return native.prune(ctx, seq_id)
 
-    def gentler(self) -> Policy | None:
-        """One of the same kind that keeps more, to try when this one kept too little; None: there is none."""
-        return None
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

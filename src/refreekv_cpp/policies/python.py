@@ -67,11 +67,10 @@ class PythonPolicy(Policy):
             PolicyError: `select` did not return a mask of the cells, or one that keeps none.
         """
         kept = {}
-        for index in range(native.stats(ctx).n_group):
+        for index, info in enumerate(native.figures(ctx)[1]):
             positions = native.kept(ctx, seq_id, index)
-            group = native.group(ctx, index)
-            if len(positions) >= max(1, self.n_min) and not group.whole:
-                layer = group.il
+            if len(positions) >= max(1, self.n_min):
+                layer = info.il
                 attention = native.read_attention(ctx, seq_id, index)
                 mask = self._checked(self.select(attention, positions.copy(), layer), len(positions), layer)
                 kept[layer] = positions[self._in_blocks(mask)]

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
-
-from typing_extensions import Self
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
@@ -23,7 +21,7 @@ class ReFreeKV(Policy):
     at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
 
     The defaults are the preset `refreekv`. The paper's own rule is `ReFreeKV.paper()`, its released code's
-    `ReFreeKV.released_code()`; `ReFreeKV.window()` keeps no heads whole.
+    `ReFreeKV.released_code()`.
 
     Args:
         threshold: the part of the measure that may be lost, 0 to 1.
@@ -48,8 +46,6 @@ class ReFreeKV(Policy):
         mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
             nothing to lose.
         n_min: prompts shorter than this many tokens are left whole.
-        induction: KV heads with an induction score above this are kept whole, 0 to 1 (see `refreekv_cpp.induction`);
-            None: none are.
     """
 
     threshold: float = 0.35
@@ -67,12 +63,6 @@ class ReFreeKV(Policy):
     n_pool: int = 7
     mass_floor: float = 0.05
     n_min: int = 512
-    induction: float | None = 0.3
-
-    @classmethod
-    def window(cls, **options: Any) -> ReFreeKV:
-        """No heads are kept whole, and wider neighbourhoods: it can lose what is copied word by word."""
-        return cls(**{"induction": None, "threshold": 0.5, "n_pool": 31, **options})
 
     @classmethod
     def paper(cls, **options: Any) -> ReFreeKV:
@@ -100,14 +90,11 @@ class ReFreeKV(Policy):
         check_not_negative(self, "n_sink", "n_recent", "n_full_layers", "n_min")
         if self.n_hot is not None:
             check_not_negative(self, "n_hot")
-        if self.induction is not None and not 0 <= self.induction <= 1:
-            raise PolicyError(f"induction={self.induction}: must be from 0 to 1, or None")
 
     @property
     def name(self) -> str:
         for name, preset in (
             ("refreekv", ReFreeKV()),
-            ("window", ReFreeKV.window()),
             ("paper", ReFreeKV.paper()),
             ("released-code", ReFreeKV.released_code()),
         ):
@@ -117,14 +104,10 @@ class ReFreeKV(Policy):
 
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
-        del options["induction"]  # Llama's work: native code is told which heads
         options["n_hot"] = self.n_hot if self.n_hot is not None else 64 * (self == ReFreeKV(theta=self.theta))
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
-
-    def gentler(self) -> Self:
-        return replace(self, threshold=self.threshold / 2)
 
 
 _PAPER: dict[str, Any] = {
@@ -136,5 +119,4 @@ _PAPER: dict[str, Any] = {
     "n_recent": 0,
     "theta": 0.0,
     "n_full_layers": 2,
-    "induction": None,
 }

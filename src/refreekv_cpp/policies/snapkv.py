@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
-
-from typing_extensions import Self
 
 from refreekv_cpp.native import enum_value
 from refreekv_cpp.policies._checks import (
@@ -12,7 +10,6 @@ from refreekv_cpp.policies._checks import (
     check_not_negative,
     check_pool,
     check_window,
-    larger_budget,
 )
 from refreekv_cpp.policies.base import Policy
 
@@ -58,6 +55,3 @@ class SnapKV(Policy):
             "pooling": enum_value(f"POOLING_{self.pooling.upper()}"),
             "n_sink": 0,
         }
-
-    def gentler(self) -> Self:
-        return replace(self, budget=larger_budget(self.budget))

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from typing_extensions import Self
-
 from refreekv_cpp.native import enum_value
-from refreekv_cpp.policies._checks import check_budget, check_not_negative, larger_budget
+from refreekv_cpp.policies._checks import check_budget, check_not_negative
 from refreekv_cpp.policies.base import Policy
 
 
@@ -35,6 +33,3 @@ class Streaming(Policy):
 
     def native_options(self) -> dict[str, Any]:
         return {"policy": enum_value("POLICY_STREAMING"), "n_full_layers": 0, "n_recent": 0, **self.as_dict()}
-
-    def gentler(self) -> Self:
-        return replace(self, budget=larger_budget(self.budget))

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from typing_extensions import Self
 
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.native import enum_value
@@ -45,6 +43,3 @@ class TopP(Policy):
             "n_sink": 0,
             "n_min": self.n_min,
         }
-
-    def gentler(self) -> Self:
-        return replace(self, p=(1 + self.p) / 2)

@@ -12,16 +12,19 @@
 
 namespace refreekv {
 
-// a layer of the model that has K and V in the cache
+// A layer of the model that has K and V in the cache. It holds its own subset of the logical cells, in rows of its own.
 struct layer {
-    int32_t il;
+    layer(int32_t il, const refreekv_rows::shape & shape, ggml_backend_buffer_t no_memory) : il(il), rows(shape, il), no_memory(no_memory) {}
 
-    refreekv_rows::shape  shape; // of all its KV heads together
-    std::vector<uint32_t> groups;
+    int32_t  il;
+    uint32_t layout = 0;
+
+    refreekv_residency res;
+    refreekv_rows      rows;
 
     ggml_backend_buffer_t no_memory; // that says which backend tensors without memory are on
 
-    ggml_tensor * ring = nullptr;
+    ggml_tensor * ring = nullptr; // its last queries; nullptr: the policy does not look at them
 
     // of its attention, seen when the decoding graph is built
     float         kq_scale = 0.0f;
@@ -29,20 +32,6 @@ struct layer {
     bool          known    = true;
 
     refreekv_decode_softmax softmax = {};
-};
-
-// some KV heads of one layer
-struct group {
-    int32_t               il;
-    uint32_t              i_layer; // of the cache's layers
-    std::vector<uint32_t> heads; // ascending
-    bool                  whole; // no policy evicts from it
-    uint32_t              layout = 0;
-
-    refreekv_residency res;
-    refreekv_rows      rows;
-
-    ggml_backend_buffer_t no_memory; // the layer's
 
     uint64_t             cold_place = 0; // of its records in the cold store, by cell (cold_rows)
     refreekv::record     record;         // the form of one of them
