@@ -72,8 +72,6 @@ def select_refreekv(policy: ReFreeKV, attention: Array, n_block: int) -> Selecti
         scores = pooled_scores(attention, policy.n_pool)
         first = sinks_then_latest(n_cells, policy.n_sink, policy.n_recent)
         order = by_score(first, scores)
-    if policy.threshold == 1:  # nothing is looked at
-        order, scores = sinks_then_latest(n_cells, policy.n_sink, n_recent=n_cells), None
 
     losses = prefix_losses(policy, attention, order)
     counts = allowed_counts(n_cells, max(1, len(first)), n_block)
