@@ -54,9 +54,9 @@ class Kernels:
             self._call("decode", codes, cell, n, bits, v, res[cell])
         return res
 
-    def dot(self, codes: npt.NDArray[np.uint8], queries: Floats, bits: int) -> Floats:
+    def dot(self, codes: npt.NDArray[np.uint8], queries: Floats, unit: Floats, bits: int) -> Floats:
         res = np.empty((len(queries), 64), dtype=np.float32)
-        self._call("dot", codes, queries.shape[1], bits, queries, len(queries), res)
+        self._call("dot", codes, queries.shape[1], bits, queries, unit.astype(np.float32), len(queries), res)
         return res
 
     def add(self, codes: npt.NDArray[np.uint8], weights: Floats, bits: int, to: Floats) -> Floats:
@@ -116,21 +116,22 @@ def test_codes_are_the_nearest_of_each_channel(kernels: Kernels, bits: int, n: i
 SHAPES = [(16, 1), (64, 3), (64, 4), (80, 2), (128, 7), (256, 16)]
 
 
+@pytest.mark.parametrize("times", [1, 2.5])
 @pytest.mark.parametrize(("n", "n_heads"), SHAPES)
 @pytest.mark.parametrize("bits", BITS)
-def test_logits(kernels: Kernels, bits: int, n: int, n_heads: int) -> None:
+def test_logits(kernels: Kernels, bits: int, n: int, n_heads: int, times: float) -> None:
     rows, queries = numbers((64, n)), numbers((n_heads, n), seed=1)
     queries[0, : n // 2] = 0
     if n_heads > 1:
         queries[1] = 0
     least, step, codes = reference.encode(rows, bits)
     exact = queries.astype(np.float64) @ (least + step * codes).T
-    ours = kernels.dot(kernels.encode(rows, bits, v=False), queries, bits)
-
-    # 8 bits of the largest factor; what they take is there as if all codes were the middle one
-    middle = (2**bits - 1) / 2
     scaled = queries * step
-    unit = np.abs(scaled).max(axis=1) / 127
+    unit = (times * np.abs(scaled).max(axis=1) / 127).astype(np.float32)
+    ours = kernels.dot(kernels.encode(rows, bits, v=False), queries, unit, bits)
+
+    # what rounding takes is there as if all codes were the middle one
+    middle = (2**bits - 1) / 2
     bound = unit[:, None] / 2 * np.abs(codes - middle).sum(axis=1)
     slack = 1e-5 * (np.abs(queries) @ np.abs(least + step * codes).T)
     assert (np.abs(ours - exact) <= bound + slack).all()
@@ -173,7 +174,7 @@ def test_the_largest_factors_do_not_overflow(kernels: Kernels) -> None:
         rows[0] = 2**bits - 1  # of all channels the step is 1, and one cell has the largest code everywhere
         for sign in (1, -1):
             queries = np.full((4, 256), sign, np.float32)
-            ours = kernels.dot(kernels.encode(rows, bits, v=False), queries, bits)
+            ours = kernels.dot(kernels.encode(rows, bits, v=False), queries, np.full(4, 1 / 127), bits)
             np.testing.assert_allclose(ours[:, 0], sign * 256 * (2**bits - 1), rtol=1e-5)
             np.testing.assert_allclose(ours[:, 1:], 0, atol=1e-2)
 

@@ -194,7 +194,7 @@ void refreekv_attention_cpu::weigh_chunks() {
         const int64_t n     = std::min<int64_t>(CHUNK, n_cells - first);
 
         for (int64_t i = 0; i < n; ++i) {
-            to_float(in.k, (const char *) in.k->data + in.slots[first + i]*in.k->nb[1] + k_first, keys.data() + i*n_embd, n_embd);
+            to_float(in.k->type, (const char *) in.k->data + in.slots[first + i]*in.k->nb[1] + k_first, keys.data() + i*n_embd, n_embd);
         }
 
         // whether every row may see all of it, and nothing but the logits counts

@@ -9,12 +9,6 @@
 #include <cmath>
 #include <utility>
 
-#if defined(__AVX2__) || defined(__SSSE3__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
-
 static const int64_t CELLS = REFREEKV_CODED_CELLS;
 static const int64_t LINE  = 64; // bytes
 
@@ -208,46 +202,6 @@ static inline void store_bytes(uint8_t * dst, const iregs x[N_16]) {
 #endif
 }
 
-// Factors of one query or head, in 8 bits each: scale*quads, and rest, what their sum lacks
-struct small {
-    float scale;
-    float rest;
-};
-
-// x: n numbers, a multiple of 16
-static inline small round_small(const float * x, int64_t n, int32_t * quads) {
-    reg most = {};
-    for (int64_t d = 0; d < n; d += N_REG) {
-        const reg v = load_reg(x + d);
-        most = max(max(v, -v), most);
-    }
-    const float top = max_of(most);
-
-    small res = { top/127.0f, 0.0f };
-
-    // of numbers too small for this there is nothing to be added
-    const float inverse = top > 1e-30f ? 127.0f/top : 0.0f;
-
-    const reg magic = reg {} + 12582912.0f; // 1.5*2^23: rounds
-
-    reg rest = {};
-    for (int64_t d = 0; d < n; d += 16) {
-        iregs rounded[N_16];
-        for (int i = 0; i < N_16; ++i) {
-            const reg v = load_reg(x + d + i*N_REG);
-            const reg r = v*inverse + magic;
-
-            rest += v - (r - magic)*res.scale;
-
-            rounded[i] = (iregs) r - (iregs) magic;
-        }
-        store_bytes((uint8_t *) quads + d, rounded);
-    }
-    res.rest = sum_of(rest);
-
-    return res;
-}
-
 static const int MAX_N = 4; // queries or heads at a time
 
 template <int B>
@@ -255,40 +209,50 @@ static constexpr float middle_code() {
     return ((1 << B) - 1)/2.0f;
 }
 
-// what one KV head's queries share: see dot_codes
+// of each channel: its step, and the number that its middle code stands for
 static inline void unpack_channels(const uint8_t * codes, int64_t n_channels, float middle_code, float * middle, float * step) {
-    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) codes, middle, n_channels);
-    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) codes + n_channels, step, n_channels);
+    const uint16_t * least = (const uint16_t *) codes;
 
     for (int64_t d = 0; d < n_channels; d += N_REG) {
-        store_reg(middle + d, load_reg(middle + d) + middle_code*load_reg(step + d));
+        const reg s = load_half(least + n_channels + d);
+
+        store_reg(step   + d, s);
+        store_reg(middle + d, load_half(least + d) + middle_code*s);
     }
 }
 
-// middle: of each channel, the number of the middle code
-template <int B, int N>
-static void dot_codes(const uint8_t * codes, const float * middle, const float * step, int64_t n_channels, const float * const * q, float * logits, float * memory) {
-    float *   scaled = memory;                          // [n_channels]
-    int32_t * room   = (int32_t *) (scaled + n_channels); // [N][n_channels/4]
+// x rounded to a whole number, |x| < 2^22; as an integer with as_int
+static const float ROUND = 12582912.0f; // 1.5*2^23
 
-    const int32_t * quads[N];
-    float scale[N];
-    float base [N];
+static inline iregs as_int(reg rounded) {
+    return (iregs) rounded - (iregs) (reg {} + ROUND);
+}
+
+template <int B, int N>
+static void dot_codes(const uint8_t * codes, const float * middle, const float * step, int64_t n_channels, const float * const * q, const float * unit, float * logits, float * memory) {
+    int32_t * quads[N];
+    float base[N];
 
     for (int i = 0; i < N; ++i) {
+        quads[i] = (int32_t *) memory + i*n_channels/4;
+
+        const float inverse = unit[i] > 0.0f ? 1.0f/unit[i] : 0.0f;
+        const float back    = middle_code<B>()*unit[i];
+
+        // q . middle, and what all codes as the middle one make of the whole multiples is taken off: the dot product has it, too
         reg b = {};
-        for (int64_t d = 0; d < n_channels; d += N_REG) {
-            const reg x = load_reg(q[i] + d);
-            const reg y = x*load_reg(step + d);
+        for (int64_t d = 0; d < n_channels; d += 16) {
+            iregs whole[N_16];
+            for (int p = 0; p < N_16; ++p) {
+                const reg x = load_reg(q[i] + d + p*N_REG);
+                const reg r = x*load_reg(step + d + p*N_REG)*inverse + ROUND;
 
-            b += x*load_reg(middle + d) - middle_code<B>()*y;
-            store_reg(scaled + d, y);
+                b += x*load_reg(middle + d + p*N_REG) - (r - ROUND)*back;
+                whole[p] = as_int(r);
+            }
+            store_bytes((uint8_t *) quads[i] + d, whole);
         }
-        const small s = round_small(scaled, n_channels, room + i*n_channels/4);
-
-        quads[i] = room + i*n_channels/4;
-        scale[i] = s.scale;
-        base [i] = sum_of(b) + middle_code<B>()*s.rest;
+        base[i] = sum_of(b);
     }
 
     const uint8_t * packs = codes + n_channels*2*sizeof(uint16_t);
@@ -301,10 +265,45 @@ static void dot_codes(const uint8_t * codes, const float * middle, const float *
             for (int p = 0; p < LINE/4; p += N_REG) {
                 iregs x;
                 memcpy(&x, sums[i] + p, sizeof(x));
-                store_reg(logits + i*CELLS + group*16 + p, __builtin_convertvector(x, reg)*scale[i] + base[i]);
+                store_reg(logits + i*CELLS + group*16 + p, __builtin_convertvector(x, reg)*unit[i] + base[i]);
             }
         }
     }, std::make_integer_sequence<int, 4>());
+}
+
+// Weights in 8 bits each: unit*quads, and rest, what their sum lacks
+struct small {
+    float unit;
+    float rest;
+};
+
+static inline small round_weights(const float * w, int32_t * quads) {
+    reg most = {};
+    for (int64_t j = 0; j < CELLS; j += N_REG) {
+        most = max(load_reg(w + j), most);
+    }
+    const float top = max_of(most);
+
+    small res = { top/127.0f, 0.0f };
+
+    // of numbers too small for this there is nothing to be added
+    const float inverse = top > 1e-30f ? 127.0f/top : 0.0f;
+
+    reg rest = {};
+    for (int64_t j = 0; j < CELLS; j += 16) {
+        iregs whole[N_16];
+        for (int p = 0; p < N_16; ++p) {
+            const reg x = load_reg(w + j + p*N_REG);
+            const reg r = x*inverse + ROUND;
+
+            rest += x - (r - ROUND)*res.unit;
+            whole[p] = as_int(r);
+        }
+        store_bytes((uint8_t *) quads + j, whole);
+    }
+    res.rest = sum_of(rest);
+
+    return res;
 }
 
 template <int B, int N>
@@ -312,19 +311,19 @@ static void add_codes(const uint8_t * codes, const float * middle, const float *
     alignas(64) int32_t room[N][CELLS/4];
 
     const int32_t * quads[N];
-    float scale[N];
+    float unit [N];
     float rest [N]; // of the sum of all codes' products, what is to be added for each channel's middle
     float total[N];
 
     for (int i = 0; i < N; ++i) {
-        const small s = round_small(w[i], CELLS, room[i]);
+        const small s = round_weights(w[i], room[i]);
 
         reg t = {};
         for (int64_t j = 0; j < CELLS; j += N_REG) {
             t += load_reg(w[i] + j);
         }
         quads[i] = room[i];
-        scale[i] = s.scale;
+        unit [i] = s.unit;
         total[i] = sum_of(t);
         rest [i] = middle_code<B>()*(s.rest - total[i]);
     }
@@ -341,7 +340,7 @@ static void add_codes(const uint8_t * codes, const float * middle, const float *
                 memcpy(&x, sums[i] + p, sizeof(x));
 
                 float *   dst = out[i] + c + p;
-                const reg y   = (__builtin_convertvector(x, reg)*scale[i] + rest[i])*load_reg(step + c + p) + total[i]*load_reg(middle + c + p);
+                const reg y   = (__builtin_convertvector(x, reg)*unit[i] + rest[i])*load_reg(step + c + p) + total[i]*load_reg(middle + c + p);
 
                 store_reg(dst, load_reg(dst) + y);
             }
@@ -385,14 +384,14 @@ static float * memory_of(size_t n) {
     return aligned(memory, n);
 }
 
-void refreekv_dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, int64_t n, float * logits) {
-    float * middle = memory_of((3 + MAX_N)*n_channels);
+void refreekv_dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits) {
+    float * middle = memory_of((2 + MAX_N)*n_channels);
     float * step   = middle + n_channels;
 
     unpack_channels(codes, n_channels, ((1 << bits) - 1)/2.0f, middle, step);
 
     with_bits(bits, n, [&](auto b, auto n_piece, int64_t i) {
-        dot_codes<b, n_piece>(codes, middle, step, n_channels, q + i, logits + i*CELLS, step + n_channels);
+        dot_codes<b, n_piece>(codes, middle, step, n_channels, q + i, unit + i, logits + i*CELLS, step + n_channels);
     });
 }
 
@@ -433,7 +432,7 @@ static inline void for_planes(int bits, F && f) {
     }
 }
 
-void refreekv_encode(const float * rows, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst) {
+void refreekv_encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst) {
     const int   n_codes = 1 << bits;
     uint16_t *  meta    = (uint16_t *) dst;
     uint8_t *   packs   = dst + n_channels*2*sizeof(uint16_t);
@@ -449,7 +448,7 @@ void refreekv_encode(const float * rows, int64_t n_cells, int64_t n_channels, in
     std::copy_n(rows, n_channels, step);
     for (int64_t j = 1; j < n_cells; ++j) {
         for (int64_t d = 0; d < n_channels; d += N_LANES) {
-            const lanes x = load(rows + j*n_channels + d);
+            const lanes x = load(rows + j*stride + d);
 
             store(least + d, -max(-x, -load(least + d)));
             store(step  + d,  max( x,  load(step  + d)));
@@ -489,7 +488,7 @@ void refreekv_encode(const float * rows, int64_t n_cells, int64_t n_channels, in
         uint8_t * of_cell = codes.data() + offset_of(j, 0);
 
         for (int64_t d0 = 0; d0 < n_channels; d0 += N_LANES) {
-            lanes x = (load(rows + j*n_channels + d0) - load(least + d0))*load(inverse + d0) + 0.5f;
+            lanes x = (load(rows + j*stride + d0) - load(least + d0))*load(inverse + d0) + 0.5f;
             x = max(x, lanes {});
             x = x < last ? x : last;
 

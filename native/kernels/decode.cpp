@@ -83,7 +83,7 @@ static void attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax 
     }
 
     for (int64_t t = 0; t < n_tokens; ++t) {
-        to_float(mask, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
+        to_float(mask->type, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
     }
 
     for (int64_t r = 0; r < n_lines; ++r) {
@@ -111,7 +111,7 @@ static void attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax 
             const char * src = (const char *) v->data + (line + i)*v->nb[2] + ggml_row_size(v->type, cell);
 
             prefetch(src + TILE*v->nb[2], ggml_row_size(v->type, CHUNK));
-            to_float(v, src, tile + i*CHUNK, CHUNK);
+            to_float(v->type, src, tile + i*CHUNK, CHUNK);
         }
         for (int64_t t = 0; t < n_tokens; ++t) {
             for (int64_t g = 0; g < s.n_gqa; ++g) {

@@ -13,6 +13,7 @@ const refreekv_kernels * refreekv_cpu_kernels() {
         refreekv_attention_cpu_make,
         refreekv_decode_fits,
         refreekv_decode,
+        [](ggml_type type, const uint8_t * src, float * dst, int64_t n) { to_float(type, (const char *) src, dst, n); },
         refreekv_codes_fit,
         refreekv_encode,
     };

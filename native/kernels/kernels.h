@@ -20,9 +20,12 @@ struct refreekv_kernels {
     // [n_embd_head_v*n_head, n_tokens] f32; nodes: all of it
     ggml_tensor * (*decode)(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);
 
+    // n numbers of a type that has a to_float
+    void (*to_float)(ggml_type type, const uint8_t * src, float * dst, int64_t n);
+
     // kernels/codes.h
     bool (*codes_fit)(int64_t n_channels, int bits);
-    void (*encode)(const float * rows, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
+    void (*encode)(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
 };
 
 // those of the CPU backend that is loaded; nullptr: it has none, because its compiler lacks vectors of fixed size

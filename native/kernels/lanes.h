@@ -22,6 +22,12 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi" // vectors wider than the machine's are passed in memory, and only inlined here
 
 typedef float   lanes  __attribute__((vector_size(64)));
@@ -56,6 +62,21 @@ static inline reg load_reg(const float * p) {
     reg res;
     memcpy(&res, p, sizeof(res));
     return res;
+}
+
+// N_REG numbers of f16
+static inline reg load_half(const uint16_t * p) {
+#if defined(__AVX512F__)
+    return (reg) _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *) p)); // GCC warns of the one without a mask
+#elif defined(__AVX__) && defined(__F16C__)
+    return (reg) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (reg) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    reg res;
+    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) p, (float *) &res, N_REG);
+    return res;
+#endif
 }
 
 static inline void store_reg(float * p, reg v) {
@@ -136,8 +157,8 @@ static inline V exp_neg(V x) {
     return y > -126.0f ? res : V {};
 }
 
-static inline void to_float(const ggml_tensor * t, const char * src, float * dst, int64_t n) {
-    switch (t->type) {
+static inline void to_float(ggml_type type, const char * src, float * dst, int64_t n) {
+    switch (type) {
         case GGML_TYPE_F32:
             {
                 memcpy(dst, src, n*sizeof(float));
@@ -166,7 +187,7 @@ static inline void to_float(const ggml_tensor * t, const char * src, float * dst
             } break;
         default:
             {
-                ggml_get_type_traits(t->type)->to_float(src, dst, n);
+                ggml_get_type_traits(type)->to_float(src, dst, n);
             } break;
     }
 }

@@ -26,7 +26,7 @@ static inline void read_rows(const ggml_tensor * t, int64_t cell, float * dst, i
         const char * row = (const char *) t->data + (cell + i)*t->nb[2];
 
         prefetch(row + TILE*t->nb[2], row_bytes);
-        to_float(t, row, dst + i*n, n);
+        to_float(t->type, row, dst + i*n, n);
     }
 }
 

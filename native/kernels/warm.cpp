@@ -38,6 +38,19 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
     float * logits = aligned(scratch, (n_gqa + 1)*CELLS); // [n_gqa][CELLS]
     float * mask   = logits + n_gqa*CELLS;
 
+    float unit[REFREEKV_WARM_GQA];
+    for (int64_t i = 0; i < n_gqa; ++i) {
+        reg most = {};
+        for (int64_t d = 0; d < warm.n_k; d += N_REG) {
+            const reg x = load_reg(q[i] + d)*load_reg(warm.largest_steps + h_kv*warm.n_k + d);
+            most = max(max(x, -x), most);
+        }
+        unit[i] = 0.0f;
+        for (int p = 0; p < N_REG; ++p) {
+            unit[i] = std::max(unit[i], most[p]/127.0f);
+        }
+    }
+
     const int64_t end = std::min((span + 1)*REFREEKV_WARM_SPAN, warm.n_blocks);
 
     for (int64_t b = span*REFREEKV_WARM_SPAN; b < end; ++b) {
@@ -52,7 +65,7 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
         if (b + 1 < end) { // blocks of a head do not lie one behind the other
             prefetch((const char *) codes_k(warm, b + 1, h_kv), refreekv_codes_bytes(warm.n_k, warm.bits_k));
         }
-        refreekv_dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, n_gqa, logits);
+        refreekv_dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, unit, n_gqa, logits);
 
         const bool whole = warm.there[b] == ~0ull;
         for (int64_t j = 0; j < CELLS && !whole; ++j) {
@@ -94,13 +107,8 @@ static void attend_row(const refreekv_warm_view & warm, const uint8_t * row, int
     float * k = memory;
     float * v = k + warm.n_k;
 
-    const auto convert = [](ggml_type type, const uint8_t * src, float * dst, int64_t n) {
-        ggml_tensor t = {};
-        t.type = type;
-        to_float(&t, (const char *) src, dst, n);
-    };
-    convert(warm.type_k, row, k, warm.n_k);
-    convert(warm.type_v, row + ggml_row_size(warm.type_k, warm.n_k), v, warm.n_v);
+    to_float(warm.type_k, (const char *) row, k, warm.n_k);
+    to_float(warm.type_v, (const char *) row + ggml_row_size(warm.type_k, warm.n_k), v, warm.n_v);
 
     for (int64_t i = 0; i < n_gqa; ++i) {
         lanes dot = {};

@@ -21,6 +21,8 @@ struct refreekv_warm_view {
     int     bits_v;
     float   theta;
 
+    const float * largest_steps; // [n_head_kv][n_k] of each channel of K, in all blocks
+
     int64_t                 n_blocks;
     const uint8_t * const * blocks;  // codes of K and V of each KV head in turn
     const uint64_t *        there;   // [n_blocks] bit i: cell i is warm

@@ -15,6 +15,8 @@ namespace refreekv {
 // that rows of one layer pass through, on their way from a device and back: much of the time goes into memory that was never touched
 static const uint32_t N_THREADS = 4;
 
+static const size_t PIECE = 64 << 10; // bytes of rows that stay in the processor's cache on their way
+
 void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scratch) {
     if (!cold.exists()) {
         return;
@@ -70,16 +72,23 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
     const refreekv_row_bytes k(layer.rows.k(), false);
     const refreekv_row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
-    std::vector<uint8_t> bytes_k;
-    std::vector<uint8_t> bytes_v;
+    const size_t n_max = std::max<size_t>(1, PIECE/(k.row() + v.row()));
+
+    std::vector<uint8_t> rows_k(n_max*k.row());
+    std::vector<uint8_t> rows_v(n_max*v.row());
 
     refreekv_for_runs(cells, [&](size_t i, size_t n) {
-        bytes_k.resize(n*k.row());
-        bytes_v.resize(n*v.row());
-        k.get(slots.data() + i, n, bytes_k.data());
-        v.get(slots.data() + i, n, bytes_v.data());
+        for (size_t done = 0, n_piece; done < n; done += n_piece) {
+            n_piece = std::min(n_max, n - done);
 
-        return cold.put(layer, cells[i], n, bytes_k.data(), bytes_v.data());
+            k.get(slots.data() + i + done, n_piece, rows_k.data());
+            v.get(slots.data() + i + done, n_piece, rows_v.data());
+
+            if (!cold.put(layer, cells[i] + done, n_piece, rows_k.data(), rows_v.data())) {
+                return false;
+            }
+        }
+        return true;
     });
 }
 

@@ -15,6 +15,10 @@ static const uint32_t N_READ = 16;      // neighbouring cells that one read cove
 
 warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
     bytes_k(refreekv_codes_bytes(n_k, bits_k)), bytes_v(refreekv_codes_bytes(n_v, bits_v)), block_bytes(n_head_kv*(bytes_k + bytes_v)) {
+    largest_steps.assign(n_head_kv*n_k, 0.0f);
+
+    view.largest_steps = largest_steps.data();
+
     view.n_head_kv = n_head_kv;
     view.n_k       = n_k;
     view.n_v       = n_v;
@@ -44,7 +48,18 @@ void warm_cells::clear() {
     there.clear();
     codes.clear();
     slabs.clear();
+    std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
     update_view();
+}
+
+void warm_cells::note_steps(const uint8_t * codes) {
+    for (int64_t h = 0; h < view.n_head_kv; ++h) {
+        const auto * steps = (const ggml_fp16_t *) (codes + h*head_bytes()) + view.n_k;
+
+        for (int64_t d = 0; d < view.n_k; ++d) {
+            largest_steps[h*view.n_k + d] = std::max(largest_steps[h*view.n_k + d], ggml_fp16_to_fp32(steps[d]));
+        }
+    }
 }
 
 uint8_t * warm_cells::add(const uint32_t * cells, size_t n) {

@@ -75,6 +75,9 @@ public:
     size_t head_bytes()   const { return bytes_k + bytes_v; }
     size_t bytes()        const;
 
+    // the codes of a block that was added are there
+    void note_steps(const uint8_t * codes);
+
     refreekv_warm_view   view = {};
     std::vector<uint8_t> visible; // [n_tokens][n_blocks]
 
@@ -101,6 +104,7 @@ private:
     const size_t block_bytes;
 
     std::vector<block>              blocks;
+    std::vector<float>              largest_steps; // [n_head_kv][n_k]
     std::vector<uint64_t>           there; // bit i of a block: its cell i is warm
     std::vector<uint8_t *>          codes;
     std::vector<refreekv_pages_ptr> slabs; // memory of codes

@@ -80,30 +80,21 @@ void warm_tier::make(layer & layer) const {
     layer.warm->exact.there  = layer.is_cold.data();
 }
 
-// of n rows of K or V: the codes of each KV head
-void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, uint8_t * codes) const {
-    const auto & view = layer.warm->view;
+// of n rows of K or V: the codes of each KV head. numbers: room for the rows
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers, uint8_t * codes) const {
+    const auto & kernels = *refreekv_find_kernels();
+    const auto & view    = layer.warm->view;
 
-    const ggml_type type   = layer.type(is_v);
-    const int64_t   n_row  = layer.n_embd(is_v);
-    const int64_t   n_head = is_v ? view.n_v : view.n_k;
-
-    std::vector<float> numbers(n*n_row);
-    std::vector<float> head   (n*n_head);
+    const int64_t n_row  = layer.n_embd(is_v);
+    const int64_t n_head = is_v ? view.n_v : view.n_k;
 
     for (int64_t i = 0; i < n; ++i) {
-        const uint8_t * row = rows + i*layer.row_size(is_v);
-        if (type == GGML_TYPE_F32) {
-            std::copy_n((const float *) row, n_row, numbers.data() + i*n_row);
-        } else {
-            ggml_get_type_traits(type)->to_float(row, numbers.data() + i*n_row, n_row);
-        }
+        kernels.to_float(layer.type(is_v), rows + i*layer.row_size(is_v), numbers + i*n_row, n_row);
     }
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        for (int64_t i = 0; i < n; ++i) {
-            std::copy_n(numbers.data() + i*n_row + h*n_head, n_head, head.data() + i*n_head);
-        }
-        refreekv_find_kernels()->encode(head.data(), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, codes + h*layer.warm->head_bytes() + (is_v ? layer.warm->head_bytes_k() : 0));
+        uint8_t * dst = codes + h*layer.warm->head_bytes() + (is_v ? layer.warm->head_bytes_k() : 0);
+
+        kernels.encode(numbers + h*n_head, n_row, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, dst);
     }
 }
 
@@ -129,6 +120,7 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
 
     std::vector<uint8_t> rows_k(N_CELLS*layer.row_size(false));
     std::vector<uint8_t> rows_v(N_CELLS*layer.row_size(true));
+    std::vector<float>   numbers(N_CELLS*std::max(layer.n_embd(false), layer.n_embd(true)));
 
     for (auto & r : runs) {
         std::sort(r.cells.begin(), r.cells.end());
@@ -153,8 +145,9 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
             rows(indices, n, rows_k.data(), rows_v.data());
 
             uint8_t * codes = layer.warm->add(of_block, n);
-            encode(layer, false, n, rows_k.data(), codes);
-            encode(layer, true,  n, rows_v.data(), codes);
+            encode(layer, false, n, rows_k.data(), numbers.data(), codes);
+            encode(layer, true,  n, rows_v.data(), numbers.data(), codes);
+            layer.warm->note_steps(codes);
         }
     }
     n_generation++;
