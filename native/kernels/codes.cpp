@@ -163,27 +163,6 @@ static inline void dot_lines(const uint8_t * packs, int64_t n_packs, const int32
     }
 }
 
-typedef float quad __attribute__((vector_size(16)));
-
-// the numbers of a register joined by f(quad, quad)
-template <typename F>
-static inline float across(reg x, F && f) {
-    quad parts[N_REG/4];
-    memcpy(parts, &x, sizeof(x));
-
-    quad res = parts[0];
-    for (int i = 1; i < N_REG/4; ++i) {
-        res = f(res, parts[i]);
-    }
-    res = f(res, __builtin_shufflevector(res, res, 2, 3, 0, 1));
-    res = f(res, __builtin_shufflevector(res, res, 1, 0, 3, 2));
-
-    return res[0];
-}
-
-static inline float sum_of(reg x) { return across(x, [](quad a, quad b) { return a + b; }); }
-static inline float max_of(reg x) { return across(x, [](quad a, quad b) { return a > b ? a : b; }); }
-
 static const int N_16 = 16/N_REG; // registers of 16 numbers
 
 typedef int32_t iregs __attribute__((vector_size(sizeof(reg))));

@@ -172,6 +172,16 @@ struct lines {
     }
 };
 
+// f(h_kv, span) for a thread's share of the spans of all KV heads: neighbours, since codes are read in the order of memory
+template <typename F>
+static void for_units(const shape & s, const lines & l, int64_t ith, int64_t nth, F && f) {
+    const int64_t n = s.n_head_kv*l.n_spans;
+
+    for (int64_t u = n*ith/nth; u < n*(ith + 1)/nth; ++u) {
+        f(u/l.n_spans, u%l.n_spans);
+    }
+}
+
 // the first pass over a span of warm cells, in one KV head
 static void judge_span(const refreekv_warm_view & warm, const shape & s, const lines & l, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
     const float *        queries[REFREEKV_WARM_GQA];
@@ -305,19 +315,15 @@ static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const shape s(q, dst->src[1], dst->src[2]);
     const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->data);
 
-    const int64_t n_all = s.n_chunks + l.n_spans*s.n_head_kv;
-
-    for (int64_t i = ith; i < n_all; i += nth) {
-        if (i < s.n_chunks) {
-            attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
-            continue;
-        }
-        const int64_t u = i - s.n_chunks;
-
-        for (int64_t t = 0; t < q->ne[2]; ++t) {
-            judge_span(warm, s, l, q, t, t, u % s.n_head_kv, u/s.n_head_kv);
-        }
+    for (int64_t i = ith; i < s.n_chunks; i += nth) {
+        attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
     }
+
+    for_units(s, l, ith, nth, [&](int64_t h_kv, int64_t span) {
+        for (int64_t t = 0; t < q->ne[2]; ++t) {
+            judge_span(warm, s, l, q, t, t, h_kv, span);
+        }
+    });
 }
 
 // dst: spans of lines, and lse
@@ -341,11 +347,11 @@ static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
         std::copy_n(lse, l.n_lines, l.lse);
     }
 
-    for (int64_t u = ith; u < l.n_spans*s.n_head_kv; u += nth) {
+    for_units(s, l, ith, nth, [&](int64_t h_kv, int64_t span) {
         for (int64_t t = 0; t < q->ne[2]; ++t) {
-            attend_span(warm, s, l, lse, q, t, t, u % s.n_head_kv, u/s.n_head_kv);
+            attend_span(warm, s, l, lse, q, t, t, h_kv, span);
         }
-    }
+    });
 }
 
 // dst: [n_embd_head_v*n_head, n_tokens]
@@ -380,15 +386,11 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
         for (int64_t c = 0; c < s.n_chunks; ++c) {
             attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
         }
-        for (int64_t u = 0; u < l.n_spans*s.n_head_kv; ++u) {
-            judge_span(warm, s, l, q, t, 0, u % s.n_head_kv, u/s.n_head_kv);
-        }
+        for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { judge_span(warm, s, l, q, t, 0, h_kv, span); });
         for (int64_t h = 0; h < s.n_head; ++h) {
             l.lse[h] = estimate_lse(s, l, h, sink_of(sinks, h));
         }
-        for (int64_t u = 0; u < l.n_spans*s.n_head_kv; ++u) {
-            attend_span(warm, s, l, l.lse, q, t, 0, u % s.n_head_kv, u/s.n_head_kv);
-        }
+        for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { attend_span(warm, s, l, l.lse, q, t, 0, h_kv, span); });
         for (int64_t h = 0; h < s.n_head; ++h) {
             join_line(s, l, h, sink_of(sinks, h), l.lse[h], (float *) ((char *) dst->data + t*dst->nb[1]) + h*s.n_v);
         }

@@ -140,6 +140,27 @@ static inline float sum(V a) {
     return res;
 }
 
+typedef float quad __attribute__((vector_size(16)));
+
+// the numbers of a register joined by f(quad, quad)
+template <typename F>
+static inline float across(reg x, F && f) {
+    quad parts[N_REG/4];
+    memcpy(parts, &x, sizeof(x));
+
+    quad res = parts[0];
+    for (int i = 1; i < N_REG/4; ++i) {
+        res = f(res, parts[i]);
+    }
+    res = f(res, __builtin_shufflevector(res, res, 2, 3, 0, 1));
+    res = f(res, __builtin_shufflevector(res, res, 1, 0, 3, 2));
+
+    return res[0];
+}
+
+static inline float sum_of(reg x) { return across(x, [](quad a, quad b) { return a + b; }); }
+static inline float max_of(reg x) { return across(x, [](quad a, quad b) { return a > b ? a : b; }); }
+
 // e^x for x <= 0: 2^k * 2^f, |f| <= 1/2, the second factor by its Taylor series. Relative error below 3e-7; below 2^-126: 0
 template <typename V>
 static inline V exp_neg(V x) {

@@ -17,11 +17,20 @@ static const int64_t CELLS = REFREEKV_CODED_CELLS;
 static const float NOTHING = 1e-5f;
 
 static const uint8_t * codes_k(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
-    return warm.blocks[block] + h_kv*(refreekv_codes_bytes(warm.n_k, warm.bits_k) + refreekv_codes_bytes(warm.n_v, warm.bits_v));
+    return warm.blocks_k[block] + h_kv*warm.next_head_k;
 }
 
 static const uint8_t * codes_v(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
-    return codes_k(warm, block, h_kv) + refreekv_codes_bytes(warm.n_k, warm.bits_k);
+    return warm.blocks_v[block] + h_kv*warm.next_head_v;
+}
+
+// Codes come from memory once for each token: a block is asked for while the blocks before it are worked on
+static const int64_t AHEAD = 2;
+
+static inline void prefetch_far(const uint8_t * p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(p + i, 0, 2); // not into the first level, which is small
+    }
 }
 
 static inline reg finished(reg x, const refreekv_decode_softmax & by) {
@@ -45,10 +54,7 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
             const reg x = load_reg(q[i] + d)*load_reg(warm.largest_steps + h_kv*warm.n_k + d);
             most = max(max(x, -x), most);
         }
-        unit[i] = 0.0f;
-        for (int p = 0; p < N_REG; ++p) {
-            unit[i] = std::max(unit[i], most[p]/127.0f);
-        }
+        unit[i] = max_of(most)/127.0f;
     }
 
     const int64_t end = std::min((span + 1)*REFREEKV_WARM_SPAN, warm.n_blocks);
@@ -62,8 +68,8 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
             continue;
         }
 
-        if (b + 1 < end) { // blocks of a head do not lie one behind the other
-            prefetch((const char *) codes_k(warm, b + 1, h_kv), refreekv_codes_bytes(warm.n_k, warm.bits_k));
+        if (b + AHEAD < warm.n_blocks) {
+            prefetch_far(codes_k(warm, b + AHEAD, h_kv), refreekv_codes_bytes(warm.n_k, warm.bits_k));
         }
         refreekv_dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, unit, n_gqa, logits);
 
@@ -85,10 +91,8 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
                 store_reg(dst + j, x);
                 m = max(x, m);
             }
-            float top = -INFINITY;
-            for (int p = 0; p < N_REG; ++p) {
-                top = std::max(top, m[p]);
-            }
+            const float top = max_of(m);
+
             reg total = {};
             for (int64_t j = 0; j < CELLS; j += N_REG) {
                 const reg w = exp_neg(load_reg(dst + j) - top);
@@ -97,7 +101,7 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
                 total += w;
             }
             out[i].tops  [b] = top;
-            out[i].totals[b] = sum(total);
+            out[i].totals[b] = sum_of(total);
         }
     }
 }
@@ -147,6 +151,15 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
             continue;
         }
 
+        if (b + AHEAD < warm.n_blocks) {
+            for (int64_t i = 0; i < n_gqa; ++i) {
+                if (judged[i].totals[b + AHEAD]*expf(judged[i].tops[b + AHEAD] - lse[i]) >= NOTHING) {
+                    prefetch_far(codes_v(warm, b + AHEAD, h_kv), refreekv_codes_bytes(warm.n_v, warm.bits_v));
+                    break;
+                }
+            }
+        }
+
         uint64_t peaks = 0;
         for (int64_t i = 0; i < n_gqa; ++i) {
             factors[i] = expf(judged[i].tops[b] - lse[i]);
@@ -193,7 +206,7 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
             for (int64_t j = 0; j < CELLS; j += N_REG) {
                 total += load_reg(dst + j);
             }
-            out[i][warm.n_v] += sum(total);
+            out[i][warm.n_v] += sum_of(total);
 
             w [n] = dst;
             to[n] = out[i];

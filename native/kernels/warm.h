@@ -24,7 +24,13 @@ struct refreekv_warm_view {
     const float * largest_steps; // [n_head_kv][n_k] of each channel of K, in all blocks
 
     int64_t                 n_blocks;
-    const uint8_t * const * blocks;  // codes of K and V of each KV head in turn
+    // codes of K and V of a block in KV head 0; those of the next head are so many bytes further. Blocks of one head that are neighbours
+    // mostly lie behind each other, since they are read in this order
+    const uint8_t * const * blocks_k;
+    const uint8_t * const * blocks_v;
+    size_t                  next_head_k;
+    size_t                  next_head_v;
+
     const uint64_t *        there;   // [n_blocks] bit i: cell i is warm
     const uint8_t *         visible; // [n_tokens][n_blocks] whether a token of the batch may see a block's cells
 

@@ -14,7 +14,7 @@ static const size_t GAP      = 2 << 10; // bytes: reading them costs less than a
 static const uint32_t N_READ = 16;      // neighbouring cells that one read covers at most
 
 warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
-    bytes_k(refreekv_codes_bytes(n_k, bits_k)), bytes_v(refreekv_codes_bytes(n_v, bits_v)), block_bytes(n_head_kv*(bytes_k + bytes_v)) {
+    bytes_k(refreekv_codes_bytes(n_k, bits_k)), bytes_v(refreekv_codes_bytes(n_v, bits_v)) {
     largest_steps.assign(n_head_kv*n_k, 0.0f);
 
     view.largest_steps = largest_steps.data();
@@ -28,6 +28,9 @@ warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, 
     view.n_lost    = &n_lost;
     view.source    = this;
 
+    view.next_head_k = SLAB*bytes_k;
+    view.next_head_v = SLAB*bytes_v;
+
     view.read = [](const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows) {
         return ((const warm_cells *) source)->read(block, cells, h_kv, rows);
     };
@@ -38,7 +41,8 @@ void warm_cells::update_view() {
     visible.clear();
 
     view.n_blocks = blocks.size();
-    view.blocks   = codes.data();
+    view.blocks_k = codes_k.data();
+    view.blocks_v = codes_v.data();
     view.there    = there.data();
     view.visible  = nullptr;
 }
@@ -46,46 +50,58 @@ void warm_cells::update_view() {
 void warm_cells::clear() {
     blocks.clear();
     there.clear();
-    codes.clear();
+    codes_k.clear();
+    codes_v.clear();
     slabs.clear();
     std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
     update_view();
 }
 
-void warm_cells::note_steps(const uint8_t * codes) {
+void warm_cells::note_steps() {
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        const auto * steps = (const ggml_fp16_t *) (codes + h*head_bytes()) + view.n_k;
+        const auto * steps   = (const ggml_fp16_t *) codes_of(h, false) + view.n_k;
+        float *      largest = largest_steps.data() + h*view.n_k;
 
         for (int64_t d = 0; d < view.n_k; ++d) {
-            largest_steps[h*view.n_k + d] = std::max(largest_steps[h*view.n_k + d], ggml_fp16_to_fp32(steps[d]));
+            largest[d] = std::max(largest[d], ggml_fp16_to_fp32(steps[d]));
         }
     }
 }
 
-uint8_t * warm_cells::add(const uint32_t * cells, size_t n) {
+void warm_cells::add(const uint32_t * cells, size_t n) {
     const size_t n_blocks = blocks.size();
+    const size_t in_slab  = n_blocks % SLAB;
 
     if (n_blocks == slabs.size()*SLAB) {
-        auto slab = refreekv_pages_alloc(SLAB*block_bytes);
+        auto slab = refreekv_pages_alloc(SLAB*block_bytes());
         if (!slab) {
             throw std::bad_alloc();
         }
         slabs.push_back(std::move(slab));
     }
-    blocks.reserve(n_blocks + SLAB);
-    there .reserve(n_blocks + SLAB);
-    codes .reserve(n_blocks + SLAB);
+    blocks .reserve(n_blocks + SLAB);
+    there  .reserve(n_blocks + SLAB);
+    codes_k.reserve(n_blocks + SLAB);
+    codes_v.reserve(n_blocks + SLAB);
 
     block b = { *std::min_element(cells, cells + n), {} };
     for (size_t i = 0; i < n; ++i) {
         b.behind[i] = cells[i] - b.lowest;
     }
-    blocks.push_back(b);
-    there .push_back(~0ull >> (64 - n));
-    codes .push_back((uint8_t *) slabs.back().get() + n_blocks%SLAB*block_bytes);
-    update_view();
+    uint8_t * slab = (uint8_t *) slabs.back().get();
 
-    return codes.back();
+    blocks .push_back(b);
+    there  .push_back(~0ull >> (64 - n));
+    codes_k.push_back(slab + in_slab*bytes_k);
+    codes_v.push_back(slab + view.n_head_kv*view.next_head_k + in_slab*bytes_v);
+    update_view();
+}
+
+void warm_cells::copy_codes(size_t src, size_t dst) {
+    for (int64_t h = 0; h < view.n_head_kv; ++h) {
+        memcpy(codes_k[dst] + h*view.next_head_k, codes_k[src] + h*view.next_head_k, bytes_k);
+        memcpy(codes_v[dst] + h*view.next_head_v, codes_v[src] + h*view.next_head_v, bytes_v);
+    }
 }
 
 void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
@@ -97,7 +113,8 @@ void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
         for (int64_t j = 0; j < 64; ++j) {
             cells[j] = cell(i, j) - first_src + first_dst;
         }
-        memcpy(add(cells, 64), codes[i], block_bytes);
+        add(cells, 64);
+        copy_codes(i, blocks.size() - 1);
         there.back() = there[i];
     }
 }
@@ -113,7 +130,7 @@ uint32_t warm_cells::n_cells() const {
 }
 
 size_t warm_cells::bytes() const {
-    return blocks.size()*(block_bytes + sizeof(block) + sizeof(there[0]) + sizeof(codes[0]));
+    return blocks.size()*(block_bytes() + sizeof(block) + sizeof(there[0]) + 2*sizeof(codes_k[0]));
 }
 
 void warm_cells::drop_empty() {
@@ -125,18 +142,20 @@ void warm_cells::drop_empty() {
         if (n < i) {
             blocks[n] = blocks[i];
             there [n] = there[i];
-            memcpy(codes[n], codes[i], block_bytes);
+            copy_codes(i, n);
         }
         n++;
     }
     blocks.resize(n);
     there .resize(n);
-    codes .resize(n);
+    codes_k.resize(n);
+    codes_v.resize(n);
     slabs .resize((n + SLAB - 1)/SLAB);
 
     blocks.shrink_to_fit();
     there .shrink_to_fit();
-    codes .shrink_to_fit();
+    codes_k.shrink_to_fit();
+    codes_v.shrink_to_fit();
     update_view();
 }
 

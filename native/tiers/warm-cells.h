@@ -38,9 +38,13 @@ public:
 
     void clear();
 
-    // Adds a block of at most 64 cells, no two of them 65536 or more apart. The caller writes the codes to the address that is
-    // returned: of each KV head in turn, those of K and then those of V. Throws std::bad_alloc, and nothing has changed then
-    uint8_t * add(const uint32_t * cells, size_t n);
+    // Adds a block of at most 64 cells, no two of them 65536 or more apart, whose codes the caller writes (codes_of), and then calls
+    // note_steps(). Throws std::bad_alloc, and nothing has changed then
+    void add(const uint32_t * cells, size_t n);
+
+    // of the block that was added last
+    uint8_t * codes_of(int64_t h_kv, bool is_v) { return is_v ? codes_v.back() + h_kv*view.next_head_v : codes_k.back() + h_kv*view.next_head_k; }
+    void note_steps();
 
     static bool may_share(uint32_t lowest, uint32_t highest) { return highest - lowest < 1 << 16; }
 
@@ -71,12 +75,7 @@ public:
     uint32_t cell(uint32_t block, int64_t i) const { return blocks[block].lowest + blocks[block].behind[i]; }
     uint32_t first_cell(uint32_t block)      const { return cell(block, lowest_bit(there[block])); } // that is warm
 
-    size_t head_bytes_k() const { return bytes_k; } // codes of one KV head in a block
-    size_t head_bytes()   const { return bytes_k + bytes_v; }
-    size_t bytes()        const;
-
-    // the codes of a block that was added are there
-    void note_steps(const uint8_t * codes);
+    size_t bytes() const;
 
     refreekv_warm_view   view = {};
     std::vector<uint8_t> visible; // [n_tokens][n_blocks]
@@ -99,16 +98,18 @@ private:
         uint16_t behind[64];
     };
 
-    const size_t bytes_k;
+    const size_t bytes_k; // codes of one KV head in a block
     const size_t bytes_v;
-    const size_t block_bytes;
 
     std::vector<block>              blocks;
     std::vector<float>              largest_steps; // [n_head_kv][n_k]
     std::vector<uint64_t>           there; // bit i of a block: its cell i is warm
-    std::vector<uint8_t *>          codes;
-    std::vector<refreekv_pages_ptr> slabs; // memory of codes
+    std::vector<uint8_t *>          codes_k; // of KV head 0
+    std::vector<uint8_t *>          codes_v;
+    std::vector<refreekv_pages_ptr> slabs;   // memory of codes: of some blocks the K of each KV head, and then the V
 
+    size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
+    void copy_codes(size_t src, size_t dst);
     void drop_empty();
     void update_view();
     bool read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;

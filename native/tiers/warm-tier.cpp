@@ -80,8 +80,8 @@ void warm_tier::make(layer & layer) const {
     layer.warm->exact.there  = layer.is_cold.data();
 }
 
-// of n rows of K or V: the codes of each KV head. numbers: room for the rows
-void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers, uint8_t * codes) const {
+// the codes of n rows of K or V, for the block that was added last. numbers: room for the rows
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const {
     const auto & kernels = *refreekv_find_kernels();
     const auto & view    = layer.warm->view;
 
@@ -92,9 +92,7 @@ void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t 
         kernels.to_float(layer.type(is_v), rows + i*layer.row_size(is_v), numbers + i*n_row, n_row);
     }
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        uint8_t * dst = codes + h*layer.warm->head_bytes() + (is_v ? layer.warm->head_bytes_k() : 0);
-
-        kernels.encode(numbers + h*n_head, n_row, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, dst);
+        kernels.encode(numbers + h*n_head, n_row, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
     }
 }
 
@@ -144,10 +142,10 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
             }
             rows(indices, n, rows_k.data(), rows_v.data());
 
-            uint8_t * codes = layer.warm->add(of_block, n);
-            encode(layer, false, n, rows_k.data(), numbers.data(), codes);
-            encode(layer, true,  n, rows_v.data(), numbers.data(), codes);
-            layer.warm->note_steps(codes);
+            layer.warm->add(of_block, n);
+            encode(layer, false, n, rows_k.data(), numbers.data());
+            encode(layer, true,  n, rows_v.data(), numbers.data());
+            layer.warm->note_steps();
         }
     }
     n_generation++;

@@ -54,7 +54,7 @@ private:
     float share          = 0.0f;
     bool  warned_of_lost = false;
 
-    void encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers, uint8_t * codes) const;
+    void encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const;
 };
 
 } // namespace refreekv
