@@ -33,10 +33,20 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling_type": 9}, "rope_scaling_type=9: must be"),
     ({"pooling_type": 9}, "pooling_type=9: must be"),
     ({"rope_freq_base": "x"}, "rope_freq_base='x': must be a number"),
+    ({"rope_freq_base": float("nan")}, "rope_freq_base=nan: must be a finite number"),
+    ({"yarn_ext_factor": float("inf")}, "yarn_ext_factor=inf: must be a finite number"),
+    ({"lora_scale": 1e39}, "lora_scale=1e+39: must be a finite number"),
+    ({"tensor_split": 1}, "tensor_split=1: must be a list of numbers"),
+    ({"tensor_split": "1,2"}, "tensor_split='1,2': must be a list of numbers"),
+    ({"tensor_split": [0.0] * 2000}, "must be a list of numbers"),
+    ({"tensor_split": [1, "a"]}, "tensor_split='a': must be a number"),
+    ({"tensor_split": [1, float("nan")]}, "tensor_split=nan: must be a finite number"),
+    ({"tensor_split": [-1.0]}, "tensor_split=[-1.0]: no number may be negative"),
     ({"last_n_tokens_size": 2**31}, "last_n_tokens_size=2147483648: must be"),
     ({"lora_path": 5}, "lora_path=5: must be a path"),
     ({"kv_overrides": 5}, "kv_overrides=5: must be a dict"),
     ({"kv_overrides": {"llama.block_count": 1000}}, "llama.block_count must be left as it is"),
+    ({"kv_overrides": {"a": float("nan")}}, "kv_overrides: a=nan: must be a finite number"),
     ({"kv_overrides": {"a": None}}, "a=None must be a bool, a number or text"),
     ({"kv_overrides": {"a" * 128: 1}}, "must be text of 1 to 127 bytes"),
     ({"kv_elastic": "x"}, "kv_elastic='x': must be one of None, True, False"),
@@ -106,14 +116,14 @@ def test_a_schema_with_many_optional_properties_is_taken(tiny_model: Path) -> No
     assert answer["choices"][0]["message"]["content"].startswith("{")
 
 
-@pytest.mark.parametrize("texts", [[], ["a", ""], ""], ids=str)
+@pytest.mark.parametrize("texts", [[], ["a", ""], "", 5, None, b"a", [b"a"], [1], ["a", None]], ids=str)
 def test_nothing_to_embed(tiny_model: Path, texts: Any) -> None:
     llm = load(tiny_model, "full", embedding=True)
     llm.tokenizer_.tokenize = lambda text, *_: list(text)  # type: ignore[method-assign]  # one that adds no token
     for embed in (llm.embed, llm.create_embedding):
         with pytest.raises(ValueError, match="with one token at least"):
             embed(texts)
-    assert len(llm.embed(["a", "bc"])) == 2
+    assert len(llm.embed(["a", "bc"])) == len(llm.embed(iter(["a", "bc"]))) == len(llm.embed(("a", "bc"))) == 2
 
 
 @pytest.mark.parametrize("policy", ["refreekv", "full"])

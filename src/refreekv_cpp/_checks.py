@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+import llama_cpp
+import numpy as np
+
+from refreekv_cpp._machine import host_free
+from refreekv_cpp.errors import ContextError
+
 _INT_MAX = 2**31 - 1
+_FLOAT_MAX = 3.4028234663852886e38  # FLT_MAX
 _THREADS_MAX = 512  # GGML_MAX_N_THREADS
+_CELL_BYTES = 200  # of llama.cpp's table of the cells, for each; the process ends where it cannot have that
 
 
 class _Range(NamedTuple):
@@ -74,9 +82,11 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     res = dict(options)
     for name in options.keys() & _INTEGERS.keys():
         res[name] = check_integer(name, options[name], *_INTEGERS[name])
+    check_n_ctx(res.get("n_ctx", 0))
     for name in options.keys() & set(_NUMBERS):
-        if not isinstance(options[name], Real):
-            raise ValueError(f"{name}={options[name]!r}: must be a number")
+        check_number(name, options[name])
+    if options.get("tensor_split") is not None:
+        _check_split(options["tensor_split"])
     if "numa" in options and not isinstance(options["numa"], bool):
         res["numa"] = check_integer("numa", options["numa"], 0, 4)
     if options.get("lora_path") is not None:
@@ -103,6 +113,27 @@ def check_integer(name: str, value: Any, low: int, high: int, none: bool = False
     return res
 
 
+def check_n_ctx(n_ctx: int) -> None:
+    """
+    Raises:
+        ContextError: llama.cpp's table of so many cells would take more than half of the memory that is free.
+    """
+    most = host_free() // 2 // _CELL_BYTES
+    if n_ctx > most:
+        raise ContextError(f"n_ctx={n_ctx}: must be at most {most}, by the memory that is free")
+
+
+def check_number(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: not a number, or one that a C float does not hold: NaN, infinity, or a larger one.
+    """
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    if not abs(value) <= _FLOAT_MAX:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r}: must be a finite number, from {-_FLOAT_MAX:.3g} to {_FLOAT_MAX:.3g}")
+
+
 def check_path(name: str, value: Any) -> str:
     """
     Raises:
@@ -111,6 +142,20 @@ def check_path(name: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
     return path
+
+
+def _check_split(split: Any) -> None:
+    """
+    Raises:
+        ValueError: no list of numbers, one for each device, none of them negative.
+    """
+    most = llama_cpp.LLAMA_MAX_DEVICES
+    if isinstance(split, str) or not isinstance(split, (Sequence, np.ndarray)) or not len(split) <= most:
+        raise ValueError(f"tensor_split={split!r}: must be a list of numbers, {most} at most")
+    for value in split:
+        check_number("tensor_split", value)
+        if value < 0:
+            raise ValueError(f"tensor_split={split!r}: no number may be negative")
 
 
 def _check_adapter(value: Any) -> str:
@@ -140,6 +185,8 @@ def _check_overrides(overrides: Any) -> None:
             raise ValueError(f"kv_overrides: the key {key!r} must be text of 1 to 127 bytes")
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"kv_overrides: {key}={value!r} must be a bool, a number or text")
+        if isinstance(value, float):
+            check_number(f"kv_overrides: {key}", value)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"kv_overrides: {key}={value} must fit in 64 bits")
         if isinstance(value, str) and len(value.encode()) > 127:

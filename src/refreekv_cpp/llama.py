@@ -7,7 +7,8 @@ import os
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +43,9 @@ llama_cpp._internals.LlamaSampler = _grammar.Sampler  # type: ignore[misc]
 
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0
+
+# the system message of the chat that this thread is answering
+_chat_system: ContextVar[str | None] = ContextVar("system", default=None)
 
 
 class Llama(llama_cpp.Llama):
@@ -172,7 +176,7 @@ class Llama(llama_cpp.Llama):
         self._n_guarded = 0
         self._divergence: float | None = None  # of the last pruning, where it was measured
         self._n_generated = 0  # since the last pruning
-        self._system: str | None = None  # message of the chat that is being answered
+        self._system: str | None = None  # message of the chat that is in the cache
         self._heads: list[induction.Head] | None = None  # those that are kept whole; None: not known yet
         self._heads_set = False
 
@@ -303,6 +307,8 @@ class Llama(llama_cpp.Llama):
         if self._guards(tokens) and self._prune_guarded(tokens):
             return
         self._prune_due()
+        if self._prompt_of is not None or _chat_system.get() is not None:  # what comes is not a caller's own `eval`
+            self._system = _chat_system.get()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
         if 0 < self.n_tokens <= pruned_pos and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
@@ -513,7 +519,7 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
+            idx = args[_SAMPLE_IDX] if len(args) > _SAMPLE_IDX else kwargs.get("idx")
             if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
                 raise CacheStateError("there are no logits to sample from; eval() tokens before")
             token: int = super().sample(*args, **kwargs)
@@ -527,11 +533,10 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            if not isinstance(input, str):
-                input = list(input)
-            texts = [input] if isinstance(input, str) else input
-            if not texts or not all(self.tokenize(text.encode()) for text in texts):
+            texts = [input] if isinstance(input, str) else list(input) if isinstance(input, Iterable) else []
+            if not texts or not all(isinstance(text, str) and self.tokenize(text.encode()) for text in texts):
                 raise ValueError("the input must be a text, or a list of texts, each with one token at least")
+            input = input if isinstance(input, str) else texts
             return super().embed(input, *args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
@@ -677,15 +682,16 @@ class Llama(llama_cpp.Llama):
         locks.enter_context(self._completing)
         if self.chat_handler is not None:  # it may read an image itself, past `eval`
             locks.enter_context(self._using)
+        system = spans.system_text(messages)
         try:
-            with locks:
-                self._system = spans.system_text(messages)  # not while another thread's prompt waits to be pruned
+            with locks, _chat_with(system):
                 native.clear_error()
-                return super().create_chat_completion(messages, *args, **kwargs)
+                answer = super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
             if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
                 raise CacheMemoryError(reason) from error
             raise
+        return _chat_stream(system, answer) if isinstance(answer, Iterator) else answer
 
     def close(self) -> None:
         """Free the model and the context. All that needs them raises ClosedError from now on."""
@@ -719,8 +725,33 @@ class Llama(llama_cpp.Llama):
         return {**state, **options, "kv_faults": self._kv_faults}  # what was asked for, not what came of it here
 
 
+@contextmanager
+def _chat_with(system: str | None) -> Iterator[None]:
+    """Prompts that this thread reads inside are those of a chat with this system message."""
+    token = _chat_system.set(system)
+    try:
+        yield
+    finally:
+        _chat_system.reset(token)
+
+
+def _chat_stream(system: str | None, chunks: Iterator[Any]) -> Iterator[Any]:
+    """The chunks, whose generation begins with the first one, or later: other chats may be answered between them."""
+    try:
+        while True:
+            with _chat_with(system):
+                try:
+                    chunk = next(chunks)
+                except StopIteration:
+                    return
+            yield chunk
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
+_SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1  # of its arguments after self
 _OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name
