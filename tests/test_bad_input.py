@@ -89,9 +89,10 @@ def test_a_model_is_no_adapter(tiny_model: Path) -> None:
         (f"root ::= {' '.join(['a?'] * (MAX_OPTIONAL + 1))}\n" + 'a ::= "x"', "optional parts in a row"),
         ("root ::= a0\n" + "".join(f'a{i} ::= a{i + 1} "y" | a{i + 1} "z"\n' for i in range(40)) + 'a40 ::= "x"',
          "alternatives at one place"),
-        ("root ::= " + " | ".join(f'"{i}"' for i in range(MAX_ALTERNATIVES + 1)), "alternatives at one place"),
+        ("root ::= " + " | ".join(f'"{i}" [a]' for i in range(MAX_ALTERNATIVES + 1)), "alternatives at one place"),
+        ("root ::= " + " | ".join(f'"{chr(0x4E00 + i)}"' for i in range(MAX_ALTERNATIVES + 3)), "alternatives at one"),
     ],
-    ids=["rules", "optional", "doubling", "alternatives"],
+    ids=["rules", "optional", "doubling", "alternatives", "words"],
 )  # fmt: skip
 def test_a_grammar_with_too_many_branches(tiny_model: Path, text: str, message: str) -> None:
     llm = load(tiny_model, "full")

@@ -152,9 +152,11 @@ def test_a_prompt_that_is_no_chat_has_no_system_message(tiny_model: Path) -> Non
     llm = load(tiny_model, Streaming(budget=0.3, n_min=0), kv_protect="system")
     system = f"Always-answer-like-a-pirate!{'Arr!' * 30}"
     chat(llm, system)
-    assert all(set(layer) >= PROTECTED for layer in kept(llm))
-    llm.create_completion(list(llm._input_ids), max_tokens=2)
-    assert llm._system is None
+    start, end = spans.find_text(llm, system) or (0, 0)
+    assert all(set(layer) >= set(range(start, end)) for layer in kept(llm))
+    prompt = [*llm._input_ids.tolist()[: end + 20], *random_tokens(300)]
+    llm.create_completion(prompt, max_tokens=2)
+    assert not any(set(layer) >= set(range(start, end)) for layer in kept(llm))
 
 
 def test_no_system_message_is_no_error(tiny_model: Path) -> None:

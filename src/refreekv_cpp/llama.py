@@ -202,7 +202,7 @@ class Llama(llama_cpp.Llama):
         self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
-        with native.next_context(self._native_params()):
+        with _closed.loading, native.next_context(self._native_params()):
             try:
                 _closed.before_fork(self)
                 super().__init__(model_path, **options)
