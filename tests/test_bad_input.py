@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lora_path": 5}, "lora_path=5: must be a path"),
     ({"kv_overrides": 5}, "kv_overrides=5: must be a dict"),
     ({"kv_overrides": {"llama.block_count": 1000}}, "llama.block_count must be left as it is"),
+    ({"kv_overrides": {"llama.expert_group_count": 3}}, "llama.expert_group_count must be left as it is"),
+    ({"kv_overrides": {"gemma2.rope.dimension_count_swa": 3}}, "gemma2.rope.dimension_count_swa must be left as it is"),
+    ({"kv_overrides": {"llama.attention.key_length_mla": 3}}, "llama.attention.key_length_mla must be left as it is"),
+    ({"kv_overrides": {"llama.rope.scaling.type": "x"}}, "must be one of none, linear, yarn, longrope"),
+    ({"kv_overrides": {"llama.pooling_type": 9}}, "llama.pooling_type=9 must be one of -1, 0, 1, 2, 3, 4"),
+    ({"kv_overrides": {"llama.expert_gating_func": 9}}, "llama.expert_gating_func=9 must be one of"),
+    ({"kv_overrides": {"llama.attention.layer_norm_rms_epsilon": -1.0}}, "rms_epsilon=-1.0 must not be negative"),
+    ({"kv_overrides": {"llama.expert_used_count": 2}}, "llama.expert_used_count=2: must be a whole number from 0 to 0"),
+    ({"n_ctx": 2**31 - 1}, "n_ctx=2147483647: must be at most"),
     ({"kv_overrides": {"a": float("nan")}}, "kv_overrides: a=nan: must be a finite number"),
     ({"kv_overrides": {"a": None}}, "a=None must be a bool, a number or text"),
     ({"kv_overrides": {"a" * 128: 1}}, "must be text of 1 to 127 bytes"),
@@ -64,10 +74,29 @@ def test_an_option_that_is_not_valid(tiny_model: Path, options: dict[str, Any], 
         Llama(str(tiny_model), verbose=False, **{"kv_policy": "refreekv", **options})
 
 
+@pytest.mark.parametrize("n_experts", [-1, 0, 5, 2**32 + 2, 1.0, True])
+def test_more_experts_than_there_are(tiny: Callable[[str], Path], n_experts: Any) -> None:
+    model = tiny("llama (Mixtral: experts)")
+    key = "llama.expert_used_count"
+    with pytest.raises(ValueError, match="must be a whole number from 1 to 4"):
+        load(model, "full", kv_overrides={key: n_experts})
+    for fitting in (1, 4):
+        assert load(model, "refreekv", kv_overrides={key: fitting}).create_completion(PROMPT, max_tokens=1)
+
+
 def test_options_that_stock_takes(tiny_model: Path) -> None:
-    llm = load(tiny_model, "full", n_threads=None, n_gpu_layers=-1, n_ubatch=0, kv_overrides={"general.name": "x"})
+    overrides: dict[str, Any] = {
+        "general.name": "x",
+        "llama.context_length": 100,
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.freq_base": 1e6,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.token_type_count": 1,
+    }
+    llm = load(tiny_model, "full", n_threads=None, n_gpu_layers=-1, n_ubatch=0, kv_overrides=overrides)
     assert llm.create_completion(PROMPT, max_tokens=1)
     assert load(tiny_model, "full", n_ctx=np.int64(256), n_batch=np.int32(64)).n_batch == 64
+    assert load(tiny_model, "full", tensor_split=np.ones(2), rope_freq_base=np.float32(1e4), lora_scale=1)
     assert load(tiny_model, "full", n_ctx=256, n_batch=2**31 - 1).n_batch == 256
 
 

@@ -75,7 +75,7 @@ def test_a_grammar_that_can_be_used(tiny_model: Path) -> None:
 def words(n: int) -> list[str]:
     """Many with the same beginning, one that another one begins with, and some with signs that a grammar escapes."""
     rng = np.random.default_rng(0)
-    res = {"".join(rng.choice(["ba", "ko", "\"", "\\", "\n", "é", "|", "("], rng.integers(1, 5))) for _ in range(30 * n)}
+    res = {"".join(rng.choice(["ba", "ko", '"', "\\", "\n", "é", "|", "("], rng.integers(1, 5))) for _ in range(30 * n)}
     return sorted(res)[:n]
 
 
@@ -90,7 +90,7 @@ def test_an_enum_of_ten_thousand_words(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     "frame",
-    ["root ::= {}", "root ::= ({}) {{2}} # \"{}\" | \n", "root ::= [|\"] ({}) ({} | b)?\nb ::= \"b\" {} | [x] | {}"],
+    ["root ::= {}", 'root ::= ({}) {{2}} # "{}" | \n', 'root ::= [|"] ({}) ({} | b)?\nb ::= "b" {} | [x] | {}'],
     ids=range(3),
 )
 def test_words_that_share_their_beginnings_are_the_same_words(tiny_model: Path, frame: str) -> None:
@@ -99,7 +99,9 @@ def test_words_that_share_their_beginnings_are_the_same_words(tiny_model: Path, 
     text = frame.replace("{}", " | ".join(map(json.dumps, words(40)))).replace("{{2}}", "{2}")
     assert factored(text) != text
     assert factored(factored(text)) == factored(text)
-    samplers = [llama_cpp.llama_sampler_init_grammar(model.vocab, each.encode(), b"root") for each in (text, factored(text))]
+    samplers = [
+        llama_cpp.llama_sampler_init_grammar(model.vocab, each.encode(), b"root") for each in (text, factored(text))
+    ]
     assert all(samplers)
     rng = np.random.default_rng(0)
     for _ in range(300):

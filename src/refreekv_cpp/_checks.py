@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from numbers import Real
 from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
+from llama_cpp._internals import LlamaModel
 
 from refreekv_cpp._machine import host_free
 from refreekv_cpp.errors import ContextError
@@ -48,20 +51,16 @@ _INTEGERS = {
     "yarn_orig_ctx": _Range(0, _INT_MAX),
     "last_n_tokens_size": _Range(-1, 2**24),  # llama.cpp allocates them for each completion
 }
-# keys of a GGUF, without the architecture, that say what the tensors look like: llama.cpp aborts where they do not fit
-_SHAPES = (
-    "block_count",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "nextn_predict_layers",
-    "expert_count",
-)
+# What follows are keys of a GGUF, without the architecture before them, that llama.cpp takes unchecked and aborts on.
+# Those that say how large tensors are have a name that ends so, but for a few:
+_SHAPE = re.compile(r"(?:^|[._])(?:count|length|rank|size|dim|layers|kernel|groups)(?:_mla)?(?:_swa)?$")
+_NO_SHAPES = ("context_length", "rope.scaling.original_context_length", "attention.temperature_length")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear", "yarn", "longrope"),
+    "pooling_type": (-1, 0, 1, 2, 3, 4),
+    "expert_gating_func": (1, 2, 3, 4),
+}
+_EXPERTS_USED = "expert_used_count"
 _NUMBERS = (
     "rope_freq_base",
     "rope_freq_scale",
@@ -176,7 +175,7 @@ def _check_adapter(value: Any) -> str:
 def _check_overrides(overrides: Any) -> None:
     """
     Raises:
-        ValueError: no dict of keys and values that a GGUF can have, or it would change the shapes of tensors.
+        ValueError: no dict of keys and values that a GGUF can have, or llama.cpp would abort on one of them.
     """
     if not isinstance(overrides, dict):
         raise ValueError(f"kv_overrides={overrides!r}: must be a dict")
@@ -191,5 +190,34 @@ def _check_overrides(overrides: Any) -> None:
             raise ValueError(f"kv_overrides: {key}={value} must fit in 64 bits")
         if isinstance(value, str) and len(value.encode()) > 127:
             raise ValueError(f"kv_overrides: {key}={value!r} must be text of 127 bytes at most")
-        if key.partition(".")[2] in _SHAPES:
-            raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")
+        _check_override(key, key.partition(".")[2], value)
+
+
+def _check_override(key: str, name: str, value: Any) -> None:
+    """name: the key without the architecture.
+
+    Raises:
+        ValueError: llama.cpp would abort.
+    """
+    if key.startswith(("general.", "tokenizer.")) or name in (*_NO_SHAPES, _EXPERTS_USED):
+        return
+    if _SHAPE.search(name):
+        raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")
+    if value not in (choices := _CHOICES.get(name, (value,))):
+        raise ValueError(f"kv_overrides: {key}={value!r} must be one of {', '.join(map(str, choices))}")
+    if name.endswith("_epsilon") and isinstance(value, float) and value < 0:
+        raise ValueError(f"kv_overrides: {key}={value!r} must not be negative")
+
+
+def check_experts(overrides: Mapping[str, Any], model_path: str) -> None:
+    """For `kv_overrides` that say how many experts of each layer are used: whether the model has them.
+
+    Raises:
+        ValueError: it has fewer, or the number is not positive.
+    """
+    for key in (key for key in overrides if key.partition(".")[2] == _EXPERTS_USED):
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        with closing(LlamaModel(path_model=model_path, params=params, verbose=False)) as model:
+            n_experts = int(model.metadata().get(key.replace(_EXPERTS_USED, "expert_count"), 0))
+        check_integer(f"kv_overrides: {key}", overrides[key], min(n_experts, 1), n_experts)

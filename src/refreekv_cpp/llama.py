@@ -146,6 +146,8 @@ class Llama(llama_cpp.Llama):
             _cache_types.check(name, options.get(name))
         model_path = _checks.check_path("model_path", model_path)
         options = _checks.check_options(options)
+        with _closed.loading:
+            _checks.check_experts(options.get("kv_overrides") or {}, model_path)
         if "n_batch" in options and (n_ctx := options.get("n_ctx", 512)):
             options["n_batch"] = min(options["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
         if options.get("embedding") and not isinstance(kv.policy, Full):
