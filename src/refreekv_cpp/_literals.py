@@ -1,4 +1,4 @@
-"""Alternatives of plain text in a grammar in GBNF, such as the values of an enum, in a form that llama.cpp is quick with.
+"""Alternatives of plain text in a grammar, such as the values of an enum, in a form that llama.cpp is quick with.
 
 For each token llama.cpp compares the whole vocabulary with every alternative, so ten thousand words take seconds. Here
 words with the same beginning become one alternative: "car" | "cat" | "dog" becomes "ca" ("r" | "t") | "dog". What the
@@ -7,10 +7,9 @@ grammar allows stays the same.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from refreekv_cpp._branches import TOKEN
 
@@ -53,7 +52,10 @@ def _tree(words: list[_Word], depth: int) -> str:
     res = []
     for _, group in groupby(words, key=lambda word: word[:1]):
         same = list(group)
-        start: _Word = tuple(os.path.commonprefix(same))
+        # they are sorted: what the first and the last begin with, all do
+        start = tuple(
+            first for first, _ in takewhile(lambda pair: pair[0] == pair[1], zip(same[0], same[-1], strict=False))
+        )
         if len(same) == 1 or depth == 0:
             res += [_quoted(word) for word in same]
         else:
