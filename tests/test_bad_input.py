@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from support import load
-from tiny import random_tokens
+from tiny import N_VOCAB, random_tokens
 
 from refreekv_cpp import CacheStateError, ClosedError, Llama
 from refreekv_cpp._grammar import MAX_ALTERNATIVES, MAX_OPTIONAL
@@ -259,3 +259,16 @@ assert os.wait()[1] == 0
 llm.create_completion("abc", max_tokens=2)
 """
     subprocess.run([sys.executable, "-c", script, str(tiny_model)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("token", [-1, N_VOCAB, 2**31 - 1, 2**40])
+def test_a_token_that_is_not_there(tiny_model: Path, token: int) -> None:
+    llm = load(tiny_model, "full")
+    for detokenize in (
+        llm.detokenize,
+        llm.tokenizer().decode,
+        llama_cpp.Llama(str(tiny_model), verbose=False).detokenize,
+    ):
+        with pytest.raises(ValueError, match=f"token {token}: must be from 0 to {N_VOCAB - 1}"):
+            detokenize([100, token])
+        assert detokenize(np.array([100])) in (b"a", "a")  # type: ignore[arg-type]

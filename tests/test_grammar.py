@@ -88,6 +88,15 @@ def test_an_enum_of_ten_thousand_words(tiny_model: Path) -> None:
     assert json.loads(response["choices"][0]["text"])["a"] in values
 
 
+@pytest.mark.parametrize("word", ['a"b', "a\\b", "a\nb", "é", "😀", 'a"] | .', "\x01"])
+def test_a_schema_with_words_of_any_signs(tiny_model: Path, word: str) -> None:
+    # once the grammar did not parse, or allowed no token, or what was not JSON
+    schema = {"type": "object", "properties": {word: {"enum": [word]}}, "required": [word]}
+    grammar = llama_cpp.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    response: Any = load(tiny_model, "full").create_completion("a", grammar=grammar, max_tokens=64)
+    assert json.loads(response["choices"][0]["text"]) == {word: word}
+
+
 @pytest.mark.parametrize(
     "frame",
     ["root ::= {}", 'root ::= ({}) {{2}} # "{}" | \n', 'root ::= [|"] ({}) ({} | b)?\nb ::= "b" {} | [x] | {}'],

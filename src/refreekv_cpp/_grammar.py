@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import re
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp._internals import LlamaModel, LlamaSampler
-from llama_cpp.llama_grammar import LlamaGrammar
+from llama_cpp.llama_grammar import LlamaGrammar, SchemaConverter
 
 from refreekv_cpp import native
 from refreekv_cpp._branches import branches
@@ -70,6 +72,22 @@ def make_sampler(vocab: Any, text: str, root: str) -> Any:
         reason = native.last_error().strip() or f"it needs a rule {root!r}, and no rule may begin with itself"
         raise ValueError(f"the grammar cannot be used: {_shortened(reason)}")
     return sampler
+
+
+def _format_literal(_: SchemaConverter, literal: str) -> str:
+    """Text, which for the most part is JSON, as a grammar writes it; as llama.cpp's own converter does.
+
+    llama-cpp-python leaves backslashes alone, so a word with a quote breaks the grammar and one with a line break is no
+    JSON; and it has two halves in the place of an emoji, which no token is.
+    """
+    with contextlib.suppress(ValueError):
+        literal = json.dumps(json.loads(literal), ensure_ascii=False)
+    escaped = re.sub(r'[\\"]', r"\\\g<0>", literal).replace("\n", "\\n").replace("\r", "\\r")
+    return f'"{escaped}"'
+
+
+# from now on every `LlamaGrammar` of this process that is made of a schema
+SchemaConverter._format_literal = _format_literal  # type: ignore[method-assign]
 
 
 def _nesting(unquoted: str) -> int:

@@ -30,6 +30,7 @@ from refreekv_cpp import (
     spans,
 )
 from refreekv_cpp._log import inform, logger
+from refreekv_cpp._model import Model
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.divergence import kl
@@ -38,8 +39,9 @@ from refreekv_cpp.policies import Full, Policy, ReFreeKV
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
-# from now on every `llama_cpp.Llama` of this process makes its samplers of this class
+# from now on every `llama_cpp.Llama` of this process makes its samplers and models of these classes
 llama_cpp._internals.LlamaSampler = _grammar.Sampler  # type: ignore[misc]
+llama_cpp._internals.LlamaModel = Model  # type: ignore[misc]
 
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0
@@ -559,7 +561,11 @@ class Llama(llama_cpp.Llama):
             return tokens
 
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
-        """As upstream's."""
+        """As upstream's.
+
+        Raises:
+            ValueError: one of the tokens is not in the vocabulary.
+        """
         with self._reading:
             text: bytes = super().detokenize(*args, **kwargs)
             return text
