@@ -47,6 +47,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lora_path": 5}, "lora_path=5: must be a path"),
     ({"kv_overrides": 5}, "kv_overrides=5: must be a dict"),
     ({"kv_overrides": {"llama.block_count": 1000}}, "llama.block_count must be left as it is"),
+    ({"kv_overrides": {"llama.attention.head_count_kv": 3}}, "llama.attention.head_count_kv must be left as it is"),
     ({"kv_overrides": {"llama.expert_group_count": 3}}, "llama.expert_group_count must be left as it is"),
     ({"kv_overrides": {"gemma2.rope.dimension_count_swa": 3}}, "gemma2.rope.dimension_count_swa must be left as it is"),
     ({"kv_overrides": {"llama.attention.key_length_mla": 3}}, "llama.attention.key_length_mla must be left as it is"),

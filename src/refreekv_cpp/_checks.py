@@ -53,7 +53,7 @@ _INTEGERS = {
 }
 # What follows are keys of a GGUF, without the architecture before them, that llama.cpp takes unchecked and aborts on.
 # Those that say how large tensors are have a name that ends so, but for a few:
-_SHAPE = re.compile(r"(?:^|[._])(?:count|length|rank|size|dim|layers|kernel|groups)(?:_mla)?(?:_swa)?$")
+_SHAPE = re.compile(r"(?:^|[._])(?:count|length|rank|size|dim|layers|kernel|groups)(?:_kv)?(?:_mla)?(?:_swa)?$")
 _NO_SHAPES = ("context_length", "rope.scaling.original_context_length", "attention.temperature_length")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear", "yarn", "longrope"),
@@ -205,7 +205,7 @@ def _check_override(key: str, name: str, value: Any) -> None:
         raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")
     if value not in (choices := _CHOICES.get(name, (value,))):
         raise ValueError(f"kv_overrides: {key}={value!r} must be one of {', '.join(map(str, choices))}")
-    if name.endswith("_epsilon") and isinstance(value, float) and value < 0:
+    if name.endswith(("_epsilon", "temperature_scale")) and isinstance(value, float) and value < 0:
         raise ValueError(f"kv_overrides: {key}={value!r} must not be negative")
 
 
