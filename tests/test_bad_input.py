@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -160,8 +161,10 @@ def test_nothing_to_embed(tiny_model: Path, texts: Any) -> None:
 @pytest.mark.parametrize("policy", ["refreekv", "full"])
 def test_sampling_what_has_no_logits(tiny_model: Path, policy: str) -> None:
     llm = load(tiny_model, policy)
-    with pytest.raises(CacheStateError, match="no logits to sample from"):
-        llm.sample()
+    defaults = [parameter.default for parameter in inspect.signature(llama_cpp.Llama.sample).parameters.values()][1:]
+    for arguments in ([], [*defaults[:-1], 7]):
+        with pytest.raises(CacheStateError, match="no logits to sample from"):
+            llm.sample(*arguments)
     generator = llm.generate(PROMPT)
     next(generator)
     with pytest.raises(ValueError, match="logits_all=True"):

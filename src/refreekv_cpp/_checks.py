@@ -81,7 +81,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     res = dict(options)
     for name in options.keys() & _INTEGERS.keys():
         res[name] = check_integer(name, options[name], *_INTEGERS[name])
-    check_n_ctx(res.get("n_ctx", 0))
+    if "n_ctx" in options:
+        check_n_ctx(res["n_ctx"])
     for name in options.keys() & set(_NUMBERS):
         check_number(name, options[name])
     if options.get("tensor_split") is not None:
