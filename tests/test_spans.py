@@ -167,7 +167,7 @@ def test_no_system_message_is_no_error(tiny_model: Path) -> None:
     llm.create_completion("hello", max_tokens=1)
 
 
-@pytest.mark.parametrize("protect", ["user", [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
+@pytest.mark.parametrize("protect", ["user", [(0, float("inf"))], [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
 def test_what_is_no_span_is_refused_before_any_work(protect: Any) -> None:
     with pytest.raises(PolicyError, match=r"kv_protect=.*must be"):
         Llama("no such model", kv_policy="refreekv", kv_protect=protect)
