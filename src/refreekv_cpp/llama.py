@@ -540,8 +540,7 @@ class Llama(llama_cpp.Llama):
             texts = [input] if isinstance(input, str) else list(input) if isinstance(input, Iterable) else []
             if not texts or not all(isinstance(text, str) and self.tokenize(text.encode()) for text in texts):
                 raise ValueError("the input must be a text, or a list of texts, each with one token at least")
-            input = input if isinstance(input, str) else texts
-            return super().embed(input, *args, **kwargs)
+            return super().embed(input if isinstance(input, str) else texts, *args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's. A second thread waits until the first one's is done; a stream ends with an error when another
