@@ -203,6 +203,17 @@ def test_closing_while_another_thread_generates(tiny_model: Path, policy: str) -
     assert raised
 
 
+def test_a_chat_that_is_none_keeps_no_other_thread_waiting(tiny_model: Path) -> None:
+    llm = load(tiny_model, "refreekv")
+    for messages in (5, [5]):
+        with pytest.raises(Exception, match="int"):
+            llm.create_chat_completion(messages)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: llm.create_completion(PROMPT, max_tokens=1), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_two_threads_complete_one_after_the_other(tiny_model: Path) -> None:
     llm = load(tiny_model, "refreekv")
     prompts = [random_tokens(200, seed=i) for i in range(4)]

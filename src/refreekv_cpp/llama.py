@@ -685,11 +685,11 @@ class Llama(llama_cpp.Llama):
         _ = self.ctx  # a handler of images has a context of its own, whose model may be gone
         if isinstance(messages, Iterator):
             messages = list(messages)
+        system = spans.system_text(messages)
         locks = ExitStack()
         locks.enter_context(self._completing)
         if self.chat_handler is not None:  # it may read an image itself, past `eval`
             locks.enter_context(self._using)
-        system = spans.system_text(messages)
         try:
             with locks, _chat_with(system):
                 native.clear_error()
