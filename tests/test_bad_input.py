@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from support import load
-from tiny import random_tokens
+from tiny import N_VOCAB, random_tokens
 
 from refreekv_cpp import CacheStateError, ClosedError, Llama
 from refreekv_cpp._grammar import MAX_ALTERNATIVES, MAX_OPTIONAL
@@ -33,10 +35,30 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling_type": 9}, "rope_scaling_type=9: must be"),
     ({"pooling_type": 9}, "pooling_type=9: must be"),
     ({"rope_freq_base": "x"}, "rope_freq_base='x': must be a number"),
+    ({"rope_freq_base": float("nan")}, "rope_freq_base=nan: must be a finite number"),
+    ({"yarn_ext_factor": float("inf")}, "yarn_ext_factor=inf: must be a finite number"),
+    ({"lora_scale": 1e39}, "lora_scale=1e+39: must be a finite number"),
+    ({"tensor_split": 1}, "tensor_split=1: must be a list of numbers"),
+    ({"tensor_split": "1,2"}, "tensor_split='1,2': must be a list of numbers"),
+    ({"tensor_split": [0.0] * 2000}, "must be a list of numbers"),
+    ({"tensor_split": [1, "a"]}, "tensor_split='a': must be a number"),
+    ({"tensor_split": [1, float("nan")]}, "tensor_split=nan: must be a finite number"),
+    ({"tensor_split": [-1.0]}, "tensor_split=[-1.0]: no number may be negative"),
     ({"last_n_tokens_size": 2**31}, "last_n_tokens_size=2147483648: must be"),
     ({"lora_path": 5}, "lora_path=5: must be a path"),
     ({"kv_overrides": 5}, "kv_overrides=5: must be a dict"),
     ({"kv_overrides": {"llama.block_count": 1000}}, "llama.block_count must be left as it is"),
+    ({"kv_overrides": {"llama.attention.head_count_kv": 3}}, "llama.attention.head_count_kv must be left as it is"),
+    ({"kv_overrides": {"llama.expert_group_count": 3}}, "llama.expert_group_count must be left as it is"),
+    ({"kv_overrides": {"gemma2.rope.dimension_count_swa": 3}}, "gemma2.rope.dimension_count_swa must be left as it is"),
+    ({"kv_overrides": {"llama.attention.key_length_mla": 3}}, "llama.attention.key_length_mla must be left as it is"),
+    ({"kv_overrides": {"llama.rope.scaling.type": "x"}}, "must be one of none, linear, yarn, longrope"),
+    ({"kv_overrides": {"llama.pooling_type": 9}}, "llama.pooling_type=9 must be one of -1, 0, 1, 2, 3, 4"),
+    ({"kv_overrides": {"llama.expert_gating_func": 9}}, "llama.expert_gating_func=9 must be one of"),
+    ({"kv_overrides": {"llama.attention.layer_norm_rms_epsilon": -1.0}}, "rms_epsilon=-1.0 must not be negative"),
+    ({"kv_overrides": {"llama.expert_used_count": 2}}, "llama.expert_used_count=2: must be a whole number from 0 to 0"),
+    ({"n_ctx": 2**31 - 1}, "n_ctx=2147483647: must be at most"),
+    ({"kv_overrides": {"a": float("nan")}}, "kv_overrides: a=nan: must be a finite number"),
     ({"kv_overrides": {"a": None}}, "a=None must be a bool, a number or text"),
     ({"kv_overrides": {"a" * 128: 1}}, "must be text of 1 to 127 bytes"),
     ({"kv_elastic": "x"}, "kv_elastic='x': must be one of None, True, False"),
@@ -54,10 +76,29 @@ def test_an_option_that_is_not_valid(tiny_model: Path, options: dict[str, Any], 
         Llama(str(tiny_model), verbose=False, **{"kv_policy": "refreekv", **options})
 
 
+@pytest.mark.parametrize("n_experts", [-1, 0, 5, 2**32 + 2, 1.0, True])
+def test_more_experts_than_there_are(tiny: Callable[[str], Path], n_experts: Any) -> None:
+    model = tiny("llama (Mixtral: experts)")
+    key = "llama.expert_used_count"
+    with pytest.raises(ValueError, match="must be a whole number from 1 to 4"):
+        load(model, "full", kv_overrides={key: n_experts})
+    for fitting in (1, 4):
+        assert load(model, "refreekv", kv_overrides={key: fitting}).create_completion(PROMPT, max_tokens=1)
+
+
 def test_options_that_stock_takes(tiny_model: Path) -> None:
-    llm = load(tiny_model, "full", n_threads=None, n_gpu_layers=-1, n_ubatch=0, kv_overrides={"general.name": "x"})
+    overrides: dict[str, Any] = {
+        "general.name": "x",
+        "llama.context_length": 100,
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.freq_base": 1e6,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.token_type_count": 1,
+    }
+    llm = load(tiny_model, "full", n_threads=None, n_gpu_layers=-1, n_ubatch=0, kv_overrides=overrides)
     assert llm.create_completion(PROMPT, max_tokens=1)
     assert load(tiny_model, "full", n_ctx=np.int64(256), n_batch=np.int32(64)).n_batch == 64
+    assert load(tiny_model, "full", tensor_split=np.ones(2), rope_freq_base=np.float32(1e4), lora_scale=1)
     assert load(tiny_model, "full", n_ctx=256, n_batch=2**31 - 1).n_batch == 256
 
 
@@ -79,9 +120,10 @@ def test_a_model_is_no_adapter(tiny_model: Path) -> None:
         (f"root ::= {' '.join(['a?'] * (MAX_OPTIONAL + 1))}\n" + 'a ::= "x"', "optional parts in a row"),
         ("root ::= a0\n" + "".join(f'a{i} ::= a{i + 1} "y" | a{i + 1} "z"\n' for i in range(40)) + 'a40 ::= "x"',
          "alternatives at one place"),
-        ("root ::= " + " | ".join(f'"{i}"' for i in range(MAX_ALTERNATIVES + 1)), "alternatives at one place"),
+        ("root ::= " + " | ".join(f'"{i}" [a]' for i in range(MAX_ALTERNATIVES + 1)), "alternatives at one place"),
+        ("root ::= " + " | ".join(f'"{chr(0x4E00 + i)}"' for i in range(MAX_ALTERNATIVES + 3)), "alternatives at one"),
     ],
-    ids=["rules", "optional", "doubling", "alternatives"],
+    ids=["rules", "optional", "doubling", "alternatives", "words"],
 )  # fmt: skip
 def test_a_grammar_with_too_many_branches(tiny_model: Path, text: str, message: str) -> None:
     llm = load(tiny_model, "full")
@@ -106,21 +148,23 @@ def test_a_schema_with_many_optional_properties_is_taken(tiny_model: Path) -> No
     assert answer["choices"][0]["message"]["content"].startswith("{")
 
 
-@pytest.mark.parametrize("texts", [[], ["a", ""], ""], ids=str)
+@pytest.mark.parametrize("texts", [[], ["a", ""], "", 5, None, b"a", [b"a"], [1], ["a", None]], ids=str)
 def test_nothing_to_embed(tiny_model: Path, texts: Any) -> None:
     llm = load(tiny_model, "full", embedding=True)
     llm.tokenizer_.tokenize = lambda text, *_: list(text)  # type: ignore[method-assign]  # one that adds no token
     for embed in (llm.embed, llm.create_embedding):
         with pytest.raises(ValueError, match="with one token at least"):
             embed(texts)
-    assert len(llm.embed(["a", "bc"])) == 2
+    assert len(llm.embed(["a", "bc"])) == len(llm.embed(iter(["a", "bc"]))) == len(llm.embed(("a", "bc"))) == 2
 
 
 @pytest.mark.parametrize("policy", ["refreekv", "full"])
 def test_sampling_what_has_no_logits(tiny_model: Path, policy: str) -> None:
     llm = load(tiny_model, policy)
-    with pytest.raises(CacheStateError, match="no logits to sample from"):
-        llm.sample()
+    defaults = [parameter.default for parameter in inspect.signature(llama_cpp.Llama.sample).parameters.values()][1:]
+    for arguments in ([], [*defaults[:-1], 7]):
+        with pytest.raises(CacheStateError, match="no logits to sample from"):
+            llm.sample(*arguments)
     generator = llm.generate(PROMPT)
     next(generator)
     with pytest.raises(ValueError, match="logits_all=True"):
@@ -157,6 +201,17 @@ def test_closing_while_another_thread_generates(tiny_model: Path, policy: str) -
     llm.close()
     thread.join(60)
     assert raised
+
+
+def test_a_chat_that_is_none_keeps_no_other_thread_waiting(tiny_model: Path) -> None:
+    llm = load(tiny_model, "refreekv")
+    for messages in (5, [5]):
+        with pytest.raises(Exception, match="int"):
+            llm.create_chat_completion(messages)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: llm.create_completion(PROMPT, max_tokens=1), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_two_threads_complete_one_after_the_other(tiny_model: Path) -> None:
@@ -219,3 +274,16 @@ assert os.wait()[1] == 0
 llm.create_completion("abc", max_tokens=2)
 """
     subprocess.run([sys.executable, "-c", script, str(tiny_model)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("token", [-1, N_VOCAB, 2**31 - 1, 2**40])
+def test_a_token_that_is_not_there(tiny_model: Path, token: int) -> None:
+    llm = load(tiny_model, "full")
+    for detokenize in (
+        llm.detokenize,
+        llm.tokenizer().decode,
+        llama_cpp.Llama(str(tiny_model), verbose=False).detokenize,
+    ):
+        with pytest.raises(ValueError, match=f"token {token}: must be from 0 to {N_VOCAB - 1}"):
+            detokenize([100, token])
+        assert detokenize(np.array([100])) in (b"a", "a")  # type: ignore[arg-type]

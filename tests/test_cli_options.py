@@ -13,7 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner, Result
 
-from refreekv_cpp import Llama, Streaming, fit, models
+from refreekv_cpp import Llama, Streaming, _checks, fit, models
 from refreekv_cpp.cli import app, common, options
 from refreekv_cpp.cli.options import LoadOptions, MachineOptions, parse_option
 
@@ -225,6 +225,7 @@ def test_options_reach_llama(tiny_model: Path) -> None:
 
 def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options._option_text, "check", lambda name, value: None)
+    monkeypatch.setattr(_checks, "_check_split", lambda split: None)
     result = refreekv("run", tiny_model, "--prompt", "x", "--n-ctx", "256", "--option", "tensor_split=5")
     assert result.exit_code == 2, result.output
     assert result.stderr.splitlines()[-1].startswith("an option has a value of a wrong kind: ")

@@ -15,8 +15,8 @@ from far_device import compile_device, plugged_in
 from support import CACHE_TYPES, ctx_of, load
 from tiny import N_VOCAB, random_tokens
 
-from refreekv_cpp import PolicyError, UnsupportedModelError, _process, fit, native
-from refreekv_cpp.fit import Device, Needs, machine, search
+from refreekv_cpp import PolicyError, UnsupportedModelError, _machine, _process, fit, native
+from refreekv_cpp.fit import Device, Needs, search
 from refreekv_cpp.fit import needs as accounting
 from refreekv_cpp.policies import Full, ReFreeKV, Streaming
 
@@ -303,9 +303,9 @@ def test_where_nothing_fits(tiny: Tiny, free: Callable[[int], None], caplog: pyt
 
 
 def test_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_container", lambda: (3 * MIB, 2 * MIB))
+    monkeypatch.setattr(_machine, "_container", lambda: (3 * MIB, 2 * MIB))
     assert (fit.host_total(), fit.host_free()) == (3 * MIB, 2 * MIB)
-    monkeypatch.setattr(machine, "_container", lambda: (2**60, 2**59))
+    monkeypatch.setattr(_machine, "_container", lambda: (2**60, 2**59))
     assert fit.host_free() < fit.host_total() < 2**59
 
 

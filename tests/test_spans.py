@@ -12,7 +12,7 @@ from policies import POLICIES
 from support import Sequences, ctx_of, kept, load
 from tiny import random_tokens
 
-from refreekv_cpp import Llama, PolicyError, ReFreeKV, Streaming, native, spans
+from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, Streaming, native, spans
 
 Tiny = Callable[[str], Path]
 
@@ -118,6 +118,48 @@ def test_the_system_message(tiny_model: Path) -> None:
     assert not any(set(layer) >= set(range(start, end)) for layer in kept(free))
 
 
+@pytest.mark.parametrize("memory_limit", [None, "400KiB"])
+def test_chats_that_are_streamed_at_once_have_a_system_message_each(tiny_model: Path, memory_limit: str | None) -> None:
+    # once the message of the chat that was begun last was looked for, and the first one's was evicted
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    handler = Jinja2ChatFormatter(TEMPLATE, eos_token="</s>", bos_token="").to_chat_handler()
+    policy = Streaming(budget=0.3, n_min=0)
+    llm = load(tiny_model, policy, kv_protect="system", kv_memory_limit=memory_limit, n_batch=128, chat_handler=handler)
+    text = " ".join(f"word{i}" for i in range(110))
+    systems = [f"Always-answer-like-a-{kind}!{'Arr!' * 20}" for kind in ("pirate", "poet")]
+    chats: list[Any] = [
+        llm.create_chat_completion(
+            [{"role": "system", "content": system}, {"role": "user", "content": text}],
+            max_tokens=8,
+            stream=True,
+            logit_bias={"100": 50.0},
+        )
+        for system in systems
+    ]
+    for system, chunks in zip(systems, chats, strict=True):
+        for _ in range(4):
+            next(chunks)
+        assert llm.kv_stats.budget < 1
+        start, end = spans.find_text(llm, system) or (0, 0)
+        assert end > start
+        assert all(set(layer) >= set(range(start, end)) for layer in kept(llm))
+    with pytest.raises(CacheStateError, match="this generation cannot go on"):
+        next(chats[0])
+
+
+def test_a_prompt_that_is_no_chat_has_no_system_message(tiny_model: Path) -> None:
+    llm = load(tiny_model, Streaming(budget=0.3, n_min=0), kv_protect="system")
+    system = f"Always-answer-like-a-pirate!{'Arr!' * 30}"
+    chat(llm, system)
+    start, end = spans.find_text(llm, system) or (0, 0)
+    assert all(set(layer) >= set(range(start, end)) for layer in kept(llm))
+    prompt = llm._input_ids.tolist()
+    llm.reset()
+    llm.create_completion(prompt, max_tokens=2)
+    assert not all(set(layer) >= set(range(start, end)) for layer in kept(llm))
+
+
 def test_no_system_message_is_no_error(tiny_model: Path) -> None:
     llm = load(tiny_model, POLICY, kv_protect="system")
     assert spans.system_text([{"role": "user", "content": "x"}]) is None
@@ -125,7 +167,7 @@ def test_no_system_message_is_no_error(tiny_model: Path) -> None:
     llm.create_completion("hello", max_tokens=1)
 
 
-@pytest.mark.parametrize("protect", ["user", [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
+@pytest.mark.parametrize("protect", ["user", [(0, float("inf"))], [(3, 2)], [(-1, 4)], [5], 7, [("a", "b")]])
 def test_what_is_no_span_is_refused_before_any_work(protect: Any) -> None:
     with pytest.raises(PolicyError, match=r"kv_protect=.*must be"):
         Llama("no such model", kv_policy="refreekv", kv_protect=protect)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_TOKEN = re.compile(
+TOKEN = re.compile(
     r'(?P<name>[\w-]+)\s*::=|(?P<rule>[\w-]+)|(?P<text>"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|!?<[^>\n]*>?|\.)'
     r"|(?P<comment>#[^\n]*)|(?P<repeat>[?*+]|\{[^}\n]*\}?)|(?P<sign>[()|])",
     re.DOTALL,
@@ -54,7 +54,7 @@ def _parse(grammar: str) -> dict[str, _Rule]:
     """A group in parentheses is a rule of its own."""
     rules: dict[str, _Rule] = {}
     open_rules = [_Rule()]
-    for match in _TOKEN.finditer(grammar):
+    for match in TOKEN.finditer(grammar):
         sequence = open_rules[-1].alternatives[-1]
         if match["name"]:
             open_rules = [rules.setdefault(match["name"], _Rule())]

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from numbers import Real
 from typing import Any, NamedTuple
 
+import llama_cpp
+import numpy as np
+from llama_cpp._internals import LlamaModel
+
+from refreekv_cpp._machine import host_free
+from refreekv_cpp.errors import ContextError
+
 _INT_MAX = 2**31 - 1
+_FLOAT_MAX = 3.4028234663852886e38  # FLT_MAX
 _THREADS_MAX = 512  # GGML_MAX_N_THREADS
+_CELL_BYTES = 200  # of llama.cpp's table of the cells, for each; the process ends where it cannot have that
 
 
 class _Range(NamedTuple):
@@ -40,20 +51,16 @@ _INTEGERS = {
     "yarn_orig_ctx": _Range(0, _INT_MAX),
     "last_n_tokens_size": _Range(-1, 2**24),  # llama.cpp allocates them for each completion
 }
-# keys of a GGUF, without the architecture, that say what the tensors look like: llama.cpp aborts where they do not fit
-_SHAPES = (
-    "block_count",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "nextn_predict_layers",
-    "expert_count",
-)
+# What follows are keys of a GGUF, without the architecture before them, that llama.cpp takes unchecked and aborts on.
+# Those that say how large tensors are have a name that ends so, but for a few:
+_SHAPE = re.compile(r"(?:^|[._])(?:count|length|rank|size|dim|layers|kernel|groups)(?:_kv)?(?:_mla)?(?:_swa)?$")
+_NO_SHAPES = ("context_length", "rope.scaling.original_context_length", "attention.temperature_length")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear", "yarn", "longrope"),
+    "pooling_type": (-1, 0, 1, 2, 3, 4),
+    "expert_gating_func": (1, 2, 3, 4),
+}
+_EXPERTS_USED = "expert_used_count"
 _NUMBERS = (
     "rope_freq_base",
     "rope_freq_scale",
@@ -74,9 +81,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     res = dict(options)
     for name in options.keys() & _INTEGERS.keys():
         res[name] = check_integer(name, options[name], *_INTEGERS[name])
+    if "n_ctx" in options:
+        check_n_ctx(res["n_ctx"])
     for name in options.keys() & set(_NUMBERS):
-        if not isinstance(options[name], Real):
-            raise ValueError(f"{name}={options[name]!r}: must be a number")
+        check_number(name, options[name])
+    if options.get("tensor_split") is not None:
+        _check_split(options["tensor_split"])
     if "numa" in options and not isinstance(options["numa"], bool):
         res["numa"] = check_integer("numa", options["numa"], 0, 4)
     if options.get("lora_path") is not None:
@@ -103,6 +113,27 @@ def check_integer(name: str, value: Any, low: int, high: int, none: bool = False
     return res
 
 
+def check_n_ctx(n_ctx: int) -> None:
+    """
+    Raises:
+        ContextError: llama.cpp's table of so many cells would take more than half of the memory that is free.
+    """
+    most = host_free() // 2 // _CELL_BYTES
+    if n_ctx > most:
+        raise ContextError(f"n_ctx={n_ctx}: must be at most {most}, by the memory that is free")
+
+
+def check_number(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: not a number, or one that a C float does not hold: NaN, infinity, or a larger one.
+    """
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    if not abs(value) <= _FLOAT_MAX:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r}: must be a finite number, from {-_FLOAT_MAX:.3g} to {_FLOAT_MAX:.3g}")
+
+
 def check_path(name: str, value: Any) -> str:
     """
     Raises:
@@ -111,6 +142,20 @@ def check_path(name: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
     return path
+
+
+def _check_split(split: Any) -> None:
+    """
+    Raises:
+        ValueError: no list of numbers, one for each device, none of them negative.
+    """
+    most = llama_cpp.LLAMA_MAX_DEVICES
+    if isinstance(split, str) or not isinstance(split, (Sequence, np.ndarray)) or not len(split) <= most:
+        raise ValueError(f"tensor_split={split!r}: must be a list of numbers, {most} at most")
+    for value in split:
+        check_number("tensor_split", value)
+        if value < 0:
+            raise ValueError(f"tensor_split={split!r}: no number may be negative")
 
 
 def _check_adapter(value: Any) -> str:
@@ -131,7 +176,7 @@ def _check_adapter(value: Any) -> str:
 def _check_overrides(overrides: Any) -> None:
     """
     Raises:
-        ValueError: no dict of keys and values that a GGUF can have, or it would change the shapes of tensors.
+        ValueError: no dict of keys and values that a GGUF can have, or llama.cpp would abort on one of them.
     """
     if not isinstance(overrides, dict):
         raise ValueError(f"kv_overrides={overrides!r}: must be a dict")
@@ -140,9 +185,40 @@ def _check_overrides(overrides: Any) -> None:
             raise ValueError(f"kv_overrides: the key {key!r} must be text of 1 to 127 bytes")
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"kv_overrides: {key}={value!r} must be a bool, a number or text")
+        if isinstance(value, float):
+            check_number(f"kv_overrides: {key}", value)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"kv_overrides: {key}={value} must fit in 64 bits")
         if isinstance(value, str) and len(value.encode()) > 127:
             raise ValueError(f"kv_overrides: {key}={value!r} must be text of 127 bytes at most")
-        if key.partition(".")[2] in _SHAPES:
-            raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")
+        _check_override(key, key.partition(".")[2], value)
+
+
+def _check_override(key: str, name: str, value: Any) -> None:
+    """name: the key without the architecture.
+
+    Raises:
+        ValueError: llama.cpp would abort.
+    """
+    if key.startswith(("general.", "tokenizer.")) or name in (*_NO_SHAPES, _EXPERTS_USED):
+        return
+    if _SHAPE.search(name):
+        raise ValueError(f"kv_overrides: {key} must be left as it is in the file, whose tensors it describes")
+    if value not in (choices := _CHOICES.get(name, (value,))):
+        raise ValueError(f"kv_overrides: {key}={value!r} must be one of {', '.join(map(str, choices))}")
+    if name.endswith(("_epsilon", "temperature_scale")) and isinstance(value, float) and value < 0:
+        raise ValueError(f"kv_overrides: {key}={value!r} must not be negative")
+
+
+def check_experts(overrides: Mapping[str, Any], model_path: str) -> None:
+    """For `kv_overrides` that say how many experts of each layer are used: whether the model has them.
+
+    Raises:
+        ValueError: it has fewer, or the number is not positive.
+    """
+    for key in (key for key in overrides if key.partition(".")[2] == _EXPERTS_USED):
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        with closing(LlamaModel(path_model=model_path, params=params, verbose=False)) as model:
+            n_experts = int(model.metadata().get(key.replace(_EXPERTS_USED, "expert_count"), 0))
+        check_integer(f"kv_overrides: {key}", overrides[key], min(n_experts, 1), n_experts)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from refreekv_cpp._llama_cpp import library_dir
 from refreekv_cpp.errors import ClosedError
+
+_OMP_PAUSE_HARD = 2  # omp.h
 
 
 class Closed:
@@ -38,6 +45,10 @@ def mark_closed(wrapper: Any, stand_in: type[Closed] = Closed) -> None:
     wrapper.__class__ = stand_in
 
 
+# Held while a Llama is loaded. llama-cpp-python sends stdout and stderr to nowhere meanwhile: a process that is forked
+# then would never get them back, nor would this one after two loads at once.
+loading = threading.RLock()
+
 _llamas: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -46,11 +57,31 @@ def before_fork(llama: Any) -> None:
     _llamas.add(llama)
 
 
-def _after_fork() -> None:
+@functools.cache
+def _omp_pause() -> Callable[[int], int] | None:
+    """OpenMP's omp_pause_resource_all; None: ggml was built without OpenMP."""
+    for path in library_dir().glob("*ggml-cpu*"):
+        try:
+            pause: Callable[[int], int] = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).omp_pause_resource_all
+        except (OSError, AttributeError):  # it is not in use, or needs no OpenMP
+            continue
+        return pause
+    return None
+
+
+def _before() -> None:
+    loading.acquire()
+    # end the threads that OpenMP keeps for this one: the child does not have them, and would wait for them for ever
+    if (pause := _omp_pause()) is not None:
+        pause(_OMP_PAUSE_HARD)
+
+
+def _in_child() -> None:
+    loading.release()
     for llama in list(_llamas):
         llama._forked()
     _llamas.clear()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before, after_in_parent=loading.release, after_in_child=_in_child)

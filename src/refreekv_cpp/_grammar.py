@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import re
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp._internals import LlamaModel, LlamaSampler
-from llama_cpp.llama_grammar import LlamaGrammar
+from llama_cpp.llama_grammar import LlamaGrammar, SchemaConverter
 
 from refreekv_cpp import native
 from refreekv_cpp._branches import branches
+from refreekv_cpp._literals import factored
 
+MAX_CHARACTERS = 1_000_000
 # llama.cpp parses a grammar recursively. These bounds are a quarter or less of what overflows a stack of 8 MiB.
-MAX_CHARACTERS = 100_000
+MAX_UNQUOTED = 100_000  # characters outside of quoted text
 MAX_NESTING = 4000
 # llama.cpp's time for one token grows with the square of the first and the cube of the second: at these bounds it is
 # some 3 seconds in the worst case. A schema with n optional properties has n in a row.
@@ -49,8 +53,14 @@ def make_sampler(vocab: Any, text: str, root: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the grammar has {len(text)} characters; it must have {MAX_CHARACTERS} at most")
-    if _nesting(text) > MAX_NESTING:
+    unquoted = _TEXTS.sub("", text)
+    if len(unquoted) > MAX_UNQUOTED:
+        raise ValueError(
+            f"the grammar has {len(unquoted)} characters outside of quotes; it must have {MAX_UNQUOTED} at most"
+        )
+    if _nesting(unquoted) > MAX_NESTING:
         raise ValueError(f"the grammar must not nest more than {MAX_NESTING} parentheses")
+    text = factored(text)
     most = branches(text)
     if most.n_alternatives > MAX_ALTERNATIVES:
         raise ValueError(f"the grammar must not have more than {MAX_ALTERNATIVES} alternatives at one place")
@@ -64,9 +74,25 @@ def make_sampler(vocab: Any, text: str, root: str) -> Any:
     return sampler
 
 
-def _nesting(text: str) -> int:
+def _format_literal(_: SchemaConverter, literal: str) -> str:
+    """Text, which for the most part is JSON, as a grammar writes it; as llama.cpp's own converter does.
+
+    llama-cpp-python leaves backslashes alone, so a word with a quote breaks the grammar and one with a line break is no
+    JSON; and it has two halves in the place of an emoji, which no token is.
+    """
+    with contextlib.suppress(ValueError):
+        literal = json.dumps(json.loads(literal), ensure_ascii=False)
+    escaped = re.sub(r'[\\"]', r"\\\g<0>", literal).replace("\n", "\\n").replace("\r", "\\r")
+    return f'"{escaped}"'
+
+
+# from now on every `LlamaGrammar` of this process that is made of a schema
+SchemaConverter._format_literal = _format_literal  # type: ignore[method-assign]
+
+
+def _nesting(unquoted: str) -> int:
     depth = deepest = 0
-    for bracket in re.findall("[()]", _TEXTS.sub("", text)):
+    for bracket in re.findall("[()]", unquoted):
         depth += 1 if bracket == "(" else -1
         deepest = max(deepest, depth)
     return deepest

@@ -15,6 +15,10 @@ class UnsupportedModelError(RefreeKVError, ValueError):
     """The model's memory cannot have a KV policy; `kv_policy="full"` runs it."""
 
 
+class ContextError(RefreeKVError, ValueError):
+    """The model has no context of so many tokens, or this machine has no room for it."""
+
+
 class CacheStateError(RefreeKVError, RuntimeError):
     """The pruned cache cannot do this (rewind into or copy a part of what was pruned, ...)."""
 

@@ -7,7 +7,8 @@ import os
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
@@ -25,6 +26,7 @@ from refreekv_cpp import (
     spans,
 )
 from refreekv_cpp._log import inform, logger
+from refreekv_cpp._model import Model
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
@@ -32,11 +34,15 @@ from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
-# from now on every `llama_cpp.Llama` of this process makes its samplers of this class
+# from now on every `llama_cpp.Llama` of this process makes its samplers and models of these classes
 llama_cpp._internals.LlamaSampler = _grammar.Sampler  # type: ignore[misc]
+llama_cpp._internals.LlamaModel = Model  # type: ignore[misc]
 
 # llama-cpp-python keeps one sequence per Llama
 _SEQ_ID = 0
+
+# the system message of the chat that this thread is answering
+_chat_system: ContextVar[str | None] = ContextVar("system", default=None)
 
 
 class Llama(llama_cpp.Llama):
@@ -119,6 +125,8 @@ class Llama(llama_cpp.Llama):
             _cache_types.check(name, options.get(name))
         model_path = _checks.check_path("model_path", model_path)
         options = _checks.check_options(options)
+        with _closed.loading:
+            _checks.check_experts(options.get("kv_overrides") or {}, model_path)
         if "n_batch" in options and (n_ctx := options.get("n_ctx", 512)):
             options["n_batch"] = min(options["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
         if options.get("embedding") and not isinstance(kv.policy, Full):
@@ -146,7 +154,7 @@ class Llama(llama_cpp.Llama):
         self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
         self._queries_lost = False  # a state was loaded, and nothing generated since
         self._n_limit_prunes = 0
-        self._system: str | None = None  # message of the chat that is being answered
+        self._system: str | None = None  # message of the chat that is in the cache
 
         try:
             self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
@@ -165,7 +173,7 @@ class Llama(llama_cpp.Llama):
         self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
-        with native.next_context(self._native_params()):
+        with _closed.loading, native.next_context(self._native_params()):
             try:
                 _closed.before_fork(self)
                 super().__init__(model_path, **options)
@@ -251,6 +259,8 @@ class Llama(llama_cpp.Llama):
             return
 
         self._prune_due()
+        if self._prompt_of is not None or _chat_system.get() is not None:  # what comes is not a caller's own `eval`
+            self._system = _chat_system.get()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
         if 0 < self.n_tokens <= pruned_pos and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
@@ -379,7 +389,7 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
+            idx = args[_SAMPLE_IDX] if len(args) > _SAMPLE_IDX else kwargs.get("idx")
             if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
                 raise CacheStateError("there are no logits to sample from; eval() tokens before")
             token: int = super().sample(*args, **kwargs)
@@ -393,12 +403,10 @@ class Llama(llama_cpp.Llama):
             ClosedError: the Llama is closed.
         """
         with self._using:
-            if not isinstance(input, str):
-                input = list(input)
-            texts = [input] if isinstance(input, str) else input
-            if not texts or not all(self.tokenize(text.encode()) for text in texts):
+            texts = [input] if isinstance(input, str) else list(input) if isinstance(input, Iterable) else []
+            if not texts or not all(isinstance(text, str) and self.tokenize(text.encode()) for text in texts):
                 raise ValueError("the input must be a text, or a list of texts, each with one token at least")
-            return super().embed(input, *args, **kwargs)
+            return super().embed(input if isinstance(input, str) else texts, *args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's. A second thread waits until the first one's is done; a stream ends with an error when another
@@ -418,7 +426,11 @@ class Llama(llama_cpp.Llama):
             return tokens
 
     def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
-        """As upstream's."""
+        """As upstream's.
+
+        Raises:
+            ValueError: one of the tokens is not in the vocabulary.
+        """
         with self._reading:
             text: bytes = super().detokenize(*args, **kwargs)
             return text
@@ -539,19 +551,20 @@ class Llama(llama_cpp.Llama):
         _ = self.ctx  # a handler of images has a context of its own, whose model may be gone
         if isinstance(messages, Iterator):
             messages = list(messages)
+        system = spans.system_text(messages)
         locks = ExitStack()
         locks.enter_context(self._completing)
         if self.chat_handler is not None:  # it may read an image itself, past `eval`
             locks.enter_context(self._using)
         try:
-            with locks:
-                self._system = spans.system_text(messages)  # not while another thread's prompt waits to be pruned
+            with locks, _chat_with(system):
                 native.clear_error()
-                return super().create_chat_completion(messages, *args, **kwargs)
+                answer = super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
             if (reason := native.last_error()) and str(error).startswith("Failed to evaluate chunk"):
                 raise CacheMemoryError(reason) from error
             raise
+        return _chat_stream(system, answer) if isinstance(answer, Iterator) else answer
 
     def close(self) -> None:
         """Free the model and the context. All that needs them raises ClosedError from now on."""
@@ -585,8 +598,33 @@ class Llama(llama_cpp.Llama):
         return {**state, **options}
 
 
+@contextmanager
+def _chat_with(system: str | None) -> Iterator[None]:
+    """Prompts that this thread reads inside are those of a chat with this system message."""
+    token = _chat_system.set(system)
+    try:
+        yield
+    finally:
+        _chat_system.reset(token)
+
+
+def _chat_stream(system: str | None, chunks: Iterator[Any]) -> Iterator[Any]:
+    """The chunks, whose generation begins with the first one, or later: other chats may be answered between them."""
+    try:
+        while True:
+            with _chat_with(system):
+                try:
+                    chunk = next(chunks)
+                except StopIteration:
+                    return
+            yield chunk
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
+_SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1  # of its arguments after self
 _OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name

@@ -30,7 +30,7 @@ def check(protect: Any) -> Literal["system"] | tuple[Span, ...]:
         return "system"
     try:
         found = tuple((int(start), int(end)) for start, end in protect)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = ((1, 0),)
     if not all(0 <= start <= end < 2**31 for start, end in found):
         raise PolicyError(f"kv_protect={protect!r}: must be {_VALID}")

@@ -26,7 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (run, chat, demo, info, plan, bench, memory, turns):
+app.command(context_settings={"allow_extra_args": True})(run)  # it says how to write a prompt
+for command in (chat, demo, info, plan, bench, memory, turns):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-report")(eval_report)

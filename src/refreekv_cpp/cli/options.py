@@ -116,7 +116,6 @@ class MachineOptions:
             ValueError: --option says one of those, too.
         """
         self.refuse(*own)
-        fit.check_n_ctx(own.get("n_ctx", 0))
         options = {**self.machine, **own}
         return {**options, "n_gpu_layers": self.n_gpu_layers(model, **options)}
 

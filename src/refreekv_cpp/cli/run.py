@@ -21,6 +21,7 @@ from refreekv_cpp.models import resolve
 def run(
     model: ModelArgument,
     options: LoadOptions,
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="The prompt. Without it and --file: stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
     system: SystemOption = None,
@@ -29,6 +30,8 @@ def run(
     raw: RawOption = False,
 ) -> None:
     """Answer one prompt. The text goes to stdout, all else to stderr."""
+    if context.args:
+        raise ValueError(f"{' '.join(context.args)!r}: a prompt must be written as --prompt TEXT")
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
     text = _read_prompt(prompt, file)

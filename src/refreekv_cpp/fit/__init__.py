@@ -6,8 +6,10 @@ sliding windows, hybrids and quantised caches are counted exactly as they are al
 
 from __future__ import annotations
 
+from refreekv_cpp._checks import check_n_ctx
+from refreekv_cpp._machine import host_free, host_total
+from refreekv_cpp.errors import ContextError
 from refreekv_cpp.fit.base import base_bytes
-from refreekv_cpp.fit.machine import host_free, host_total
 from refreekv_cpp.fit.needs import Device, Needs, measure, process_bytes
 from refreekv_cpp.fit.search import (
     MOST_CONTEXT,
@@ -20,7 +22,7 @@ from refreekv_cpp.fit.search import (
     n_ctx,
     needed_bytes,
 )
-from refreekv_cpp.fit.unallocated import ContextError, Unallocated, check_model, check_n_ctx, context, opened
+from refreekv_cpp.fit.unallocated import Unallocated, check_model, context, opened
 
 __all__ = [
     "MOST_CONTEXT",

@@ -12,7 +12,7 @@ import llama_cpp
 from refreekv_cpp import native
 from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
 from refreekv_cpp._cache_types import CACHE_TYPES
-from refreekv_cpp.fit.machine import host_free, host_total
+from refreekv_cpp._machine import host_free, host_total
 from refreekv_cpp.fit.unallocated import Unallocated, context
 from refreekv_cpp.policies import Policy, ReFreeKV
 

@@ -13,15 +13,13 @@ import llama_cpp
 from llama_cpp._internals import LlamaContext
 
 from refreekv_cpp import native
-from refreekv_cpp._checks import check_options
+from refreekv_cpp._checks import check_n_ctx, check_options
 from refreekv_cpp._files import check_file
-from refreekv_cpp.errors import PolicyError, UnsupportedModelError
-from refreekv_cpp.fit.machine import host_free
+from refreekv_cpp.errors import ContextError, PolicyError, UnsupportedModelError
 from refreekv_cpp.llama import Llama
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _SHORT_CONTEXT = 512
-_TABLE_BYTES = 200  # of llama.cpp's table of the cells, for each; the process ends where it cannot have that
 
 
 class Unallocated(Llama):
@@ -44,20 +42,6 @@ class Unallocated(Llama):
     @model_params.setter
     def model_params(self, params: Any) -> None:
         self.__dict__["model_params"] = params
-
-
-class ContextError(ValueError):
-    """The model has no such context, or this machine has no room for it."""
-
-
-def check_n_ctx(n_ctx: int) -> None:
-    """
-    Raises:
-        ContextError: llama.cpp's table of so many cells would take more than half of the memory that is free.
-    """
-    most = host_free() // 2 // _TABLE_BYTES
-    if n_ctx > most:
-        raise ContextError(f"n_ctx={n_ctx}: must be at most {most}, by the memory that is free")
 
 
 def check_model(model_path: str | os.PathLike[str]) -> str:

@@ -137,8 +137,6 @@ def fitted(model_path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     layers, n_ctx = known.pop("n_gpu_layers"), known.pop("n_ctx")
     if options["vocab_only"]:
         return {**options, "n_gpu_layers": 0, "n_ctx": 512 if n_ctx == "auto" else n_ctx}
-    if n_ctx != "auto":
-        fit.check_n_ctx(n_ctx)
     layers = fit.chosen_layers(layers, model_path, **known, **({} if n_ctx == "auto" else {"n_ctx": n_ctx}))
     if n_ctx == "auto":
         n_ctx = fit.n_ctx(model_path, **known, n_gpu_layers=layers)

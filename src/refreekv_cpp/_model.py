@@ -1,0 +1,23 @@
+"""llama-cpp-python's wrapper of a model, except that it refuses tokens that the model does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_cpp._internals import LlamaModel
+
+
+class Model(LlamaModel):
+    """llama.cpp throws a C++ exception at a token that is not there, which nothing catches: it ends the process."""
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+        """
+        Raises:
+            ValueError: one of the tokens is not in the vocabulary.
+        """
+        n_vocab = self.n_vocab()
+        for token in tokens:
+            if not 0 <= token < n_vocab:
+                raise ValueError(f"token {token}: must be from 0 to {n_vocab - 1}")
+        text: bytes = super().detokenize(list(tokens), special)
+        return text
