@@ -82,6 +82,13 @@ enum refreekv_cold_kind {
     REFREEKV_COLD_FILE   = 3, // a file without a name in cold_dir
 };
 
+// what a context does by itself as a conversation goes on, for each sequence; cache/turn.h has the rules
+enum refreekv_turns {
+    REFREEKV_TURNS_NONE    = 0, // nothing: the program calls refreekv_prune() and refreekv_restore()
+    REFREEKV_TURNS_DROP    = 1, // it prunes after a prompt, before the answer's second token is decoded; the next prompt goes on from what is left
+    REFREEKV_TURNS_RESTORE = 2, // as DROP, and before the next prompt is read, what was evicted comes back from the cold store
+};
+
 struct refreekv_params {
     int32_t policy;           // enum refreekv_policy_kind
     int32_t ranking;          // enum refreekv_ranking
@@ -115,6 +122,8 @@ struct refreekv_params {
     int32_t      cold_type;   // enum ggml_type of evicted rows, Q8_0, where the cache's is not quantised; -1: the cache's
     bool         cold_state;  // states (llama_state_get_data and its like) carry the evicted rows, too
 
+    int32_t turns;            // enum refreekv_turns
+
     float   theta;            // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
                               // attention or more from the cold store, if there is one; 0: it goes on without. This needs the cache in
                               // host memory, and heads that the decode kernel takes
@@ -141,6 +150,7 @@ struct refreekv_stats {
     bool     cold_full;   // rows were lost that should have gone there: no room, or no room left on the disk
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
+    int32_t  n_turns_failed; // prunings and restores that were to be done between batches (refreekv_turns), and failed: the sequence went on without
     float    theta;       // what decoding goes by; 0: it goes on without what is evicted
     int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
     uint64_t bytes_codes; // of evicted rows
@@ -217,6 +227,14 @@ REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id s
 // about n_tokens tokens are going to be decoded, in several batches: the first makes room for all of them, so that the cache need
 // not grow with each. Without a memory_limit, and where there is the memory; 0: no more of them come
 REFREEKV_API int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens);
+
+// the next n_tokens tokens of a sequence are a prompt, however they come in batches, and are expected as by refreekv_expect();
+// 0: no more of them come
+REFREEKV_API int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// 1 when a prompt of the sequence was read and nothing of it has been pruned since, 0 otherwise. With REFREEKV_TURNS_NONE only what
+// refreekv_prompt() has announced is a prompt, and it is the program's to prune it before it decodes the answer's second token
+REFREEKV_API int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id);
 
 // bring back what was evicted of a sequence from the cold store, bit for bit unless cold_type is smaller than the cache's.
 // Returns the cells brought back, over all layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned

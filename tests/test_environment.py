@@ -50,7 +50,7 @@ def test_a_context_that_asked_for_nothing_gets_the_policy(tiny_model: Path) -> N
 
 @pytest.mark.parametrize("policy", ["streaming", "refreekv"])
 def test_it_prunes_what_a_batch_has_read(tiny_model: Path, policy: str) -> None:
-    pruned = report(tiny_model, REFREEKV_NATIVE_POLICY=policy, REFREEKV_NATIVE_PRUNE="auto")
+    pruned = report(tiny_model, REFREEKV_NATIVE_POLICY=policy, REFREEKV_NATIVE_PRUNE="tests")
     assert pruned["prunes"] == 1  # not after the single token
     assert min(pruned["kept"]) < 100
 
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_have_it_goes_without(tiny_model: Path, tmp_path: Pa
         ),
         (
             {"REFREEKV_NATIVE_POLICY": "elastic", "REFREEKV_NATIVE_PRUNE": "yes"},
-            "REFREEKV_NATIVE_PRUNE=yes: must be auto",
+            "REFREEKV_NATIVE_PRUNE=yes: must be auto or tests",
         ),
     ],
 )

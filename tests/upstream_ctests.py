@@ -31,8 +31,8 @@ CONFIGURATIONS: dict[str, dict[str, str] | None] = {
     "upstream": None,
     "ours, no policy": {},
     "`elastic`": {"REFREEKV_NATIVE_POLICY": "elastic"},
-    "`streaming`, prunes": {"REFREEKV_NATIVE_POLICY": "streaming", "REFREEKV_NATIVE_PRUNE": "auto"},
-    "`refreekv`, prunes": {"REFREEKV_NATIVE_POLICY": "refreekv", "REFREEKV_NATIVE_PRUNE": "auto"},
+    "`streaming`, prunes": {"REFREEKV_NATIVE_POLICY": "streaming", "REFREEKV_NATIVE_PRUNE": "tests"},
+    "`refreekv`, prunes": {"REFREEKV_NATIVE_POLICY": "refreekv", "REFREEKV_NATIVE_PRUNE": "tests"},
 }
 
 # the program and its arguments; {models}: a folder with a tiny model of each architecture, {model}: one real model

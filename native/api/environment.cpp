@@ -6,6 +6,7 @@
 #include "llama-context.h"
 
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -26,8 +27,8 @@ static refreekv_environment refreekv_read_environment() {
     const std::string policy = refreekv_variable("REFREEKV_NATIVE_POLICY");
     const std::string prune  = refreekv_variable("REFREEKV_NATIVE_PRUNE");
 
-    if (!prune.empty() && prune != "auto") {
-        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": must be auto");
+    if (!prune.empty() && prune != "auto" && prune != "tests") {
+        throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": must be auto or tests");
     }
 
     refreekv_environment res;
@@ -42,11 +43,19 @@ static refreekv_environment refreekv_read_environment() {
     }
 
     res.has_policy    = true;
-    res.prunes        = prune == "auto";
+    res.prunes        = prune == "tests";
     res.params        = refreekv_params_default();
     res.params.policy = it->second;
     res.params.budget = 0.5;
 
+    if (prune == "auto" && res.params.policy != REFREEKV_POLICY_ELASTIC) {
+        static const std::string dir = std::filesystem::temp_directory_path().string();
+
+        res.params.turns    = REFREEKV_TURNS_RESTORE;
+        res.params.cold     = REFREEKV_COLD_AUTO;
+        res.params.cold_dir = dir.c_str();
+        res.params.theta    = res.params.policy == REFREEKV_POLICY_REFREEKV ? 0.003f : 0.0f;
+    }
     if (res.prunes) {
         // the prompts of tests are shorter than a block
         res.params.n_min    = 0;

@@ -6,12 +6,15 @@
 // the cache of native/:
 //
 //   REFREEKV_NATIVE_POLICY=elastic|streaming|refreekv  for every context that refreekv_next_context() set nothing for
-//   REFREEKV_NATIVE_PRUNE=auto                         such a context prunes what it has read, see refreekv::after_decode()
+//   REFREEKV_NATIVE_PRUNE=auto                         such a context prunes and restores by itself (REFREEKV_TURNS_RESTORE), with a
+//                                                      cold store, and codes where it can have them
+//   REFREEKV_NATIVE_PRUNE=tests                        such a context prunes what it has read at the end of each decode of several
+//                                                      tokens, down to single cells: for upstream's tests, whose prompts are short
 //
 // Read once per process.
 struct refreekv_environment {
     bool            has_policy = false;
-    bool            prunes     = false;
+    bool            prunes     = false; // at the end of a decode, see refreekv::after_decode()
     refreekv_params params     = {};
 };
 

@@ -19,7 +19,7 @@
 #include <cstdio>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 11;
+static const int32_t REFREEKV_ABI_VERSION = 12;
 
 static thread_local std::string g_error;
 
@@ -130,6 +130,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_dir         = nullptr;
     res.cold_type        = -1;
     res.cold_state       = true;
+    res.turns            = REFREEKV_TURNS_NONE;
     res.theta            = 0.0f;
     res.mask_only        = false;
     res.by_graph     = false;
@@ -207,6 +208,32 @@ int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens) {
     store->expect(n_tokens);
 
     return REFREEKV_OK;
+}
+
+int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || n_tokens < 0) {
+        refreekv_set_error("prompt: sequence %d, %d tokens: must be a sequence of this context, and not negative", seq_id, n_tokens);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    store->announce(seq_id, n_tokens);
+
+    return REFREEKV_OK;
+}
+
+int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id)) {
+        refreekv_set_error("is_due: sequence %d: must be a sequence of this context", seq_id);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return store->get_turn().is_due(seq_id);
 }
 
 int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {

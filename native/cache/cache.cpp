@@ -51,8 +51,8 @@ llama_memory_context_ptr cache::init_context(slot_info_vec_t sinfos, std::vector
 }
 
 cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches) {
-    if (store->plan_coding(ubatches)) {
-        return {}; // upstream then calls init_update(), and tries again
+    if (store->plan_turn(ubatches)) {
+        return {}; // upstream then calls init_update(), which does it, and tries again
     }
     auto res = llama_kv_cache::prepare(ubatches);
 

@@ -81,6 +81,7 @@ refreekv_stats refreekv_store::stats() const {
     res.cold        = cold.kind();
     res.cold_full   = cold.lost();
     res.n_restores  = n_restores;
+    res.n_turns_failed = n_turns_failed;
     res.restore_us  = restore_us;
 
     res.theta       = warm.theta();

@@ -18,10 +18,10 @@ llama_pos refreekv_store::pruned_pos(llama_seq_id seq_id) const {
 
 // a sequence that has no cells any more
 void refreekv_store::forget_seq(llama_seq_id seq_id) {
-    pruned  [seq_id] = -1;
-    coded_at[seq_id] = -1;
+    pruned[seq_id] = -1;
     spans[seq_id].clear();
     ring.forget(seq_id);
+    turn.forget(seq_id);
 }
 
 void refreekv_store::clear() {
@@ -164,6 +164,7 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
     }
     spans[dst].insert(spans[dst].end(), spans[src].begin(), spans[src].end());
     ring.forget(dst);
+    turn.copy(src, dst);
 
     layouts.make_stale();
 

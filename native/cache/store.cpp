@@ -37,9 +37,10 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     kv(kv), logical(kv.v_cells, kv.seq_to_stream), params(params), prunes_read(prunes_read),
     layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, layers, logical, layouts),
     ring(params.n_window + 1, kv.n_seq_max),
-    pruned(logical.n_seq_ids(), -1), coded_at(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
+    pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
     cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
-    transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm) {
+    transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
+    turn(this->params, logical, layers, layouts, cold, pruned) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -134,6 +135,7 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
     }
 
     ring.note(ubatch);
+    turn.apply(ubatch);
 
     n_expected -= std::min(n_expected, ubatch.n_tokens);
 

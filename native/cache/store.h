@@ -6,6 +6,7 @@
 #include "cache/figures.h"
 #include "cache/layer.h"
 #include "cache/logical-cells.h"
+#include "cache/turn.h"
 #include "evict/evictor.h"
 #include "graph/views.h"
 #include "tiers/warm-tier.h"
@@ -62,8 +63,13 @@ public:
     // tokens to come, this batch's among them: the next reserve() makes room for all of them, where it can
     void expect(uint32_t n_tokens) { n_expected = n_tokens; }
 
-    // Cells of an answer that is being generated are to be coded before this batch. true: update() does it, and the batch comes again
-    bool plan_coding(const std::vector<llama_ubatch> & ubatches);
+    // the next n_tokens tokens of a sequence are a prompt, and expected
+    void announce(llama_seq_id seq_id, uint32_t n_tokens);
+
+    const refreekv::turn & get_turn() const { return turn; }
+
+    // true: something has to be done before this batch. update() does it, and the batch comes again
+    bool plan_turn(const std::vector<llama_ubatch> & ubatches);
 
     // called before every batch; true when update() has something to do
     bool begin_update(llama_context * lctx);
@@ -152,7 +158,7 @@ public:
     // a refreekv_status
     int32_t read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_layer, float * out, uint64_t n_max, int32_t * shape);
 
-    // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=auto)
+    // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=tests)
     void prune_read(llama_context * lctx);
 
     refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read);
@@ -179,7 +185,6 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
     std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
-    std::vector<llama_pos> coded_at;      // [LLAMA_MAX_SEQ] the last position when cells were last coded by plan_coding()
 
     std::vector<refreekv::span_list> spans; // [LLAMA_MAX_SEQ] see protect()
 
@@ -207,6 +212,9 @@ private:
     refreekv::warm_tier     warm;
     refreekv::cold_transfer transfer;
     refreekv::evictor       evictor;
+    refreekv::turn          turn;
+
+    int32_t n_turns_failed = 0;
 
     int64_t  n_restores = 0;
     int64_t  restore_us = 0;
@@ -243,6 +251,7 @@ private:
     int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
+    int64_t run_step(const refreekv::turn::todo & todo); // a failure is counted, and the sequence goes on from what is there
 
     // pos: what to keep of layer il; nullptr: the policy decides, in every layer
     int64_t run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);

@@ -16,9 +16,6 @@
 #include <cinttypes>
 
 static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
-// tokens of a sequence in one batch that are taken for an answer that is being generated, with drafts; more are a prompt
-static const uint32_t MAX_GENERATED = 32;
-
 static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 bool refreekv_store::begin_update(llama_context * lctx) {
@@ -29,6 +26,10 @@ bool refreekv_store::begin_update(llama_context * lctx) {
     // ggml's allocator takes a graph with as many nodes and leafs as the last one for the same graph. One with other layouts
     // is not: the update reserves anew.
     const bool others = layouts.is_stale() && update_layouts();
+
+    if (jobs.empty()) {
+        turn.begin_batch();
+    }
 
     return others || !jobs.empty();
 }
@@ -71,48 +72,33 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
-// Cells leave the hot set while an answer is generated, too, a few blocks of codes at a time: so that only codes grow. This is asked
-// before each batch. Returns true when cells are to be coded first; that is the next update()'s job
-bool refreekv_store::plan_coding(const std::vector<llama_ubatch> & ubatches) {
-    if (!jobs.empty()) {
-        return true;
-    }
-    if (params.n_hot == 0 || n_expected > 0 || layers.empty()) {
-        return false; // the policy decides, or a prompt is being read
-    }
+void refreekv_store::announce(llama_seq_id seq_id, uint32_t n_tokens) {
+    turn.announce(seq_id, n_tokens);
+    expect(turn.n_announced());
+}
 
-    const auto & layer = layers.back(); // all layers that cells are evicted from hold the same cells
-
-    const uint32_t n_due = 2*layouts.padded(params.n_sink + params.n_hot);
-
-    std::map<llama_seq_id, uint32_t> n_tokens;
-    for (const auto & ubatch : ubatches) {
-        for (uint32_t i = 0; i < ubatch.n_tokens && layer.res.n_used() >= n_due; ++i) {
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                n_tokens[ubatch.seq_id[i][j]]++;
-            }
+bool refreekv_store::plan_turn(const std::vector<llama_ubatch> & ubatches) {
+    if (jobs.empty()) {
+        for (const auto & todo : turn.plan(ubatches, n_expected > 0)) {
+            jobs.push_back([this, todo]() { return run_step(todo); });
         }
     }
-
-    for (const auto & [seq_id, n] : n_tokens) {
-        const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
-
-        if (n > MAX_GENERATED || last < 0 || coded_at[seq_id] == last) {
-            continue;
-        }
-        uint32_t n_held = 0;
-        for (const auto & c : logical.of_seq(seq_id)) {
-            n_held += !layer.lacks(c.cell);
-        }
-        if (n_held < (pruned[seq_id] >= 0 ? n_due : std::max<uint32_t>(n_due, params.n_min))) {
-            continue;
-        }
-        coded_at[seq_id] = last; // once, also where it fails
-
-        jobs.push_back([this, seq_id = seq_id]() { return run_eviction(seq_id, -1, nullptr); });
-    }
-
     return !jobs.empty();
+}
+
+// called from llama_decode(), which nothing may be thrown through
+int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
+    const bool    restores = todo.what == refreekv::turn::step::RESTORE;
+    const int64_t res      = refreekv_guard([&]() { return restores ? restore_now(todo.seq_id) : run_eviction(todo.seq_id, -1, nullptr); });
+
+    if (layouts.is_stale()) {
+        update_layouts();
+    }
+    if (res < 0 && n_turns_failed++ == 0) {
+        LLAMA_LOG_WARN("refreekv: sequence %d was not %s and goes on from what is in the cache; this is said once, and counted (n_turns_failed)\n",
+                todo.seq_id, restores ? "restored" : "pruned");
+    }
+    return res;
 }
 
 void refreekv_store::prune_read(llama_context * lctx) {
@@ -174,6 +160,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     }
 
     n_expected = 0;
+    turn.note_pruned(seq_id);
 
     if (status != REFREEKV_OK) {
         warm.refresh(layers); // some of what was coded stayed after all

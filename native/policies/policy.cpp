@@ -33,6 +33,12 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
         return "policy: unknown kind";
     }
+    if (p.turns < REFREEKV_TURNS_NONE || p.turns > REFREEKV_TURNS_RESTORE) {
+        return "turns: must be none, drop or restore";
+    }
+    if (p.turns != REFREEKV_TURNS_NONE && !refreekv_policy_find(p.policy)) {
+        return "turns: must be none for this policy, which evicts nothing by itself";
+    }
     if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
         return "cold: must be none, auto, memory or file";
     }

@@ -16,7 +16,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 11
+_ABI_VERSION = 12
 
 _lib: Any = ffi.dlopen(library._name)
 
@@ -117,6 +117,16 @@ def prune(ctx: Any, seq_id: int) -> int:
 def expect(ctx: Any, n_tokens: int) -> None:
     """So many tokens are about to be decoded, in several batches: room for all of them is made at once."""
     _check(_lib.refreekv_expect(_context(ctx), n_tokens))
+
+
+def prompt(ctx: Any, seq_id: int, n_tokens: int) -> None:
+    """The next n_tokens tokens of a sequence are a prompt; 0: no more of them come."""
+    _check(_lib.refreekv_prompt(_context(ctx), seq_id, n_tokens))
+
+
+def is_due(ctx: Any, seq_id: int) -> bool:
+    """Whether a prompt of the sequence was read, and nothing of it has been pruned since."""
+    return bool(_check(_lib.refreekv_is_due(_context(ctx), seq_id)))
 
 
 def protect(ctx: Any, seq_id: int, start: int, end: int) -> None:

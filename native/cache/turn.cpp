@@ -1,0 +1,113 @@
+#include "cache/turn.h"
+
+#include "graph/layouts.h"
+#include "tiers/cold-rows.h"
+
+#include "llama-batch.h"
+
+#include <algorithm>
+#include <map>
+
+namespace refreekv {
+
+static const uint32_t MAX_ANSWER = 32; // tokens of a sequence in one batch of an answer that is generated with drafts
+
+turn::turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
+        const cold_rows & cold, const std::vector<llama_pos> & pruned) :
+    params(params), logical(logical), layers(layers), lay(lay), cold(cold), pruned(pruned), seqs(logical.n_seq_ids()) {}
+
+uint32_t turn::n_announced() const {
+    uint32_t res = 0;
+    for (const auto & s : seqs) {
+        res += s.n_announced;
+    }
+    return res;
+}
+
+std::vector<turn::todo> turn::plan(const std::vector<llama_ubatch> & ubatches, bool expecting) {
+    if (planned) {
+        return {};
+    }
+
+    std::map<llama_seq_id, uint32_t> n_tokens;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                n_tokens[ubatch.seq_id[i][j]]++;
+            }
+        }
+    }
+
+    std::vector<todo> res;
+
+    for (const auto & [seq_id, n] : n_tokens) {
+        auto & s = seqs[seq_id];
+
+        s.in_prompt = s.n_announced > 0 || (acts() && n > MAX_ANSWER);
+
+        if (s.in_prompt) {
+            if (params.turns == REFREEKV_TURNS_RESTORE && !s.restored && pruned[seq_id] >= 0 && cold.exists()) {
+                res.push_back({ seq_id, step::RESTORE });
+            }
+            s.restored = true;
+            continue;
+        }
+        s.restored = false;
+
+        const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
+
+        if (last >= 0 && s.pruned_at != last && must_prune(seq_id, n <= MAX_ANSWER && !expecting)) {
+            res.push_back({ seq_id, step::PRUNE });
+            s.pruned_at = last;
+        }
+        s.due = s.due && !acts();
+    }
+
+    planned = !res.empty();
+
+    return res;
+}
+
+// before a batch that belongs to no prompt
+bool turn::must_prune(llama_seq_id seq_id, bool generating) const {
+    const bool due = acts() && seqs[seq_id].due;
+
+    if (layers.empty() || (!due && (params.n_hot == 0 || !generating))) {
+        return false;
+    }
+    const uint32_t n_min = std::max(0, params.n_min);
+
+    if (due) {
+        return logical.of_seq(seq_id).size() >= n_min;
+    }
+
+    const auto &   layer = layers.back(); // all layers that cells are evicted from hold the same cells
+    const uint32_t n_due = 2*lay.padded(params.n_sink + params.n_hot);
+
+    if (layer.res.n_used() < n_due) {
+        return false;
+    }
+    uint32_t n_held = 0;
+    for (const auto & c : logical.of_seq(seq_id)) {
+        n_held += !layer.lacks(c.cell);
+    }
+    return n_held >= (pruned[seq_id] >= 0 ? n_due : std::max(n_due, n_min));
+}
+
+void turn::apply(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            auto & s = seqs[ubatch.seq_id[i][j]];
+
+            s.n_announced -= s.n_announced > 0;
+            s.due         |= s.in_prompt;
+        }
+    }
+}
+
+void turn::copy(llama_seq_id src, llama_seq_id dst) {
+    seqs[dst]     = {};
+    seqs[dst].due = seqs[src].due;
+}
+
+} // namespace refreekv

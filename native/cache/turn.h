@@ -1,0 +1,84 @@
+#pragma once
+
+#include "refreekv.h"
+#include "cache/layer.h"
+#include "cache/logical-cells.h"
+
+#include <vector>
+
+struct llama_ubatch;
+
+namespace refreekv {
+
+class cold_rows;
+class layouts;
+
+// The turns of a conversation, for each sequence by itself: a prompt is read, its answer is generated, the next prompt follows.
+// It is asked before each batch what has to be done first.
+//
+// - A batch belongs to a prompt of a sequence while tokens of it are to come that announce() spoke of. With a mode other than
+//   REFREEKV_TURNS_NONE, one with more than 32 tokens of the sequence does, too. Any other belongs to its answer, drafts included.
+// - Once tokens of a prompt were read, a pruning is due. The first batch of the answer comes after it, so that the first token
+//   of an answer, whose logits are those of the prompt's last token, does not wait. Any pruning of the sequence settles that.
+// - The first batch of a prompt comes after what was evicted of the sequence has been restored (REFREEKV_TURNS_RESTORE). It is
+//   tried once per prompt. That prompt's pruning is due as any other's, whether it has been restored or not.
+// - While an answer goes on, and decoding attends to codes of what is evicted, cells are evicted a few blocks at a time.
+//
+// A step that fails is not tried again for the same prompt: the sequence goes on from what the cache holds (refreekv_store::run_step).
+class turn {
+public:
+    enum class step { PRUNE, RESTORE };
+
+    struct todo {
+        llama_seq_id seq_id;
+        step         what;
+    };
+
+    // all of them belong to the store. pruned: [LLAMA_MAX_SEQ] see refreekv_store::pruned_pos()
+    turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
+         const cold_rows & cold, const std::vector<llama_pos> & pruned);
+
+    // the next n_tokens tokens of a sequence are a prompt; 0: no more of them come
+    void announce(llama_seq_id seq_id, uint32_t n_tokens) { seqs[seq_id].n_announced = n_tokens; }
+
+    uint32_t n_announced() const; // over all sequences
+
+    // a prompt was read, and nothing of the sequence has been pruned since
+    bool is_due(llama_seq_id seq_id) const { return seqs[seq_id].due; }
+
+    // What has to be done before this batch. expecting: tokens are to come that belong to no answer. Whoever asks does it, and may
+    // ask for the same batch again: begin_batch() is when another one comes
+    std::vector<todo> plan(const std::vector<llama_ubatch> & ubatches, bool expecting);
+    void begin_batch() { planned = false; }
+
+    // tokens are in the cache now
+    void apply(const llama_ubatch & ubatch);
+
+    void note_pruned(llama_seq_id seq_id) { seqs[seq_id].due = false; }
+    void forget     (llama_seq_id seq_id) { seqs[seq_id] = {}; }
+    void copy       (llama_seq_id src, llama_seq_id dst);
+
+private:
+    struct sequence {
+        uint32_t  n_announced = 0;
+        bool      in_prompt   = false; // the batch that was planned last belongs to a prompt of it
+        bool      due         = false;
+        bool      restored    = false; // for this prompt, or that was tried
+        llama_pos pruned_at   = -1;    // its last position when a pruning was planned last: once for each, also where that fails
+    };
+
+    const refreekv_params &        params;
+    const logical_cells &          logical;
+    const std::vector<layer> &     layers;
+    const layouts &                lay;
+    const cold_rows &              cold;
+    const std::vector<llama_pos> & pruned;
+
+    std::vector<sequence> seqs; // [LLAMA_MAX_SEQ]
+    bool planned = false;       // for this batch
+
+    bool acts() const { return params.turns != REFREEKV_TURNS_NONE; }
+    bool must_prune(llama_seq_id seq_id, bool generating) const;
+};
+
+} // namespace refreekv
