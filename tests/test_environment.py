@@ -26,11 +26,35 @@ kept = [native.layer(llm._ctx.ctx, i).n_kept for i in range(stats.n_layer)]
 print(json.dumps({"rings": stats.bytes_ring, "prunes": stats.n_prunes, "kept": kept}))
 """
 
+# two turns through llama.h alone
+CONVERSATION = """
+import json, sys
+from refreekv_cpp import native
+import llama_cpp
+params = llama_cpp.llama_context_default_params()
+params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 2048, 512, 1, 1
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.llama_model_default_params())
+context = llama_cpp.llama_init_from_model(model, params)
 
-def run(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def decode(*tokens):
+    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
+    assert llama_cpp.llama_decode(context, batch) == 0
+
+steps = []
+for tokens in [range(3, 403), range(3, 403), [5], [6], range(3, 203), [7]]:
+    decode(*tokens)
+    stats = native.stats(context)
+    steps.append([stats.n_prunes, stats.n_restores, stats.bytes_codes > 0])
+llama_cpp.llama_free(context)
+llama_cpp.llama_model_free(model)
+print(json.dumps(steps))
+"""
+
+
+def run(path: Path, program: str = PROGRAM, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("REFREEKV_NATIVE_P")}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path)], env={**clean, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", program, str(path)], env={**clean, **environment}, capture_output=True, text=True
     )
 
 
@@ -53,6 +77,21 @@ def test_it_prunes_what_a_batch_has_read(tiny_model: Path, policy: str) -> None:
     pruned = report(tiny_model, REFREEKV_NATIVE_POLICY=policy, REFREEKV_NATIVE_PRUNE="tests")
     assert pruned["prunes"] == 1  # not after the single token
     assert min(pruned["kept"]) < 100
+
+
+@pytest.mark.parametrize("policy", ["streaming", "refreekv"])
+def test_a_program_that_knows_of_nothing_prunes_and_restores(tiny_model: Path, policy: str) -> None:
+    done = run(tiny_model, CONVERSATION, REFREEKV_NATIVE_POLICY=policy, REFREEKV_NATIVE_PRUNE="auto")
+    assert done.returncode == 0, done.stderr
+    coded = policy == "refreekv"
+    assert json.loads(done.stdout) == [
+        [0, 0, False],
+        [0, 0, False],
+        [1, 0, coded],
+        [1, 0, coded],
+        [1, 1, False],
+        [2, 1, coded],
+    ]
 
 
 def test_a_model_that_cannot_have_it_goes_without(tiny_model: Path, tmp_path: Path) -> None:
