@@ -1,4 +1,4 @@
-"""Sequences that prune and restore by themselves as a conversation goes on: `refreekv_params.turns`, native/cache/turn.h."""
+"""Sequences that prune and restore by themselves as a conversation goes on (native/cache/turn.h)."""
 
 from __future__ import annotations
 
