@@ -228,13 +228,18 @@ REFREEKV_API int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id s
 // not grow with each. Without a memory_limit, and where there is the memory; 0: no more of them come
 REFREEKV_API int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens);
 
-// the next n_tokens tokens of a sequence are a prompt, however they come in batches, and are expected as by refreekv_expect();
-// 0: no more of them come
+// The next n_tokens tokens of a sequence are a prompt, or the rest of one, however they come in batches, and are expected as by
+// refreekv_expect(). 0: all of it is in the cache already. -1: one that was announced is given up, and no pruning is due
 REFREEKV_API int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // 1 when a prompt of the sequence was read and nothing of it has been pruned since, 0 otherwise. With REFREEKV_TURNS_NONE only what
 // refreekv_prompt() has announced is a prompt, and it is the program's to prune it before it decodes the answer's second token
 REFREEKV_API int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id);
+
+// how many of the first n_prefix tokens of a sequence a prompt of n_prompt tokens, which begins with them, can go on from: the policy
+// judges by the last n_window queries of a prompt, and where some of them are not there any more, all of them have to be read again.
+// n_prefix where it looks at no attention
+REFREEKV_API int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt);
 
 // bring back what was evicted of a sequence from the cold store, bit for bit unless cold_type is smaller than the cache's.
 // Returns the cells brought back, over all layers; the sequence is whole then, and can be rewound, copied in part and pruned again. Removing a part of a pruned

@@ -104,9 +104,9 @@ def test_a_prompt_that_was_announced_may_come_in_any_batches(tiny_model: Path) -
     assert state(sequences) == (3, 1, 0)
     native.prompt(sequences.ctx, 0, 100)
     sequences.read(0, [9])
-    native.prompt(sequences.ctx, 0, 0)  # no more of it comes
+    native.prompt(sequences.ctx, 0, -1)  # it is given up
     sequences.read(0, [10])
-    assert state(sequences) == (4, 2, 0)
+    assert state(sequences) == (3, 2, 0)
 
 
 def test_a_program_that_prunes_itself_is_told_when(tiny_model: Path) -> None:
@@ -121,10 +121,36 @@ def test_a_program_that_prunes_itself_is_told_when(tiny_model: Path) -> None:
     assert state(sequences) == (0, 0, 0)
     assert native.prune(sequences.ctx, 0) > 0
     assert not native.is_due(sequences.ctx, 0)
+    native.prompt(sequences.ctx, 0, 0)  # all of it is there, and was pruned
+    assert not native.is_due(sequences.ctx, 0)
+    sequences.read(0, [6])
+    native.prompt(sequences.ctx, 0, 0)
+    assert native.is_due(sequences.ctx, 0)
     with pytest.raises(PolicyError, match="must be a sequence of this context"):
         native.is_due(sequences.ctx, 10**6)
-    with pytest.raises(PolicyError, match="must be a sequence of this context, and not negative"):
-        native.prompt(sequences.ctx, 0, -1)
+    with pytest.raises(PolicyError, match="must be a sequence of this context, and -1 or more"):
+        native.prompt(sequences.ctx, 0, -2)
+
+
+def test_queries_that_are_gone_are_read_again(tiny_model: Path) -> None:
+    looks, codes = SnapKV(budget=300, n_min=0, n_window=32), EXACT
+    for policy in (looks, codes, Streaming()):
+        sequences = conversation(tiny_model, policy, NONE)
+        sequences.read(0, random_tokens(500))
+
+        def usable(n_prefix: int, n_prompt: int, ctx: Any = sequences.ctx) -> int:
+            return native.usable_prefix(ctx, 0, n_prefix, n_prompt)
+
+        assert usable(500, 500) == usable(500, 520) == 500
+        assert usable(480, 500) == 480  # 468 to 499 are there
+        assert usable(460, 500) == 460  # none of them is needed: 468 and later are still to be read
+        assert usable(450, 470) == (438 if policy is looks else 450)
+        state = sequences.save(0)
+        assert sequences.remove(0)
+        assert sequences.restore(state, 0)
+        assert usable(500, 520) == (488 if policy is looks else 500)
+    with pytest.raises(PolicyError, match="0 <= n_prefix <= n_prompt"):
+        usable(10, 9)
 
 
 def test_what_becomes_of_a_sequence_becomes_of_its_turn(tiny_model: Path) -> None:

@@ -215,8 +215,8 @@ int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!store->valid_seq(seq_id) || n_tokens < 0) {
-        refreekv_set_error("prompt: sequence %d, %d tokens: must be a sequence of this context, and not negative", seq_id, n_tokens);
+    if (!store->valid_seq(seq_id) || n_tokens < -1) {
+        refreekv_set_error("prompt: sequence %d, %d tokens: must be a sequence of this context, and -1 or more", seq_id, n_tokens);
         return REFREEKV_ERR_ARGUMENT;
     }
     store->announce(seq_id, n_tokens);
@@ -234,6 +234,18 @@ int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id) {
         return REFREEKV_ERR_ARGUMENT;
     }
     return store->get_turn().is_due(seq_id);
+}
+
+int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) {
+    auto * store = refreekv_get_store(ctx);
+    if (!store) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    if (!store->valid_seq(seq_id) || n_prefix < 0 || n_prompt < n_prefix) {
+        refreekv_set_error("usable_prefix: sequence %d, %d of %d tokens: must be a sequence of this context, and 0 <= n_prefix <= n_prompt", seq_id, n_prefix, n_prompt);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv_guard([&]() { return store->usable_prefix(seq_id, n_prefix, n_prompt); });
 }
 
 int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {

@@ -63,8 +63,8 @@ public:
     // tokens to come, this batch's among them: the next reserve() makes room for all of them, where it can
     void expect(uint32_t n_tokens) { n_expected = n_tokens; }
 
-    // the next n_tokens tokens of a sequence are a prompt, and expected
-    void announce(llama_seq_id seq_id, uint32_t n_tokens);
+    // the next n_tokens tokens of a sequence are the rest of a prompt, and expected; -1: there is none
+    void announce(llama_seq_id seq_id, int32_t n_tokens);
 
     const refreekv::turn & get_turn() const { return turn; }
 
@@ -141,6 +141,9 @@ public:
 
     // what was evicted comes back from the cold store; cells, or a refreekv_status
     int64_t restore(llama_context * lctx, llama_seq_id seq_id);
+
+    // see refreekv_usable_prefix()
+    int32_t usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) const;
 
     llama_pos pruned_pos(llama_seq_id seq_id) const;
     bool      valid_seq (llama_seq_id seq_id) const;

@@ -16,6 +16,18 @@ turn::turn(const refreekv_params & params, const logical_cells & logical, const 
         const cold_rows & cold, const std::vector<llama_pos> & pruned) :
     params(params), logical(logical), layers(layers), lay(lay), cold(cold), pruned(pruned), seqs(logical.n_seq_ids()) {}
 
+void turn::announce(llama_seq_id seq_id, int32_t n_tokens) {
+    auto & s = seqs[seq_id];
+
+    s.n_announced = std::max(0, n_tokens);
+
+    if (n_tokens < 0) {
+        s.due = false;
+    } else if (n_tokens == 0) { // it was there before, and may have been pruned
+        s.due = logical.table_of_seq(seq_id).seq_pos_max(seq_id) > pruned[seq_id];
+    }
+}
+
 uint32_t turn::n_announced() const {
     uint32_t res = 0;
     for (const auto & s : seqs) {
@@ -99,8 +111,10 @@ void turn::apply(const llama_ubatch & ubatch) {
         for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
             auto & s = seqs[ubatch.seq_id[i][j]];
 
-            s.n_announced -= s.n_announced > 0;
-            s.due         |= s.in_prompt;
+            if (s.n_announced > 0) {
+                s.n_announced--;
+            }
+            s.due |= s.in_prompt && s.n_announced == 0;
         }
     }
 }

@@ -18,7 +18,7 @@ class layouts;
 //
 // - A batch belongs to a prompt of a sequence while tokens of it are to come that announce() spoke of. With a mode other than
 //   REFREEKV_TURNS_NONE, one with more than 32 tokens of the sequence does, too. Any other belongs to its answer, drafts included.
-// - Once tokens of a prompt were read, a pruning is due. The first batch of the answer comes after it, so that the first token
+// - Once such a batch, or the last token that was announced, was read, a pruning is due. The first batch of the answer comes after it, so that the first token
 //   of an answer, whose logits are those of the prompt's last token, does not wait. Any pruning of the sequence settles that.
 // - The first batch of a prompt comes after what was evicted of the sequence has been restored (REFREEKV_TURNS_RESTORE). It is
 //   tried once per prompt. That prompt's pruning is due as any other's, whether it has been restored or not.
@@ -38,8 +38,8 @@ public:
     turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
          const cold_rows & cold, const std::vector<llama_pos> & pruned);
 
-    // the next n_tokens tokens of a sequence are a prompt; 0: no more of them come
-    void announce(llama_seq_id seq_id, uint32_t n_tokens) { seqs[seq_id].n_announced = n_tokens; }
+    // the next n_tokens tokens of a sequence are the rest of a prompt. -1: there is none, and no pruning is due
+    void announce(llama_seq_id seq_id, int32_t n_tokens);
 
     uint32_t n_announced() const; // over all sequences
 

@@ -72,7 +72,7 @@ int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
-void refreekv_store::announce(llama_seq_id seq_id, uint32_t n_tokens) {
+void refreekv_store::announce(llama_seq_id seq_id, int32_t n_tokens) {
     turn.announce(seq_id, n_tokens);
     expect(turn.n_announced());
 }
@@ -99,6 +99,19 @@ int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
                 todo.seq_id, restores ? "restored" : "pruned");
     }
     return res;
+}
+
+int32_t refreekv_store::usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) const {
+    const int32_t n_needed = n_prefix - std::max(0, n_prompt - params.n_window);
+
+    if (!has_rings() || n_needed <= 0) {
+        return n_prefix;
+    }
+    std::vector<int32_t>   rows;
+    std::vector<llama_pos> pos;
+    ring.rows(seq_id, n_prefix - 1, n_needed, 1, rows, pos);
+
+    return (int32_t) pos.size() == n_needed ? n_prefix : n_prefix - n_needed;
 }
 
 void refreekv_store::prune_read(llama_context * lctx) {

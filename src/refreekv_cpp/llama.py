@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +29,7 @@ from refreekv_cpp._log import inform, logger
 from refreekv_cpp._model import Model
 from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ClosedError, UnsupportedModelError
 from refreekv_cpp.policies import Full, Policy
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
@@ -150,9 +150,7 @@ class Llama(llama_cpp.Llama):
         self._make_locks()
         self._refused_state = False  # an entry of the cache of states did not fit, and the log says so
         self._generation: object = None  # the one that began last
-        self._prompt_of: object = None  # the generation whose prompt is still to be read
-        self._unpruned_of: object = None  # the one whose prompt was read, and is pruned once its first token is out
-        self._queries_lost = False  # a state was loaded, and nothing generated since
+        self._prompt_next = False  # what is read next is the prompt of that generation
         self._n_limit_prunes = 0
         self._system: str | None = None  # message of the chat that is in the cache
 
@@ -225,9 +223,9 @@ class Llama(llama_cpp.Llama):
         """
         with self._using:
             ctx = self._ctx.ctx
-            self._unpruned_of = None
             if not self._evicts or self.n_tokens == 0:
                 return 0
+            native.prompt(ctx, _SEQ_ID, -1)  # none is due from now on, even if this one fails
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
             for start, end in spans.resolve(self.kv_protect, self, self._system):
                 native.protect(ctx, _SEQ_ID, start, end)
@@ -259,7 +257,7 @@ class Llama(llama_cpp.Llama):
             return
 
         self._prune_due()
-        if self._prompt_of is not None or _chat_system.get() is not None:  # what comes is not a caller's own `eval`
+        if self._prompt_next or _chat_system.get() is not None:  # what comes is not a caller's own `eval`
             self._system = _chat_system.get()
         pruned_pos = native.pruned_pos(self._ctx.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
@@ -268,36 +266,36 @@ class Llama(llama_cpp.Llama):
                 f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
                 "or later, or reset()"
             )
-        if self.kv_memory_limit is None:
-            self._eval(tokens)
-        else:
-            self._eval_within(tokens, self.kv_memory_limit)
-        if self._prompt_of is not None:
-            self._unpruned_of, self._prompt_of = self._prompt_of, None
+        if self._prompt_next:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as upstream's eval; an emptied sequence has no turn
+            native.prompt(self._ctx.ctx, _SEQ_ID, len(tokens))
+        try:
+            if self.kv_memory_limit is None:
+                self._eval(tokens)
+            else:
+                self._eval_within(tokens, self.kv_memory_limit)
+        except BaseException:
+            native.prompt(self._ctx.ctx, _SEQ_ID, -1)
+            raise
+        finally:
+            self._prompt_next = False
 
-    def _prune_due(self, generation: object = None) -> None:
-        """Prune a prompt that was read and is not pruned yet, of any generation or just of this one.
+    def _prune_due(self) -> None:
+        """Prune a prompt that was read and is not pruned yet. The first token of its answer did not wait for this."""
+        if self._evicts and native.is_due(self._ctx.ctx, _SEQ_ID):
+            self.prune_kv()
 
-        The first token of an answer does not wait for it: its logits are there. A generation that was given up may end
-        in another thread while the next one begins: one of the two prunes, and the other waits.
-        """
-        if self._unpruned_of is None or not self._evicts:
-            return  # without waiting for a thread that reads the next prompt
+    def _end(self, generation: object) -> None:
+        """What a generation leaves to be done is done, unless another one has begun."""
         # a generator may be closed by the garbage collector, in a thread that holds `_reading`: it must not wait
-        if not self._using.acquire(blocking=generation is None):
+        if self._generation is not generation or not self._using.acquire(blocking=False):
             return  # whoever reads next prunes before
         with ExitStack() as locked:
             locked.callback(self._using.release)
-            if self._unpruned_of is None or (generation is not None and generation is not self._unpruned_of):
-                return
-            self._unpruned_of = None
-            # nothing was read when the whole prompt was there already, and then it may have been pruned, too
-            if native.pruned_pos(self._ctx.ctx, _SEQ_ID) < self.n_tokens - 1:
-                self.prune_kv()
-
-    def _go_back(self, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
-        self._requires_eval = True  # the logits are not those of the last token that is left
+            if self._generation is generation:
+                self._prompt_next = False
+                with suppress(ClosedError):
+                    self._prune_due()
 
     def _eval(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.n_batch:
@@ -341,7 +339,7 @@ class Llama(llama_cpp.Llama):
         with self._completing, self._using:  # a stream begins once another thread's completion is done
             if self._evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
-                self._prompt_of = generation
+                self._prompt_next = True
             self._generation = generation
         sent: Sequence[int] | None = None
         try:
@@ -352,24 +350,28 @@ class Llama(llama_cpp.Llama):
                         token = steps.send(sent)
                     except StopIteration:
                         return
-                    self._generation = generation  # a reset() of its own does not end it
+                    finally:
+                        self._generation = generation  # a reset() of its own does not end it
                 sent = yield token
         finally:
             steps.close()
-            # one that was given up may be closed, by another thread, while the next one reads its prompt
-            if self._prompt_of is generation:
-                self._prompt_of = None
-            if self._unpruned_of is generation:
-                self._prune_due(generation)
+            self._end(generation)
 
     def _prepare(self, prompt: Sequence[int], reset: bool) -> None:
         """Have the cache ready for a prompt that may ask for what was evicted."""
         self._prune_due()
-        if reset and self._goes_on_otherwise(prompt) and not self._restore(prompt):
-            self.reset()
-        elif reset and self._queries_lost:
-            self._rewind_for_queries(prompt)
-        self._queries_lost = False
+        if not reset:
+            return
+        read = self._input_ids.tolist()
+        n_common = self.longest_token_prefix(read, prompt[:-1])
+        n_usable = native.usable_prefix(self._ctx.ctx, _SEQ_ID, n_common, len(prompt))
+        whole = native.pruned_pos(self._ctx.ctx, _SEQ_ID) < 0
+        # the prompt that was read last can be sampled from at once
+        if not whole and self.kv_evicted != "drop" and list(prompt) != read:
+            if not self._restore(n_usable):
+                self.reset()
+        elif n_usable < n_common and (whole or self.kv_evicted != "drop"):
+            self._go_back(n_usable)
 
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._generation is not generation:
@@ -444,44 +446,23 @@ class Llama(llama_cpp.Llama):
         _grammar.check(self._model.vocab, kwargs.get("grammar"))
         return super()._init_sampler(*args, **kwargs)
 
-    def _goes_on_otherwise(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt may ask for what was evicted. The one that was read last can be sampled from at once."""
-        pruned = native.pruned_pos(self._ctx.ctx, _SEQ_ID) >= 0
-        return self.kv_evicted != "drop" and pruned and list(prompt) != list(self._input_ids)
-
-    def _restore(self, prompt: Sequence[int]) -> bool:
-        """Bring back what was evicted of the tokens that a prompt begins with. False: they have to be read again."""
-        if self.kv_evicted != "restore":
+    def _go_back(self, n_tokens: int) -> bool:
+        """Remove what lies behind the first tokens, which brings back what was evicted of them. False: it was refused."""
+        if not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             return False
-        n_common = self.longest_token_prefix(self._input_ids.tolist(), prompt[:-1])
-        if n_common < self.n_tokens:
-            # what was generated has taken the place of the prompt's last queries
-            n_common = min(n_common, max(0, len(prompt) - self._n_window))
+        self.n_tokens = n_tokens
+        self._requires_eval = True  # the logits are not those of the last token that is left
+        return True
+
+    def _restore(self, n_tokens: int) -> bool:
+        """Bring back what was evicted of the first tokens, without the others. False: they have to be read again."""
         try:
-            if n_common > 0 and self._ctx.kv_cache_seq_rm(-1, n_common, -1):
-                self._go_back(n_common)
+            if self.kv_evicted == "restore" and n_tokens > 0 and self._go_back(n_tokens):
                 native.restore(self._ctx.ctx, _SEQ_ID)
                 return True
         except (CacheStateError, CacheMemoryError) as error:
             inform(f"{error}; the conversation is read again", verbose=self.verbose)
         return False
-
-    @property
-    def _n_window(self) -> int:
-        """Queries that the policy judges by."""
-        n_window: int = 0 if self._codes_all else (self.kv_policy.native_options() or {}).get("n_window", 0)
-        return n_window
-
-    @property
-    def _codes_all(self) -> bool:
-        """Whether decoding goes on attending to all that is evicted, so that the policy has nothing to judge."""
-        return native.stats(self._ctx.ctx).theta > 0 and bool((self.kv_policy.native_options() or {}).get("n_hot"))
-
-    def _rewind_for_queries(self, prompt: Sequence[int]) -> None:
-        """The last tokens of the prompt are to be read again: a state holds no queries for the policy to judge by."""
-        n_tokens = max(0, len(prompt) - self._n_window)
-        if n_tokens < self.n_tokens and self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
-            self._go_back(n_tokens)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As upstream's, which `create_completion` calls; but a grammar is checked at once, before a stream begins."""
@@ -515,7 +496,6 @@ class Llama(llama_cpp.Llama):
             self._load_state(state)
 
     def _load_state(self, state: llama_cpp.LlamaState) -> None:
-        self._unpruned_of = None  # what was read is about to be replaced
         self._generation = None
         native.clear_error()
         try:
@@ -530,15 +510,12 @@ class Llama(llama_cpp.Llama):
                 self._refused_state = True
                 logger.warning("an entry of the cache of states does not fit, and is not used: %s", message)
             raise _states.UnfitStateError(message) from error
-        self._queries_lost = True
 
     def reset(self) -> None:
         """As upstream's."""
         with self._using:
-            self._unpruned_of = None  # what was read is about to be replaced
             self._generation = None
             super().reset()
-            self._queries_lost = False  # what comes is read from its beginning
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """As upstream's.
@@ -571,7 +548,6 @@ class Llama(llama_cpp.Llama):
         if "_stack" not in self.__dict__:  # not there yet when an argument was refused
             return
         with self._using, self._reading:
-            self._unpruned_of = None
             super().close()
             for name in ("_batch", "_ctx", "_model"):
                 if name in self.__dict__:

@@ -120,13 +120,19 @@ def expect(ctx: Any, n_tokens: int) -> None:
 
 
 def prompt(ctx: Any, seq_id: int, n_tokens: int) -> None:
-    """The next n_tokens tokens of a sequence are a prompt; 0: no more of them come."""
+    """The next n_tokens tokens of a sequence are the rest of a prompt; -1: there is none, and no pruning is due."""
     _check(_lib.refreekv_prompt(_context(ctx), seq_id, n_tokens))
 
 
 def is_due(ctx: Any, seq_id: int) -> bool:
     """Whether a prompt of the sequence was read, and nothing of it has been pruned since."""
     return bool(_check(_lib.refreekv_is_due(_context(ctx), seq_id)))
+
+
+def usable_prefix(ctx: Any, seq_id: int, n_prefix: int, n_prompt: int) -> int:
+    """How many of the first n_prefix tokens a prompt of n_prompt tokens, which begins with them, can go on from: the
+    policy judges by the last queries of a prompt, and what is not there any more of them has to be read again."""
+    return _check(_lib.refreekv_usable_prefix(_context(ctx), seq_id, n_prefix, n_prompt))
 
 
 def protect(ctx: Any, seq_id: int, start: int, end: int) -> None:

@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp._utils import suppress_stdout_stderr
 
+from refreekv_cpp import native
 from refreekv_cpp.divergence import Logits
 from refreekv_cpp.eval.spec import Spec
 from refreekv_cpp.llama import Llama
@@ -65,7 +66,10 @@ class Session:
         """
         self.llm.load_state(state)
         tokens = state.input_ids[: state.n_tokens].tolist()
-        self.llm.n_tokens = max(0, len(tokens) - max(self.llm._n_window, 1))
+        n_tokens = len(tokens) - 1
+        self.llm.n_tokens = (
+            native.usable_prefix(self.llm.ctx, 0, n_tokens, n_tokens + 1) if self.llm.kv_elastic else n_tokens
+        )
         return self.read(tokens[self.llm.n_tokens :])
 
     def rewind(self, n_tokens: int) -> None:
