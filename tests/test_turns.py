@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ def state(sequences: Sequences) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
-def test_each_sequence_prunes_and_restores_by_itself(tiny_model: Path, unified: bool) -> None:
+@pytest.mark.parametrize("kind", ["gqa", "gemma2 (soft-cap, sliding window)", "jamba (hybrid)"])
+def test_each_sequence_prunes_and_restores_by_itself(tiny: Callable[[str], Path], kind: str, unified: bool) -> None:
     fields = {"n_ctx": 8192, "n_batch": 2048, "n_seq_max": 4, "kv_unified": unified}
-    ours = Sequences(tiny_model, EXACT, cold={"cold": MEMORY, "turns": RESTORE}, **fields)
-    full = Sequences(tiny_model, Full(), **fields)
+    ours = Sequences(tiny(kind), EXACT, cold={"cold": MEMORY, "turns": RESTORE}, **fields)
+    full = Sequences(tiny(kind), Full(), **fields)
     restored = 0
     for step, lengths in enumerate(CONVERSATIONS):
         tokens = {seq: random_tokens(n, seed=10 * step + seq) for seq, n in lengths.items()}

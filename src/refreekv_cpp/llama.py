@@ -447,7 +447,7 @@ class Llama(llama_cpp.Llama):
         return super()._init_sampler(*args, **kwargs)
 
     def _go_back(self, n_tokens: int) -> bool:
-        """Remove what lies behind the first tokens, which brings back what was evicted of them. False: it was refused."""
+        """Remove what lies behind these tokens, which brings back what was evicted of them. False: it was refused."""
         if not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
             return False
         self.n_tokens = n_tokens
