@@ -186,17 +186,18 @@ def test_where_rows_were_lost_the_prompt_goes_on_from_what_is_left(tiny_model: P
     assert losing.kept(0) == dropping.kept(0)
 
 
-def test_where_it_does_not_fit_the_prompt_goes_on_from_what_is_left(tiny_model: Path) -> None:
+@pytest.mark.parametrize("n_answer", [100, 20], ids=["nor without the prompt", "but without the prompt"])
+def test_where_it_does_not_fit_the_prompt_goes_on_from_what_is_left(tiny_model: Path, n_answer: int) -> None:
     whole = conversation(tiny_model, Streaming(budget=100, n_min=0))
     whole.read(0, random_tokens(700))
     limit = native.stats(whole.ctx).bytes
 
     sequences = conversation(tiny_model, Streaming(budget=100, n_min=0), memory_limit=limit)
     sequences.read(0, random_tokens(700))
-    for token in random_tokens(100, seed=1):
+    for token in random_tokens(n_answer, seed=1):
         sequences.read(0, [token])
     assert state(sequences) == (1, 0, 0)
-    sequences.read(0, random_tokens(200, seed=2))
+    sequences.read(0, random_tokens(300, seed=2))
     assert "the limit is" in native.last_error()
     assert state(sequences) == (1, 0, 1)
     sequences.read(0, [6])

@@ -250,8 +250,8 @@ private:
     std::vector<uint32_t> missing(const layer & layer, const std::vector<placed> & cells) const;
 
     int32_t restore_rows(const std::vector<std::vector<uint32_t>> & cells); // a refreekv_status
-    int64_t restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1);
+    int64_t restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more);
+    int64_t restore_now(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1, uint32_t n_more = 0);
 
     int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
     int64_t run_step(const refreekv::turn::todo & todo); // a failure is counted, and the sequence goes on from what is there

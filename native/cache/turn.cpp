@@ -41,8 +41,11 @@ std::vector<turn::todo> turn::plan(const std::vector<llama_ubatch> & ubatches, b
         return {};
     }
 
+    uint32_t n_batch = 0;
+
     std::map<llama_seq_id, uint32_t> n_tokens;
     for (const auto & ubatch : ubatches) {
+        n_batch += ubatch.n_tokens;
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
                 n_tokens[ubatch.seq_id[i][j]]++;
@@ -59,7 +62,7 @@ std::vector<turn::todo> turn::plan(const std::vector<llama_ubatch> & ubatches, b
 
         if (s.in_prompt) {
             if (params.turns == REFREEKV_TURNS_RESTORE && !s.restored && pruned[seq_id] >= 0 && cold.exists()) {
-                res.push_back({ seq_id, step::RESTORE });
+                res.push_back({ seq_id, step::RESTORE, n_batch });
             }
             s.restored = true;
             continue;
@@ -69,7 +72,7 @@ std::vector<turn::todo> turn::plan(const std::vector<llama_ubatch> & ubatches, b
         const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
 
         if (last >= 0 && s.pruned_at != last && must_prune(seq_id, n <= MAX_ANSWER && !expecting)) {
-            res.push_back({ seq_id, step::PRUNE });
+            res.push_back({ seq_id, step::PRUNE, n_batch });
             s.pruned_at = last;
         }
         s.due = s.due && !acts();

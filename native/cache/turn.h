@@ -32,6 +32,7 @@ public:
     struct todo {
         llama_seq_id seq_id;
         step         what;
+        uint32_t     n_tokens; // of the batch, which a restore has to leave room for
     };
 
     // all of them belong to the store. pruned: [LLAMA_MAX_SEQ] see refreekv_store::pruned_pos()

@@ -89,7 +89,7 @@ bool refreekv_store::plan_turn(const std::vector<llama_ubatch> & ubatches) {
 // called from llama_decode(), which nothing may be thrown through
 int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
     const bool    restores = todo.what == refreekv::turn::step::RESTORE;
-    const int64_t res      = refreekv_guard([&]() { return restores ? restore_now(todo.seq_id) : run_eviction(todo.seq_id, -1, nullptr); });
+    const int64_t res      = refreekv_guard([&]() { return restores ? restore_now(todo.seq_id, -1, -1, todo.n_tokens) : run_eviction(todo.seq_id, -1, nullptr); });
 
     if (layouts.is_stale()) {
         update_layouts();

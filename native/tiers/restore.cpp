@@ -52,17 +52,18 @@ int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
     });
 }
 
-// but for positions that are about to go: p0 to p1 - 1. Called from upstream's functions, which nothing may be thrown through
-int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+// But for positions that are about to go: p0 to p1 - 1. n_more: tokens that the limit has to have room for afterwards. Called from
+// upstream's functions, which nothing may be thrown through
+int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
     try {
-        return restore_rows(seq_id, p0, p1);
+        return restore_rows(seq_id, p0, p1, n_more);
     } catch (const std::exception & err) {
         refreekv_set_error("restore: %s", err.what());
         return REFREEKV_ERR_MEMORY;
     }
 }
 
-int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
     const int64_t t_start = ggml_time_us();
 
     mover.synchronize();
@@ -90,7 +91,7 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
             n_absent++;
         }
 
-        const uint32_t n_need = layouts.padded(layer.res.n_used() + n_absent);
+        const uint32_t n_need = layouts.padded(layer.res.n_used() + n_absent + n_more);
         bytes += n_need > layer.rows.capacity() ? layer.rows.bytes_for(n_need) - layer.rows.bytes() : 0;
         n_restored += cells.back().size();
     }
