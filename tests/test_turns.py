@@ -166,6 +166,17 @@ def test_what_becomes_of_a_sequence_becomes_of_its_turn(tiny_model: Path) -> Non
     assert native.pruned_pos(sequences.ctx, 1) == 499
 
 
+def test_a_prompt_that_takes_anothers_place_is_pruned_as_well(tiny_model: Path) -> None:
+    sequences = conversation(tiny_model, Streaming(budget=100, n_min=0))
+    sequences.read(0, random_tokens(700))
+    sequences.read(0, [5])
+    assert sequences.remove(0, 650)
+    assert state(sequences) == (1, 1, 0)
+    sequences.read(0, random_tokens(50, seed=1))
+    sequences.read(0, [5])
+    assert state(sequences) == (2, 1, 0)
+
+
 def test_short_prompts_stay_whole(tiny_model: Path) -> None:
     sequences = conversation(tiny_model, Streaming(budget=100, n_min=600))
     sequences.read(0, random_tokens(500))

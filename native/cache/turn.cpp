@@ -117,7 +117,10 @@ void turn::apply(const llama_ubatch & ubatch) {
             if (s.n_announced > 0) {
                 s.n_announced--;
             }
-            s.due |= s.in_prompt && s.n_announced == 0;
+            if (s.in_prompt) {
+                s.due       = s.n_announced == 0;
+                s.pruned_at = -1;
+            }
         }
     }
 }
