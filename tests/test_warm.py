@@ -295,6 +295,24 @@ def test_a_file_that_is_cut_is_no_end_of_the_answer(tiny: Callable[[str], Path],
     assert llm.kv_stats.n_rows_read == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds the file there")
+def test_rows_that_are_not_in_memory_are_there_soon(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    llm = read(tiny("gqa64"), EVERY, kv_cold="file", kv_cold_dir=tmp_path)
+    expected = feed(llm, ANSWER[:1])
+    assert llm.kv_stats.n_rows_left == 0
+    for fd in Path("/proc/self/fd").iterdir():
+        if os.path.exists(fd) and str(tmp_path) in os.readlink(fd):
+            os.fsync(int(fd.name))
+            os.posix_fadvise(int(fd.name), 0, 0, os.POSIX_FADV_DONTNEED)
+    for _ in range(1000):  # decoding does not wait for them, but it asks for them
+        n_left = llm.kv_stats.n_rows_left
+        llm.n_tokens -= 1
+        answer = feed(llm, ANSWER[:1])
+        if llm.kv_stats.n_rows_left == n_left:
+            break
+    np.testing.assert_array_equal(answer, expected)
+
+
 @pytest.mark.parametrize("theta", [-0.1, 1, 1.5])
 def test_thetas_that_are_none(theta: float) -> None:
     with pytest.raises(PolicyError, match=r"theta=.*: must be from 0 to less than 1"):

@@ -25,7 +25,7 @@ warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, 
     view.bits_k    = bits_k;
     view.bits_v    = bits_v;
     view.n_read    = &n_read;
-    view.n_lost    = &n_lost;
+    view.n_left    = &n_left;
     view.source    = this;
 
     view.next_head_k = SLAB*bytes_k;
@@ -160,53 +160,59 @@ void warm_cells::drop_empty() {
 }
 
 // Called by threads of a graph, during which no row moves. Rows that lie close together come with one read
-bool warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const {
+uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const {
     const size_t   size  = exact.record.bytes();
     const size_t   part  = exact.record.head();
     const uint32_t n_gap = std::max<size_t>(1, GAP/size);
 
     thread_local std::vector<uint8_t> piece;
 
+    if (!exact.readable) {
+        is_lost = true;
+        return 0;
+    }
     for (uint64_t left = cells; left; left &= left - 1) {
-        if (!exact.there[cell(block, lowest_bit(left))]) {
-            return false; // there was no room for it
+        const int64_t i = lowest_bit(left);
+        if (!exact.there[cell(block, i)]) {
+            cells &= ~(1ull << i); // there was no room for it
         }
     }
 
-    while (cells && exact.readable) {
+    uint64_t had = cells;
+
+    while (cells) {
         const uint32_t first = cell(block, lowest_bit(cells));
 
-        uint32_t run[N_READ]; // the run's cells, counted from the first
+        uint64_t run = 0;
+        uint32_t behind[N_READ]; // the run's cells, counted from the first
         uint32_t n = 0;
 
         do {
-            const uint32_t next = cell(block, lowest_bit(cells));
-            if (n > 0 && (next < first || next - first - run[n - 1] > n_gap || next - first >= N_READ)) {
+            const int64_t  i    = lowest_bit(cells);
+            const uint32_t next = cell(block, i);
+            if (n > 0 && (next < first || next - first - behind[n - 1] > n_gap || next - first >= N_READ)) {
                 break;
             }
-            run[n++] = next - first;
+            run |= 1ull << i;
+            behind[n++] = next - first;
             cells &= cells - 1;
         } while (cells && n < N_READ);
 
-        const uint64_t place = exact.place + first*(uint64_t) size + head*part;
+        piece.resize(N_READ*size);
 
-        if (n == 1) {
-            if (!exact.store->read_checked(place, rows, part)) {
-                return false;
-            }
-        } else {
-            piece.resize(N_READ*size);
-            if (!exact.store->read_checked(place, piece.data(), run[n - 1]*size + part)) {
-                return false;
-            }
-            for (uint32_t i = 0; i < n; ++i) {
-                memcpy(rows + i*part, piece.data() + run[i]*size, part);
-            }
+        const auto res = exact.store->try_read(exact.place + first*(uint64_t) size + head*part, piece.data(), behind[n - 1]*size + part);
+
+        if (res != refreekv_cold::THERE) {
+            is_lost = is_lost || res == refreekv_cold::LOST;
+            had &= ~run;
+            continue;
         }
-        rows += n*part;
+        for (uint32_t i = 0; i < n; ++i, rows += part) {
+            memcpy(rows, piece.data() + behind[i]*size, part);
+        }
     }
 
-    return exact.readable;
+    return had;
 }
 
 } // namespace refreekv

@@ -90,7 +90,10 @@ public:
     } exact;
 
     std::atomic<int64_t> n_read { 0 };
-    std::atomic<int64_t> n_lost { 0 };
+    std::atomic<int64_t> n_left { 0 };
+
+    // the cold store could not be read
+    mutable std::atomic<bool> is_lost { false };
 
 private:
     struct block {
@@ -112,7 +115,7 @@ private:
     void copy_codes(size_t src, size_t dst);
     void drop_empty();
     void update_view();
-    bool read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
+    uint64_t read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
 };
 
 } // namespace refreekv
