@@ -264,7 +264,7 @@ def test_they_survive_saving_and_loading(tiny: Callable[[str], Path]) -> None:
     assert llm.kv_stats.bytes_codes == 0
 
 
-def test_smaller_rows_wait_for_faults_too(tiny: Callable[[str], Path]) -> None:
+def test_smaller_rows_are_read_too(tiny: Callable[[str], Path]) -> None:
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
     assert_near(feed(read(tiny("gqa64"), EVERY, kv_cold_type="q8_0"), ANSWER), full, 2e-2)
 
