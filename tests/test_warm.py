@@ -429,7 +429,7 @@ def test_sequences_are_coded_each_by_itself(tiny: Callable[[str], Path]) -> None
     answers = []
     for theta in (EVERY, 0.0):
         cold = {"cold": native.enum_value("COLD_MEMORY")}
-        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), cold=cold, n_seq_max=3)
+        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), codes=True, cold=cold, n_seq_max=3)
         for s in range(3):
             sequences.read(s, random_tokens(200 * (s + 1), seed=s))
         answers.append([sequences.read_together({s: [token] for s in range(3)}) for token in random_tokens(150)])
