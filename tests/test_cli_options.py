@@ -275,7 +275,7 @@ def test_threads_have_a_bound(command: list[str], tiny_model: Path) -> None:
         (["turns"], "kv_elastic=false"),
         (["bench"], "type_k=q8_0"),
         (["memory"], "type_v=q8_0"),
-        (["eval", "--out", "out"], "kv_cold=file"),
+        (["eval", "--out", "out"], "kv_elastic=false"),
     ],
     ids=str,
 )

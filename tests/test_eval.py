@@ -25,7 +25,7 @@ from refreekv_cpp.eval.session import Session
 from refreekv_cpp.eval.spec import parse_spec
 
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
-CACHES = "full,full@f16,full@q8_0,refreekv:n_min=0,streaming:0.01:n_min=0"
+CACHES = "full,full@f16,full@q8_0,refreekv:theta=0:n_min=0,streaming:0.01:n_min=0"
 SHORT = ["--continuation", "8", "--threads", "1"]
 MADE_UP = ["--lengths", "600", "--depths", "0.2", "--policies", CACHES, *SHORT]
 
@@ -174,7 +174,7 @@ def test_a_batch_scores_as_tokens_one_by_one_do(model: Path, cache: str) -> None
     again = session.follow(first, tokens)
     session.close()
 
-    llm = load(model, parse_spec(cache).policy)
+    llm = load(model, parse_spec(cache).policy, codes=True)
     llm.eval(prompt)
     expected = [logits(llm)]
     llm.prune_kv()

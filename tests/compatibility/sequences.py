@@ -21,7 +21,8 @@ TABLES = {"unified": True, "a stream each": False}
 
 
 def assert_alike(actual: Any, expected: Any) -> None:
-    assert np.abs(actual - expected).max() < 1e-4 * expected.std()
+    # how queries are rounded for codes depends on all sequences in a layer
+    assert np.abs(actual - expected).max() < 1e-2 * expected.std()
 
 
 def end_of_copying(run: Run) -> str:
