@@ -91,6 +91,10 @@ def register(table: str, unified: bool) -> None:
             run.prune(each, 0)
         if sequences.remove(0, len(PROMPT) - 100):
             assert sequences.n_tokens(0) == len(PROMPT) - 100
+            other = run.sequences()
+            other.read(0, PROMPT[:-100])
+            run.prune(other, 0)
+            assert_alike(sequences.read(0, MORE), other.read(0, MORE))
             return
         why = native.last_error()
         assert_alike(sequences.read(0, MORE), alone.read(0, MORE))  # nothing was touched
