@@ -264,7 +264,19 @@ def test_they_survive_saving_and_loading(tiny: Callable[[str], Path]) -> None:
     assert llm.kv_stats.bytes_codes == 0
 
 
-def test_smaller_rows_wait_for_faults_too(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.xfail(reason="states carry codes only as rows of the cold store")
+@pytest.mark.parametrize("options", [{"kv_evicted": "drop"}, {"kv_cold_state": False}], ids=str)
+def test_they_survive_saving_and_loading_without_a_cold_store(
+    tiny: Callable[[str], Path], options: dict[str, Any]
+) -> None:
+    llm = read(tiny("gqa64"), NONE, **options)
+    other = load(tiny("gqa64"), codes(NONE), **options)
+    other.load_state(llm.save_state())
+    assert other.kv_stats.bytes_codes == llm.kv_stats.bytes_codes
+    assert_near(feed(other, ANSWER), feed(llm, ANSWER), 1e-6)
+
+
+def test_smaller_rows_are_read_too(tiny: Callable[[str], Path]) -> None:
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
     assert_near(feed(read(tiny("gqa64"), EVERY, kv_cold_type="q8_0"), ANSWER), full, 2e-2)
 
@@ -447,7 +459,7 @@ def test_sequences_are_coded_each_by_itself(tiny: Callable[[str], Path]) -> None
     answers = []
     for theta in (EVERY, 0.0):
         cold = {"cold": native.enum_value("COLD_MEMORY")}
-        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), cold=cold, n_seq_max=3)
+        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), codes=True, cold=cold, n_seq_max=3)
         for s in range(3):
             sequences.read(s, random_tokens(200 * (s + 1), seed=s))
         answers.append([sequences.read_together({s: [token] for s in range(3)}) for token in random_tokens(150)])
