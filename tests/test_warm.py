@@ -264,7 +264,6 @@ def test_they_survive_saving_and_loading(tiny: Callable[[str], Path]) -> None:
     assert llm.kv_stats.bytes_codes == 0
 
 
-@pytest.mark.xfail(reason="states carry codes only as rows of the cold store")
 @pytest.mark.parametrize("options", [{"kv_evicted": "drop"}, {"kv_cold_state": False}], ids=str)
 def test_they_survive_saving_and_loading_without_a_cold_store(
     tiny: Callable[[str], Path], options: dict[str, Any]

@@ -68,7 +68,7 @@ void warm_cells::note_steps() {
     }
 }
 
-void warm_cells::add(const uint32_t * cells, size_t n) {
+void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
     const size_t n_blocks = blocks.size();
     const size_t in_slab  = n_blocks % SLAB;
 
@@ -91,7 +91,7 @@ void warm_cells::add(const uint32_t * cells, size_t n) {
     uint8_t * slab = (uint8_t *) slabs.back().get();
 
     blocks .push_back(b);
-    there  .push_back(~0ull >> (64 - n));
+    there  .push_back(there_bits);
     codes_k.push_back(slab + in_slab*bytes_k);
     codes_v.push_back(slab + view.n_head_kv*view.next_head_k + in_slab*bytes_v);
     update_view();
@@ -113,10 +113,19 @@ void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
         for (int64_t j = 0; j < 64; ++j) {
             cells[j] = cell(i, j) - first_src + first_dst;
         }
-        add(cells, 64);
+        add(cells, 64, there[i]);
         copy_codes(i, blocks.size() - 1);
-        there.back() = there[i];
     }
+}
+
+std::vector<uint8_t> warm_cells::cells(uint32_t n_cells) const {
+    std::vector<uint8_t> res(n_cells, 0);
+    for (uint32_t b = 0; b < blocks.size(); ++b) {
+        for (uint64_t left = there[b]; left; left &= left - 1) {
+            res[cell(b, lowest_bit(left))] = 1;
+        }
+    }
+    return res;
 }
 
 uint32_t warm_cells::n_cells() const {

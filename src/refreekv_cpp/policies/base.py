@@ -38,8 +38,10 @@ class Policy(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             kind = _NUMBERS.get(str(field.type))
-            if kind and (isinstance(value, bool) or not isinstance(value, kind) or abs(value) >= 2**31):
-                raise PolicyError(f"{field.name}={value!r}: must be a number of type {field.type}, below 2^31")
+            if kind and (
+                isinstance(value, bool) or not isinstance(value, kind) or (kind is int and abs(value) >= 2**31)
+            ):
+                raise PolicyError(f"{field.name}={value!r}: must be a number of type {field.type}")
 
     @property
     @abstractmethod
