@@ -87,8 +87,8 @@ class KVStats:
         restore_ms: the time that took altogether, in milliseconds.
         theta: the part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part.
         n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
-        n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one token: their
-            codes stood for them.
+        n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
+            token: their codes stood for them.
         bytes_codes: codes of evicted rows, which decoding attends to.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
