@@ -57,9 +57,9 @@ void warm_cells::clear() {
     update_view();
 }
 
-void warm_cells::note_steps() {
+void warm_cells::note_steps(uint32_t block) {
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        const auto * steps   = (const ggml_fp16_t *) codes_of(h, false) + view.n_k;
+        const auto * steps   = (const ggml_fp16_t *) codes_of(block, h, false) + view.n_k;
         float *      largest = largest_steps.data() + h*view.n_k;
 
         for (int64_t d = 0; d < view.n_k; ++d) {
@@ -143,6 +143,10 @@ size_t warm_cells::bytes() const {
 }
 
 void warm_cells::drop_empty() {
+    if (std::find(there.begin(), there.end(), 0) == there.end()) {
+        return;
+    }
+
     size_t n = 0;
     for (size_t i = 0; i < blocks.size(); ++i) {
         if (there[i] == 0) {
@@ -160,6 +164,11 @@ void warm_cells::drop_empty() {
     codes_k.resize(n);
     codes_v.resize(n);
     slabs .resize((n + SLAB - 1)/SLAB);
+
+    std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
+    for (uint32_t b = 0; b < n; ++b) {
+        note_steps(b);
+    }
 
     blocks.shrink_to_fit();
     there .shrink_to_fit();

@@ -45,7 +45,7 @@ public:
 
     // of the block that was added last
     uint8_t * codes_of(int64_t h_kv, bool is_v) { return is_v ? codes_v.back() + h_kv*view.next_head_v : codes_k.back() + h_kv*view.next_head_k; }
-    void note_steps();
+    void note_steps() { note_steps(n_blocks() - 1); }
 
     const uint8_t * codes_of(uint32_t block, int64_t h_kv, bool is_v) const { return is_v ? codes_v[block] + h_kv*view.next_head_v : codes_k[block] + h_kv*view.next_head_k; }
     size_t head_bytes(bool is_v) const { return is_v ? bytes_v : bytes_k; } // of one KV head in a block
@@ -119,6 +119,7 @@ private:
 
     size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
     void copy_codes(size_t src, size_t dst);
+    void note_steps(uint32_t block);
     void drop_empty();
     void update_view();
     uint64_t read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
