@@ -275,6 +275,16 @@ def test_they_survive_saving_and_loading_without_a_cold_store(
     assert_near(feed(other, ANSWER), feed(llm, ANSWER), 1e-6)
 
 
+def test_an_answer_does_not_depend_on_what_was_in_the_cache_before(tiny: Callable[[str], Path]) -> None:
+    fresh, used = load(tiny("gqa64"), codes(NONE)), read(tiny("gqa64"), NONE)
+    used.reset()
+    other = random_tokens(len(PROMPT), seed=5)
+    for llm in (fresh, used):
+        llm.eval(other)
+        llm.prune_kv()
+    np.testing.assert_array_equal(feed(used, ANSWER), feed(fresh, ANSWER))
+
+
 def test_smaller_rows_are_read_too(tiny: Callable[[str], Path]) -> None:
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
     assert_near(feed(read(tiny("gqa64"), EVERY, kv_cold_type="q8_0"), ANSWER), full, 2e-2)
