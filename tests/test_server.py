@@ -348,4 +348,4 @@ def test_a_fact_planted_early_is_answered(default_model: Path) -> None:
         )
     assert SECRET in answer.choices[0].message.content
     assert answer.usage.kv["policy"] == "refreekv"
-    assert answer.usage.kv["budget"] < 0.8
+    assert answer.usage.kv["budget"] < 0.15
