@@ -153,6 +153,7 @@ struct refreekv_stats {
     int32_t  n_turns_failed; // prunings and restores that were to be done between batches (refreekv_turns), and failed: the sequence went on without
     float    theta;       // what decoding goes by; 0: it goes on without what is evicted
     int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
+    int64_t  n_rows_left; // that it would have read, and for which their codes stood: the rows were not in memory, or were too many
     uint64_t bytes_codes; // of evicted rows
 };
 

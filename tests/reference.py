@@ -251,6 +251,10 @@ def coded(rows: Array, bits: int) -> Array:
     return res
 
 
+SPAN = 512
+"""Cells in codes whose reads have a common budget."""
+
+
 def warm_attention(
     queries: Array, keys: Array, values: Array, coded_keys: Array, coded_values: Array, scale: float, theta: float
 ) -> tuple[Array, int]:
@@ -260,7 +264,13 @@ def warm_attention(
     (A cell that is held is its own code.) Returns what comes out, [n, d], and how many rows were read.
     """
     estimate = softmax(queries @ coded_keys.T * scale)
-    read = (estimate >= theta).any(axis=0) & (keys != coded_keys).any(axis=1)
+    coded_cells = np.flatnonzero((keys != coded_keys).any(axis=1))
+    read = np.zeros(len(keys), dtype=bool)
+    for first in range(0, len(coded_cells), SPAN):
+        cells, least = coded_cells[first : first + SPAN], theta
+        while (estimate[:, cells] >= least).any(axis=0).sum() > max(16, 0.1 / theta):
+            least *= 2  # too many for one token
+        read[cells] = (estimate[:, cells] >= least).any(axis=0)
     read_all = read[:, None]
     weights = softmax(queries @ np.where(read_all, keys, coded_keys).T * scale)
     return weights @ np.where(read_all, values, coded_values), int(read.sum())

@@ -31,7 +31,7 @@ TESTS = [
     "test_cold_types.py",
     "test_attention_kernel.py",
     "test_decode.py",
-    "test_faults.py",
+    "test_warm.py",
     "test_spans.py",
     "test_python_policy.py",
     "test_images.py",

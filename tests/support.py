@@ -26,11 +26,14 @@ def load(path: Path, policy: str | Policy, *, kind: type[Llama] = Llama, codes: 
     codes: ReFreeKV goes on attending to what it evicts.
     """
     defaults = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    if isinstance(policy, str):
-        policy = as_policy(policy)
-    if isinstance(policy, ReFreeKV) and not codes:
-        policy = replace(policy, theta=0.0)
+    policy = as_policy(policy) if codes else without_codes(policy)
     return kind(str(path), kv_policy=policy, **{**defaults, **options})
+
+
+def without_codes(policy: str | Policy) -> Policy:
+    """The policy; if it is ReFreeKV, what it evicts is gone."""
+    policy = as_policy(policy)
+    return replace(policy, theta=0.0) if isinstance(policy, ReFreeKV) else policy
 
 
 def ctx_of(llm: llama_cpp.Llama) -> Any:
@@ -62,11 +65,14 @@ class Sequences:
     """A context with several sequences, which llama-cpp-python's Llama does not have.
 
     Args:
+        codes: ReFreeKV goes on attending to what it evicts.
         cold: fields of refreekv_params that say where evicted rows go, and theta.
         fields: of llama_context_params.
     """
 
-    def __init__(self, path: Path, policy: Policy, *, cold: dict[str, Any] | None = None, **fields: Any) -> None:
+    def __init__(
+        self, path: Path, policy: Policy, *, codes: bool = False, cold: dict[str, Any] | None = None, **fields: Any
+    ) -> None:
         params = llama_cpp.llama_context_default_params()
         defaults = {
             "n_ctx": 4096,
@@ -83,7 +89,7 @@ class Sequences:
         self.model = llama_cpp._internals.LlamaModel(
             path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
         )
-        options = policy.native_options()
+        options = (policy if codes else without_codes(policy)).native_options()
         with native.next_context(options and native.make_params(**{**options, **(cold or {})})):
             self.context = llama_cpp._internals.LlamaContext(model=self.model, params=params, verbose=False)
         self.ctx = self.context.ctx

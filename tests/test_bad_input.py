@@ -62,7 +62,6 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kv_overrides": {"a": None}}, "a=None must be a bool, a number or text"),
     ({"kv_overrides": {"a" * 128: 1}}, "must be text of 1 to 127 bytes"),
     ({"kv_elastic": "x"}, "kv_elastic='x': must be one of None, True, False"),
-    ({"kv_prune_every": True}, "kv_prune_every=True: must be"),
     ({"kv_cold_dir": ""}, "kv_cold_dir='': must be a path"),
     ({"kv_cold_dir": 5}, "kv_cold_dir=5: must be a path"),
     ({"kv_memory_limit": 0}, "kv_memory_limit=0: must be a positive number of bytes"),

@@ -200,7 +200,7 @@ def test_chat_goes_on_after_a_message_that_is_too_long(default_model: Path) -> N
 def test_turns_asks_for_another_fact_each_time(tiny_model: Path) -> None:
     result = refreekv(
         "turns", tiny_model, "--tokens", "700", "--turns", "3", "--max-tokens", "2", "--threads", "1",
-        "--kv-policy", "streaming", "--kv-evicted", "restore-no-faults,recompute",
+        "--kv-policy", "streaming", "--kv-evicted", "restore,recompute",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.output.count(" of 3") == 2 * 3  # facts and answers, of three caches

@@ -156,8 +156,7 @@ def test_a_context_shorter_than_the_models_is_said(tiny_model: Path, monkeypatch
         ("n_batch=256", ("n_batch", 256)),
         ("n-batch=256", ("n_batch", 256)),
         ("kv_cold=memory", ("kv_cold", "memory")),
-        ("kv_faults=0.1", ("kv_faults", 0.1)),
-        ("kv_faults=false", ("kv_faults", False)),
+        ("kv_cold_state=false", ("kv_cold_state", False)),
         ("kv_protect=[[0, 16]]", ("kv_protect", [[0, 16]])),
         ("use_mmap=False", ("use_mmap", False)),
         ("chat_format=chatml", ("chat_format", "chatml")),
@@ -214,11 +213,11 @@ def test_options_reach_llama(tiny_model: Path) -> None:
         kv_policy="streaming",
         kv_evicted="drop",
         kv_memory_limit="1MiB",
-        option=["n_batch=64", "kv_prune_every=5"],
+        option=["n_batch=64", "kv_cold_limit=5"],
     )
     llm = given.load(tiny_model)
     assert (llm.kv_policy, llm.kv_evicted, llm.kv_memory_limit) == (Streaming(), "drop", 2**20)
-    assert (llm.n_batch, llm.kv_prune_every, llm.context_params.n_threads) == (64, 5, 1)
+    assert (llm.n_batch, llm.kv_cold_limit, llm.context_params.n_threads) == (64, 5, 1)
     assert llm.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     assert llm.n_ctx() == 512
 
@@ -274,11 +273,10 @@ def test_threads_have_a_bound(command: list[str], tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "given"),
     [
-        (["turns"], "kv_faults=0.5"),
         (["turns"], "kv_elastic=false"),
         (["bench"], "type_k=q8_0"),
         (["memory"], "type_v=q8_0"),
-        (["eval", "--out", "out"], "kv_faults=0.5"),
+        (["eval", "--out", "out"], "kv_elastic=false"),
     ],
     ids=str,
 )

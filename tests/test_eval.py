@@ -25,7 +25,7 @@ from refreekv_cpp.eval.session import Session
 from refreekv_cpp.eval.spec import parse_spec
 
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
-CACHES = "full,full@f16,full@q8_0,refreekv:n_min=0,streaming:0.01:n_min=0"
+CACHES = "full,full@f16,full@q8_0,refreekv:theta=0:n_min=0,streaming:0.01:n_min=0"
 SHORT = ["--continuation", "8", "--threads", "1"]
 MADE_UP = ["--lengths", "600", "--depths", "0.2", "--policies", CACHES, *SHORT]
 
@@ -154,13 +154,12 @@ def test_a_folder_holds_one_run(model: Path, finished: Path) -> None:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def test_with_faults_a_continuation_is_scored_token_by_token(model: Path) -> None:
-    # they are of single tokens: in a batch there would be none
-    session = Session(model, parse_spec("snapkv:0.3:n_min=0+faults=0.001"), n_ctx=1024, n_threads=1, flash_attn=False)
+def test_scoring_a_continuation_reads_evicted_rows(model: Path) -> None:
+    session = Session(model, parse_spec("refreekv:theta=0.0001"), n_ctx=1024, n_threads=1, flash_attn=False)
     first = session.read(random_tokens(900))
     session.prune()
     session.follow(first, random_tokens(10, seed=1))
-    assert session.stats.n_faults > 0
+    assert session.stats.n_rows_read > 0
     session.close()
 
 
@@ -175,7 +174,7 @@ def test_a_batch_scores_as_tokens_one_by_one_do(model: Path, cache: str) -> None
     again = session.follow(first, tokens)
     session.close()
 
-    llm = load(model, parse_spec(cache).policy)
+    llm = load(model, parse_spec(cache).policy, codes=True)
     llm.eval(prompt)
     expected = [logits(llm)]
     llm.prune_kv()

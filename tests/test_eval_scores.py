@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refreekv_cpp.faults import THETA
 
 from refreekv_cpp import Full, PolicyError, ReFreeKV, Streaming
 from refreekv_cpp.document import FACT, write_document
@@ -148,26 +147,23 @@ def test_caches_by_name(text: str, policy: Any, cache_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "faults", "cache_type"),
+    ("text", "evicted"),
     [
-        ("refreekv", 0, "f16"),
-        ("refreekv+faults", THETA, "f16"),
-        ("refreekv:threshold=0.4:n_pool=9+faults=0.1@q8_0", 0.1, "q8_0"),
+        ("refreekv", "restore"),
+        ("refreekv:theta=0.01@q8_0", "restore"),
+        ("refreekv:theta=0", "drop"),
+        ("paper", "drop"),
+        ("snapkv:0.3", "drop"),
     ],
 )
-def test_caches_with_faults(text: str, faults: float, cache_type: str) -> None:
-    spec = parse_spec(text)
-    assert (spec.faults, spec.cache_type) == (faults, cache_type)
-    options = spec.llama_options()
-    assert options.get("kv_faults", 0) == faults
-    assert options["kv_evicted"] == ("restore" if faults else "drop")
+def test_a_cache_that_reads_evicted_rows_keeps_them(text: str, evicted: str) -> None:
+    assert parse_spec(text).llama_options()["kv_evicted"] == evicted
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("refreekv+fault", "'fault' is no option"),
-        ("refreekv+faults=2", "kv_faults=2: must be"),
+        ("refreekv:theta=2", "theta=2: must be from 0 to less than 1"),
         ("refrekv", "did you mean 'refreekv'"),
         ("full@q9", "no cache type 'q9'; valid are f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),

@@ -120,7 +120,7 @@ def test_what_is_reserved_for_the_logits_of_a_batch_is_not_used(tiny: Tiny) -> N
 
 
 def test_what_stays_is_known_of_a_fixed_budget_and_measured_of_the_default(tiny: Tiny) -> None:
-    needs = foreseen(tiny("gqa"), 4096, kv_policy=Streaming(budget=1024), kv_faults=False)
+    needs = foreseen(tiny("gqa"), 4096, kv_policy=Streaming(budget=1024))
     assert needs.kept() == (0.25, 0.25)
     settled = needs.settled(0.25)
     assert settled.prunable == needs.prunable // 4
@@ -128,23 +128,25 @@ def test_what_stays_is_known_of_a_fixed_budget_and_measured_of_the_default(tiny:
     assert replace(settled, cold_limit=1000).cold_bytes == 1000
     assert replace(needs, policy=Full(), evicts=False).kept() == (1.0, 1.0)
     assert replace(needs, policy=ReFreeKV.paper()).kept() is None
+    assert replace(needs, policy=ReFreeKV(n_sink=8)).kept() is None
     low, high = replace(needs, policy=ReFreeKV()).kept() or (0, 0)
     assert 0 < low < high < 1
     drop = foreseen(tiny("gqa"), 4096, kv_policy="streaming", kv_evicted="drop")
     assert drop.settled(0.25).cold_bytes == 0
 
 
-def test_sketches_of_what_is_evicted_stay(tiny: Tiny) -> None:
-    policy = Streaming(budget=0.25, n_min=0)
-    needs = foreseen(tiny("gqa64"), 4096, 3840, kv_policy=policy)
-    assert needs.faults
-    llm = load(tiny("gqa64"), policy, n_ctx=4096, kv_faults=None)
-    llm.eval(random_tokens(3840))
+@pytest.mark.parametrize("options", [{}, {"kv_evicted": "drop"}, QUANTISED], ids=["f16", "drop", "q8_0"])
+def test_codes_of_what_is_evicted_stay(tiny: Tiny, options: dict[str, Any]) -> None:
+    needs = foreseen(tiny("gqa64"), 4096, 4000, kv_policy="refreekv", **options)
+    assert needs.codes
+    llm = load(tiny("gqa64"), "refreekv", codes=True, n_ctx=4096, **options)
+    llm.eval(random_tokens(4000))
     llm.prune_kv()
-    llm.eval([5])
     stats = llm.kv_stats
-    assert stats.bytes_sketch > 0
-    assert needs.settled(0.25).prunable == pytest.approx(stats.bytes_kept + stats.bytes_sketch, rel=0.1)
+    assert stats.bytes_codes > 0
+    low, high = needs.kept() or (0, 0)
+    assert low <= stats.budget <= high
+    assert needs.settled(stats.budget).prunable == pytest.approx(stats.bytes_kept + stats.bytes_codes, rel=0.05)
 
 
 def test_cold_rows_that_are_rounded_need_less(tiny: Tiny) -> None:
@@ -358,7 +360,7 @@ class Machine:
             whole=0,
             whole_f16=0,
             evicted=0,
-            faults=False,
+            codes=False,
             cold="",
             cold_dir=None,
             cold_share=1.0,

@@ -1,8 +1,7 @@
-"""Protected positions, and prunings while an answer is being generated."""
+"""Protected positions."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,28 +170,3 @@ def test_no_system_message_is_no_error(tiny_model: Path) -> None:
 def test_what_is_no_span_is_refused_before_any_work(protect: Any) -> None:
     with pytest.raises(PolicyError, match=r"kv_protect=.*must be"):
         Llama("no such model", kv_policy="refreekv", kv_protect=protect)
-
-
-@pytest.mark.parametrize("every", [0, -1, 2.5, "often"])
-def test_what_is_no_number_of_tokens_is_refused(every: Any) -> None:
-    with pytest.raises(PolicyError, match=r"kv_prune_every=.*must be"):
-        Llama("no such model", kv_policy="refreekv", kv_prune_every=every)
-
-
-@pytest.mark.parametrize("kv_evicted", ["restore", "drop"])
-def test_a_long_answer_is_pruned_again_and_again(tiny_model: Path, kv_evicted: str) -> None:
-    policy = Streaming(budget=300, n_min=0)
-    llm = load(tiny_model, policy, kv_prune_every=300, kv_evicted=kv_evicted)
-    once = load(tiny_model, policy)
-    for each in (llm, once):
-        assert len(list(itertools.islice(each.generate(PROMPT, temp=0.0), 1000))) == 1000
-    assert once.kv_stats.n_prunes == 1
-    assert llm.kv_stats.n_prunes == 4
-    assert max(llm.kv_stats.cells_kept) < 300 + 256 + 300 < min(once.kv_stats.cells_kept)
-
-
-def test_each_answer_counts_anew(tiny_model: Path) -> None:
-    llm = load(tiny_model, Streaming(budget=300, n_min=0), kv_prune_every=50)
-    for i in range(3):
-        list(itertools.islice(llm.generate([*PROMPT, i], temp=0.0), 40))
-    assert llm.kv_stats.n_prunes == 3

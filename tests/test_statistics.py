@@ -62,7 +62,7 @@ def consistent(stats: KVStats) -> bool:
 )
 def test_statistics_can_be_read_while_another_thread_generates(tiny_model: Path, policy: Any) -> None:
     # once a segmentation fault: reading pruned, and the native figures were those of a cache in flux
-    llm = load(tiny_model, policy, kv_prune_every=20)
+    llm = load(tiny_model, policy, codes=True)
     with read_meanwhile(lambda: llm.kv_stats) as (found, ended):
         for turn in itertools.chain(range(4), itertools.repeat(0)):
             if turn == 0 and (ended.is_set() or len({stats.n_tokens for stats in found}) > 4):

@@ -44,7 +44,7 @@ def all_writes_work() -> Iterator[None]:
 
 def conversation(path: Path, policy: Policy, turns: int = RESTORE, **cold: Any) -> Sequences:
     cold = {"cold": MEMORY, "turns": turns, **cold} if policy != Full() else {}
-    return Sequences(path, policy, cold=cold, n_ctx=8192, n_batch=2048, n_seq_max=4)
+    return Sequences(path, policy, codes=True, cold=cold, n_ctx=8192, n_batch=2048, n_seq_max=4)
 
 
 def state(sequences: Sequences) -> tuple[int, int, int]:
@@ -56,7 +56,7 @@ def state(sequences: Sequences) -> tuple[int, int, int]:
 @pytest.mark.parametrize("kind", ["gqa", "gemma2 (soft-cap, sliding window)", "jamba (hybrid)"])
 def test_each_sequence_prunes_and_restores_by_itself(tiny: Callable[[str], Path], kind: str, unified: bool) -> None:
     fields = {"n_ctx": 8192, "n_batch": 2048, "n_seq_max": 4, "kv_unified": unified}
-    ours = Sequences(tiny(kind), EXACT, cold={"cold": MEMORY, "turns": RESTORE}, **fields)
+    ours = Sequences(tiny(kind), EXACT, codes=True, cold={"cold": MEMORY, "turns": RESTORE}, **fields)
     full = Sequences(tiny(kind), Full(), **fields)
     restored = 0
     for step, lengths in enumerate(CONVERSATIONS):

@@ -264,7 +264,28 @@ def test_they_survive_saving_and_loading(tiny: Callable[[str], Path]) -> None:
     assert llm.kv_stats.bytes_codes == 0
 
 
-def test_smaller_rows_wait_for_faults_too(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("options", [{"kv_evicted": "drop"}, {"kv_cold_state": False}], ids=str)
+def test_they_survive_saving_and_loading_without_a_cold_store(
+    tiny: Callable[[str], Path], options: dict[str, Any]
+) -> None:
+    llm = read(tiny("gqa64"), NONE, **options)
+    other = load(tiny("gqa64"), codes(NONE), **options)
+    other.load_state(llm.save_state())
+    assert other.kv_stats.bytes_codes == llm.kv_stats.bytes_codes
+    assert_near(feed(other, ANSWER), feed(llm, ANSWER), 1e-6)
+
+
+def test_an_answer_does_not_depend_on_what_was_in_the_cache_before(tiny: Callable[[str], Path]) -> None:
+    fresh, used = load(tiny("gqa64"), codes(NONE)), read(tiny("gqa64"), NONE)
+    used.reset()
+    other = random_tokens(len(PROMPT), seed=5)
+    for llm in (fresh, used):
+        llm.eval(other)
+        llm.prune_kv()
+    np.testing.assert_array_equal(feed(used, ANSWER), feed(fresh, ANSWER))
+
+
+def test_smaller_rows_are_read_too(tiny: Callable[[str], Path]) -> None:
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
     assert_near(feed(read(tiny("gqa64"), EVERY, kv_cold_type="q8_0"), ANSWER), full, 2e-2)
 
@@ -293,6 +314,24 @@ def test_a_file_that_is_cut_is_no_end_of_the_answer(tiny: Callable[[str], Path],
     # the codes stand for the rows that cannot be read
     np.testing.assert_array_equal(feed(llm, ANSWER), feed(read(tiny("gqa64"), NONE), ANSWER))
     assert llm.kv_stats.n_rows_read == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds the file there")
+def test_rows_that_are_not_in_memory_are_there_soon(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    llm = read(tiny("gqa64"), EVERY, kv_cold="file", kv_cold_dir=tmp_path)
+    expected = feed(llm, ANSWER[:1])
+    assert llm.kv_stats.n_rows_left == 0
+    for fd in Path("/proc/self/fd").iterdir():
+        if os.path.exists(fd) and str(tmp_path) in os.readlink(fd):
+            os.fsync(int(fd.name))
+            os.posix_fadvise(int(fd.name), 0, 0, os.POSIX_FADV_DONTNEED)
+    for _ in range(1000):  # decoding does not wait for them, but it asks for them
+        n_left = llm.kv_stats.n_rows_left
+        llm.n_tokens -= 1
+        answer = feed(llm, ANSWER[:1])
+        if llm.kv_stats.n_rows_left == n_left:
+            break
+    np.testing.assert_array_equal(answer, expected)
 
 
 @pytest.mark.parametrize("theta", [-0.1, 1, 1.5])
@@ -429,7 +468,7 @@ def test_sequences_are_coded_each_by_itself(tiny: Callable[[str], Path]) -> None
     answers = []
     for theta in (EVERY, 0.0):
         cold = {"cold": native.enum_value("COLD_MEMORY")}
-        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), cold=cold, n_seq_max=3)
+        sequences = Sequences(tiny("gqa64"), ReFreeKV(theta=theta), codes=True, cold=cold, n_seq_max=3)
         for s in range(3):
             sequences.read(s, random_tokens(200 * (s + 1), seed=s))
         answers.append([sequences.read_together({s: [token] for s in range(3)}) for token in random_tokens(150)])

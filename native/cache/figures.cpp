@@ -94,6 +94,7 @@ refreekv_stats refreekv_store::stats() const {
         res.bytes      += layer.rows.bytes();
         if (layer.warm) {
             res.n_rows_read += layer.warm->n_read;
+            res.n_rows_left += layer.warm->n_left;
             res.bytes_codes += layer.warm->bytes();
         }
         res.bytes_full += (uint64_t) res.n_tokens*layer.rows.row_bytes();

@@ -246,6 +246,9 @@ private:
 
     void write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
     bool read_cold (llama_io_read_i  & io, const std::vector<uint32_t> & list);
+    void write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list) const;
+    bool read_warm (llama_io_read_i  & io, const std::vector<uint32_t> & list);
+    void code_missing(const std::vector<uint32_t> & list);
 
     std::vector<uint32_t> missing(const layer & layer, const std::vector<placed> & cells) const;
 

@@ -119,47 +119,52 @@ template <int B, int FIRST, int LINES, int N>
 static inline void dot_lines(const uint8_t * packs, int64_t n_packs, const int32_t * const * quads, int32_t (*out)[LINE/4]) {
     constexpr int flush = flush_of(B)/LINES; // packs
 
-    ints acc[N][PARTS] = {};
-    ints sum[N][PARTS] = {};
-
-    const auto add_up = [&]() {
+    for (int p = 0; p < PARTS; ++p) { // one after the other: the sums of all parts would be too many for the registers of AVX2
+        ints acc[N];
+        ints sum[N];
         for (int i = 0; i < N; ++i) {
-            for (int p = 0; p < PARTS; ++p) {
-                sum[i][p] += widen(acc[i][p]);
-                acc[i][p] = ints {};
-            }
+            acc[i] = ints {};
+            sum[i] = ints {};
         }
-    };
 
-    for (int64_t pack = 0, n_added = 0; pack < n_packs; ++pack) {
-        const uint8_t * src = packs + pack*B*LINE;
+        const auto add_up = [&]() {
+            for (int i = 0; i < N; ++i) {
+                sum[i] += widen(acc[i]);
+                acc[i] = ints {};
+            }
+        };
 
-        for_each([&](auto line) {
-            for (int p = 0; p < PARTS; ++p) {
+        for (int64_t pack = 0, n_added = 0; pack < n_packs; ++pack) {
+            const uint8_t * src = packs + pack*B*LINE;
+
+            for_each([&](auto line) {
                 const bytes codes = line_of<B, FIRST + line>(src, p*N_BYTES);
 
                 for (int i = 0; i < N; ++i) {
-                    acc[i][p] = dot4(acc[i][p], codes, quads[i][pack*LINES + line]);
+                    acc[i] = dot4(acc[i], codes, quads[i][pack*LINES + line]);
                 }
-            }
-            if constexpr (flush_of(B) > 0 && flush == 0) { // a pack is too much
-                if constexpr ((line + 1) % flush_of(B) == 0) {
-                    add_up();
+                if constexpr (flush_of(B) > 0 && flush == 0) { // a pack is too much
+                    if constexpr ((line + 1) % flush_of(B) == 0) {
+                        add_up();
+                    }
                 }
-            }
-        }, std::make_integer_sequence<int, LINES>());
+            }, std::make_integer_sequence<int, LINES>());
 
-        if constexpr (flush_of(B) > 0) {
-            if (flush == 0 || ++n_added == flush) {
-                add_up();
-                n_added = 0;
+            if constexpr (flush_of(B) > 0) {
+                if (flush == 0 || ++n_added == flush) {
+                    add_up();
+                    n_added = 0;
+                }
             }
         }
-    }
-    add_up();
+        if constexpr (flush_of(B) > 0) {
+            add_up();
+        }
 
-    for (int i = 0; i < N; ++i) {
-        memcpy(out[i], sum[i], sizeof(sum[i]));
+        for (int i = 0; i < N; ++i) {
+            const ints res = flush_of(B) > 0 ? sum[i] : acc[i];
+            memcpy((uint8_t *) out[i] + p*N_BYTES, &res, sizeof(res));
+        }
     }
 }
 

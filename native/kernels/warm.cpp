@@ -128,6 +128,20 @@ static void attend_row(const refreekv_warm_view & warm, const uint8_t * row, int
     }
 }
 
+// the cells of a block to which one of the heads gives theta or more
+static uint64_t peaks_of(const refreekv_warm_judged * judged, int64_t block, int64_t n_gqa, const float * factors, float theta) {
+    uint64_t res = 0;
+    for (int64_t i = 0; i < n_gqa; ++i) {
+        if (factors[i] >= theta) {
+            const float * src = judged[i].weights + block*CELLS;
+            for (int64_t j = 0; j < CELLS; ++j) {
+                res |= (uint64_t) (src[j]*factors[i] >= theta) << j;
+            }
+        }
+    }
+    return res;
+}
+
 void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * judged, const float * lse, float * const * out) {
     const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + ggml_row_size(warm.type_v, warm.n_v);
 
@@ -144,9 +158,31 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
         std::fill_n(out[i], warm.n_v + 1, 0.0f);
     }
 
-    const int64_t end = std::min((span + 1)*REFREEKV_WARM_SPAN, warm.n_blocks);
+    const int64_t first = span*REFREEKV_WARM_SPAN;
+    const int64_t end   = std::min(first + REFREEKV_WARM_SPAN, warm.n_blocks);
 
-    for (int64_t b = span*REFREEKV_WARM_SPAN; b < end; ++b) {
+    // what is to be read, within the budget
+    const auto count = [&](float theta) {
+        int64_t n = 0;
+        for (int64_t b = first; b < end; ++b) {
+            if (warm.visible[token*warm.n_blocks + b]) {
+                for (int64_t i = 0; i < n_gqa; ++i) {
+                    factors[i] = expf(judged[i].tops[b] - lse[i]);
+                }
+                n += __builtin_popcountll(peaks_of(judged, b, n_gqa, factors, theta));
+            }
+        }
+        return n;
+    };
+    const int64_t n_wanted = count(warm.theta);
+
+    float   theta  = warm.theta;
+    int64_t n_read = 0;
+    for (int64_t n = n_wanted; n > refreekv_warm_budget(warm.theta); n = count(theta)) {
+        theta *= 2.0f;
+    }
+
+    for (int64_t b = first; b < end; ++b) {
         if (!warm.visible[token*warm.n_blocks + b]) {
             continue;
         }
@@ -160,29 +196,20 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
             }
         }
 
-        uint64_t peaks = 0;
         for (int64_t i = 0; i < n_gqa; ++i) {
             factors[i] = expf(judged[i].tops[b] - lse[i]);
-
-            if (factors[i] >= warm.theta) {
-                const float * src = judged[i].weights + b*CELLS;
-                for (int64_t j = 0; j < CELLS; ++j) {
-                    peaks |= (uint64_t) (src[j]*factors[i] >= warm.theta) << j;
-                }
-            }
         }
-        if (peaks) {
-            const int64_t n_rows = __builtin_popcountll(peaks);
 
-            if (warm.read(warm.source, b, peaks, h_kv, rows.data())) {
-                for (int64_t i = 0; i < n_rows; ++i) {
-                    attend_row(warm, rows.data() + i*row_bytes, n_gqa, q, lse, memory, out);
-                }
-                *warm.n_read += n_rows;
-            } else {
-                peaks = 0;
-                *warm.n_lost += n_rows;
+        uint64_t peaks = peaks_of(judged, b, n_gqa, factors, theta);
+        if (peaks) {
+            const uint64_t had = warm.read(warm.source, b, peaks, h_kv, rows.data());
+
+            const int64_t n_rows = __builtin_popcountll(had);
+            for (int64_t i = 0; i < n_rows; ++i) {
+                attend_row(warm, rows.data() + i*row_bytes, n_gqa, q, lse, memory, out);
             }
+            n_read += n_rows;
+            peaks   = had;
         }
 
         const float * w [16];
@@ -218,6 +245,11 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
         if (n > 0) {
             refreekv_add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
         }
+    }
+
+    if (n_wanted > 0) {
+        *warm.n_read += n_read;
+        *warm.n_left += n_wanted - n_read;
     }
 }
 

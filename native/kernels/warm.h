@@ -2,6 +2,7 @@
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -34,21 +35,26 @@ struct refreekv_warm_view {
     const uint64_t *        there;   // [n_blocks] bit i: cell i is warm
     const uint8_t *         visible; // [n_tokens][n_blocks] whether a token of the batch may see a block's cells
 
-    // K and V of some cells of a block (bit i: its cell i) in one KV head, as they were: cell after cell, K and then V, in these types.
-    // false: they are lost. From several threads
+    // Exact K and V of some cells of a block (bit i: its cell i) in one KV head: cell after cell, K and then V, in these types. Returns
+    // those that could be had without waiting for a disk; rows has only them. From several threads
     ggml_type type_k;
     ggml_type type_v;
-    bool (*read)(const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows);
+    uint64_t (*read)(const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows);
     const void * source;
 
     std::atomic<int64_t> * n_read; // rows
-    std::atomic<int64_t> * n_lost; // that could not be read: their codes stand for them
+    std::atomic<int64_t> * n_left; // rows that get theta or more, and that their codes stand for all the same
 };
 
 static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head, at most
 
 // blocks that one thread takes at a time, for one KV head
 static const int64_t REFREEKV_WARM_SPAN = 8;
+
+// Rows that a token reads of a span at most. (A head can give theta to 1/theta rows.) Beyond it those with the largest weights are read
+static inline int64_t refreekv_warm_budget(float theta) {
+    return std::max<int64_t>(16, 0.1f/theta);
+}
 
 static inline int64_t refreekv_warm_spans(int64_t n_blocks) {
     return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;

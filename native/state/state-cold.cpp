@@ -1,4 +1,4 @@
-// The last part of a state: evicted rows that are in the cold store, so that what was evicted can come back after loading.
+// The part of a state behind its rows: evicted rows that are in the cold store, so that what was evicted can come back after loading.
 
 #include "cache/store.h"
 
@@ -8,7 +8,6 @@
 
 #include "llama-io.h"
 
-#include <cstring>
 #include <stdexcept>
 
 static const uint32_t REFREEKV_STATE_COLD = 0x434b4652; // "RFKC"
@@ -19,7 +18,7 @@ struct refreekv_state_cold {
 };
 
 // before the rows of a layer: indices of the list, ascending, and K and V in that order
-struct refreekv_state_cold_group {
+struct refreekv_state_cold_layer {
     uint32_t magic;
     uint32_t n_rows;
 };
@@ -45,7 +44,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
         const auto & layer = layers[i_layer];
         const auto & idxs = rows[i_layer];
 
-        const refreekv_state_cold_group info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
+        const refreekv_state_cold_layer info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
         io.write(&info, sizeof(info));
         if (idxs.empty()) {
             continue;
@@ -73,14 +72,14 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
     io.read(&header, sizeof(header));
 
     if (header.magic != REFREEKV_STATE_COLD || (header.n_layers != 0 && header.n_layers != layers.size())) {
-        refreekv_set_error("state: damaged, it does not end in evicted rows");
+        refreekv_set_error("state: damaged, there are no evicted rows behind its rows");
         return false;
     }
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
         auto & layer = layers[i_layer];
 
-        refreekv_state_cold_group info;
+        refreekv_state_cold_layer info;
         io.read(&info, sizeof(info));
 
         if (info.magic != REFREEKV_STATE_COLD || info.n_rows > list.size()) {
@@ -112,12 +111,6 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
         if (cold.exists()) {
             refreekv_for_runs(cells, [&](size_t i, size_t n) {
                 return cold.put(layer, cells[i], n, k.data() + i*layer.row_size(false), v.data() + i*layer.row_size(true));
-            });
-            warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
-                for (size_t i = 0; i < n; ++i) {
-                    memcpy(rows_k + i*layer.row_size(false), k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
-                    memcpy(rows_v + i*layer.row_size(true),  v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
-                }
             });
         }
     }

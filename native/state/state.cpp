@@ -114,6 +114,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
     }
 
     write_cold(io, list);
+    write_warm(io, list);
 }
 
 // a restore failed: what it wrote must not be read, not even with weight 0
@@ -254,9 +255,10 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
             refreekv_for_v(layer.rows, slots, read_bytes);
         }
     }
-    if (!read_cold(io, list)) {
+    if (!read_cold(io, list) || !read_warm(io, list)) {
         return false;
     }
+    code_missing(list);
 
     for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
         for (uint32_t i = 0; i < cell_count; ++i) {

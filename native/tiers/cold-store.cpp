@@ -26,8 +26,12 @@ static int     refreekv_open_unnamed(const std::string & dir);
 static bool    refreekv_truncate    (int fd);
 static int64_t refreekv_write_at    (int fd, const void * data, size_t size, uint64_t offset);
 static int64_t refreekv_read_at     (int fd, void * data, size_t size, uint64_t offset);
+static int64_t refreekv_read_now    (int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
 static void    refreekv_close       (int fd);
 static int64_t refreekv_process     ();
+
+static const int64_t REFREEKV_NOT_NOW = -2; // it would have to wait; the system has been asked for the bytes
+static const int64_t REFREEKV_NO_SUCH = -3; // the system or the file system has no such read
 
 refreekv_cold::refreekv_cold() = default;
 
@@ -90,7 +94,7 @@ bool refreekv_cold::readable() const {
     return fd < 0 || refreekv_process() == owner;
 }
 
-bool refreekv_cold::read_checked(uint64_t offset, void * data, size_t size) const {
+bool refreekv_cold::get(uint64_t offset, void * data, size_t size) const {
     char * dst = (char *) data;
 
     while (size > 0) {
@@ -116,6 +120,19 @@ bool refreekv_cold::read_checked(uint64_t offset, void * data, size_t size) cons
     }
 
     return true;
+}
+
+refreekv_cold::result refreekv_cold::try_read(uint64_t offset, void * data, size_t size) const {
+    if (fd >= 0) {
+        const int64_t n = refreekv_read_now(fd, data, size, offset);
+        if (n == (int64_t) size) {
+            return THERE;
+        }
+        if (n == REFREEKV_NOT_NOW) {
+            return LATE;
+        }
+    }
+    return get(offset, data, size) ? THERE : LOST;
 }
 
 void refreekv_cold::clear() {
@@ -185,6 +202,10 @@ static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offse
     return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
 }
 
+static int64_t refreekv_read_now(int, void *, size_t, uint64_t) {
+    return REFREEKV_NO_SUCH;
+}
+
 static void refreekv_close(int fd) {
     _close(fd);
 }
@@ -192,6 +213,7 @@ static void refreekv_close(int fd) {
 #else
 
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -238,6 +260,28 @@ static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_
 
 static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
     return refreekv_again([&]() { return pread(fd, data, size, offset); });
+}
+
+static int64_t refreekv_read_now(int fd, void * data, size_t size, uint64_t offset) {
+#if defined(RWF_NOWAIT)
+    static std::atomic<bool> none { false };
+
+    if (!none) {
+        iovec to = { data, size };
+
+        const int64_t n = refreekv_again([&]() { return preadv2(fd, &to, 1, offset, RWF_NOWAIT); });
+
+        if ((n < 0 && errno == EAGAIN) || (n > 0 && n < (int64_t) size)) {
+            posix_fadvise(fd, offset, size, POSIX_FADV_WILLNEED);
+            return REFREEKV_NOT_NOW;
+        }
+        if (n >= 0) {
+            return n;
+        }
+        none = errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL;
+    }
+#endif
+    return REFREEKV_NO_SUCH;
 }
 
 static void refreekv_close(int fd) {

@@ -31,11 +31,15 @@ public:
     bool write(uint64_t offset, const void * data, size_t size);
 
     // false: they cannot be read (any more). Several threads may read at once
-    bool read(uint64_t offset, void * data, size_t size) const { return readable() && read_checked(offset, data, size); }
+    bool read(uint64_t offset, void * data, size_t size) const { return readable() && get(offset, data, size); }
 
-    // The same in two steps, for those who read much: whether this process may read is a system call
-    bool readable() const;
-    bool read_checked(uint64_t offset, void * data, size_t size) const;
+    // For those who read many single rows and must not wait for a disk. Whether this process may read is a system call, and is asked once.
+    // LATE: these bytes are not in memory; the system has been asked for them, so that they are there the next time. (Where the system has
+    // no such read, it waits.)
+    enum result { THERE, LATE, LOST };
+
+    bool   readable() const;
+    result try_read(uint64_t offset, void * data, size_t size) const;
 
     // forget everything, and give its room back
     void clear();
@@ -52,5 +56,6 @@ private:
     std::map<uint64_t, refreekv_pages_ptr> pages; // by offset/page_size
     std::mutex pages_mutex;
 
+    bool   get    (uint64_t offset, void * data, size_t size) const;
     char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
 };

@@ -25,7 +25,7 @@ warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, 
     view.bits_k    = bits_k;
     view.bits_v    = bits_v;
     view.n_read    = &n_read;
-    view.n_lost    = &n_lost;
+    view.n_left    = &n_left;
     view.source    = this;
 
     view.next_head_k = SLAB*bytes_k;
@@ -57,9 +57,9 @@ void warm_cells::clear() {
     update_view();
 }
 
-void warm_cells::note_steps() {
+void warm_cells::note_steps(uint32_t block) {
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        const auto * steps   = (const ggml_fp16_t *) codes_of(h, false) + view.n_k;
+        const auto * steps   = (const ggml_fp16_t *) codes_of(block, h, false) + view.n_k;
         float *      largest = largest_steps.data() + h*view.n_k;
 
         for (int64_t d = 0; d < view.n_k; ++d) {
@@ -68,7 +68,7 @@ void warm_cells::note_steps() {
     }
 }
 
-void warm_cells::add(const uint32_t * cells, size_t n) {
+void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
     const size_t n_blocks = blocks.size();
     const size_t in_slab  = n_blocks % SLAB;
 
@@ -91,7 +91,7 @@ void warm_cells::add(const uint32_t * cells, size_t n) {
     uint8_t * slab = (uint8_t *) slabs.back().get();
 
     blocks .push_back(b);
-    there  .push_back(~0ull >> (64 - n));
+    there  .push_back(there_bits);
     codes_k.push_back(slab + in_slab*bytes_k);
     codes_v.push_back(slab + view.n_head_kv*view.next_head_k + in_slab*bytes_v);
     update_view();
@@ -113,10 +113,19 @@ void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
         for (int64_t j = 0; j < 64; ++j) {
             cells[j] = cell(i, j) - first_src + first_dst;
         }
-        add(cells, 64);
+        add(cells, 64, there[i]);
         copy_codes(i, blocks.size() - 1);
-        there.back() = there[i];
     }
+}
+
+std::vector<uint8_t> warm_cells::cells(uint32_t n_cells) const {
+    std::vector<uint8_t> res(n_cells, 0);
+    for (uint32_t b = 0; b < blocks.size(); ++b) {
+        for (uint64_t left = there[b]; left; left &= left - 1) {
+            res[cell(b, lowest_bit(left))] = 1;
+        }
+    }
+    return res;
 }
 
 uint32_t warm_cells::n_cells() const {
@@ -134,6 +143,10 @@ size_t warm_cells::bytes() const {
 }
 
 void warm_cells::drop_empty() {
+    if (std::find(there.begin(), there.end(), 0) == there.end()) {
+        return;
+    }
+
     size_t n = 0;
     for (size_t i = 0; i < blocks.size(); ++i) {
         if (there[i] == 0) {
@@ -152,6 +165,11 @@ void warm_cells::drop_empty() {
     codes_v.resize(n);
     slabs .resize((n + SLAB - 1)/SLAB);
 
+    std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
+    for (uint32_t b = 0; b < n; ++b) {
+        note_steps(b);
+    }
+
     blocks.shrink_to_fit();
     there .shrink_to_fit();
     codes_k.shrink_to_fit();
@@ -160,53 +178,59 @@ void warm_cells::drop_empty() {
 }
 
 // Called by threads of a graph, during which no row moves. Rows that lie close together come with one read
-bool warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const {
+uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const {
     const size_t   size  = exact.record.bytes();
     const size_t   part  = exact.record.head();
     const uint32_t n_gap = std::max<size_t>(1, GAP/size);
 
     thread_local std::vector<uint8_t> piece;
 
+    if (!exact.readable) {
+        is_lost = true;
+        return 0;
+    }
     for (uint64_t left = cells; left; left &= left - 1) {
-        if (!exact.there[cell(block, lowest_bit(left))]) {
-            return false; // there was no room for it
+        const int64_t i = lowest_bit(left);
+        if (!exact.there[cell(block, i)]) {
+            cells &= ~(1ull << i); // there was no room for it
         }
     }
 
-    while (cells && exact.readable) {
+    uint64_t had = cells;
+
+    while (cells) {
         const uint32_t first = cell(block, lowest_bit(cells));
 
-        uint32_t run[N_READ]; // the run's cells, counted from the first
+        uint64_t run = 0;
+        uint32_t behind[N_READ]; // the run's cells, counted from the first
         uint32_t n = 0;
 
         do {
-            const uint32_t next = cell(block, lowest_bit(cells));
-            if (n > 0 && (next < first || next - first - run[n - 1] > n_gap || next - first >= N_READ)) {
+            const int64_t  i    = lowest_bit(cells);
+            const uint32_t next = cell(block, i);
+            if (n > 0 && (next < first || next - first - behind[n - 1] > n_gap || next - first >= N_READ)) {
                 break;
             }
-            run[n++] = next - first;
+            run |= 1ull << i;
+            behind[n++] = next - first;
             cells &= cells - 1;
         } while (cells && n < N_READ);
 
-        const uint64_t place = exact.place + first*(uint64_t) size + head*part;
+        piece.resize(N_READ*size);
 
-        if (n == 1) {
-            if (!exact.store->read_checked(place, rows, part)) {
-                return false;
-            }
-        } else {
-            piece.resize(N_READ*size);
-            if (!exact.store->read_checked(place, piece.data(), run[n - 1]*size + part)) {
-                return false;
-            }
-            for (uint32_t i = 0; i < n; ++i) {
-                memcpy(rows + i*part, piece.data() + run[i]*size, part);
-            }
+        const auto res = exact.store->try_read(exact.place + first*(uint64_t) size + head*part, piece.data(), behind[n - 1]*size + part);
+
+        if (res != refreekv_cold::THERE) {
+            is_lost = is_lost || res == refreekv_cold::LOST;
+            had &= ~run;
+            continue;
         }
-        rows += n*part;
+        for (uint32_t i = 0; i < n; ++i, rows += part) {
+            memcpy(rows, piece.data() + behind[i]*size, part);
+        }
     }
 
-    return exact.readable;
+    return had;
 }
 
 } // namespace refreekv

@@ -39,12 +39,16 @@ public:
     void clear();
 
     // Adds a block of at most 64 cells, no two of them 65536 or more apart, whose codes the caller writes (codes_of), and then calls
-    // note_steps(). Throws std::bad_alloc, and nothing has changed then
-    void add(const uint32_t * cells, size_t n);
+    // note_steps(). there: bit i: cell i is warm. Throws std::bad_alloc, and nothing has changed then
+    void add(const uint32_t * cells, size_t n, uint64_t there);
+    void add(const uint32_t * cells, size_t n) { add(cells, n, ~0ull >> (64 - n)); }
 
     // of the block that was added last
     uint8_t * codes_of(int64_t h_kv, bool is_v) { return is_v ? codes_v.back() + h_kv*view.next_head_v : codes_k.back() + h_kv*view.next_head_k; }
-    void note_steps();
+    void note_steps() { note_steps(n_blocks() - 1); }
+
+    const uint8_t * codes_of(uint32_t block, int64_t h_kv, bool is_v) const { return is_v ? codes_v[block] + h_kv*view.next_head_v : codes_k[block] + h_kv*view.next_head_k; }
+    size_t head_bytes(bool is_v) const { return is_v ? bytes_v : bytes_k; } // of one KV head in a block
 
     static bool may_share(uint32_t lowest, uint32_t highest) { return highest - lowest < 1 << 16; }
 
@@ -72,6 +76,8 @@ public:
 
     uint32_t n_blocks()                      const { return blocks.size(); }
     uint32_t n_cells()                       const; // that are warm
+
+    std::vector<uint8_t> cells(uint32_t n_cells) const; // [n_cells] whether each is warm
     uint32_t cell(uint32_t block, int64_t i) const { return blocks[block].lowest + blocks[block].behind[i]; }
     uint32_t first_cell(uint32_t block)      const { return cell(block, lowest_bit(there[block])); } // that is warm
 
@@ -90,7 +96,10 @@ public:
     } exact;
 
     std::atomic<int64_t> n_read { 0 };
-    std::atomic<int64_t> n_lost { 0 };
+    std::atomic<int64_t> n_left { 0 };
+
+    // the cold store could not be read
+    mutable std::atomic<bool> is_lost { false };
 
 private:
     struct block {
@@ -110,9 +119,10 @@ private:
 
     size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
     void copy_codes(size_t src, size_t dst);
+    void note_steps(uint32_t block);
     void drop_empty();
     void update_view();
-    bool read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
+    uint64_t read(uint32_t block, uint64_t cells, uint32_t head, uint8_t * rows) const;
 };
 
 } // namespace refreekv

@@ -191,7 +191,7 @@ void warm_tier::begin_batch(std::vector<layer> & layers, const llama_ubatch & ub
             }
         }
 
-        if (warm.n_lost > 0 && !warned_of_lost) {
+        if (warm.is_lost && !warned_of_lost) {
             LLAMA_LOG_WARN("refreekv: the cold store cannot be read any more; decoding goes on with the codes of what was evicted\n");
             warned_of_lost = true;
         }

@@ -59,14 +59,14 @@ class Llama(llama_cpp.Llama):
             may ask for what was evicted. "restore": evicted rows wait in a cold store and come back, bit for bit,
             before the prompt is read, so that the new question decides what stays; where they cannot, as "recompute":
             the conversation is read again; "drop": it goes on from what is left (arXiv 2502.16886 says nothing of a
-            second turn). Default: "restore".
+            second turn), which with "refreekv" are codes of all that was evicted. Default: "restore".
         kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
             system message of a chat completion. Default: none but what the policy keeps.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
-        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; what does not fit is lost, and
-            read again when it is wanted. Default: none (it cannot hold more than the full cache of n_ctx).
+        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; rows that do not fit are lost,
+            and read again when they are wanted. Default: none (it cannot hold more than the full cache of n_ctx).
         kv_cold_type: "q8_0": evicted rows are rounded to it, where the cache's type is no quantised one, and take about
             half of the room; what comes back is then not bit for bit what went. Default: None, it is.
         kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.
@@ -74,8 +74,9 @@ class Llama(llama_cpp.Llama):
             Default: True.
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
-        kv_memory_limit: a cap on the bytes of K and V, as a number or like "512MiB". With a policy that evicts, a
-            prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" it is refused.
+        kv_memory_limit: a cap on the bytes of K and V, and of codes, as a number or like "512MiB". With a policy that
+            evicts, a prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" such
+            a prompt is refused.
         flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
             False unless the backend or the type of V makes True the better setting. Default: "auto".
         verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
@@ -86,7 +87,8 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         PolicyError: unknown policy or option.
-            asked for. (Where REFREEKV_POLICY has chosen it, this is a warning, and the model runs with "full".)
+        UnsupportedModelError: the model's memory cannot have this policy. (Where REFREEKV_POLICY has chosen it, this is
+            a warning, and the model runs with "full".)
         ValueError: as llama-cpp-python, for a file that is missing or no model.
     """
 

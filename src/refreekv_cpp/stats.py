@@ -87,6 +87,8 @@ class KVStats:
         restore_ms: the time that took altogether, in milliseconds.
         theta: the part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part.
         n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
+        n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
+            token: their codes stood for them.
         bytes_codes: codes of evicted rows, which decoding attends to.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
@@ -118,6 +120,7 @@ class KVStats:
     restore_ms: float
     theta: float
     n_rows_read: int
+    n_rows_left: int
     bytes_codes: int
     n_layouts: int
     buffers: tuple[Buffer, ...]
@@ -166,6 +169,7 @@ class KVStats:
             restore_ms=stats.restore_us / 1000,
             theta=stats.theta,
             n_rows_read=stats.n_rows_read,
+            n_rows_left=stats.n_rows_left,
             bytes_codes=stats.bytes_codes,
             n_layouts=stats.n_layout,
             buffers=buffers,

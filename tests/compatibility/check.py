@@ -17,7 +17,7 @@ from tiny import N_SPECIAL, random_tokens
 from refreekv_cpp import Full, Llama, Policy, ReFreeKV, native
 
 # lenient enough to evict something of every tiny model
-POLICIES: dict[str, Policy] = {"full": Full(), "refreekv": ReFreeKV(n_min=0, threshold=0.5, n_pool=31)}
+POLICIES: dict[str, Policy] = {"full": Full(), "refreekv": ReFreeKV()}
 
 # long enough for a pruning to evict something of every tiny model: it does so in blocks of 256 cells
 PROMPT = random_tokens(700)
@@ -62,7 +62,7 @@ class Run:
 
     def load(self, model: str | Path = "gqa", *, policy: Policy | None = None, **options: Any) -> Llama:
         path = model if isinstance(model, Path) else self.model(model)
-        llm = load(path, policy or self.policy, kind=_Counting, **options)
+        llm = load(path, policy or self.policy, kind=_Counting, codes=True, **options)
         llm.run = self
         return llm
 
@@ -79,7 +79,7 @@ class Run:
         return res
 
     def sequences(self, **fields: Any) -> Sequences:
-        return Sequences(self.model("gqa"), self.policy, **fields)
+        return Sequences(self.model("gqa"), self.policy, codes=True, **fields)
 
     def prune(self, sequences: Sequences, seq_id: int) -> None:
         if self.evicts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp
@@ -15,7 +15,7 @@ from support import logits
 from tiny_projector import Kind, random_png, write_projector
 
 from compatibility.check import TEXT, Run, check, printable
-from compatibility.options import error
+from compatibility.options import RULE, error
 from refreekv_cpp import Policy, ReFreeKV
 
 N_EMBD = 64  # of the models below
@@ -80,10 +80,12 @@ def register(feature: str, vision: Vision) -> None:
         whole = with_policy(ReFreeKV(n_min=10_000))
         assert whole.text == stock.text
         assert error(whole.logits, stock.logits) < 2e-3
-        masked = with_policy(Debug(policy=run.policy, mask_only=True))
-        assert actual.text == masked.text
-        assert error(actual.logits, masked.logits) < 2e-3
-        assert error(actual.logits, stock.logits) > 1e-2
+        pruned, masked = with_policy(RULE), with_policy(Debug(policy=RULE, mask_only=True))
+        assert pruned.text == masked.text
+        assert error(pruned.logits, masked.logits) < 2e-3
+        assert error(pruned.logits, stock.logits) > 1e-2
+        coded = with_policy(replace(RULE, theta=0.003))
+        assert error(coded.logits, stock.logits) < error(pruned.logits, stock.logits) / 2
 
 
 LLAVA = Vision("gqa", "mlp", llama_chat_format.Llava15ChatHandler)

@@ -21,7 +21,8 @@ TABLES = {"unified": True, "a stream each": False}
 
 
 def assert_alike(actual: Any, expected: Any) -> None:
-    assert np.abs(actual - expected).max() < 1e-4 * expected.std()
+    # how queries are rounded for codes depends on all sequences in a layer
+    assert np.abs(actual - expected).max() < 1e-2 * expected.std()
 
 
 def end_of_copying(run: Run) -> str:
@@ -90,6 +91,10 @@ def register(table: str, unified: bool) -> None:
             run.prune(each, 0)
         if sequences.remove(0, len(PROMPT) - 100):
             assert sequences.n_tokens(0) == len(PROMPT) - 100
+            other = run.sequences()
+            other.read(0, PROMPT[:-100])
+            run.prune(other, 0)
+            assert_alike(sequences.read(0, MORE), other.read(0, MORE))
             return
         why = native.last_error()
         assert_alike(sequences.read(0, MORE), alone.read(0, MORE))  # nothing was touched

@@ -16,7 +16,8 @@ from support import feed
 from tiny import random_tokens
 
 from compatibility.check import POLICIES, PROMPT, Refused, Run, check, printable
-from refreekv_cpp import CacheStateError, Full, Llama
+from compatibility.sequences import assert_alike
+from refreekv_cpp import CacheStateError, Full, Llama, native
 
 MORE = random_tokens(9, seed=1)[1:]
 
@@ -107,8 +108,9 @@ def foreign_state(run: Run) -> None:
 
 @check("state of one sequence (llama_state_seq_*)")
 def sequence_states(run: Run) -> None:
+    cold = {"cold": native.enum_value("COLD_MEMORY")}
     for unified in (True, False):
-        saved, other = run.sequences(kv_unified=unified), run.sequences(kv_unified=unified)
+        saved, other = (run.sequences(kv_unified=unified, cold=cold) for _ in range(2))
         saved.read(0, PROMPT)
         run.prune(saved, 0)
         other.read(0, random_tokens(200, seed=1))
@@ -117,4 +119,4 @@ def sequence_states(run: Run) -> None:
         assert other.n_tokens(0) == 200
         assert other.n_tokens(1) == len(PROMPT)
         expected = saved.read(0, MORE)
-        assert np.abs(other.read(1, MORE) - expected).max() < 1e-4 * expected.std()
+        assert_alike(other.read(1, MORE), expected)

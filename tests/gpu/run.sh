@@ -30,7 +30,7 @@ section() { # title, command: its output, whatever becomes of it
     section "Policies on the GPU beside the CPU" python tests/backends.py
     section "The same, in caches that grow in place" python tests/backends.py --n-ctx 262144
     section "A device whose memory the host cannot see" pytest -q -m device
-    section "Speed and memory" refreekv bench "$model" --kv-policy full,refreekv,window --tokens 2048,7168 --gpu-layers all
+    section "Speed and memory" refreekv bench "$model" --kv-policy full,refreekv --tokens 2048,7168 --gpu-layers all
     section "A model of llama-3-8B's shape" python tests/gpu/large.py
 } 2> >(tee build/gpu/log >&2) | tee "$report"
 

@@ -19,12 +19,13 @@ from refreekv_cpp.policies import Policy, ReFreeKV
 CONTEXT_STEP = 256
 """llama.cpp rounds contexts up to this, in tokens."""
 
-# of the default policy: the shares of the rows of K and V that stayed after long prompts (docs/fidelity.md)
+# the shares of the rows of K and V that the default policy kept of long prompts without codes (docs/fidelity.md)
 _KEPT_BY_DEFAULT = (0.39, 0.66)
-# ... and the cells that stay where decoding goes on attending to what was evicted, by codes
-_HOT_CELLS = (128, 256)
-# of the bytes that evicted rows have in f16: their codes (docs/memory.md)
-_CODES_SHARE = 0.23
+# ... and with codes the cells that stay: 4 sinks, the last 64, and up to 63 more, since a block of codes has 64 cells
+_HOT_CELLS = (68, 131)
+# bytes of the codes of evicted rows over those that the rows have in f16: 4 bits for K and 2 for V, 4 bytes for each
+# channel of 64 cells, and the table of blocks
+_CODES_SHARE = 0.222
 
 # what a first prompt takes beside all that is counted: code of kernels that is read now, graphs, stacks, logits
 _FIRST_PROMPT_BYTES = 4 * 2**20
@@ -132,16 +133,16 @@ class Needs:
     def kept(self) -> tuple[float, float] | None:
         """The share of the rows of K and V that stays after the longest prompt, from ... to; None: it is not known.
 
-        A policy with a fixed budget says what it keeps. The default keeps what the text needs: these are the shares
-        that were measured.
+        A policy with a fixed budget says what it keeps, and so does the default where it has codes. Without codes the
+        default keeps what the text needs: these are the shares that were measured.
         """
+        if not self.evicts or self.n_tokens < getattr(self.policy, "n_min", 0):
+            return 1.0, 1.0
         budget = getattr(self.policy, "budget", None)
         if budget is not None:
             share = min(budget if budget <= 1 else budget / self.n_tokens, 1.0)
             return share, share
-        if not self.evicts:
-            return 1.0, 1.0
-        if self.policy != ReFreeKV():
+        if not isinstance(self.policy, ReFreeKV) or self.policy != ReFreeKV(theta=self.policy.theta):
             return None
         if self.codes:
             least, most = (min(n / self.n_tokens, 1.0) for n in _HOT_CELLS)

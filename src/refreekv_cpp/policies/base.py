@@ -37,9 +37,14 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            kind = _NUMBERS.get(str(field.type))
-            if kind and (isinstance(value, bool) or not isinstance(value, kind) or abs(value) >= 2**31):
-                raise PolicyError(f"{field.name}={value!r}: must be a number of type {field.type}, below 2^31")
+            name, optional, _ = str(field.type).partition(" | None")
+            if optional and value is None:
+                continue
+            kind = _NUMBERS.get(name)
+            if kind and (
+                isinstance(value, bool) or not isinstance(value, kind) or (kind is int and abs(value) >= 2**31)
+            ):
+                raise PolicyError(f"{field.name}={value!r}: must be a number of type {field.type}")
 
     @property
     @abstractmethod
