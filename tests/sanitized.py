@@ -33,6 +33,7 @@ TESTS = [
     "test_decode.py",
     "test_warm.py",
     "test_spans.py",
+    "test_turns.py",
     "test_python_policy.py",
     "test_images.py",
 ]

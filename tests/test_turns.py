@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Sequences
+from support import Sequences, ctx_of, load
 from tiny import random_tokens
 
 from refreekv_cpp import Policy, PolicyError, ReFreeKV, SnapKV, Streaming, native
@@ -237,3 +237,19 @@ def test_a_pruning_that_fails_is_not_tried_again(tiny_model: Path) -> None:
 def test_bad_modes_are_refused(fields: dict[str, int], message: str) -> None:
     with pytest.raises(PolicyError, match=message), native.next_context(native.make_params(**fields)):
         pass
+
+
+def test_a_short_question_is_read_by_a_whole_cache(tiny_model: Path) -> None:
+    """`Llama` says what is a prompt: once ten tokens were taken for an answer, before which all was coded again."""
+    llm = load(tiny_model, EXACT, codes=True)
+    tokens = random_tokens(900)
+    first = llm.generate(tokens, temp=0.0)
+    tokens += [next(first), next(first)]
+    first.close()
+    assert native.pruned_pos(ctx_of(llm), 0) == 899
+
+    second = llm.generate([*tokens, *random_tokens(10, seed=1)], temp=0.0)
+    next(second)
+    assert native.pruned_pos(ctx_of(llm), 0) == -1
+    next(second)
+    assert native.pruned_pos(ctx_of(llm), 0) == 911
