@@ -478,3 +478,45 @@ def test_sequences_are_coded_each_by_itself(tiny: Callable[[str], Path]) -> None
     for ours, full in zip(*answers, strict=True):
         for s in range(3):
             assert_near(ours[s], full[s], 1e-5)
+
+
+def test_a_shared_prefix_that_one_sequence_cuts_is_seen_by_the_other_alone(tiny: Callable[[str], Path]) -> None:
+    """A block of codes had the cells of both, and what was cut off was still seen."""
+    answers = []
+    for theta in (EVERY, 0.0):
+        cold = {"cold": native.enum_value("COLD_MEMORY"), "theta": theta}
+        sequences = Sequences(tiny("gqa64"), ReFreeKV(), cold=cold)
+        sequences.read(0, PROMPT[:900])
+        if theta:
+            assert native.prune(sequences.ctx, 0) > 0
+        sequences.copy(0, 1)
+        assert llama_cpp.llama_memory_seq_rm(sequences.memory, 1, 100, -1)
+        question = random_tokens(40, seed=9)
+        answers.append([sequences.read(1, question), sequences.read(0, question)])
+        sequences.close()
+    for ours, full in zip(*answers, strict=True):
+        assert_near(ours, full, 1e-5)
+
+
+def test_a_state_loaded_over_a_pruned_sequence_brings_its_own_codes(tiny: Callable[[str], Path]) -> None:
+    cold = {"cold": native.enum_value("COLD_MEMORY"), "theta": NONE}
+    sequences = Sequences(tiny("gqa64"), POLICY, cold=cold)
+    sequences.read(0, PROMPT)
+    assert native.prune(sequences.ctx, 0) > 0
+    n_bytes = native.stats(sequences.ctx).bytes_codes
+    size = llama_cpp.llama_state_seq_get_size(sequences.ctx, 0)
+    state = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(sequences.ctx, state, size, 0) == size
+    for _ in range(2):
+        assert llama_cpp.llama_state_seq_set_data(sequences.ctx, state, size, 0) == size
+        assert native.stats(sequences.ctx).bytes_codes == n_bytes
+
+
+def test_cells_that_cannot_leave_are_not_tried_with_every_token(tiny: Callable[[str], Path]) -> None:
+    llm = load(tiny("gqa64"), "refreekv", codes=True, kv_protect=[(0, 600)])
+    llm.eval(PROMPT[:900])
+    llm.prune_kv()
+    llm.eval([1])
+    reused = llama_cpp.llama_perf_context(ctx_of(llm)).n_reused
+    feed(llm, random_tokens(40, seed=3))
+    assert llama_cpp.llama_perf_context(ctx_of(llm)).n_reused >= reused + 38

@@ -85,6 +85,9 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
     const llama_pos pos = pruned[seq_id];
 
+    mover.synchronize();
+    release_stale();
+
     if (attends_to_all() || restore_now(seq_id, gone0, gone1) >= 0) {
         return true;
     }
@@ -153,7 +156,20 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
 
     const bool streams = logical.stream_of(src) != logical.stream_of(dst);
 
-    if (!may_seq_cp(src, dst, p0, p1) || (streams && !copy_stream(src, dst))) {
+    const auto copies = [&]() { // called from upstream's function, which nothing may be thrown through
+        try {
+            return copy_stream(src, dst);
+        } catch (const std::exception & err) {
+            for (auto & layer : layers) {
+                layer.res.release([&](uint32_t cell) { return logical.stream_of(dst) == cell/logical.stream_size(); });
+            }
+            kv.seq_rm(dst, -1, -1);
+            refreekv_set_error("seq_cp: %s; sequence %d is empty now", err.what(), dst);
+            return false;
+        }
+    };
+
+    if (!may_seq_cp(src, dst, p0, p1) || (streams && !copies())) {
         refused_copy = true;
         return false;
     }

@@ -40,7 +40,7 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
     cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
-    turn(this->params, logical, layers, layouts, cold, pruned) {
+    turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
     const auto & hparams = kv.hparams;
 
     std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
@@ -65,6 +65,10 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     }
     cold.reset(layers);
     warm.open(params, layers);
+    const auto at_most = [&](int32_t & n) { n = std::min<int64_t>(n, logical.size()); };
+    at_most(this->params.n_sink);
+    at_most(this->params.n_hot);
+
     if (warm.theta() == 0.0f || params.policy != REFREEKV_POLICY_REFREEKV) {
         this->params.n_hot = 0; // the policy decides
     }

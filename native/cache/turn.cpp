@@ -1,5 +1,6 @@
 #include "cache/turn.h"
 
+#include "evict/evictor.h"
 #include "graph/layouts.h"
 #include "tiers/cold-rows.h"
 
@@ -13,8 +14,8 @@ namespace refreekv {
 static const uint32_t MAX_ANSWER = 32; // tokens of a sequence in one batch of an answer that is generated with drafts
 
 turn::turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
-        const cold_rows & cold, const std::vector<llama_pos> & pruned) :
-    params(params), logical(logical), layers(layers), lay(lay), cold(cold), pruned(pruned), seqs(logical.n_seq_ids()) {}
+        const cold_rows & cold, const evictor & ev, const std::vector<llama_pos> & pruned) :
+    params(params), logical(logical), layers(layers), lay(lay), cold(cold), ev(ev), pruned(pruned), seqs(logical.n_seq_ids()) {}
 
 void turn::announce(llama_seq_id seq_id, int32_t n_tokens) {
     auto & s = seqs[seq_id];
@@ -71,7 +72,7 @@ std::vector<turn::todo> turn::plan(const std::vector<llama_ubatch> & ubatches, b
 
         const llama_pos last = logical.table_of_seq(seq_id).seq_pos_max(seq_id);
 
-        if (last >= 0 && s.pruned_at != last && must_prune(seq_id, n <= MAX_ANSWER && !expecting)) {
+        if (last >= 0 && s.pruned_at != last && must_prune(seq_id, (n <= MAX_ANSWER || (!acts() && pruned[seq_id] >= 0)) && !expecting)) {
             res.push_back({ seq_id, step::PRUNE, n_batch });
             s.pruned_at = last;
         }
@@ -96,15 +97,18 @@ bool turn::must_prune(llama_seq_id seq_id, bool generating) const {
         return logical.of_seq(seq_id).size() >= n_min;
     }
 
+    if (params.n_full_layers >= (int32_t) layers.size()) {
+        return false;
+    }
     const auto &   layer = layers.back(); // all layers that cells are evicted from hold the same cells
     const uint32_t n_due = 2*lay.padded(params.n_sink + params.n_hot);
 
     if (layer.res.n_used() < n_due) {
         return false;
     }
-    uint32_t n_held = 0;
-    for (const auto & c : logical.of_seq(seq_id)) {
-        n_held += !layer.lacks(c.cell);
+    uint32_t n_held = 0; // that may leave
+    for (const auto & c : ev.cells_of(seq_id)) {
+        n_held += !c.stays && !layer.lacks(c.cell);
     }
     return n_held >= (pruned[seq_id] >= 0 ? n_due : std::max(n_due, n_min));
 }

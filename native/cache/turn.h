@@ -11,6 +11,7 @@ struct llama_ubatch;
 namespace refreekv {
 
 class cold_rows;
+class evictor;
 class layouts;
 
 // The turns of a conversation, for each sequence by itself: a prompt is read, its answer is generated, the next prompt follows.
@@ -37,7 +38,7 @@ public:
 
     // all of them belong to the store. pruned: [LLAMA_MAX_SEQ] see refreekv_store::pruned_pos()
     turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
-         const cold_rows & cold, const std::vector<llama_pos> & pruned);
+         const cold_rows & cold, const evictor & ev, const std::vector<llama_pos> & pruned);
 
     // the next n_tokens tokens of a sequence are the rest of a prompt. -1: there is none, and no pruning is due
     void announce(llama_seq_id seq_id, int32_t n_tokens);
@@ -73,6 +74,7 @@ private:
     const std::vector<layer> &     layers;
     const layouts &                lay;
     const cold_rows &              cold;
+    const evictor &                ev;
     const std::vector<llama_pos> & pruned;
 
     std::vector<sequence> seqs; // [LLAMA_MAX_SEQ]

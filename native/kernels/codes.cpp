@@ -442,7 +442,11 @@ void refreekv_encode(const float * rows, int64_t stride, int64_t n_cells, int64_
         step[d] = (step[d] - least[d])/(n_codes - 1);
     }
 
-    // codes are those of the numbers as f16 has them
+    // codes are those of the numbers as f16 has them; larger ones are its largest
+    for (int64_t d = 0; d < n_channels; ++d) {
+        least[d] = std::min(std::max(least[d], -65504.0f), 65504.0f);
+        step [d] = std::min(step[d], 65504.0f);
+    }
     ggml_cpu_fp32_to_fp16(least, (ggml_fp16_t *) meta, n_channels);
     ggml_cpu_fp32_to_fp16(step,  (ggml_fp16_t *) meta + n_channels, n_channels);
     ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) meta, least, n_channels);

@@ -51,13 +51,13 @@ static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head
 // blocks that one thread takes at a time, for one KV head
 static const int64_t REFREEKV_WARM_SPAN = 8;
 
-// Rows that a token reads of a span at most. (A head can give theta to 1/theta rows.) Beyond it those with the largest weights are read
-static inline int64_t refreekv_warm_budget(float theta) {
-    return std::max<int64_t>(16, 0.1f/theta);
-}
-
 static inline int64_t refreekv_warm_spans(int64_t n_blocks) {
     return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;
+}
+
+// Rows that a token reads of a span at most. (A head can give theta to 1/theta rows.) Beyond it those with the largest weights are read
+static inline int64_t refreekv_warm_budget(float theta) {
+    return std::max(16.0f, std::min(0.1f/theta, (float) (REFREEKV_WARM_SPAN*64)));
 }
 
 // The lines of heads that a pass works on: line i is head h_kv*n_gqa + i of a token

@@ -217,8 +217,10 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
     for (auto & layer : layers) {
         layer.res.release([&](uint32_t cell) { return in_list[cell]; });
         cold.forget(layer, list);
+        if (layer.warm && layer.warm->keep([&](uint32_t cell) { return !in_list[cell]; })) {
+            n_generation++;
+        }
     }
-    warm.refresh(layers);
 
     // read_tensor writes when io is done. A state of several streams grows the rows once per stream, so there they are
     // written at once.

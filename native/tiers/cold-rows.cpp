@@ -16,7 +16,7 @@ namespace refreekv {
 static const size_t PIECE = 64 << 10; // bytes; stays in the processor's cache until it is where it belongs
 static const size_t GAP   = 4 << 10;  // that are read sooner than another read is begun
 
-cold_rows::cold_rows(const refreekv_params & params, const llama_hparams & hparams, bool on_host, uint32_t n_cells) : hparams(hparams), type(params.cold_type), limit(params.cold_limit), n_cells(n_cells) {
+cold_rows::cold_rows(const refreekv_params & params, const llama_hparams & hparams, bool on_host, uint32_t n_cells) : hparams(hparams), by_heads(params.theta > 0.0f), type(params.cold_type), limit(params.cold_limit), n_cells(n_cells) {
     if (params.cold == REFREEKV_COLD_NONE) {
         return;
     }
@@ -46,7 +46,10 @@ ggml_type cold_rows::type_of(const layer & g, bool v) const {
     if (type < 0 || ggml_is_quantized(g.type(v))) {
         return g.type(v);
     }
-    return g.n_embd(v) % ggml_blck_size((ggml_type) type) == 0 ? (ggml_type) type : g.type(v);
+    // where single heads are read, each is whole blocks
+    const int64_t n = !by_heads ? g.n_embd(v) : v ? hparams.n_embd_head_v(g.il) : hparams.n_embd_head_k(g.il);
+
+    return n % ggml_blck_size((ggml_type) type) == 0 ? (ggml_type) type : g.type(v);
 }
 
 size_t cold_rows::row_size(const layer & g, bool v) const {

@@ -55,6 +55,7 @@ public:
 private:
     const llama_hparams & hparams;
 
+    const bool     by_heads; // single heads are read (warm_cells)
     const int32_t  type;    // of rows that the cache has not quantised; -1: the cache's
     const uint64_t limit;   // bytes; 0: none
     const uint32_t n_cells; // of each layer

@@ -138,6 +138,21 @@ uint32_t warm_cells::n_cells() const {
     return res;
 }
 
+void warm_cells::move_to_new(uint32_t block, uint64_t bits) {
+    there[block] &= ~bits;
+
+    uint32_t cells[64];
+    for (int64_t i = 0; i < 64; ++i) {
+        cells[i] = cell(block, i);
+    }
+    try {
+        add(cells, 64, bits);
+        copy_codes(block, blocks.size() - 1);
+    } catch (const std::bad_alloc &) {
+        // what is hidden is lost; what another sequence sees would be wrong
+    }
+}
+
 size_t warm_cells::bytes() const {
     return blocks.size()*(block_bytes() + sizeof(block) + sizeof(there[0]) + 2*sizeof(codes_k[0]));
 }

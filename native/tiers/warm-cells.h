@@ -74,6 +74,28 @@ public:
         return any;
     }
 
+    // Cells of a block for which alike(a, b) is false come to lie in blocks of their own. Returns whether there were any. Where there is no
+    // memory for them, they are no longer warm
+    template <typename F>
+    bool split(F && alike) {
+        bool any = false;
+        for (size_t b = 0, n = blocks.size(); b < n; ++b) {
+            const uint32_t first = first_cell(b);
+
+            uint64_t others = 0;
+            for (uint64_t left = there[b]; left; left &= left - 1) {
+                const int64_t i = lowest_bit(left);
+                others |= (uint64_t) !alike(first, cell(b, i)) << i;
+            }
+            if (others) {
+                any = true;
+                move_to_new(b, others); // and that one is looked at, too
+                n = blocks.size();
+            }
+        }
+        return any;
+    }
+
     uint32_t n_blocks()                      const { return blocks.size(); }
     uint32_t n_cells()                       const; // that are warm
 
@@ -119,6 +141,7 @@ private:
 
     size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
     void copy_codes(size_t src, size_t dst);
+    void move_to_new(uint32_t block, uint64_t cells);
     void note_steps(uint32_t block);
     void drop_empty();
     void update_view();

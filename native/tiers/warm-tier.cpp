@@ -19,16 +19,13 @@ static const int BITS_V = 2;
 static const size_t N_CELLS = REFREEKV_CODED_CELLS;
 
 // why a layer can have no warm tier, or nullptr
-static const char * why_not(const llama_hparams & hparams, const layer & layer, const refreekv_params & params) {
+static const char * why_not(const llama_hparams & hparams, const layer & layer) {
     const auto * kernels = refreekv_find_kernels();
 
     const int64_t n_k = hparams.n_embd_head_k(layer.il);
     const int64_t n_v = hparams.n_embd_head_v(layer.il);
 
-    // a head is a whole number of blocks of its type, in the cache and in the cold store
-    const auto whole = [&](int64_t n, ggml_type type) {
-        return n % ggml_blck_size(type) == 0 && (params.cold_type < 0 || ggml_is_quantized(type) || n % ggml_blck_size((ggml_type) params.cold_type) == 0);
-    };
+    const auto whole = [](int64_t n, ggml_type type) { return n % ggml_blck_size(type) == 0; };
 
     if (!ggml_backend_buft_is_host(layer.rows.get_shape().buft)) {
         return "the cache is not in host memory";
@@ -53,7 +50,7 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     const char * why = nullptr;
 
     for (const auto & layer : layers) {
-        why = why ? why : why_not(hparams, layer, params);
+        why = why ? why : why_not(hparams, layer);
     }
     if (why) {
         LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why);
@@ -153,9 +150,13 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
 
 void warm_tier::refresh(std::vector<layer> & layers) const {
     for (auto & layer : layers) {
-        if (layer.warm && layer.warm->keep([&](uint32_t cell) { return layer.res.slot(cell) < 0 && !logical.is_empty(cell); })) {
-            n_generation++;
+        if (!layer.warm) {
+            continue;
         }
+        const bool gone  = layer.warm->keep([&](uint32_t cell) { return layer.res.slot(cell) < 0 && !logical.is_empty(cell); });
+        const bool apart = layer.warm->split([&](uint32_t a, uint32_t b) { return logical.alike(a, b); });
+
+        n_generation += gone || apart;
     }
 }
 

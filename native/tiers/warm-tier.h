@@ -36,7 +36,7 @@ public:
     using rows_fn = std::function<void(const uint32_t * indices, size_t n, uint8_t * k, uint8_t * v)>;
     void add(layer & layer, const std::vector<uint32_t> & cells, const rows_fn & rows) const;
 
-    // after cells have come back, have been removed, or have lost their rows
+    // after cells have come back, or have been removed from the cache or from a sequence
     void refresh(std::vector<layer> & layers) const;
 
     // cells first_dst + i of a layer get what first_src + i have, for i < n

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from refreekv_cpp.errors import PolicyError
@@ -104,11 +104,18 @@ class ReFreeKV(Policy):
 
     def native_options(self) -> dict[str, Any]:
         options = asdict(self)
-        options["n_hot"] = self.n_hot if self.n_hot is not None else 64 * (self == ReFreeKV(theta=self.theta))
+        options["n_hot"] = (
+            self.n_hot
+            if self.n_hot is not None
+            else 64 * (self == replace(ReFreeKV(), **{name: getattr(self, name) for name in _NOT_THE_RULES}))
+        )
         for option in _CHOICES:
             options[option] = enum_value(f"{option}_{options[option]}".upper())
         return {"policy": enum_value("POLICY_REFREEKV"), **options}
 
+
+# parameters that say nothing of how the rule judges cells
+_NOT_THE_RULES = ("theta", "n_sink", "n_full_layers", "n_min")
 
 _PAPER: dict[str, Any] = {
     "threshold": 0.01,
