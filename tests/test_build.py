@@ -10,7 +10,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from refreekv_cpp import Llama, native
+from refreekv_cpp import Llama, ReFreeKV, native
 from refreekv_cpp._llama_cpp import library_dir
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ import licenses  # noqa: E402
 
 def test_the_hooks_are_in_the_loaded_library_and_run(tiny_model: Path) -> None:
     assert native.library._name.startswith(str(library_dir()))
-    llm = Llama(str(tiny_model), n_ctx=256, kv_policy="refreekv", verbose=False)
+    llm = Llama(str(tiny_model), n_ctx=256, kv_policy=ReFreeKV(theta=0), verbose=False)  # looks at queries
     llm.eval(list(range(5, 30)))
     # all of them but the update, which runs when something is pruned
     assert native.hooks_ran() & 0b01111 == 0b01111
