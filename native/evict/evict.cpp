@@ -104,7 +104,8 @@ int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
 int32_t refreekv_store::usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) const {
     const int32_t n_needed = n_prefix - std::max(0, n_prompt - params.n_window);
 
-    if (!has_rings() || n_needed <= 0) {
+    // where positions have several dimensions, tokens of an image share one: there is no counting back, and what is there is looked at
+    if (!has_rings() || n_needed <= 0 || kv.hparams.n_pos_per_embd() > 1) {
         return n_prefix;
     }
     std::vector<int32_t>   rows;

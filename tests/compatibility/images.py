@@ -16,7 +16,7 @@ from tiny_projector import Kind, random_png, write_projector
 
 from compatibility.check import TEXT, Run, check, printable
 from compatibility.options import RULE, error
-from refreekv_cpp import Policy, ReFreeKV
+from refreekv_cpp import Policy
 
 N_EMBD = 64  # of the models below
 
@@ -77,7 +77,7 @@ def register(feature: str, vision: Vision) -> None:
         def with_policy(policy: Policy) -> Answer:
             return answer(vision.load(run, policy=policy), messages)
 
-        whole = with_policy(ReFreeKV(n_min=10_000))
+        whole = with_policy(replace(RULE, n_min=10_000))
         assert whole.text == stock.text
         assert error(whole.logits, stock.logits) < 2e-3
         pruned, masked = with_policy(RULE), with_policy(Debug(policy=RULE, mask_only=True))
