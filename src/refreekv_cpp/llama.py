@@ -153,6 +153,7 @@ class Llama(llama_cpp.Llama):
         self._refused_state = False  # an entry of the cache of states did not fit, and the log says so
         self._generation: object = None  # the one that began last
         self._prompt_next = False  # what is read next is the prompt of that generation
+        self._chat_reads = False  # a chat handler is reading its prompt, with images, before that generation begins
         self._n_limit_prunes = 0
         self._system: str | None = None  # message of the chat that is in the cache
 
@@ -271,6 +272,8 @@ class Llama(llama_cpp.Llama):
         if self._prompt_next:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as upstream's eval; an emptied sequence has no turn
             native.prompt(self._ctx.ctx, _SEQ_ID, len(tokens))
+        elif self._chat_reads and self._evicts:
+            native.prompt(self._ctx.ctx, _SEQ_ID, self._n_ctx)  # more of it follows
         try:
             if self.kv_memory_limit is None:
                 self._eval(tokens)
@@ -342,6 +345,7 @@ class Llama(llama_cpp.Llama):
             if self._evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
                 self._prompt_next = True
+            self._chat_reads = False
             self._generation = generation
         sent: Sequence[int] | None = None
         try:
@@ -537,6 +541,8 @@ class Llama(llama_cpp.Llama):
             locks.enter_context(self._using)
         try:
             with locks, _chat_with(system):
+                self._chat_reads = self.chat_handler is not None
+                locks.callback(setattr, self, "_chat_reads", False)
                 native.clear_error()
                 answer = super().create_chat_completion(messages, *args, **kwargs)
         except ValueError as error:  # of a handler that reads an image itself, past `eval`
