@@ -82,7 +82,7 @@ def test_options_count(tiny: Tiny, name: str, options: dict[str, Any]) -> None:
 def test_a_policy_holds_the_whole_prompt_while_it_is_read(tiny: Tiny, name: str, options: dict[str, Any]) -> None:
     if options and name != "gqa64":
         pytest.skip("heads of 16 numbers are no whole blocks")
-    policy = ReFreeKV(n_min=0)
+    policy = ReFreeKV(n_min=0, theta=0)
     needs = foreseen(tiny(name), 2048, kv_policy=policy, **options)
     llm = load(tiny(name), policy, **options)
     llm.eval(random_tokens(2048))
