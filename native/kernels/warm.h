@@ -9,9 +9,9 @@
 
 struct refreekv_decode_softmax;
 
-// What decoding sees of the warm cells of one group of KV heads: those whose K and V are held in codes (kernels/codes.h). All of them
-// are attended to by their codes, but for single rows that some head of their KV head gives theta of its attention or more, as the codes
-// have it: those take part with their own K and V, for all heads of that KV head.
+// What decoding sees of the warm cells of one layer: the cells whose K and V are held in codes (kernels/codes.h). It attends to all of them
+// by their codes. Where a query head gives a cell theta of its attention or more, estimated by the codes, the cell's exact K and V take
+// their place, for all query heads of that KV head.
 struct refreekv_warm_view {
     const refreekv_decode_softmax * softmax;
 
