@@ -1,0 +1,27 @@
+"""Every feature in docs/compatibility.md works as the table says, with the full cache and with a pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from compatibility import CHECKS, POLICIES, Check
+from write_compatibility import TABLE, features, row
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.feature)
+def test_a_feature_does_what_the_table_says(check: Check, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    outcomes = []
+    for name, policy in POLICIES.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        outcomes.append(check.run(policy, tiny, folder))
+    assert row(check.feature, *outcomes) in TABLE.read_text().splitlines(), (
+        "run tests/tools/write_compatibility.py again"
+    )
+
+
+def test_the_table_has_a_row_for_each_check_and_no_other() -> None:
+    assert features(TABLE.read_text()) == [check.feature for check in CHECKS]
+    assert len({check.feature for check in CHECKS}) == len(CHECKS)
