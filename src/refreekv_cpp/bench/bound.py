@@ -1,4 +1,5 @@
-"""How fast decoding could be: each step reads the weights and the cells kept, once, at the speed of the memory."""
+"""How fast decoding could be: each step reads the weights, the kept cells and the codes of evicted ones once, at the
+speed of the memory."""
 
 from __future__ import annotations
 

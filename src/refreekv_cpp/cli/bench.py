@@ -90,7 +90,7 @@ def bench(
     for length in lengths:
         common.print_note(_faster(length, results))
     common.print_note(
-        f"bound: {mebibytes(n_weights)} of weights and the cells kept, read once at {bandwidth / 1e9:.1f} GB/s"
+        f"bound: {mebibytes(n_weights)} of weights, the cells kept and the codes, read once at {bandwidth / 1e9:.1f} GB/s"
     )
     if plot:
         write_plot(plot, results, bound_ms)
@@ -153,9 +153,9 @@ def document_tokens(model: Path, n_tokens: int, option: str) -> list[int]:
 
 
 def cell_bytes(result: Result, results: list[Result]) -> int:
-    """What the kept cells need; stock says nothing of its cache, which is full's."""
+    """Bytes that a step reads: the kept cells, and the codes of evicted ones. Stock reads as many as `full`."""
     if result.kv:
-        return int(result.kv["bytes_kept"])
+        return int(result.kv["bytes_kept"] + result.kv["bytes_codes"])
     cache_type = result.contestant.cache_type
     same = [r for r in results if r.n_tokens == result.n_tokens and r.contestant.cache_type == cache_type]
     return max((r.kv["bytes_full"] for r in same if r.kv), default=0)
@@ -208,7 +208,7 @@ def _speed(results: list[Result], bound_ms: Callable[[Result], float]) -> Table:
             f"{result.tokens_per_second:.0f}",
             f"× {result.read_ratio(reads):.3f}",
             f"{prune_ms:.0f}",
-            f"{prune_ms / result.decode_ms:.1f}",
+            f"{prune_ms / decodes.decode_ms:.1f}",
             f"{result.decode_ms:.1f}",
             f"{low:.1f} to {high:.1f}",
             f"× {result.decode_ms / decodes.decode_ms:.3f}",
@@ -219,14 +219,14 @@ def _speed(results: list[Result], bound_ms: Callable[[Result], float]) -> Table:
 
 
 def _memory(results: list[Result]) -> Table:
-    table = _new_table("tokens", "cache", "flash attn", "load s", "KV", "kept", "resident", "at most")
+    table = _new_table("tokens", "cache", "flash attn", "load s", "KV and codes", "of full", "resident", "at most")
     for result in results:
         kv: dict[str, Any] | None = result.kv
         table.add_row(
             *_cells(result),
             f"{statistics.median(result.load_s):.2f}",
-            mebibytes(kv["bytes"]) if kv else "-",
-            f"{kv['budget']:.0%}" if kv else "-",
+            mebibytes(kv["bytes"] + kv["bytes_codes"]) if kv else "-",
+            f"{cell_bytes(result, results) / kv['bytes_full']:.1%}" if kv else "-",
             mebibytes(result.rss),
             mebibytes(result.rss_peak),
         )
