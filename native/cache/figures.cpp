@@ -6,7 +6,7 @@
 #include "cache/store.h"
 
 #include "api/error.h"
-#include "evict/attention.h"
+#include "evict/attention-inputs.h"
 #include "tiers/cold-store.h"
 
 #include "llama-context.h"

@@ -1,8 +1,7 @@
 #include "cache/rows.h"
 
+#include "cache/gather.h"
 #include "cache/row-bytes.h"
-
-#include "ggml-alloc.h"
 
 #include <algorithm>
 #include <atomic>
@@ -23,104 +22,6 @@ static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_byte
     }
     dst.set(others.data(), others.size(), in.data());
 }
-
-// A graph that gathers rows on a backend. Rows are 32-bit words to it: get_rows and concat copy those verbatim on every
-// backend, whatever the type of the cache.
-class refreekv_gather {
-public:
-    refreekv_gather() {
-        ggml_init_params params = { ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true };
-        ctx.reset(ggml_init(params));
-    }
-
-    // the rows of the slots from the i-th on, one after the other
-    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv_bytes & in) {
-        ggml_tensor * from = nullptr;
-
-        if (src) {
-            from = trans ? ggml_cont(ctx.get(), ggml_transpose(ctx.get(), src)) : src;
-            from = as_type(from, GGML_TYPE_I32, from->ne[1]);
-        }
-
-        uint32_t next = src ? from->ne[1] : 0;
-        for (; i < slots.size(); ++i) {
-            idxs.push_back(slots[i] != refreekv_rows::none ? slots[i] : in.empty() ? 0 : next++);
-        }
-
-        if (!in.empty()) {
-            const size_t  n_in = std::count(slots.begin(), slots.end(), refreekv_rows::none);
-            ggml_tensor * more = upload(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, in.size()/n_in/4, n_in), in.data());
-
-            from = from ? ggml_concat(ctx.get(), from, more, 1) : more;
-        }
-
-        return ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
-    }
-
-    // rows() to where they belong: to the slots from the i-th on. in_place: when all of them have been read
-    ggml_tensor * store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place) {
-        const int64_t n = rows->ne[1];
-
-        if (!trans && !in_place) {
-            rows->buffer = dst->buffer;
-            rows->data   = dst->data;
-            return rows;
-        }
-        if (!trans) {
-            ggml_tensor * all = as_type(dst, GGML_TYPE_I32, dst->ne[1]);
-            return ggml_cpy(ctx.get(), rows, ggml_view_2d(ctx.get(), all, all->ne[0], n, all->nb[1], i*all->nb[1]));
-        }
-        return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], i*dst->nb[0]));
-    }
-
-    bool compute(ggml_backend_t backend, ggml_tensor * out) {
-        ggml_set_output(out);
-
-        ggml_cgraph * gf = ggml_new_graph(ctx.get());
-        ggml_build_forward_expand(gf, out);
-
-        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
-                return false;
-            }
-        }
-
-        galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
-        if (!ggml_gallocr_alloc_graph(galloc.get(), gf)) {
-            return false;
-        }
-
-        for (const auto & [t, data] : uploads) {
-            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
-        }
-
-        return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
-    }
-
-private:
-    ggml_context_ptr ctx;
-    ggml_gallocr_ptr galloc;
-
-    std::vector<int32_t> idxs;
-    std::vector<std::pair<ggml_tensor *, const void *>> uploads;
-
-    ggml_tensor * upload(ggml_tensor * t, const void * data) {
-        ggml_set_input(t);
-        uploads.emplace_back(t, data);
-        return t;
-    }
-
-    // the first n rows of a contiguous tensor, read as another type
-    ggml_tensor * as_type(ggml_tensor * t, ggml_type type, int64_t n) {
-        ggml_tensor * res = ggml_view_2d(ctx.get(), t, t->ne[0], n, t->nb[1], 0);
-
-        res->type  = type;
-        res->ne[0] = t->nb[1]/ggml_type_size(type)*ggml_blck_size(type);
-        res->nb[0] = ggml_type_size(type);
-
-        return res;
-    }
-};
 
 static std::atomic<int32_t> g_fail_in { 0 };
 

@@ -2,7 +2,7 @@
 
 #include "cache/logical-cells.h"
 #include "cache/row-mover.h"
-#include "evict/attention.h"
+#include "evict/attention-graph.h"
 #include "evict/query-ring.h"
 #include "graph/layouts.h"
 #include "kernels/attention-cpu.h"

@@ -1,6 +1,7 @@
 #pragma once
 
-#include "evict/attention.h"
+#include "evict/attention-inputs.h"
+#include "policies/policy.h"
 
 #include <memory>
 

@@ -3,6 +3,7 @@
 #include "kernels/decode.h"
 
 #include "kernels/codes.h"
+#include "kernels/hot.h"
 #include "kernels/warm.h"
 #include "kernels/tiles.h"
 
@@ -14,119 +15,12 @@
 #include <cmath>
 #include <vector>
 
-static const int64_t CHUNK      = 128; // cells; what one thread takes at a time
-static const int64_t MAX_TOKENS = 4;
-
-static bool is_trans(const ggml_tensor * v) {
-    return v->nb[1] > v->nb[2];
-}
-
-static int64_t head_size_v(const ggml_tensor * v) {
-    return v->ne[is_trans(v) ? 2 : 0];
-}
-
-// What an operation's sources say
-struct shape {
-    int64_t n_head;
-    int64_t n_head_kv;
-    int64_t n_gqa;
-    int64_t n_k; // of a head
-    int64_t n_v;
-    int64_t n_part; // floats of a part: a weighted sum of V, then what its weights are relative to, and their sum
-    int64_t n_chunks;
-
-    shape() = default;
-    shape(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) :
-        n_head(q->ne[1]), n_head_kv(k->ne[1]), n_gqa(n_head/n_head_kv), n_k(k->ne[0]), n_v(head_size_v(v)), n_part(n_v + N_LANES), n_chunks(k->ne[2]/CHUNK) {
-    }
-};
-
-static const float * query_of(const ggml_tensor * q, int64_t t, int64_t h) {
-    return (const float *) ((const char *) q->data + h*q->nb[1] + t*q->nb[2]);
-}
-
-// Parts of tokens t0 .. t0 + n_tokens - 1 of a chunk of cells that are held: [n_tokens][n_head][n_part]; after each weighted sum of V the
-// maximum of the scores and the sum of the weights
-static void attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out) {
-    const ggml_tensor * q    = dst->src[0];
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * v    = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
-
-    const shape s(q, k, v);
-
-    const int64_t n_rows_k = s.n_k*s.n_head_kv;
-    const int64_t n_rows_v = s.n_v*s.n_head_kv;
-    const int64_t n_lines  = s.n_head*n_tokens;
-
-    const auto dot = dot_tile_of(s.n_k/N_LANES);
-    const auto add = add_tile_of(s.n_v/N_LANES);
-
-    thread_local std::vector<float> scratch;
-
-    const int64_t n_tile = TILE*std::max({ n_rows_k, n_rows_v, CHUNK });
-
-    float * tile    = aligned(scratch, n_tile + (n_lines + n_tokens)*CHUNK);
-    float * weights = tile + n_tile;           // [n_tokens][n_head][CHUNK]
-    float * masks   = weights + n_lines*CHUNK; // [n_tokens][CHUNK]
-
-    const int64_t cell = chunk*CHUNK;
-
-    for (int64_t c = 0; c < CHUNK; c += TILE) {
-        read_rows(k, cell + c, tile, n_rows_k);
-
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            for (int64_t h = 0; h < s.n_head; ++h) {
-                dot(query_of(q, t0 + t, h), tile + h/s.n_gqa*s.n_k, n_rows_k, s.n_k/N_LANES, weights + (t*s.n_head + h)*CHUNK + c);
-            }
-        }
-    }
-
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        to_float(mask->type, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
-    }
-
-    for (int64_t r = 0; r < n_lines; ++r) {
-        float * line = out + r*s.n_part;
-
-        weigh(weights + r*CHUNK, CHUNK, masks + r/s.n_head*CHUNK, by, alibi_slope(by.max_bias, r % s.n_head, s.n_head), line[s.n_v], line[s.n_v + 1]);
-
-        std::fill_n(line, s.n_v, 0.0f);
-    }
-
-    if (!is_trans(v)) {
-        for (int64_t c = 0; c < CHUNK; c += TILE) {
-            read_rows(v, cell + c, tile, n_rows_v);
-
-            for (int64_t r = 0; r < n_lines; ++r) {
-                add(weights + r*CHUNK + c, tile + r % s.n_head/s.n_gqa*s.n_v, n_rows_v, s.n_v/N_LANES, out + r*s.n_part);
-            }
-        }
-        return;
-    }
-
-    // lines of V are channels: [CHUNK] cells of TILE of them at a time
-    for (int64_t line = 0; line < n_rows_v; line += TILE) {
-        for (int64_t i = 0; i < TILE; ++i) {
-            const char * src = (const char *) v->data + (line + i)*v->nb[2] + ggml_row_size(v->type, cell);
-
-            prefetch(src + TILE*v->nb[2], ggml_row_size(v->type, CHUNK));
-            to_float(v->type, src, tile + i*CHUNK, CHUNK);
-        }
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            for (int64_t g = 0; g < s.n_gqa; ++g) {
-                const int64_t r = t*s.n_head + line/s.n_v*s.n_gqa + g;
-
-                dot_tile<CHUNK/N_LANES>(weights + r*CHUNK, tile, CHUNK, 0, out + r*s.n_part + line % s.n_v);
-            }
-        }
-    }
-}
+static const int64_t MAX_TOKENS = 4; // that share the work on a cell; of more, each is one thread's
 
 // dst: [n_part, n_head*n_tokens, n_chunks]
 static void attend_hot(ggml_tensor * dst, int ith, int nth, void * userdata) {
     for (int64_t chunk = ith; chunk < dst->ne[2]; chunk += nth) {
-        attend_chunk(dst, *(const refreekv_decode_softmax *) userdata, chunk, 0, dst->src[0]->ne[2], (float *) ((char *) dst->data + chunk*dst->nb[2]));
+        refreekv_attend_chunk(dst, *(const refreekv_decode_softmax *) userdata, chunk, 0, dst->src[0]->ne[2], (float *) ((char *) dst->data + chunk*dst->nb[2]));
     }
 }
 
@@ -316,7 +210,7 @@ static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->data);
 
     for (int64_t i = ith; i < s.n_chunks; i += nth) {
-        attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
+        refreekv_attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
     }
 
     for_units(s, l, ith, nth, [&](int64_t h_kv, int64_t span) {
@@ -384,7 +278,7 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
 
     for (int64_t t = ith; t < q->ne[2]; t += nth) {
         for (int64_t c = 0; c < s.n_chunks; ++c) {
-            attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
+            refreekv_attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
         }
         for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { judge_span(warm, s, l, q, t, 0, h_kv, span); });
         for (int64_t h = 0; h < s.n_head; ++h) {

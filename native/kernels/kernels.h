@@ -1,6 +1,6 @@
 #pragma once
 
-#include "evict/attention.h"
+#include "evict/attention-inputs.h"
 #include "kernels/decode.h"
 
 #include <memory>

@@ -1,6 +1,7 @@
 // The kernels of codes by themselves, for test_codes.py, which builds this once per instruction set.
 
 #include "kernels/codes.cpp"
+#include "kernels/encode.cpp"
 
 extern "C" {
 
