@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <vector>
 
-static refreekv_device_info refreekv_describe(ggml_backend_dev_t dev) {
+static refreekv_device_info describe(ggml_backend_dev_t dev) {
     size_t free  = 0;
     size_t total = 0;
     ggml_backend_dev_memory(dev, &free, &total);
@@ -29,7 +29,7 @@ static refreekv_device_info refreekv_describe(ggml_backend_dev_t dev) {
 }
 
 // The scratch memory that the CPU backend takes for a graph, beside the compute buffers.
-static size_t refreekv_work_size(ggml_backend_sched_t sched, ggml_cgraph * gf, int32_t n_threads) {
+static size_t work_size(ggml_backend_sched_t sched, ggml_cgraph * gf, int32_t n_threads) {
     auto * backend = ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1); // ggml has the CPU there
     auto * reg     = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
 
@@ -64,10 +64,10 @@ static size_t refreekv_work_size(ggml_backend_sched_t sched, ggml_cgraph * gf, i
 }
 
 int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_info * info, int32_t n_max) {
-    refreekv_clear_error();
+    refreekv::clear_error();
 
     if (!ctx || !info || n_max < 1) {
-        refreekv_set_error("get_devices: there must be a context and room for its devices");
+        refreekv::set_error("get_devices: there must be a context and room for its devices");
         return REFREEKV_ERR_ARGUMENT;
     }
 
@@ -80,9 +80,9 @@ int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_
     std::vector<refreekv_device_info> infos;
     for (const auto & dev : model.devices) {
         devs.push_back(dev.dev);
-        infos.push_back(refreekv_describe(dev.dev));
+        infos.push_back(describe(dev.dev));
     }
-    infos.push_back(refreekv_describe(host));
+    infos.push_back(describe(host));
     infos.back().is_host = true;
 
     // what is on none of them is in host memory
@@ -106,7 +106,7 @@ int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_
     auto * mem = ctx->get_memory();
 
     if (model.hparams.no_alloc) {
-        if (const auto * store = mem ? refreekv_store::of(mem) : nullptr) {
+        if (const auto * store = mem ? refreekv::store::of(mem) : nullptr) {
             for (const auto & [buft, size] : store->ring_breakdown()) {
                 info_of(buft).bytes_context += size;
             }
@@ -127,7 +127,7 @@ int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_
             info_of(ggml_backend_sched_get_buffer_type(sched, ggml_backend_sched_get_backend(sched, i))).bytes_compute_used += sizes[i];
         }
 
-        infos.back().bytes_work = refreekv_work_size(sched, reserve(nullptr), ctx->n_threads_batch());
+        infos.back().bytes_work = work_size(sched, reserve(nullptr), ctx->n_threads_batch());
     }
 
     std::copy_n(infos.begin(), std::min<size_t>(n_max, infos.size()), info);

@@ -11,27 +11,29 @@
 #include <stdexcept>
 #include <string>
 
-static std::string refreekv_variable(const char * name) {
+namespace refreekv {
+
+static std::string variable(const char * name) {
     const char * value = std::getenv(name);
 
     return value ? value : "";
 }
 
-static refreekv_environment refreekv_read_environment() {
+static refreekv::environment read_environment() {
     const std::map<std::string, refreekv_policy_kind> kinds = {
         { "elastic",   REFREEKV_POLICY_ELASTIC   },
         { "streaming", REFREEKV_POLICY_STREAMING },
         { "refreekv",  REFREEKV_POLICY_REFREEKV  },
     };
 
-    const std::string policy = refreekv_variable("REFREEKV_NATIVE_POLICY");
-    const std::string prune  = refreekv_variable("REFREEKV_NATIVE_PRUNE");
+    const std::string policy = variable("REFREEKV_NATIVE_POLICY");
+    const std::string prune  = variable("REFREEKV_NATIVE_PRUNE");
 
     if (!prune.empty() && prune != "auto" && prune != "tests") {
         throw std::runtime_error("REFREEKV_NATIVE_PRUNE=" + prune + ": must be auto or tests");
     }
 
-    refreekv_environment res;
+    refreekv::environment res;
 
     if (policy.empty()) {
         return res;
@@ -66,16 +68,18 @@ static refreekv_environment refreekv_read_environment() {
     return res;
 }
 
-const refreekv_environment & refreekv_get_environment() {
-    static const refreekv_environment res = refreekv_read_environment();
+const refreekv::environment & get_environment() {
+    static const refreekv::environment res = read_environment();
 
     return res;
 }
 
-void refreekv::after_decode(llama_context * lctx) {
-    if (auto * store = refreekv_store::of(lctx->get_memory())) {
+void after_decode(llama_context * lctx) {
+    if (auto * store = store::of(lctx->get_memory())) {
         store->prune_read(lctx);
         store->publish();
     }
     publish_buffers(lctx);
 }
+
+} // namespace refreekv

@@ -2,6 +2,8 @@
 
 #include "refreekv.h"
 
+namespace refreekv {
+
 // A policy that the environment asks for, so that programs which know nothing of refreekv (upstream's own tests) run on
 // the cache of native/:
 //
@@ -12,11 +14,13 @@
 //                                                      tokens, down to single cells: for upstream's tests, whose prompts are short
 //
 // Read once per process.
-struct refreekv_environment {
+struct environment {
     bool            has_policy = false;
-    bool            prunes     = false; // at the end of a decode, see refreekv::after_decode()
+    bool            prunes     = false; // at the end of a decode, see after_decode()
     refreekv_params params     = {};
 };
 
 // throws std::runtime_error, naming what is valid
-const refreekv_environment & refreekv_get_environment();
+const refreekv::environment & get_environment();
+
+} // namespace refreekv

@@ -19,7 +19,7 @@
 
 // the part of a context's memory that is not the store's, or that of upstream's cache, by buffer type
 template <typename F>
-static void refreekv_read_buffers(llama_context * ctx, F && f) {
+static void read_buffers(llama_context * ctx, F && f) {
     if (ctx->buffers) {
         std::lock_guard<std::mutex> lock(ctx->buffers->mutex);
         for (const auto & info : ctx->buffers->infos) {
@@ -29,12 +29,12 @@ static void refreekv_read_buffers(llama_context * ctx, F && f) {
 }
 
 int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
-    auto * mem = refreekv_get_memory(ctx);
+    auto * mem = refreekv::get_memory(ctx);
     if (!mem) {
         return REFREEKV_ERR_NO_POLICY;
     }
 
-    const auto * store = refreekv_store::of(mem);
+    const auto * store = refreekv::store::of(mem);
     if (store) {
         store->get_figures().read([&](const refreekv::figures & f) {
             *stats = f.stats;
@@ -48,7 +48,7 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
         }
     }
 
-    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) { stats->bytes_other += info.bytes_context; });
+    read_buffers(ctx, [&](const refreekv_buffer_info & info) { stats->bytes_other += info.bytes_context; });
     if (!store) {
         stats->bytes_other -= stats->bytes;
     }
@@ -57,22 +57,22 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
 }
 
 int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {
-    refreekv_clear_error();
+    refreekv::clear_error();
 
     if (!ctx) {
-        refreekv_set_error("there is no context");
+        refreekv::set_error("there is no context");
         return REFREEKV_ERR_ARGUMENT;
     }
 
     int32_t n = 0;
-    refreekv_read_buffers(ctx, [&](const refreekv_buffer_info & info) {
+    read_buffers(ctx, [&](const refreekv_buffer_info & info) {
         if (n < n_max) {
             infos[n] = info;
         }
         n++;
     });
 
-    if (const auto * store = refreekv_store::of(ctx->get_memory())) {
+    if (const auto * store = refreekv::store::of(ctx->get_memory())) {
         store->get_figures().read([&](const refreekv::figures & f) {
             for (const auto & [buft, size] : f.bytes) {
                 for (int32_t i = 0; i < std::min(n, n_max); ++i) {
@@ -89,11 +89,11 @@ int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_
 }
 
 int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, llama_pos * pos, int32_t n_max) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!store->valid_seq(seq_id) || !refreekv_check_layer(store->n_layers(), i_layer)) {
+    if (!store->valid_seq(seq_id) || !refreekv::check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
 
@@ -104,69 +104,69 @@ int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32
 }
 
 int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx) || !refreekv::check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_queries(seq_id, i_layer, out, pos, n_max); });
+    return refreekv::guard([&]() { return store->read_queries(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx) || !refreekv::check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_keys(seq_id, i_layer, out, pos, n_max); });
+    return refreekv::guard([&]() { return store->read_keys(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx) || !refreekv_check_layer(store->n_layers(), i_layer)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx) || !refreekv::check_layer(store->n_layers(), i_layer)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     llama_synchronize(ctx);
 
-    return refreekv_guard([&]() { return store->read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
+    return refreekv::guard([&]() { return store->read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
-    refreekv_clear_error();
+    refreekv::clear_error();
 
-    if (const char * why = refreekv_policy_check(*params)) {
-        refreekv_set_error("%s", why);
+    if (const char * why = refreekv::policy_check(*params)) {
+        refreekv::set_error("%s", why);
         return REFREEKV_ERR_ARGUMENT;
     }
     if (n_head < 1 || n_rows < 1 || n_cells < 1) {
-        refreekv_set_error("select: n_head, n_rows and n_cells must be positive");
+        refreekv::set_error("select: n_head, n_rows and n_cells must be positive");
         return REFREEKV_ERR_ARGUMENT;
     }
     if (i_layer < 0 || i_layer >= n_layer) {
-        refreekv_set_error("select: i_layer: must be 0 to n_layer - 1");
+        refreekv::set_error("select: i_layer: must be 0 to n_layer - 1");
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    refreekv_attention_host host(attn, n_head, n_rows, n_cells);
-    refreekv_selection      sel;
+    refreekv::attention_host host(attn, n_head, n_rows, n_cells);
+    refreekv::selection      sel;
 
     host.i_layer = i_layer;
     host.n_layer = n_layer;
 
-    const auto policy = refreekv_policy_find(params->policy);
+    const auto policy = refreekv::policy_find(params->policy);
     if (!policy) {
-        refreekv_set_error("select: this policy evicts nothing");
+        refreekv::set_error("select: this policy evicts nothing");
         return REFREEKV_ERR_ARGUMENT;
     }
     policy(*params, host, {}, sel);

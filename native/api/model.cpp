@@ -13,7 +13,9 @@
 
 #include <stdexcept>
 
-static bool refreekv_has_full_attention(const llama_model & model) {
+namespace refreekv {
+
+static bool has_full_attention(const llama_model & model) {
     const auto & hparams = model.hparams;
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
@@ -26,7 +28,7 @@ static bool refreekv_has_full_attention(const llama_model & model) {
 
 // Names what cannot have a policy before a context is created. Other memories than those of composite.h are refused in any case
 // (create_memory below), as are graphs with an attention of their own (cache_context).
-std::string refreekv_why_not(const llama_model & model) {
+std::string why_not(const llama_model & model) {
     const auto & hparams = model.hparams;
 
     const std::string name = llm_arch_name(model.arch);
@@ -37,7 +39,7 @@ std::string refreekv_why_not(const llama_model & model) {
     if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
         return name + ": hybrid memory with sliding windows is not supported yet";
     }
-    if (!refreekv_has_full_attention(model)) {
+    if (!has_full_attention(model)) {
         return name + ": every attention layer has a sliding window, there is nothing to prune";
     }
     if (hparams.n_layer_kv_from_start >= 0 && hparams.n_layer_kv_from_start < (int32_t) hparams.n_layer()) {
@@ -88,14 +90,14 @@ std::string refreekv_why_not(const llama_model & model) {
     }
 }
 
-[[noreturn]] static void refreekv_refuse(const std::string & why) {
-    refreekv_set_error("%s", why.c_str());
+[[noreturn]] static void refuse(const std::string & why) {
+    set_error("%s", why.c_str());
     throw std::runtime_error(why);
 }
 
 // why the context that is created cannot have a policy; empty when it can
-static std::string refreekv_why_not(const llama_model & model, const llama_memory_params & params) {
-    const std::string why = refreekv_why_not(model);
+static std::string why_not(const llama_model & model, const llama_memory_params & params) {
+    const std::string why = why_not(model);
 
     if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "contexts of draft heads (MTP) cannot have a KV policy";
@@ -106,18 +108,18 @@ static std::string refreekv_why_not(const llama_model & model, const llama_memor
     return why;
 }
 
-llama_memory_i * refreekv::create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+llama_memory_i * create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     skip_forced(false);
 
     if (cache::of(llama_get_memory(cparams.ctx_other))) {
-        refreekv_refuse(std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy");
+        refuse(std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy");
     }
 
     if (!next_params()) {
         return model.create_memory(params, cparams);
     }
 
-    std::string why = refreekv_why_not(model, params);
+    std::string why = why_not(model, params);
 
     if (why.empty()) {
         llama_memory_ptr res { model.create_memory(params, cparams) };
@@ -129,10 +131,12 @@ llama_memory_i * refreekv::create_memory(const llama_model & model, const llama_
     }
 
     if (!next_is_forced()) {
-        refreekv_refuse(why);
+        refuse(why);
     }
     LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
     skip_forced(true);
 
     return model.create_memory(params, cparams);
 }
+
+} // namespace refreekv

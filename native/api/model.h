@@ -4,5 +4,9 @@
 
 struct llama_model;
 
+namespace refreekv {
+
 // why this model's memory cannot have a policy, by name; empty when it can
-std::string refreekv_why_not(const llama_model & model);
+std::string why_not(const llama_model & model);
+
+} // namespace refreekv

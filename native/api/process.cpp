@@ -16,11 +16,11 @@ const refreekv_params * next_params() {
     if (g_state == NEXT_PARAMS) {
         return &g_params;
     }
-    return next_is_forced() ? &refreekv_get_environment().params : nullptr;
+    return next_is_forced() ? &get_environment().params : nullptr;
 }
 
 bool next_is_forced() {
-    return g_state == NEXT_UNSET && !g_skip_forced && refreekv_get_environment().has_policy;
+    return g_state == NEXT_UNSET && !g_skip_forced && get_environment().has_policy;
 }
 
 void skip_forced(bool skip) {

@@ -24,7 +24,7 @@ static const int32_t REFREEKV_ABI_VERSION = 12;
 
 static thread_local std::string g_error;
 
-void refreekv_set_error(const char * format, ...) {
+void refreekv::set_error(const char * format, ...) {
     char buf[512];
 
     va_list args;
@@ -41,7 +41,7 @@ void refreekv::take_error(const std::string & error) {
     g_error = error;
 }
 
-void refreekv_clear_error() {
+void refreekv::clear_error() {
     g_error.clear();
 }
 
@@ -54,7 +54,7 @@ const char * refreekv_last_error(void) {
 }
 
 void refreekv_forget_last_error(void) {
-    refreekv_clear_error();
+    refreekv::clear_error();
 }
 
 uint32_t refreekv_hooks_ran(void) {
@@ -100,11 +100,11 @@ struct refreekv_params refreekv_params_default(void) {
 }
 
 int32_t refreekv_next_context(const struct refreekv_params * params) {
-    refreekv_clear_error();
+    refreekv::clear_error();
 
     if (params) {
-        if (const char * why = refreekv_policy_check(*params)) {
-            refreekv_set_error("%s", why);
+        if (const char * why = refreekv::policy_check(*params)) {
+            refreekv::set_error("%s", why);
             return REFREEKV_ERR_ARGUMENT;
         }
     }
@@ -120,36 +120,36 @@ void refreekv_forget_next_context(void) {
 const char * refreekv_model_refusal(const struct llama_model * model) {
     static thread_local std::string why;
 
-    why = refreekv_why_not(*model);
+    why = refreekv::why_not(*model);
 
     return why.empty() ? nullptr : why.c_str();
 }
 
 int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv_guard([&]() { return store->prune(ctx, seq_id); });
+    return refreekv::guard([&]() { return store->prune(ctx, seq_id); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
     if (n_pos < 0) {
-        refreekv_set_error("keep: n_pos must not be negative");
+        refreekv::set_error("keep: n_pos must not be negative");
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    return refreekv_guard([&]() {
+    return refreekv::guard([&]() {
         std::vector<llama_pos> list(pos, pos + n_pos);
         std::sort(list.begin(), list.end());
 
@@ -158,12 +158,12 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
 }
 
 int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
     if (n_tokens < 0) {
-        refreekv_set_error("expect: %d tokens; must not be negative", n_tokens);
+        refreekv::set_error("expect: %d tokens; must not be negative", n_tokens);
         return REFREEKV_ERR_ARGUMENT;
     }
     store->expect(n_tokens);
@@ -172,12 +172,12 @@ int32_t refreekv_expect(struct llama_context * ctx, int32_t n_tokens) {
 }
 
 int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
     if (!store->valid_seq(seq_id) || n_tokens < -1) {
-        refreekv_set_error("prompt: sequence %d, %d tokens: must be a sequence of this context, and -1 or more", seq_id, n_tokens);
+        refreekv::set_error("prompt: sequence %d, %d tokens: must be a sequence of this context, and -1 or more", seq_id, n_tokens);
         return REFREEKV_ERR_ARGUMENT;
     }
     store->announce(seq_id, n_tokens);
@@ -186,62 +186,62 @@ int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id seq_id, int32_t
 }
 
 int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
     if (!store->valid_seq(seq_id)) {
-        refreekv_set_error("is_due: sequence %d: must be a sequence of this context", seq_id);
+        refreekv::set_error("is_due: sequence %d: must be a sequence of this context", seq_id);
         return REFREEKV_ERR_ARGUMENT;
     }
     return store->get_turn().is_due(seq_id);
 }
 
 int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
     if (!store->valid_seq(seq_id) || n_prefix < 0 || n_prompt < n_prefix) {
-        refreekv_set_error("usable_prefix: sequence %d, %d of %d tokens: must be a sequence of this context, and 0 <= n_prefix <= n_prompt", seq_id, n_prefix, n_prompt);
+        refreekv::set_error("usable_prefix: sequence %d, %d of %d tokens: must be a sequence of this context, and 0 <= n_prefix <= n_prompt", seq_id, n_prefix, n_prompt);
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv_guard([&]() { return store->usable_prefix(seq_id, n_prefix, n_prompt); });
+    return refreekv::guard([&]() { return store->usable_prefix(seq_id, n_prefix, n_prompt); });
 }
 
 int32_t refreekv_protect(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
     if (!store->valid_seq(seq_id) || p0 < 0 || p1 < p0) {
-        refreekv_set_error("protect: sequence %d, positions %d to %d: must be a sequence of this context, and 0 <= p0 <= p1", seq_id, p0, p1);
+        refreekv::set_error("protect: sequence %d, positions %d to %d: must be a sequence of this context, and 0 <= p0 <= p1", seq_id, p0, p1);
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv_guard([&]() { return store->protect(seq_id, p0, p1); });
+    return refreekv::guard([&]() { return store->protect(seq_id, p0, p1); });
 }
 
 int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
     }
-    if (!refreekv_check_seq(*store, seq_id, ctx)) {
+    if (!refreekv::check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv_guard([&]() { return store->restore(ctx, seq_id); });
+    return refreekv::guard([&]() { return store->restore(ctx, seq_id); });
 }
 
 void refreekv_fail_cold(int32_t n) {
-    refreekv_cold::fail(n);
+    refreekv::cold_store::fail(n);
 }
 
 void refreekv_fail_allocation(int32_t n) {
-    refreekv_rows::fail_allocation(n);
+    refreekv::rows::fail_allocation(n);
 }
 
 llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {
-    auto * store = refreekv_get_store(ctx);
+    auto * store = refreekv::get_store(ctx);
     if (!store || !store->valid_seq(seq_id)) {
         return REFREEKV_ERR_NO_POLICY;
     }

@@ -18,7 +18,7 @@ namespace refreekv {
 void cache::make_store() {
     hook_ran(HOOK_CREATE);
 
-    store = std::make_shared<refreekv_store>(*this, *next_params(), next_is_forced() && refreekv_get_environment().prunes);
+    store = std::make_shared<refreekv::store>(*this, *next_params(), next_is_forced() && get_environment().prunes);
 }
 
 llama_kv_cache * cache::part_of(llama_memory_t mem) {
@@ -66,20 +66,20 @@ bool cache::get_can_shift() const {
 // sequences
 
 void cache::clear(bool data) {
-    refreekv_publishing publish(store.get());
+    publishing publish(store.get());
 
     store->clear();
     llama_kv_cache::clear(data);
 }
 
 bool cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    refreekv_publishing publish(store.get());
+    publishing publish(store.get());
 
     return store->on_seq_rm(seq_id, p0, p1) && llama_kv_cache::seq_rm(seq_id, p0, p1);
 }
 
 void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    refreekv_publishing publish(store.get());
+    publishing publish(store.get());
 
     if (store->on_seq_cp(seq_id_src, seq_id_dst, p0, p1)) {
         llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
@@ -87,7 +87,7 @@ void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p
 }
 
 void cache::seq_keep(llama_seq_id seq_id) {
-    refreekv_publishing publish(store.get());
+    publishing publish(store.get());
 
     store->on_seq_keep(seq_id);
     llama_kv_cache::seq_keep(seq_id);
@@ -172,7 +172,7 @@ bool cache_context::apply() {
 }
 
 [[noreturn]] static void refuse_attention() {
-    refreekv_set_error("this model computes attention in a way of its own, which cannot have a KV policy");
+    set_error("this model computes attention in a way of its own, which cannot have a KV policy");
     throw std::runtime_error(refreekv_last_error());
 }
 

@@ -4,9 +4,9 @@
 
 #include <memory>
 
-class refreekv_store;
-
 namespace refreekv {
+
+class store;
 
 // The hyperparameters with which llama_kv_cache makes its tensors without memory. A base class, because llama_kv_cache is
 // constructed after it and keeps a reference to them.
@@ -18,7 +18,7 @@ struct hparams_no_alloc {
 };
 
 // A llama_kv_cache whose context has a KV policy. Upstream's table of logical cells (positions, sequences, search for
-// slots) goes on as it is; the tensors are only shapes. K and V lie in a refreekv_store, to which the operations that touch
+// slots) goes on as it is; the tensors are only shapes. K and V lie in a refreekv::store, to which the operations that touch
 // them are forwarded.
 class cache final : private hparams_no_alloc, public llama_kv_cache {
 public:
@@ -36,7 +36,7 @@ public:
     // attention layers of a hybrid memory; nullptr: there is none
     static llama_kv_cache * part_of(llama_memory_t mem);
 
-    refreekv_store & get_store() const { return *store; }
+    refreekv::store & get_store() const { return *store; }
 
     llama_memory_context_ptr init_full() override;
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
@@ -61,9 +61,9 @@ public:
     using llama_kv_cache::state_clear;
 
 private:
-    friend class ::refreekv_store;
+    friend class ::refreekv::store;
 
-    std::shared_ptr<refreekv_store> store; // never nullptr; shared only so that its type may be incomplete here
+    std::shared_ptr<refreekv::store> store; // never nullptr; shared only so that its type may be incomplete here
 
     void make_store();
 
@@ -83,7 +83,7 @@ public:
     // the cache's part of the context of a memory; nullptr: it has none with a policy
     static const cache_context * of(const llama_memory_context_i * mctx);
 
-    refreekv_store & get_store() const { return owner.get_store(); }
+    refreekv::store & get_store() const { return owner.get_store(); }
 
     // shapes of the worst case, without cells
     bool is_reservation() const { return ubatches.empty(); }

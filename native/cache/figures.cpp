@@ -1,4 +1,4 @@
-// What a refreekv_store says of itself, for kv_stats, tests and research.
+// What a refreekv::store says of itself, for kv_stats, tests and research.
 
 #include "cache/figures.h"
 
@@ -15,12 +15,14 @@
 #include <algorithm>
 #include <cstring>
 
+namespace refreekv {
+
 // what is protected in a cache without a policy, too
-struct refreekv_any_cache : llama_kv_cache {
-    static const std::vector<kv_layer> & layers_of(const llama_kv_cache & kv) { return kv.*(&refreekv_any_cache::layers); }
+struct any_cache : llama_kv_cache {
+    static const std::vector<kv_layer> & layers_of(const llama_kv_cache & kv) { return kv.*(&any_cache::layers); }
 };
 
-static uint32_t refreekv_n_tokens(const llama_kv_cache & kv) {
+static uint32_t n_tokens(const llama_kv_cache & kv) {
     uint32_t res = 0;
     for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
         res += kv.get_cells(s).get_used(); // a stream is that of the sequence with its number
@@ -28,21 +30,21 @@ static uint32_t refreekv_n_tokens(const llama_kv_cache & kv) {
     return res;
 }
 
-refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hparams) {
+refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams) {
     refreekv_stats res = {};
 
-    const auto * kv = refreekv::cache::part_of(mem);
+    const auto * kv = cache::part_of(mem);
     if (!kv) {
         return res;
     }
 
-    res.n_layer  = refreekv_any_cache::layers_of(*kv).size();
+    res.n_layer  = any_cache::layers_of(*kv).size();
     res.n_layout = 1;
 
     for (const auto & [_, size] : kv->memory_breakdown()) {
         res.bytes += size;
     }
-    res.n_tokens = refreekv_n_tokens(*kv);
+    res.n_tokens = n_tokens(*kv);
 
     for (int32_t i = 0; i < res.n_layer; ++i) {
         res.bytes_full += (uint64_t) res.n_tokens*full_layer(mem, hparams, i).row_bytes;
@@ -51,9 +53,9 @@ refreekv_stats refreekv::full_stats(llama_memory_t mem, const llama_hparams & hp
     return res;
 }
 
-refreekv_layer_info refreekv::full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer) {
-    const auto * kv    = refreekv::cache::part_of(mem);
-    const auto & layer = refreekv_any_cache::layers_of(*kv)[i_layer];
+refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer) {
+    const auto * kv    = cache::part_of(mem);
+    const auto & layer = any_cache::layers_of(*kv)[i_layer];
 
     refreekv_layer_info res = {};
 
@@ -63,12 +65,12 @@ refreekv_layer_info refreekv::full_layer(llama_memory_t mem, const llama_hparams
     res.n_embd_head = hparams.n_embd_head_k(layer.il);
     res.n_capacity  = kv->get_size()*kv->get_n_stream();
     res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
-    res.n_kept      = refreekv_n_tokens(*kv);
+    res.n_kept      = n_tokens(*kv);
 
     return res;
 }
 
-refreekv_stats refreekv_store::stats() const {
+refreekv_stats store::stats() const {
     refreekv_stats res = {};
 
     res.n_layer     = layers.size();
@@ -108,7 +110,7 @@ refreekv_stats refreekv_store::stats() const {
     return res;
 }
 
-refreekv_layer_info refreekv_store::layer_info(uint32_t i_layer) const {
+refreekv_layer_info store::layer_info(uint32_t i_layer) const {
     const auto & layer = layers[i_layer];
 
     uint32_t n_kept = layer.res.n_visible();
@@ -134,7 +136,7 @@ refreekv_layer_info refreekv_store::layer_info(uint32_t i_layer) const {
     return res;
 }
 
-void refreekv_store::publish() {
+void store::publish() {
     auto & next = board.next();
 
     next.stats = stats();
@@ -166,7 +168,7 @@ void refreekv_store::publish() {
     board.publish();
 }
 
-refreekv_publishing::~refreekv_publishing() {
+publishing::~publishing() {
     if (!store) {
         return;
     }
@@ -177,7 +179,7 @@ refreekv_publishing::~refreekv_publishing() {
     }
 }
 
-void refreekv::publish_buffers(llama_context * lctx) {
+void publish_buffers(llama_context * lctx) {
     auto * sched = lctx->get_sched();
 
     uint64_t bytes_compute = 0;
@@ -191,7 +193,7 @@ void refreekv::publish_buffers(llama_context * lctx) {
         return;
     }
 
-    const auto * store = refreekv_store::of(lctx->get_memory());
+    const auto * store = store::of(lctx->get_memory());
 
     std::map<ggml_backend_buffer_type_t, size_t> own;
     if (store) {
@@ -208,7 +210,7 @@ void refreekv::publish_buffers(llama_context * lctx) {
     lctx->buffers->bytes_compute = bytes_compute;
 }
 
-std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_layer) const {
+std::vector<llama_pos> store::kept(llama_seq_id seq_id, uint32_t i_layer) const {
     std::vector<llama_pos> res;
     for (const auto & c : evictor.held_by(layers[i_layer], evictor.cells_of(seq_id))) {
         res.push_back(c.pos);
@@ -217,7 +219,7 @@ std::vector<llama_pos> refreekv_store::kept(llama_seq_id seq_id, uint32_t i_laye
 }
 
 // n elements of a row, from the i-th on (a whole number of blocks)
-static void refreekv_read_row(const ggml_tensor * t, int64_t row, int64_t i, int64_t n, float * out) {
+static void read_row(const ggml_tensor * t, int64_t row, int64_t i, int64_t n, float * out) {
     std::vector<uint8_t> bytes(ggml_row_size(t->type, n));
 
     ggml_backend_tensor_get(t, bytes.data(), row*t->nb[1] + ggml_row_size(t->type, i), bytes.size());
@@ -229,7 +231,7 @@ static void refreekv_read_row(const ggml_tensor * t, int64_t row, int64_t i, int
     }
 }
 
-int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
+int32_t store::read_queries(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
     std::vector<int32_t>   rows;
     std::vector<llama_pos> row_pos;
 
@@ -241,43 +243,43 @@ int32_t refreekv_store::read_queries(llama_seq_id seq_id, uint32_t i_layer, floa
     }
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, rows.size()); ++i) {
-        refreekv_read_row(t, rows[i], 0, t->ne[0], out + i*t->ne[0]);
+        read_row(t, rows[i], 0, t->ne[0], out + i*t->ne[0]);
         pos[i] = row_pos[i];
     }
 
     return rows.size();
 }
 
-int32_t refreekv_store::read_keys(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
+int32_t store::read_keys(llama_seq_id seq_id, uint32_t i_layer, float * out, llama_pos * pos, int32_t n_max) const {
     const auto & layer = layers[i_layer];
     const auto   list  = evictor.held_by(layer, evictor.cells_of(seq_id));
 
     for (int32_t i = 0; i < std::min<int32_t>(n_max, list.size()); ++i) {
-        refreekv_read_row(layer.rows.k(), list[i].slot, 0, layer.rows.k()->ne[0], out + i*layer.rows.k()->ne[0]);
+        read_row(layer.rows.k(), list[i].slot, 0, layer.rows.k()->ne[0], out + i*layer.rows.k()->ne[0]);
         pos[i] = list[i].pos;
     }
 
     return list.size();
 }
 
-int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
+int32_t store::read_attention(llama_context * lctx, llama_seq_id seq_id, uint32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
     mover.set_context(lctx);
 
-    refreekv_publishing publish(this); // what was read back
+    publishing publish(this); // what was read back
 
     const auto & layer = layers[i_layer];
     const auto   list  = evictor.held_by(layer, evictor.cells_of(seq_id));
 
     if (list.empty() || !layer.ring) {
-        refreekv_set_error("read_attention: layer %d has no %s of sequence %d", layer.il, layer.ring ? "cells" : "queries", seq_id);
+        set_error("read_attention: layer %d has no %s of sequence %d", layer.il, layer.ring ? "cells" : "queries", seq_id);
         return REFREEKV_ERR_STATE;
     }
 
     refreekv_params every = params;
     every.window_step = 1;
 
-    refreekv_attention_scratch          scratch;
-    std::unique_ptr<refreekv_attention> attn;
+    attention_scratch          scratch;
+    std::unique_ptr<refreekv::attention> attn;
     if (const int32_t status = evictor.look(layer, seq_id, list, every, scratch, attn)) {
         return status;
     }
@@ -295,9 +297,11 @@ int32_t refreekv_store::read_attention(llama_context * lctx, llama_seq_id seq_id
     evictor.count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
+        set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
         return REFREEKV_ERR_COMPUTE;
     }
 
     return REFREEKV_OK;
 }
+
+} // namespace refreekv

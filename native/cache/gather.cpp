@@ -6,12 +6,14 @@
 
 #include <algorithm>
 
-refreekv_gather::refreekv_gather() {
+namespace refreekv {
+
+gather::gather() {
     ggml_init_params params = { ggml_tensor_overhead()*32 + ggml_graph_overhead(), nullptr, true };
     ctx.reset(ggml_init(params));
 }
 
-ggml_tensor * refreekv_gather::rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv_bytes & in) {
+ggml_tensor * gather::rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv::bytes & in) {
     ggml_tensor * from = nullptr;
 
     if (src) {
@@ -21,11 +23,11 @@ ggml_tensor * refreekv_gather::rows(ggml_tensor * src, bool trans, const std::ve
 
     uint32_t next = src ? from->ne[1] : 0;
     for (; i < slots.size(); ++i) {
-        idxs.push_back(slots[i] != refreekv_row_bytes::none ? slots[i] : in.empty() ? 0 : next++);
+        idxs.push_back(slots[i] != row_bytes::none ? slots[i] : in.empty() ? 0 : next++);
     }
 
     if (!in.empty()) {
-        const size_t  n_in = std::count(slots.begin(), slots.end(), refreekv_row_bytes::none);
+        const size_t  n_in = std::count(slots.begin(), slots.end(), row_bytes::none);
         ggml_tensor * more = upload(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, in.size()/n_in/4, n_in), in.data());
 
         from = from ? ggml_concat(ctx.get(), from, more, 1) : more;
@@ -34,7 +36,7 @@ ggml_tensor * refreekv_gather::rows(ggml_tensor * src, bool trans, const std::ve
     return ggml_get_rows(ctx.get(), from, upload(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, idxs.size()), idxs.data()));
 }
 
-ggml_tensor * refreekv_gather::store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place) {
+ggml_tensor * gather::store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place) {
     const int64_t n = rows->ne[1];
 
     if (!trans && !in_place) {
@@ -49,7 +51,7 @@ ggml_tensor * refreekv_gather::store(ggml_tensor * rows, ggml_tensor * dst, bool
     return ggml_cpy(ctx.get(), ggml_transpose(ctx.get(), as_type(rows, dst->type, n)), ggml_view_2d(ctx.get(), dst, n, dst->ne[1], dst->nb[1], i*dst->nb[0]));
 }
 
-bool refreekv_gather::compute(ggml_backend_t backend, ggml_tensor * out) {
+bool gather::compute(ggml_backend_t backend, ggml_tensor * out) {
     ggml_set_output(out);
 
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
@@ -73,14 +75,13 @@ bool refreekv_gather::compute(ggml_backend_t backend, ggml_tensor * out) {
     return ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
 }
 
-
-ggml_tensor * refreekv_gather::upload(ggml_tensor * t, const void * data) {
+ggml_tensor * gather::upload(ggml_tensor * t, const void * data) {
     ggml_set_input(t);
     uploads.emplace_back(t, data);
     return t;
 }
 
-ggml_tensor * refreekv_gather::as_type(ggml_tensor * t, ggml_type type, int64_t n) {
+ggml_tensor * gather::as_type(ggml_tensor * t, ggml_type type, int64_t n) {
     ggml_tensor * res = ggml_view_2d(ctx.get(), t, t->ne[0], n, t->nb[1], 0);
 
     res->type  = type;
@@ -89,3 +90,5 @@ ggml_tensor * refreekv_gather::as_type(ggml_tensor * t, ggml_type type, int64_t 
 
     return res;
 }
+
+} // namespace refreekv

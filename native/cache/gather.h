@@ -10,14 +10,16 @@
 #include <utility>
 #include <vector>
 
+namespace refreekv {
+
 // A graph that gathers rows on a backend. Rows are 32-bit words to it: get_rows and concat copy those verbatim on every
 // backend, whatever the type of the cache.
-class refreekv_gather {
+class gather {
 public:
-    refreekv_gather();
+    gather();
 
     // the rows of the slots from the i-th on, one after the other
-    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv_bytes & in);
+    ggml_tensor * rows(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, size_t i, const refreekv::bytes & in);
 
     // rows() to where they belong: to the slots from the i-th on. in_place: when all of them have been read
     ggml_tensor * store(ggml_tensor * rows, ggml_tensor * dst, bool trans, size_t i, bool in_place);
@@ -37,3 +39,5 @@ private:
     // the first n rows of a contiguous tensor, read as another type
     ggml_tensor * as_type(ggml_tensor * t, ggml_type type, int64_t n);
 };
+
+} // namespace refreekv

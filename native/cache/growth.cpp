@@ -1,4 +1,4 @@
-// How the rows of a refreekv_store grow with what is read, and shrink with what is gone.
+// How the rows of a refreekv::store grow with what is read, and shrink with what is gone.
 
 #include "cache/store.h"
 
@@ -11,10 +11,12 @@
 #include <cinttypes>
 #include <numeric>
 
-bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
-    refreekv::hook_ran(refreekv::HOOK_RESERVE);
+namespace refreekv {
 
-    refreekv_publishing publish(this);
+bool store::reserve(const slot_info_vec_t & sinfos) {
+    hook_ran(HOOK_RESERVE);
+
+    publishing publish(this);
 
     release_stale();
 
@@ -34,7 +36,7 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
     give_back();
 
     if (grow(sinfos, 0)) {
-        refreekv_clear_error();
+        clear_error();
         return true;
     }
 
@@ -44,20 +46,20 @@ bool refreekv_store::reserve(const slot_info_vec_t & sinfos) {
 }
 
 // bytes: of rows
-bool refreekv_store::within_limit(uint64_t bytes) const {
+bool store::within_limit(uint64_t bytes) const {
     for (const auto & layer : layers) {
         bytes += layer.warm ? layer.warm->bytes() : 0;
     }
     if (params.memory_limit == 0 || bytes <= params.memory_limit) {
         return true;
     }
-    refreekv_set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
+    set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
 
     return false;
 }
 
 // the room that removed sequences left behind
-void refreekv_store::give_back() {
+void store::give_back() {
     mover.synchronize();
 
     for (auto & layer : layers) {
@@ -71,7 +73,7 @@ void refreekv_store::give_back() {
 }
 
 // n_more: tokens that come after this batch
-bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
+bool store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
     struct plan {
         uint32_t n_need;  // room for the batch, and those
         uint32_t n_tight; // without the holes that removed sequences left
@@ -122,7 +124,7 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
             if (p.n_need <= layer.rows.capacity()) {
                 continue; // there is room, only not less
             }
-            refreekv_set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
+            set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
                     layer.il, layer.rows.capacity(), p.shrink ? p.n_tight : p.n_need, layer.rows.row_bytes(), (size_t) stats().bytes >> 20);
             return false;
         }
@@ -138,7 +140,7 @@ bool refreekv_store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 }
 
 // room for n cells more
-bool refreekv_store::make_room(layer & layer, uint32_t n) {
+bool store::make_room(layer & layer, uint32_t n) {
     const uint32_t n_need = layouts.padded(layer.res.n_slots_after(n));
 
     if (n_need <= layer.rows.capacity()) {
@@ -148,8 +150,10 @@ bool refreekv_store::make_room(layer & layer, uint32_t n) {
         return false;
     }
     if (!mover.move(layer, layer.all_slots(), n_need)) {
-        refreekv_set_error("no memory for %u cells in layer %d", n_need, layer.il);
+        set_error("no memory for %u cells in layer %d", n_need, layer.il);
         return false;
     }
     return true;
 }
+
+} // namespace refreekv

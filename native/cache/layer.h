@@ -14,13 +14,13 @@ namespace refreekv {
 
 // A layer of the model that has K and V in the cache. It holds its own subset of the logical cells, in rows of its own.
 struct layer {
-    layer(int32_t il, const refreekv_rows::shape & shape, ggml_backend_buffer_t no_memory) : il(il), rows(shape, il), no_memory(no_memory) {}
+    layer(int32_t il, const rows::shape & shape, ggml_backend_buffer_t no_memory) : il(il), rows(shape, il), no_memory(no_memory) {}
 
     int32_t  il;
     uint32_t layout = 0;
 
-    refreekv_residency res;
-    refreekv_rows      rows;
+    refreekv::residency res;
+    refreekv::rows      rows;
 
     ggml_backend_buffer_t no_memory; // that says which backend tensors without memory are on
 
@@ -31,7 +31,7 @@ struct layer {
     ggml_tensor * sinks    = nullptr;
     bool          known    = true;
 
-    refreekv_decode_softmax softmax = {};
+    decode_softmax softmax = {};
 
     uint64_t             cold_place = 0; // of its records in the cold store, by cell (cold_rows)
     refreekv::record     record;         // the form of one of them

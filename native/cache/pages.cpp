@@ -6,10 +6,12 @@
 #include <malloc.h>
 #endif
 
-void refreekv_bytes::resize(size_t n) {
+namespace refreekv {
+
+void bytes::resize(size_t n) {
     if (n > 0 && (!pages || n > pages.get_deleter().size)) {
         pages.reset();
-        pages = refreekv_pages_alloc(n);
+        pages = pages_alloc(n);
         if (!pages) {
             this->n = 0;
             throw std::bad_alloc();
@@ -18,7 +20,7 @@ void refreekv_bytes::resize(size_t n) {
     this->n = n;
 }
 
-void refreekv_pages_trim() {
+void pages_trim() {
 #if defined(__GLIBC__)
     malloc_trim(0);
 #endif
@@ -31,7 +33,7 @@ void refreekv_pages_trim() {
 #include <cstdlib>
 #include <cstring>
 
-refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+pages_ptr pages_alloc(size_t size) {
     void * ptr = nullptr;
     if (posix_memalign(&ptr, 4096, size) == 0) {
         memset(ptr, 0, size);
@@ -40,7 +42,7 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
-void refreekv_pages_deleter::operator()(void * ptr) const {
+void pages_deleter::operator()(void * ptr) const {
     std::free(ptr);
 }
 
@@ -49,11 +51,11 @@ void refreekv_pages_deleter::operator()(void * ptr) const {
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 
-refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+pages_ptr pages_alloc(size_t size) {
     return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
 }
 
-void refreekv_pages_deleter::operator()(void * ptr) const {
+void pages_deleter::operator()(void * ptr) const {
     VirtualFree(ptr, 0, MEM_RELEASE);
 }
 
@@ -61,7 +63,7 @@ void refreekv_pages_deleter::operator()(void * ptr) const {
 
 #include <sys/mman.h>
 
-refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
+pages_ptr pages_alloc(size_t size) {
     void * ptr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (ptr == MAP_FAILED) {
         return { nullptr, { size } };
@@ -74,8 +76,10 @@ refreekv_pages_ptr refreekv_pages_alloc(size_t size) {
     return { ptr, { size } };
 }
 
-void refreekv_pages_deleter::operator()(void * ptr) const {
+void pages_deleter::operator()(void * ptr) const {
     munmap(ptr, size);
 }
 
 #endif
+
+} // namespace refreekv

@@ -4,24 +4,26 @@
 #include <cstdint>
 #include <memory>
 
+namespace refreekv {
+
 // Zeroed memory straight from the operating system: what is freed leaves the process at once. malloc keeps blocks of
 // the size of one layer's rows (glibc raises its mmap threshold up to 32 MiB as they are freed).
 
-struct refreekv_pages_deleter {
+struct pages_deleter {
     size_t size;
     void operator()(void * ptr) const;
 };
 
-using refreekv_pages_ptr = std::unique_ptr<void, refreekv_pages_deleter>;
+using pages_ptr = std::unique_ptr<void, pages_deleter>;
 
 // nullptr when there is no memory
-refreekv_pages_ptr refreekv_pages_alloc(size_t size);
+pages_ptr pages_alloc(size_t size);
 
 // Bytes in such memory. They are zero only when it is new.
-class refreekv_bytes {
+class bytes {
 public:
-    refreekv_bytes() = default;
-    explicit refreekv_bytes(size_t n) { resize(n); }
+    bytes() = default;
+    explicit bytes(size_t n) { resize(n); }
 
     // what was there is lost; memory is kept for the next time. Throws std::bad_alloc
     void resize(size_t n);
@@ -31,9 +33,11 @@ public:
     bool      empty() const { return n == 0; }
 
 private:
-    refreekv_pages_ptr pages { nullptr, { 0 } };
+    pages_ptr pages { nullptr, { 0 } };
     size_t             n = 0;
 };
 
 // give back what malloc keeps of memory that was freed (the scratch of an eviction), where it can be told to
-void refreekv_pages_trim();
+void pages_trim();
+
+} // namespace refreekv

@@ -10,7 +10,9 @@
 #include <system_error>
 #include <vector>
 
-int32_t refreekv_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t(uint32_t i, uint32_t thread)> & f) {
+namespace refreekv {
+
+int32_t run_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t(uint32_t i, uint32_t thread)> & f) {
     struct result {
         int32_t     status = REFREEKV_OK;
         std::string error;
@@ -20,7 +22,7 @@ int32_t refreekv_parallel(uint32_t n, uint32_t n_threads, const std::function<in
 
     const auto work = [&](uint32_t thread) -> result {
         for (uint32_t i = next++; i < n; i = next++) {
-            const int32_t status = refreekv_guard([&]() { return f(i, thread); });
+            const int32_t status = guard([&]() { return f(i, thread); });
             if (status != REFREEKV_OK) {
                 next = n;
                 return { status, refreekv_last_error() };
@@ -43,9 +45,11 @@ int32_t refreekv_parallel(uint32_t n, uint32_t n_threads, const std::function<in
         const result r = other.get();
         if (res.status == REFREEKV_OK && r.status != REFREEKV_OK) {
             res = r;
-            refreekv::take_error(res.error);
+            take_error(res.error);
         }
     }
 
     return res.status;
 }
+
+} // namespace refreekv

@@ -9,13 +9,19 @@
 #include <cstdlib>
 #include <cstring>
 
+#endif
+
+namespace refreekv {
+
+#ifdef REFREEKV_CUDA_VMM
+
 // A page is never less than 2 MiB: pages that are to be small beside a region, 1/16 of it, waste no more than that
 // part of what the full cache would take.
 static const size_t REFREEKV_MIN_PAGES = 16;
 
-class refreekv_region_vmm : public refreekv_region {
+class region_vmm : public refreekv::region {
 public:
-    refreekv_region_vmm(ggml_backend_buffer_type_t buft, CUdevice device, size_t n) {
+    region_vmm(ggml_backend_buffer_type_t buft, CUdevice device, size_t n) {
         prop.type          = CU_MEM_ALLOCATION_TYPE_PINNED;
         prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
         prop.location.id   = device;
@@ -36,7 +42,7 @@ public:
         buf.reset(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alignment(buft)));
     }
 
-    ~refreekv_region_vmm() override {
+    ~region_vmm() override {
         if (addr) {
             if (bytes() > 0) {
                 unmap(0, bytes());
@@ -93,7 +99,7 @@ private:
     }
 };
 
-std::unique_ptr<refreekv_region> refreekv_region_cuda(ggml_backend_buffer_type_t buft, size_t max) {
+std::unique_ptr<refreekv::region> region_cuda(ggml_backend_buffer_type_t buft, size_t max) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
 
     if (!dev || strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "CUDA") != 0 || ggml_backend_dev_buffer_type(dev) != buft ||
@@ -110,15 +116,17 @@ std::unique_ptr<refreekv_region> refreekv_region_cuda(ggml_backend_buffer_type_t
             cuDeviceGetAttribute(&can, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) != CUDA_SUCCESS || !can) {
         return nullptr;
     }
-    auto res = std::make_unique<refreekv_region_vmm>(buft, device, max);
+    auto res = std::make_unique<region_vmm>(buft, device, max);
 
     return res->buffer() ? std::move(res) : nullptr;
 }
 
 #else
 
-std::unique_ptr<refreekv_region> refreekv_region_cuda(ggml_backend_buffer_type_t, size_t) {
+std::unique_ptr<refreekv::region> region_cuda(ggml_backend_buffer_type_t, size_t) {
     return nullptr;
 }
 
 #endif
+
+} // namespace refreekv

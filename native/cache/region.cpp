@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 
-bool refreekv_region::resize(size_t size) {
+namespace refreekv {
+
+bool region::resize(size_t size) {
     GGML_ASSERT(size <= max);
 
     const size_t now  = bytes();
@@ -25,9 +27,9 @@ bool refreekv_region::resize(size_t size) {
 
 static const size_t REFREEKV_HUGE_PAGE = 2 << 20; // one fault in place of 512; where the system has none, nothing is lost
 
-class refreekv_region_host : public refreekv_region {
+class region_host : public refreekv::region {
 public:
-    explicit refreekv_region_host(size_t n) {
+    explicit region_host(size_t n) {
         page = system_page();
         max  = (n + page - 1)/page*page;
         addr = (char *) ((reserve(max + REFREEKV_HUGE_PAGE) + REFREEKV_HUGE_PAGE - 1)/REFREEKV_HUGE_PAGE*REFREEKV_HUGE_PAGE);
@@ -36,7 +38,7 @@ public:
         }
     }
 
-    ~refreekv_region_host() override {
+    ~region_host() override {
         mark(max);
         release();
     }
@@ -55,11 +57,11 @@ private:
     void mark (size_t size) override;
 };
 
-std::unique_ptr<refreekv_region> refreekv_region::make(ggml_backend_buffer_type_t buft, size_t max) {
+std::unique_ptr<refreekv::region> region::make(ggml_backend_buffer_type_t buft, size_t max) {
     if (buft != ggml_backend_cpu_buffer_type()) {
-        return refreekv_region_cuda(buft, max);
+        return region_cuda(buft, max);
     }
-    auto res = std::make_unique<refreekv_region_host>(max);
+    auto res = std::make_unique<region_host>(max);
 
     return res->buffer() ? std::move(res) : nullptr;
 }
@@ -68,14 +70,14 @@ std::unique_ptr<refreekv_region> refreekv_region::make(ggml_backend_buffer_type_
 
 #include <sanitizer/asan_interface.h>
 
-void refreekv_region_host::mark(size_t size) {
+void region_host::mark(size_t size) {
     ASAN_UNPOISON_MEMORY_REGION(addr, size);
     ASAN_POISON_MEMORY_REGION(addr + size, max - size);
 }
 
 #else
 
-void refreekv_region_host::mark(size_t) {}
+void region_host::mark(size_t) {}
 
 #endif
 
@@ -87,28 +89,28 @@ void refreekv_region_host::mark(size_t) {}
 #endif
 #include <windows.h>
 
-size_t refreekv_region_host::system_page() {
+size_t region_host::system_page() {
     SYSTEM_INFO info;
     GetSystemInfo(&info);
     return info.dwPageSize;
 }
 
-uintptr_t refreekv_region_host::reserve(size_t n) {
+uintptr_t region_host::reserve(size_t n) {
     reserved = VirtualAlloc(nullptr, n, MEM_RESERVE, PAGE_NOACCESS);
     return (uintptr_t) reserved;
 }
 
-void refreekv_region_host::release() {
+void region_host::release() {
     if (reserved) {
         VirtualFree(reserved, 0, MEM_RELEASE);
     }
 }
 
-bool refreekv_region_host::map(size_t begin, size_t end) {
+bool region_host::map(size_t begin, size_t end) {
     return VirtualAlloc(addr + begin, end - begin, MEM_COMMIT, PAGE_READWRITE);
 }
 
-void refreekv_region_host::unmap(size_t begin, size_t end) {
+void region_host::unmap(size_t begin, size_t end) {
     VirtualFree(addr + begin, end - begin, MEM_DECOMMIT);
 }
 
@@ -132,23 +134,23 @@ void refreekv_region_host::unmap(size_t begin, size_t end) {
 
 static const int REFREEKV_NO_MEMORY = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
-size_t refreekv_region_host::system_page() {
+size_t region_host::system_page() {
     return sysconf(_SC_PAGESIZE);
 }
 
-uintptr_t refreekv_region_host::reserve(size_t n) {
+uintptr_t region_host::reserve(size_t n) {
     void * ptr = mmap(nullptr, n, PROT_NONE, REFREEKV_NO_MEMORY, -1, 0);
     reserved = ptr == MAP_FAILED ? nullptr : ptr;
     return (uintptr_t) reserved;
 }
 
-void refreekv_region_host::release() {
+void region_host::release() {
     if (reserved) {
         munmap(reserved, max + REFREEKV_HUGE_PAGE);
     }
 }
 
-bool refreekv_region_host::map(size_t begin, size_t end) {
+bool region_host::map(size_t begin, size_t end) {
     if (mprotect(addr + begin, end - begin, PROT_READ | PROT_WRITE) != 0) {
         return false;
     }
@@ -169,8 +171,10 @@ bool refreekv_region_host::map(size_t begin, size_t end) {
 }
 
 // mapped anew, since what madvise(MADV_DONTNEED) does is another thing on each system
-void refreekv_region_host::unmap(size_t begin, size_t end) {
+void region_host::unmap(size_t begin, size_t end) {
     mmap(addr + begin, end - begin, PROT_NONE, REFREEKV_NO_MEMORY | MAP_FIXED, -1, 0);
 }
 
 #endif
+
+} // namespace refreekv

@@ -6,14 +6,16 @@
 #include <cstddef>
 #include <memory>
 
+namespace refreekv {
+
 // A range of addresses of which only the first bytes have memory behind them. It grows and shrinks where it is: nothing is
 // copied, and what goes is the system's, or the driver's, at once.
-class refreekv_region {
+class region {
 public:
     // max: bytes it may come to have. nullptr: not in buffers of this type, or not in pages that are small beside max
-    static std::unique_ptr<refreekv_region> make(ggml_backend_buffer_type_t buft, size_t max);
+    static std::unique_ptr<refreekv::region> make(ggml_backend_buffer_type_t buft, size_t max);
 
-    virtual ~refreekv_region() = default;
+    virtual ~region() = default;
 
     // false: there is no memory, and nothing has changed. New pages are zero. No graph may be running
     bool resize(size_t size);
@@ -45,4 +47,6 @@ private:
 };
 
 // in the memory of a CUDA device; cache/region-cuda.cpp
-std::unique_ptr<refreekv_region> refreekv_region_cuda(ggml_backend_buffer_type_t buft, size_t max);
+std::unique_ptr<refreekv::region> region_cuda(ggml_backend_buffer_type_t buft, size_t max);
+
+} // namespace refreekv

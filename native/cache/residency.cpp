@@ -2,19 +2,21 @@
 
 #include <cassert>
 
-void refreekv_residency::reset(uint32_t n_cells) {
+namespace refreekv {
+
+void residency::reset(uint32_t n_cells) {
     slot_of.assign(n_cells, -1);
     cell_of.clear();
     is_hidden.clear();
     free.clear();
 }
 
-void refreekv_residency::hide(uint32_t slot_id) {
+void residency::hide(uint32_t slot_id) {
     is_hidden.resize(cell_of.size(), 0);
     is_hidden[slot_id] = 1;
 }
 
-uint32_t refreekv_residency::n_visible() const {
+uint32_t residency::n_visible() const {
     uint32_t res = n_used();
     for (uint32_t s = 0; s < is_hidden.size(); ++s) {
         res -= is_hidden[s] && cell_of[s] >= 0;
@@ -22,11 +24,11 @@ uint32_t refreekv_residency::n_visible() const {
     return res;
 }
 
-uint32_t refreekv_residency::n_slots_after(uint32_t n_new) const {
+uint32_t residency::n_slots_after(uint32_t n_new) const {
     return n_slots() + (n_new > free.size() ? n_new - free.size() : 0);
 }
 
-uint32_t refreekv_residency::assign(uint32_t cell) {
+uint32_t residency::assign(uint32_t cell) {
     assert(cell < slot_of.size());
 
     int32_t s = slot_of[cell];
@@ -53,7 +55,7 @@ uint32_t refreekv_residency::assign(uint32_t cell) {
     return s;
 }
 
-void refreekv_residency::arrange(const std::vector<uint32_t> & cells) {
+void residency::arrange(const std::vector<uint32_t> & cells) {
     std::vector<int32_t> hidden;
     for (uint32_t s = 0; s < is_hidden.size(); ++s) {
         if (is_hidden[s] && cell_of[s] >= 0) {
@@ -72,7 +74,7 @@ void refreekv_residency::arrange(const std::vector<uint32_t> & cells) {
     }
 }
 
-void refreekv_residency::compact(const std::vector<uint32_t> & slots) {
+void residency::compact(const std::vector<uint32_t> & slots) {
     std::vector<int32_t> cell_new(slots.size());
     std::vector<uint8_t> hidden_new;
 
@@ -102,7 +104,7 @@ void refreekv_residency::compact(const std::vector<uint32_t> & slots) {
 }
 
 // drop trailing free slots and list the others
-void refreekv_residency::trim() {
+void residency::trim() {
     while (!cell_of.empty() && cell_of.back() < 0) {
         cell_of.pop_back();
     }
@@ -117,3 +119,5 @@ void refreekv_residency::trim() {
         }
     }
 }
+
+} // namespace refreekv

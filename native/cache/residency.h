@@ -3,12 +3,14 @@
 #include <cstdint>
 #include <vector>
 
+namespace refreekv {
+
 // Which logical cells (upstream's llama_kv_cells) a layer still holds, and in which physical slot.
 // Pure bookkeeping: it knows neither positions nor tensors.
 //
 // A slot is free, or belongs to one cell. Slots [0, n_slots()) have been handed out; free ones among them are reused
 // lowest first, so that layers which start equal and see the same cells stay equal.
-class refreekv_residency {
+class residency {
 public:
     void reset(uint32_t n_cells);
 
@@ -63,3 +65,5 @@ private:
 
     void trim();
 };
+
+} // namespace refreekv

@@ -6,12 +6,14 @@
 #include <cstring>
 #include <numeric>
 
+namespace refreekv {
+
 // rows that are transposed together: few enough to stay in the first cache, and enough to fill its lines on the other side
 static const size_t REFREEKV_ROW_BLOCK = 64;
 
 // f(element of a line, element of a row) for all of n rows; lines: an element of all cells each, stride apart
 template <typename T, typename F>
-static void refreekv_transpose(T * lines, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, T * rows, F && f) {
+static void transpose(T * lines, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, T * rows, F && f) {
     const size_t n_wide = n_lines - n_lines % 4;
 
     for (size_t i0 = 0; i0 < n; i0 += REFREEKV_ROW_BLOCK) {
@@ -37,50 +39,50 @@ static void refreekv_transpose(T * lines, size_t stride, size_t n_lines, const u
 
 // the types that V can be transposed in have 2 or 4 bytes
 template <typename F>
-static void refreekv_transpose(uint8_t * base, size_t element, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, uint8_t * rows, F && f) {
+static void transpose(uint8_t * base, size_t element, size_t stride, size_t n_lines, const uint32_t * slots, size_t n, uint8_t * rows, F && f) {
     if (element == sizeof(uint16_t)) {
-        refreekv_transpose((uint16_t *) base, stride/element, n_lines, slots, n, (uint16_t *) rows, f);
+        transpose((uint16_t *) base, stride/element, n_lines, slots, n, (uint16_t *) rows, f);
     } else {
         GGML_ASSERT(element == sizeof(uint32_t));
-        refreekv_transpose((uint32_t *) base, stride/element, n_lines, slots, n, (uint32_t *) rows, f);
+        transpose((uint32_t *) base, stride/element, n_lines, slots, n, (uint32_t *) rows, f);
     }
 }
 
 // f(i, n) for each run of n slots from the i-th on
 template <typename F>
-static void refreekv_for_slots(const uint32_t * slots, size_t n_slots, F && f) {
-    refreekv_for_runs(slots, n_slots, [&](size_t i, size_t n) {
+static void for_slots(const uint32_t * slots, size_t n_slots, F && f) {
+    for_runs(slots, n_slots, [&](size_t i, size_t n) {
         f(i, n);
         return true;
     });
 }
 
-refreekv_row_bytes::refreekv_row_bytes(const ggml_tensor * t, bool trans, void * base) :
+row_bytes::row_bytes(const ggml_tensor * t, bool trans, void * base) :
     base((uint8_t *) base), part(trans ? t->nb[0] : t->nb[1]), n_parts(trans ? t->ne[1] : 1), line(t->nb[1]) {
 }
 
-void refreekv_row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
+void row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
     if (trans()) {
-        refreekv_transpose(base, part, line, n_parts, slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
+        transpose(base, part, line, n_parts, slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
     } else {
-        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*part, at(slots[i]), n_run*part); });
+        for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*part, at(slots[i]), n_run*part); });
     }
 }
 
-void refreekv_row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * src) {
+void row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * src) {
     if (trans()) {
-        refreekv_transpose(base, part, line, n_parts, slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
+        transpose(base, part, line, n_parts, slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
     } else {
-        refreekv_for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(at(slots[i]), src + i*part, n_run*part); });
+        for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(at(slots[i]), src + i*part, n_run*part); });
     }
 }
 
 // f(i, slot) for those that have a source, in order; all have to say yes
 template <typename F>
-static bool refreekv_all_slots(const std::vector<uint32_t> & slots, F && f) {
+static bool all_slots(const std::vector<uint32_t> & slots, F && f) {
     int64_t last = -1;
     for (size_t i = 0; i < slots.size(); ++i) {
-        if (slots[i] != refreekv_row_bytes::none) {
+        if (slots[i] != row_bytes::none) {
             if (slots[i] <= last || !f(i, slots[i])) {
                 return false;
             }
@@ -90,19 +92,19 @@ static bool refreekv_all_slots(const std::vector<uint32_t> & slots, F && f) {
     return true;
 }
 
-bool refreekv_row_bytes::forward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
-    return line <= src.line && refreekv_all_slots(slots, [](size_t i, uint32_t slot) { return slot >= i; });
+bool row_bytes::forward(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const {
+    return line <= src.line && all_slots(slots, [](size_t i, uint32_t slot) { return slot >= i; });
 }
 
-bool refreekv_row_bytes::backward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
-    return line >= src.line && refreekv_all_slots(slots, [](size_t i, uint32_t slot) { return slot <= i; });
+bool row_bytes::backward(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const {
+    return line >= src.line && all_slots(slots, [](size_t i, uint32_t slot) { return slot <= i; });
 }
 
-size_t refreekv_row_bytes::spare(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const {
+size_t row_bytes::spare(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const {
     return forward(src, slots) || backward(src, slots) ? 0 : slots.size()*row();
 }
 
-void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots, const refreekv_bytes & spare) {
+void row_bytes::copy(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots, const refreekv::bytes & spare) {
     struct run {
         size_t to;
         size_t from;
@@ -110,7 +112,7 @@ void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<
     };
     std::vector<run> runs;
 
-    refreekv_for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
+    for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
         if (slots[i] != none) {
             runs.push_back({ i, slots[i], n });
         }
@@ -148,3 +150,5 @@ void refreekv_row_bytes::copy(const refreekv_row_bytes & src, const std::vector<
         }
     }
 }
+
+} // namespace refreekv

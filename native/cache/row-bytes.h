@@ -7,15 +7,17 @@
 #include <cstdint>
 #include <vector>
 
+namespace refreekv {
+
 // The rows of a K or V tensor in host memory as bytes, cell after cell, however it is laid out: side by side, or one element
 // in each line of a V that is transposed.
-class refreekv_row_bytes {
+class row_bytes {
 public:
     // trans: cells lie along the first dimension
-    refreekv_row_bytes(const ggml_tensor * t, bool trans) : refreekv_row_bytes(t, trans, t->data) {}
+    row_bytes(const ggml_tensor * t, bool trans) : refreekv::row_bytes(t, trans, t->data) {}
 
     // base: a copy of all its bytes
-    refreekv_row_bytes(const ggml_tensor * t, bool trans, void * base);
+    row_bytes(const ggml_tensor * t, bool trans, void * base);
 
     size_t row() const { return part*n_parts; } // of one cell
 
@@ -26,10 +28,10 @@ public:
     // slot i gets what slots[i] of another tensor has, which may lie in the same memory; none: it is passed over
     static constexpr uint32_t none = UINT32_MAX;
 
-    void copy(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots, const refreekv_bytes & spare);
+    void copy(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots, const refreekv::bytes & spare);
 
     // bytes of other memory that this takes, in the same memory
-    size_t spare(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
+    size_t spare(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const;
 
 private:
     uint8_t * base;
@@ -38,10 +40,12 @@ private:
     size_t    line;    // from one part of a cell to the next
 
     // rows that can be moved in this order, and none is overwritten before it has been
-    bool forward (const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
-    bool backward(const refreekv_row_bytes & src, const std::vector<uint32_t> & slots) const;
+    bool forward (const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const;
+    bool backward(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const;
 
     bool trans() const { return n_parts > 1; }
 
     uint8_t * at(uint32_t slot, size_t p = 0) const { return base + p*line + slot*part; }
 };
+
+} // namespace refreekv

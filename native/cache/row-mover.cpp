@@ -47,13 +47,13 @@ uint32_t row_mover::n_threads() const {
     return on_host && lctx ? std::clamp(lctx->n_threads_batch(), 1u, MAX_THREADS) : 1;
 }
 
-bool row_mover::move(layer & layer, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in) {
+bool row_mover::move(layer & layer, const std::vector<uint32_t> & slots, uint32_t capacity, const rows::host_rows & in) {
     generation++;
 
     return layer.rows.move(slots, capacity, backend_of(layer), by_graph, in);
 }
 
-void row_mover::read(layer & layer, const std::vector<uint32_t> & slots, refreekv_rows::host_rows & out) const {
+void row_mover::read(layer & layer, const std::vector<uint32_t> & slots, rows::host_rows & out) const {
     layer.rows.read(slots, backend_of(layer), by_graph, out);
 }
 

@@ -33,9 +33,9 @@ public:
     // a graph may still read what is about to be freed
     void synchronize() const;
 
-    // see refreekv_rows::move and read
-    bool move(layer & layer, const std::vector<uint32_t> & slots, uint32_t capacity, const refreekv_rows::host_rows & in = {});
-    void read(layer & layer, const std::vector<uint32_t> & slots, refreekv_rows::host_rows & out) const;
+    // see rows::move and read
+    bool move(layer & layer, const std::vector<uint32_t> & slots, uint32_t capacity, const rows::host_rows & in = {});
+    void read(layer & layer, const std::vector<uint32_t> & slots, rows::host_rows & out) const;
 
     // the backend of a node of the graph that is being built
     void run_on(ggml_tensor * node, ggml_backend_t backend) const;

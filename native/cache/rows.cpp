@@ -7,8 +7,10 @@
 #include <atomic>
 #include <cstring>
 
+namespace refreekv {
+
 // in: the rows of slots that have no source
-static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_bytes dst, const std::vector<uint32_t> & slots, const refreekv_bytes & in, const refreekv_bytes & spare) {
+static void copy_host(const refreekv::row_bytes & src, refreekv::row_bytes dst, const std::vector<uint32_t> & slots, const refreekv::bytes & in, const refreekv::bytes & spare) {
     dst.copy(src, slots, spare);
 
     if (in.empty()) {
@@ -16,7 +18,7 @@ static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_byte
     }
     std::vector<uint32_t> others;
     for (size_t i = 0; i < slots.size(); ++i) {
-        if (slots[i] == refreekv_rows::none) {
+        if (slots[i] == rows::none) {
             others.push_back(i);
         }
     }
@@ -25,26 +27,26 @@ static void refreekv_copy_host(const refreekv_row_bytes & src, refreekv_row_byte
 
 static std::atomic<int32_t> g_fail_in { 0 };
 
-void refreekv_rows::fail_allocation(int32_t n) {
+void rows::fail_allocation(int32_t n) {
     g_fail_in = n;
 }
 
-size_t refreekv_rows::bytes() const {
+size_t rows::bytes() const {
     return region_k ? region_k->bytes() + region_v->bytes() : buf ? ggml_backend_buffer_get_size(buf.get()) : 0;
 }
 
-size_t refreekv_rows::bytes_for(uint32_t capacity) {
+size_t rows::bytes_for(uint32_t capacity) {
     if (!has_regions()) {
         return capacity*row_bytes();
     }
     return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k) + behind_k) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v) + behind_v);
 }
 
-size_t refreekv_rows::row_bytes() const {
+size_t rows::row_bytes() const {
     return ggml_row_size(s.type_k, s.n_embd_k) + ggml_row_size(s.type_v, s.n_embd_v);
 }
 
-refreekv_rows::layout refreekv_rows::make_layout(uint32_t capacity) const {
+rows::layout rows::make_layout(uint32_t capacity) const {
     layout res;
 
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
@@ -65,15 +67,15 @@ refreekv_rows::layout refreekv_rows::make_layout(uint32_t capacity) const {
     return res;
 }
 
-bool refreekv_rows::has_regions() {
+bool rows::has_regions() {
     if (!region_k && !no_regions) {
         const layout most = make_layout(s.max_cells);
 
         behind_k = most.size_k - ggml_nbytes(most.k);
         behind_v = most.size_v - ggml_nbytes(most.v);
 
-        region_k = refreekv_region::make(s.buft, most.size_k);
-        region_v = refreekv_region::make(s.buft, most.size_v);
+        region_k = region::make(s.buft, most.size_k);
+        region_v = region::make(s.buft, most.size_v);
 
         if (!region_k || !region_v) {
             region_k.reset();
@@ -84,7 +86,7 @@ bool refreekv_rows::has_regions() {
     return !no_regions;
 }
 
-bool refreekv_rows::resize_regions(size_t size_k, size_t size_v) {
+bool rows::resize_regions(size_t size_k, size_t size_v) {
     const size_t before = region_k->size();
 
     if (!region_k->resize(size_k)) {
@@ -98,24 +100,24 @@ bool refreekv_rows::resize_regions(size_t size_k, size_t size_v) {
 }
 
 // not ggml_backend_tensor_alloc, for which the memory of a buffer is one piece
-static void refreekv_place(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
+static void place_tensor(ggml_tensor * t, ggml_backend_buffer_t buf, char * addr) {
     t->buffer = buf;
     t->data   = addr;
 }
 
 // Once the rows are where they belong: CUDA clears what lies behind a quantised tensor, and that may have been rows.
-static void refreekv_init(ggml_tensor * t) {
+static void init_tensor(ggml_tensor * t) {
     ggml_backend_buffer_init_tensor(t->buffer, t);
 }
 
-static bool refreekv_fails_now() {
+static bool fails_now() {
     int32_t n = g_fail_in;
     while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
     }
     return n == 1;
 }
 
-bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+bool rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
     GGML_ASSERT(slots.size() <= capacity && capacity <= s.max_cells);
 
     if (capacity == 0) {
@@ -130,12 +132,12 @@ bool refreekv_rows::move(const std::vector<uint32_t> & slots, uint32_t capacity,
     return ok;
 }
 
-bool refreekv_rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in) {
-    if (grows && (refreekv_fails_now() || !resize_regions(then.size_k, then.size_v))) {
+bool rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (grows && (fails_now() || !resize_regions(then.size_k, then.size_v))) {
         return false;
     }
-    refreekv_place(then.k, region_k->buffer(), region_k->base());
-    refreekv_place(then.v, region_v->buffer(), region_v->base());
+    place_tensor(then.k, region_k->buffer(), region_k->base());
+    place_tensor(then.v, region_v->buffer(), region_v->base());
 
     move(then, slots, backend, force_graph, in);
 
@@ -144,14 +146,14 @@ bool refreekv_rows::move_in_place(const std::vector<uint32_t> & slots, layout &&
     }
     now = std::move(then);
 
-    refreekv_init(now.k);
-    refreekv_init(now.v);
+    init_tensor(now.k);
+    init_tensor(now.v);
 
     return true;
 }
 
-bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in) {
-    if (refreekv_fails_now()) {
+bool rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+    if (fails_now()) {
         return false;
     }
 
@@ -163,11 +165,11 @@ bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && t
 
     char * base = (char *) ggml_backend_buffer_get_base(to.get());
 
-    refreekv_place(then.k, to.get(), base);
-    refreekv_place(then.v, to.get(), base + then.size_k);
+    place_tensor(then.k, to.get(), base);
+    place_tensor(then.v, to.get(), base + then.size_k);
 
-    refreekv_init(then.k);
-    refreekv_init(then.v);
+    init_tensor(then.k);
+    init_tensor(then.v);
 
     move(then, slots, backend, force_graph, in);
 
@@ -178,15 +180,15 @@ bool refreekv_rows::move_to_new(const std::vector<uint32_t> & slots, layout && t
 }
 
 // that the host needs to move rows in place
-size_t refreekv_rows::spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const {
+size_t rows::spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const {
     if (!now.k) {
         return 0;
     }
-    return std::max(refreekv_row_bytes(then.k, false)    .spare(refreekv_row_bytes(now.k, false),     slots),
-                    refreekv_row_bytes(then.v, s.v_trans).spare(refreekv_row_bytes(now.v, s.v_trans), slots));
+    return std::max(refreekv::row_bytes(then.k, false)    .spare(refreekv::row_bytes(now.k, false),     slots),
+                    refreekv::row_bytes(then.v, s.v_trans).spare(refreekv::row_bytes(now.v, s.v_trans), slots));
 }
 
-void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
+void rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
     const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
 
     if (any) {
@@ -199,7 +201,7 @@ void refreekv_rows::move(const layout & then, const std::vector<uint32_t> & slot
     }
 }
 
-void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in) {
+void rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in) {
     const bool host     = ggml_backend_buffer_is_host(dst->buffer);
     const bool in_place = src && src->buffer == dst->buffer; // addresses alone say nothing: on Vulkan all buffers begin at the same one
 
@@ -215,13 +217,13 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
     }
 
     if (host && !force_graph) {
-        refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans), refreekv_row_bytes(dst, trans), slots, in, spare);
+        copy_host(refreekv::row_bytes(src ? src : dst, trans), refreekv::row_bytes(dst, trans), slots, in, spare);
         return;
     }
 
-    refreekv_gather gather;
+    refreekv::gather gather;
 
-    if (backend && refreekv_row_bytes(dst, trans).row() % 4 == 0) {
+    if (backend && refreekv::row_bytes(dst, trans).row() % 4 == 0) {
         ggml_tensor * rows = gather.rows(src, trans, slots, first, in);
 
         if (gather.compute(backend, gather.store(rows, dst, trans, first, in_place))) {
@@ -236,12 +238,12 @@ void refreekv_rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const
         ggml_backend_tensor_get(src, from.data(), 0, from.size());
         n_bounced += from.size();
     }
-    refreekv_copy_host(refreekv_row_bytes(src ? src : dst, trans, from.data()), refreekv_row_bytes(dst, trans, to.data()), slots, in, spare);
+    copy_host(refreekv::row_bytes(src ? src : dst, trans, from.data()), refreekv::row_bytes(dst, trans, to.data()), slots, in, spare);
     ggml_backend_tensor_set(dst, to.data(), 0, to.size());
 }
 
-void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv_bytes & out) {
-    const refreekv_row_bytes rows(src, trans);
+void rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv::bytes & out) {
+    const refreekv::row_bytes rows(src, trans);
 
     out.resize(slots.size()*rows.row());
 
@@ -250,7 +252,7 @@ void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32
         return;
     }
 
-    refreekv_gather gather;
+    refreekv::gather gather;
 
     if (backend && rows.row() % 4 == 0) {
         ggml_tensor * gathered = gather.rows(src, trans, slots, 0, {});
@@ -265,15 +267,15 @@ void refreekv_rows::read(ggml_tensor * src, bool trans, const std::vector<uint32
     ggml_backend_tensor_get(src, all.data(), 0, all.size());
     n_bounced += all.size();
 
-    refreekv_row_bytes(src, trans, all.data()).get(slots.data(), slots.size(), out.data());
+    refreekv::row_bytes(src, trans, all.data()).get(slots.data(), slots.size(), out.data());
 }
 
-void refreekv_rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
+void rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
     read(now.k, false,     slots, backend, force_graph, out.k);
     read(now.v, s.v_trans, slots, backend, force_graph, out.v);
 }
 
-void refreekv_rows::clear() {
+void rows::clear() {
     now   = {};
     n_cap = 0;
 
@@ -281,3 +283,5 @@ void refreekv_rows::clear() {
     region_v.reset();
     buf.reset();
 }
+
+} // namespace refreekv

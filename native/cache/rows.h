@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+namespace refreekv {
+
 // The K and V rows of one layer: memory of their own on the layer's backend, with room for `capacity` cells.
 // Growing, shrinking and evicting are one operation, move(). In host memory and on CUDA it is done in place (cache/region.h):
 // rows move within their memory, which grows before that or shrinks after it. Elsewhere it is: allocate, copy the rows that stay,
@@ -20,7 +22,7 @@
 //
 // Rows move as bytes, so every cache type keeps its exact contents. On a device its backend gathers them, and what stays never
 // comes to the host. Where the backend lacks a kernel for that, all rows go through host memory; bytes_bounced() counts them.
-class refreekv_rows {
+class rows {
 public:
     // fixed for the life of the object
     struct shape {
@@ -33,7 +35,7 @@ public:
         uint32_t  max_cells; // that capacity() can be
     };
 
-    refreekv_rows(const shape & s, int32_t il) : s(s), il(il) {}
+    rows(const shape & s, int32_t il) : s(s), il(il) {}
 
     ggml_tensor * k() const { return now.k; }
     ggml_tensor * v() const { return now.v; }
@@ -46,12 +48,12 @@ public:
 
     // rows in host memory: cell after cell, however the tensors lie
     struct host_rows {
-        refreekv_bytes k;
-        refreekv_bytes v;
+        refreekv::bytes k;
+        refreekv::bytes v;
     };
 
     // a row without a source here
-    static constexpr uint32_t none = refreekv_row_bytes::none;
+    static constexpr uint32_t none = row_bytes::none;
 
     // afterwards row i holds what row slots[i] held (none: the next row of `in`, which has one for each or
     // nothing at all), and there is room for capacity rows; the rest is zero, or what was there.
@@ -78,8 +80,8 @@ private:
     uint64_t n_bounced = 0;
 
     // where they lie: in regions, or in a buffer
-    std::unique_ptr<refreekv_region> region_k;
-    std::unique_ptr<refreekv_region> region_v;
+    std::unique_ptr<refreekv::region> region_k;
+    std::unique_ptr<refreekv::region> region_v;
     ggml_backend_buffer_ptr          buf;
 
     // tensors of them
@@ -103,12 +105,14 @@ private:
     bool move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in);
     bool move_to_new  (const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in);
 
-    refreekv_bytes spare; // see spare_bytes()
+    refreekv::bytes spare; // see spare_bytes()
     size_t spare_bytes(const layout & then, const std::vector<uint32_t> & slots) const;
 
     void move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in);
 
     // one of K and V
-    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv_bytes & in);
-    void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv_bytes & out);
+    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in);
+    void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv::bytes & out);
 };
+
+} // namespace refreekv

@@ -1,4 +1,4 @@
-// What operations on sequences do to a refreekv_store.
+// What operations on sequences do to a refreekv::store.
 
 #include "cache/store.h"
 
@@ -8,23 +8,25 @@
 #include <limits>
 #include <numeric>
 
-bool refreekv_store::valid_seq(llama_seq_id seq_id) const {
+namespace refreekv {
+
+bool store::valid_seq(llama_seq_id seq_id) const {
     return seq_id >= 0 && (size_t) seq_id < pruned.size();
 }
 
-llama_pos refreekv_store::pruned_pos(llama_seq_id seq_id) const {
+llama_pos store::pruned_pos(llama_seq_id seq_id) const {
     return pruned[seq_id];
 }
 
 // a sequence that has no cells any more
-void refreekv_store::forget_seq(llama_seq_id seq_id) {
+void store::forget_seq(llama_seq_id seq_id) {
     pruned[seq_id] = -1;
     spans[seq_id].clear();
     ring.forget(seq_id);
     turn.forget(seq_id);
 }
 
-void refreekv_store::clear() {
+void store::clear() {
     mover.synchronize();
     for (auto & layer : layers) {
         layer.rows.clear();
@@ -47,7 +49,7 @@ void refreekv_store::clear() {
 
 // f(sequence, whether all of it) for the sequences that positions p0.. are about to be removed from; stops at false
 template <typename F>
-bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const {
+bool store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const {
     if (seq_id >= logical.n_seq_ids()) {
         return true; // upstream's to refuse
     }
@@ -68,13 +70,13 @@ bool refreekv_store::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 }
 
 // whether queries see all cells: what layers do not hold is warm
-bool refreekv_store::attends_to_all() const {
+bool store::attends_to_all() const {
     return warm.theta() > 0.0f && std::all_of(layers.begin(), layers.end(), [&](const layer & layer) {
         return layer.res.n_visible() + (layer.warm ? layer.warm->n_cells() : 0) >= logical.n_used();
     });
 }
 
-bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+bool store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     // all of it: the other part of the memory may still refuse
     return for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
         return whole || std::max(p0, 0) > pruned[s] || can_remove(s, p0, -1, -1);
@@ -82,7 +84,7 @@ bool refreekv_store::may_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 }
 
 // part of a pruned sequence, from p0 on. gone0, gone1: what need not come back of it, because it goes
-bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
+bool store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1) {
     const llama_pos pos = pruned[seq_id];
 
     mover.synchronize();
@@ -92,13 +94,13 @@ bool refreekv_store::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gon
         return true;
     }
     const std::string why = refreekv_last_error();
-    refreekv_set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
+    set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
             "only later positions or the whole sequence can (%s)", p0, seq_id, pos, why.c_str());
 
     return false;
 }
 
-bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+bool store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
 
     const bool allowed = for_removed(seq_id, p0, p1, [&](llama_seq_id s, bool whole) {
@@ -127,27 +129,27 @@ bool refreekv_store::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     return true;
 }
 
-bool refreekv_store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+bool store::may_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
     const bool whole = p0 <= logical.table_of_seq(src).seq_pos_min(src) && (p1 < 0 || p1 > logical.table_of_seq(src).seq_pos_max(src));
 
     if (pruned[dst] >= 0 && logical.table_of_seq(dst).seq_pos_max(dst) >= 0) {
-        refreekv_set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
+        set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
         return false;
     }
     if (logical.stream_of(src) != logical.stream_of(dst) && (p0 > 0 || p1 >= 0)) { // upstream would abort
-        refreekv_set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
+        set_error("seq_cp: between streams only whole sequences can be copied (p0 = -1, p1 = -1)");
         return false;
     }
     if (!whole && pruned[src] >= 0 && restore_now(src) < 0) {
         const std::string why = refreekv_last_error();
-        refreekv_set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can (%s)", src, pruned[src], why.c_str());
+        set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can (%s)", src, pruned[src], why.c_str());
         return false;
     }
 
     return true;
 }
 
-bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+bool store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
     refused_copy = false;
 
     if (src == dst || !valid_seq(src) || !valid_seq(dst)) {
@@ -164,7 +166,7 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
                 layer.res.release([&](uint32_t cell) { return logical.stream_of(dst) == cell/logical.stream_size(); });
             }
             kv.seq_rm(dst, -1, -1);
-            refreekv_set_error("seq_cp: %s; sequence %d is empty now", err.what(), dst);
+            set_error("seq_cp: %s; sequence %d is empty now", err.what(), dst);
             return false;
         }
     };
@@ -189,7 +191,7 @@ bool refreekv_store::on_seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0,
 
 // Upstream is about to give the stream of dst the cells of src, at the same indices. Their rows are copied now: by the
 // next batch, when upstream copies its own, the original may be gone or pruned.
-bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
+bool store::copy_stream(llama_seq_id src, llama_seq_id dst) {
     const uint32_t first_src = logical.first_of(src);
     const uint32_t first_dst = logical.first_of(dst);
 
@@ -214,7 +216,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
             layer.res.release(in_dst);
         }
         kv.seq_rm(dst, -1, -1);
-        refreekv_set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now", src, dst);
+        set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now", src, dst);
         return false;
     };
 
@@ -251,7 +253,7 @@ bool refreekv_store::copy_stream(llama_seq_id src, llama_seq_id dst) {
     return true;
 }
 
-void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
+void store::on_seq_keep(llama_seq_id seq_id) {
     if (!valid_seq(seq_id)) {
         return; // upstream's to refuse
     }
@@ -266,12 +268,12 @@ void refreekv_store::on_seq_keep(llama_seq_id seq_id) {
     idle_rows     = true;
 }
 
-void refreekv_store::refuse_shift(const char * op, llama_seq_id seq_id) const {
-    refreekv_set_error("%s: positions of sequence %d cannot change: a context with a KV policy does not shift (llama_memory_can_shift is false)", op, seq_id);
+void store::refuse_shift(const char * op, llama_seq_id seq_id) const {
+    set_error("%s: positions of sequence %d cannot change: a context with a KV policy does not shift (llama_memory_can_shift is false)", op, seq_id);
 }
 
 // slots of cells that upstream has emptied
-void refreekv_store::release_stale() {
+void store::release_stale() {
     if (!stale_slots) {
         return;
     }
@@ -296,3 +298,5 @@ void refreekv_store::release_stale() {
 }
 
 // layouts
+
+} // namespace refreekv

@@ -15,15 +15,17 @@
 #include <algorithm>
 #include <stdexcept>
 
+namespace refreekv {
+
 // construction
 
 template <typename Layers>
-static bool refreekv_is_on_host(const Layers & layers) {
+static bool is_on_host(const Layers & layers) {
     return std::all_of(layers.begin(), layers.end(), [](const auto & l) { return ggml_backend_buft_is_host(ggml_backend_buffer_get_type(l.k->buffer)); });
 }
 
 // marks the backend that the tensors are on, as upstream does for hparams.no_alloc
-static ggml_backend_buffer_ptr refreekv_no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
+static ggml_backend_buffer_ptr no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
     ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, 0);
 
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
@@ -33,12 +35,12 @@ static ggml_backend_buffer_ptr refreekv_no_storage(ggml_context * ctx, ggml_back
     return ggml_backend_buffer_ptr { buf };
 }
 
-refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read) :
+store::store(cache & kv, const refreekv_params & params, bool prunes_read) :
     kv(kv), logical(kv.v_cells, kv.seq_to_stream), params(params), prunes_read(prunes_read),
     layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad), views(kv.hparams, kv.v_trans, layers, logical, layouts),
     ring(params.n_window + 1, kv.n_seq_max),
     pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
-    cold(params, kv.hparams, refreekv_is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
+    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
     turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
     const auto & hparams = kv.hparams;
@@ -58,7 +60,7 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
         if (!layer.v) {
             throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
         }
-        const refreekv_rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
+        const rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
 
         layers.emplace_back((int32_t) layer.il, shape, layer.k->buffer);
         layers.back().res.reset(logical.size());
@@ -81,7 +83,7 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     }
 
     for (const auto & [buft, ids] : by_buft) {
-        if (!refreekv_policy_looks(params.policy) || this->params.n_hot > 0) {
+        if (!policy_looks(params.policy) || this->params.n_hot > 0) {
             break;
         }
 
@@ -96,7 +98,7 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
             ggml_format_name(layers[i].ring, "refreekv_ring_l%d", il);
         }
 
-        ggml_backend_buffer_ptr buf { kv.model.hparams.no_alloc ? refreekv_no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        ggml_backend_buffer_ptr buf { kv.model.hparams.no_alloc ? no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
             throw std::runtime_error("refreekv: failed to allocate the query rings");
         }
@@ -111,20 +113,20 @@ refreekv_store::refreekv_store(refreekv::cache & kv, const refreekv_params & par
     LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }
 
-refreekv_store * refreekv_store::of(llama_memory_t mem) {
-    auto * cache = refreekv::cache::of(mem);
+refreekv::store * store::of(llama_memory_t mem) {
+    auto * cache = cache::of(mem);
 
     return cache ? &cache->get_store() : nullptr;
 }
 
-bool refreekv_store::update_layouts() {
+bool store::update_layouts() {
     n_generation++;
 
     return layouts.update(pruned);
 }
 
-void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
-    refreekv::hook_ran(refreekv::HOOK_APPLY);
+void store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
+    hook_ran(HOOK_APPLY);
 
     release_stale();
 
@@ -150,7 +152,7 @@ void refreekv_store::apply(const slot_info & sinfo, const llama_ubatch & ubatch)
 
 // graphs
 
-void refreekv_store::note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known) {
+void store::note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known) {
     auto & layer = layers[i_layer];
 
     layer.kq_scale = kq_scale;
@@ -164,23 +166,23 @@ void refreekv_store::note_attention(uint32_t i_layer, float kq_scale, ggml_tenso
     layer.softmax = { cap > 0.0f ? (flash_attn ? kq_scale : 1.0f)/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, kv.hparams.f_max_alibi_bias };
 }
 
-const refreekv_decode_softmax * refreekv_store::softmax_of(uint32_t i_layer) const {
+const decode_softmax * store::softmax_of(uint32_t i_layer) const {
     const auto & layer = layers[i_layer];
 
     return layer.known ? &layer.softmax : nullptr;
 }
 
-void refreekv_store::run_with_cache(ggml_tensor * node, uint32_t i_layer) const {
+void store::run_with_cache(ggml_tensor * node, uint32_t i_layer) const {
     mover.run_on(node, mover.backend_of(layers[i_layer]));
 }
 
-void refreekv_store::run_on_host(ggml_tensor * node) const {
+void store::run_on_host(ggml_tensor * node) const {
     mover.run_on(node, mover.host_backend());
 }
 
-refreekv_store::~refreekv_store() = default;
+store::~store() = default;
 
-std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() const {
+std::map<ggml_backend_buffer_type_t, size_t> store::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> res;
 
     for (const auto & layer : layers) {
@@ -193,7 +195,7 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::memory_breakdown() 
     return res;
 }
 
-std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() const {
+std::map<ggml_backend_buffer_type_t, size_t> store::ring_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> res;
 
     for (const auto & [ctx, buf] : ring_bufs) {
@@ -204,13 +206,15 @@ std::map<ggml_backend_buffer_type_t, size_t> refreekv_store::ring_breakdown() co
     return res;
 }
 
-const refreekv_warm_view * refreekv_store::warm_of(uint32_t i_layer) const {
+const warm_view * store::warm_of(uint32_t i_layer) const {
     return layers[i_layer].warm ? &layers[i_layer].warm->view : nullptr;
 }
 
-void refreekv_store::copy_cold(uint32_t first_src, uint32_t first_dst) {
+void store::copy_cold(uint32_t first_src, uint32_t first_dst) {
     for (auto & layer : layers) {
         cold.copy(layer, first_src, first_dst, logical.stream_size());
         warm.copy(layer, first_src, first_dst, logical.stream_size());
     }
 }
+
+} // namespace refreekv

@@ -19,11 +19,13 @@
 #include <string>
 #include <vector>
 
-// The storage of a refreekv::cache.
+namespace refreekv {
+
+// The storage of a cache.
 //
 // Upstream's table of logical cells (positions, sequences, slot search, masks' rules) goes on as it is; what changes is
-// where K and V lie. Each layer holds its own subset of the logical cells (refreekv_residency) in rows of its own
-// (refreekv_rows), which grow as tokens come and shrink as they are evicted.
+// where K and V lie. Each layer holds its own subset of the logical cells (refreekv::residency) in rows of its own
+// (refreekv::rows), which grow as tokens come and shrink as they are evicted.
 //
 // Layers whose slots look alike to every query that may still come share a layout: one mask and one pair of index
 // inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
@@ -31,13 +33,13 @@
 // Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
 // slots and cannot. Rows move (and graphs become stale, see generation()) only between graphs: in reserve(), update() and
 // clear(), and where a sequence is copied to another stream or restored.
-class refreekv_store {
+class store {
 public:
     using slot_info       = llama_kv_cache::slot_info;
     using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
 
     // of the cache with a policy in a memory; nullptr: it has none
-    static refreekv_store * of(llama_memory_t mem);
+    static refreekv::store * of(llama_memory_t mem);
 
     //
     // operations on sequences; false: refused, and refreekv_last_error() says why
@@ -100,7 +102,7 @@ public:
 
     refreekv::views &         get_views() { return views; }
 
-    const refreekv_ring & get_ring() const { return ring; }
+    const query_ring & get_ring() const { return ring; }
     bool has_rings() const { return !ring_bufs.empty(); }
 
     // their bytes; without allocation (hparams.no_alloc) what they would need
@@ -112,13 +114,13 @@ public:
     void note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known);
 
     // nullptr: the attention of the layer is not of that kind
-    const refreekv_decode_softmax * softmax_of(uint32_t i_layer) const;
+    const decode_softmax * softmax_of(uint32_t i_layer) const;
 
     // whether cells may be evicted: the cache is not the elastic full one
     bool evicts() const { return params.policy != REFREEKV_POLICY_ELASTIC; }
 
     // the evicted cells of a layer that decoding goes on attending to; nullptr: none
-    const refreekv_warm_view * warm_of(uint32_t i_layer) const;
+    const warm_view * warm_of(uint32_t i_layer) const;
 
     // a batch is about to be computed
     void begin_batch(const llama_ubatch & ubatch) { warm.begin_batch(layers, ubatch); }
@@ -148,10 +150,10 @@ public:
     llama_pos pruned_pos(llama_seq_id seq_id) const;
     bool      valid_seq (llama_seq_id seq_id) const;
 
-    // note the figures of now, for other threads to read. The owner's, between changes (refreekv_publishing)
+    // note the figures of now, for other threads to read. The owner's, between changes (publishing)
     void publish();
 
-    const refreekv::figures_board & get_figures() const { return board; }
+    const figures_board & get_figures() const { return board; }
 
     std::vector<llama_pos> kept(llama_seq_id seq_id, uint32_t i_layer) const;
 
@@ -164,16 +166,13 @@ public:
     // prune the sequences noted by apply() since the last call (REFREEKV_NATIVE_PRUNE=tests)
     void prune_read(llama_context * lctx);
 
-    refreekv_store(refreekv::cache & kv, const refreekv_params & params, bool prunes_read);
-    ~refreekv_store();
+    store(cache & kv, const refreekv_params & params, bool prunes_read);
+    ~store();
 
 private:
-    refreekv::cache & kv;
+    cache & kv;
 
-    using layer  = refreekv::layer;
-    using placed = refreekv::placed;
-
-    const refreekv::logical_cells logical;
+    const logical_cells logical;
 
     refreekv_params       params;
     const bool            prunes_read;
@@ -184,12 +183,12 @@ private:
     refreekv::layouts           layouts;
     refreekv::views             views;
 
-    refreekv_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
+    query_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
     std::vector<llama_pos> pruned;        // [LLAMA_MAX_SEQ] see pruned_pos()
 
-    std::vector<refreekv::span_list> spans; // [LLAMA_MAX_SEQ] see protect()
+    std::vector<span_list> spans; // [LLAMA_MAX_SEQ] see protect()
 
     std::atomic<uint64_t> n_generation { 0 };
     uint32_t n_expected    = 0;
@@ -201,7 +200,7 @@ private:
     std::vector<std::function<int64_t()>> jobs; // what the next update() does
     int64_t          job_result = 0;
 
-    refreekv::figures_board board;
+    figures_board board;
 
     refreekv_stats      stats() const;
     refreekv_layer_info layer_info(uint32_t i_layer) const;
@@ -210,12 +209,12 @@ private:
     int64_t  prune_us    = 0;
     uint64_t bytes_freed = 0;
 
-    refreekv::row_mover     mover;
-    refreekv::cold_rows     cold;
-    refreekv::warm_tier     warm;
-    refreekv::cold_transfer transfer;
-    refreekv::evictor       evictor;
-    refreekv::turn          turn;
+    row_mover     mover;
+    cold_rows     cold;
+    warm_tier     warm;
+    cold_transfer transfer;
+    refreekv::evictor evictor;
+    refreekv::turn    turn;
 
     int32_t n_turns_failed = 0;
 
@@ -264,13 +263,15 @@ private:
 };
 
 // Publishes the figures of a store at the end of a scope that changes what the cache holds; nullptr: there is none
-class refreekv_publishing {
+class publishing {
 public:
-    explicit refreekv_publishing(refreekv_store * store) : store(store) {}
-    ~refreekv_publishing();
+    explicit publishing(refreekv::store * store) : store(store) {}
+    ~publishing();
 
-    refreekv_publishing(const refreekv_publishing &) = delete;
+    publishing(const publishing &) = delete;
 
 private:
-    refreekv_store * store;
+    refreekv::store * store;
 };
+
+} // namespace refreekv

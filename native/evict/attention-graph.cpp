@@ -7,12 +7,14 @@
 #include <mutex>
 #include <numeric>
 
+namespace refreekv {
+
 // upper bound for the attention rows of one slice; the graphs need about twice as much
 static const size_t REFREEKV_SLICE_BYTES = 64u*1024*1024;
 
 static const float REFREEKV_BEHIND_ALL = 1 << 30; // a position
 
-refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_, refreekv_attention_scratch & memory) : in(std::move(in_)), memory(memory) {
+attention_graph::attention_graph(attention_inputs in_, attention_scratch & memory) : in(std::move(in_)), memory(memory) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
     n_head  = in.n_head_kv*in.n_gqa;
@@ -44,7 +46,7 @@ refreekv_attention_graph::refreekv_attention_graph(refreekv_attention_inputs in_
 
 // a leaf of a graph that is filled before it runs
 template <typename T>
-static ggml_tensor * refreekv_upload(ggml_context * ctx, std::vector<std::pair<ggml_tensor *, const void *>> & ups, ggml_type type, int64_t ne0, int64_t ne1, const std::vector<T> & data, size_t first = 0) {
+static ggml_tensor * upload(ggml_context * ctx, std::vector<std::pair<ggml_tensor *, const void *>> & ups, ggml_type type, int64_t ne0, int64_t ne1, const std::vector<T> & data, size_t first = 0) {
     ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
 
     ggml_set_input(t);
@@ -54,25 +56,25 @@ static ggml_tensor * refreekv_upload(ggml_context * ctx, std::vector<std::pair<g
 }
 
 // b[j] - a[i]: [n_a, n_b]
-static ggml_tensor * refreekv_differences(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+static ggml_tensor * differences(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
     return ggml_sub(ctx, ggml_repeat_4d(ctx, b, a->ne[0], b->ne[1], 1, 1), a);
 }
 
 // [n_kv, n_rows]: 0 where a row sees a cell, else a number below which no logit lies
-ggml_tensor * refreekv_attention_graph::build_mask(ggml_context * ctx, uploads & ups) const {
+ggml_tensor * attention_graph::build_mask(ggml_context * ctx, uploads & ups) const {
     if (in.use_alibi) {
-        return refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, n_rows, alibi_mask);
+        return upload(ctx, ups, GGML_TYPE_F32, in.n_kv, n_rows, alibi_mask);
     }
 
-    ggml_tensor * slots = refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, slot_pos);
-    ggml_tensor * rows  = refreekv_upload(ctx, ups, GGML_TYPE_F32, 1, n_rows, row_pos);
+    ggml_tensor * slots = upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, slot_pos);
+    ggml_tensor * rows  = upload(ctx, ups, GGML_TYPE_F32, 1, n_rows, row_pos);
 
-    return ggml_clamp(ctx, ggml_scale(ctx, refreekv_differences(ctx, slots, rows), 1e9f), -1e30f, 0.0f);
+    return ggml_clamp(ctx, ggml_scale(ctx, differences(ctx, slots, rows), 1e9f), -1e30f, 0.0f);
 }
 
 // f() once softmax holds the rows of a slice, for each slice in turn
 template <typename F>
-bool refreekv_attention_graph::for_each_slice(F && f) {
+bool attention_graph::for_each_slice(F && f) {
     const bool all_in_one = n_head_kv_slice == in.n_head_kv;
 
     for (int64_t h = 0; h < in.n_head_kv; h += n_head_kv_slice) {
@@ -92,7 +94,7 @@ bool refreekv_attention_graph::for_each_slice(F && f) {
 }
 
 template <typename F>
-bool refreekv_attention_graph::by_any_way(F && f) {
+bool attention_graph::by_any_way(F && f) {
     do {
         unsupported = false;
         if (f()) {
@@ -103,7 +105,7 @@ bool refreekv_attention_graph::by_any_way(F && f) {
     return false;
 }
 
-bool refreekv_attention_graph::next_way() {
+bool attention_graph::next_way() {
     softmax.out = nullptr;
 
     if (!dequantise && ggml_is_quantized(in.k->type)) {
@@ -144,12 +146,12 @@ bool refreekv_attention_graph::next_way() {
 }
 
 // of n_kv_heads KV heads from h_kv on: [n_kv, n_rows, n_head of the slice]
-ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
+ggml_tensor * attention_graph::build_softmax(ggml_context * ctx, int64_t h_kv, int64_t n_kv_heads, uploads & ups) const {
     const int64_t n_gqa = in.n_gqa;
 
     ggml_tensor * bias = build_mask(ctx, ups);
 
-    ggml_tensor * q = ggml_get_rows(ctx, in.ring, refreekv_upload(ctx, ups, GGML_TYPE_I32, n_rows, 1, in.rows));
+    ggml_tensor * q = ggml_get_rows(ctx, in.ring, upload(ctx, ups, GGML_TYPE_I32, n_rows, 1, in.rows));
 
     q = ggml_reshape_3d(ctx, q, in.n_embd_head, q->ne[0]/in.n_embd_head, n_rows);
     if (n_kv_heads < in.n_head_kv) {
@@ -159,7 +161,7 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
 
     ggml_tensor * k = in.k;
     if (dequantise) {
-        k = ggml_get_rows(ctx, k, refreekv_upload(ctx, ups, GGML_TYPE_I32, in.n_kv, 1, all_slots));
+        k = ggml_get_rows(ctx, k, upload(ctx, ups, GGML_TYPE_I32, in.n_kv, 1, all_slots));
     }
 
     const size_t head_bytes = ggml_row_size(k->type, in.n_embd_head);
@@ -179,14 +181,14 @@ ggml_tensor * refreekv_attention_graph::build_softmax(ggml_context * ctx, int64_
     kq = ggml_soft_max_ext(ctx, kq, bias, in.post_scale, in.max_bias);
 
     if (!in.sinks.empty()) {
-        ggml_soft_max_add_sinks(kq, refreekv_upload(ctx, ups, GGML_TYPE_F32, n_gqa*n_kv_heads, 1, in.sinks, n_gqa*h_kv));
+        ggml_soft_max_add_sinks(kq, upload(ctx, ups, GGML_TYPE_F32, n_gqa*n_kv_heads, 1, in.sinks, n_gqa*h_kv));
     }
 
     return kq;
 }
 
 template <typename F>
-bool refreekv_attention_graph::compute(computed & res, F && f) {
+bool attention_graph::compute(computed & res, F && f) {
     ggml_init_params params = { ggml_tensor_overhead()*128 + ggml_graph_overhead(), nullptr, true };
 
     res.out = nullptr;
@@ -234,7 +236,7 @@ bool refreekv_attention_graph::compute(computed & res, F && f) {
 }
 
 // a tensor of another context that has its data already
-static ggml_tensor * refreekv_leaf(ggml_context * ctx, const ggml_tensor * t) {
+static ggml_tensor * leaf(ggml_context * ctx, const ggml_tensor * t) {
     ggml_tensor * res = ggml_dup_tensor(ctx, t);
 
     res->buffer = t->buffer;
@@ -243,7 +245,7 @@ static ggml_tensor * refreekv_leaf(ggml_context * ctx, const ggml_tensor * t) {
     return res;
 }
 
-void refreekv_attention_graph::read_back(std::vector<float> & out, const ggml_tensor * t) {
+void attention_graph::read_back(std::vector<float> & out, const ggml_tensor * t) {
     out.resize(ggml_nelements(t));
     ggml_backend_tensor_get(t, out.data(), 0, ggml_nbytes(t));
 
@@ -251,7 +253,7 @@ void refreekv_attention_graph::read_back(std::vector<float> & out, const ggml_te
 }
 
 // sum over dimension 1 by halving: plain adds, which every backend has and runs at memory speed
-static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
+static ggml_tensor * sum_dim1(ggml_context * ctx, ggml_tensor * t) {
     const auto rows = [&](ggml_tensor * t, int64_t i, int64_t n) {
         return ggml_view_3d(ctx, t, t->ne[0], n, t->ne[2], t->nb[1], t->nb[2], i*t->nb[1]);
     };
@@ -271,11 +273,11 @@ static ggml_tensor * refreekv_sum_dim1(ggml_context * ctx, ggml_tensor * t) {
     return odd ? ggml_add(ctx, t, odd) : t;
 }
 
-bool refreekv_attention_graph::scores(join heads, std::vector<float> & out) {
+bool attention_graph::scores(join heads, std::vector<float> & out) {
     return by_any_way([&]() { return scores_now(heads, out); });
 }
 
-bool refreekv_attention_graph::scores_now(join heads, std::vector<float> & out) {
+bool attention_graph::scores_now(join heads, std::vector<float> & out) {
     out.assign(n_cells, 0.0f);
 
     computed           joined { 1, {} };
@@ -285,9 +287,9 @@ bool refreekv_attention_graph::scores_now(join heads, std::vector<float> & out) 
         const int64_t n = softmax.out->ne[2]; // heads of the slice
 
         const bool ok = compute(joined, [&](ggml_context * ctx, uploads &) {
-            ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
+            ggml_tensor * cur = leaf(ctx, softmax.out);
 
-            cur = refreekv_sum_dim1(ctx, cur);
+            cur = sum_dim1(ctx, cur);
             cur = ggml_scale(ctx, ggml_cont(ctx, cur), 1.0f/n_rows);
             cur = ggml_reshape_2d(ctx, cur, in.n_kv, n);
 
@@ -307,11 +309,11 @@ bool refreekv_attention_graph::scores_now(join heads, std::vector<float> & out) 
     });
 }
 
-bool refreekv_attention_graph::read(float * out) {
+bool attention_graph::read(float * out) {
     return by_any_way([&]() { return read_now(out); });
 }
 
-bool refreekv_attention_graph::read_now(float * out) {
+bool attention_graph::read_now(float * out) {
     std::vector<float> by_slot;
 
     return for_each_slice([&]() {
@@ -329,11 +331,11 @@ bool refreekv_attention_graph::read_now(float * out) {
 // blocks are taken in chunks: which cell is in which would be a matrix that grows with the square of the context
 static const uint32_t REFREEKV_CHUNK_BLOCKS = 64;
 
-bool refreekv_attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+bool attention_graph::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     return by_any_way([&]() { return block_sums_now(block, n_blocks, squared, out); });
 }
 
-bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+bool attention_graph::block_sums_now(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.clear();
 
     computed           sums { 2, {} };
@@ -356,18 +358,18 @@ bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block
             const uint32_t n = std::min(REFREEKV_CHUNK_BLOCKS, n_blocks - b0);
 
             const bool ok = compute(sums, [&](ggml_context * ctx, uploads & ups) {
-                ggml_tensor * cur = refreekv_leaf(ctx, softmax.out);
+                ggml_tensor * cur = leaf(ctx, softmax.out);
                 cur = ggml_reshape_2d(ctx, cur, in.n_kv, n_lines); // the slice as one matrix
 
                 if (squared) {
                     cur = ggml_sqr(ctx, cur);
                 }
 
-                ggml_tensor * slots  = refreekv_upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, of_slots);
-                ggml_tensor * blocks = refreekv_upload(ctx, ups, GGML_TYPE_F32, 1, n, numbers, b0);
+                ggml_tensor * slots  = upload(ctx, ups, GGML_TYPE_F32, in.n_kv, 1, of_slots);
+                ggml_tensor * blocks = upload(ctx, ups, GGML_TYPE_F32, 1, n, numbers, b0);
 
                 // 1 where a slot is of a block, else 0
-                ggml_tensor * others = ggml_clamp(ctx, ggml_sqr(ctx, refreekv_differences(ctx, slots, blocks)), 0.0f, 1.0f);
+                ggml_tensor * others = ggml_clamp(ctx, ggml_sqr(ctx, differences(ctx, slots, blocks)), 0.0f, 1.0f);
 
                 return ggml_mul_mat(ctx, ggml_scale_bias(ctx, others, -1.0f, 1.0f), cur);
             });
@@ -383,3 +385,5 @@ bool refreekv_attention_graph::block_sums_now(const std::vector<int32_t> & block
         return true;
     });
 }
+
+} // namespace refreekv

@@ -3,6 +3,8 @@
 #include "evict/attention-inputs.h"
 #include "policies/policy.h"
 
+namespace refreekv {
+
 // The attention of a layer's stored queries, computed on the layer's backend. What comes back to the host is one
 // float per cell (scores) and one per block, row and head (block_sums); or, where the policy is the caller's, all (read).
 //
@@ -11,17 +13,17 @@
 //
 // Heads are taken in slices, so that the scratch memory stays below a bound whatever the context is. When one slice holds
 // them all, which is the usual case, the rows are computed once and kept for both questions.
-class refreekv_attention_graph : public refreekv_attention {
+class attention_graph : public refreekv::attention {
 public:
     // memory has to outlive it
-    refreekv_attention_graph(refreekv_attention_inputs in, refreekv_attention_scratch & memory);
+    attention_graph(attention_inputs in, attention_scratch & memory);
 
     bool scores(join heads, std::vector<float> & out) override;
     bool read(float * out) override;
     bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
 
 private:
-    refreekv_attention_inputs in;
+    attention_inputs in;
 
     // what the mask is made of on the backend: it would be far more to upload
     std::vector<float> slot_pos; // [n_kv] of cells; of other slots a position behind all rows
@@ -42,7 +44,7 @@ private:
     // tensors to be filled before a graph runs, and with what
     using uploads = std::vector<std::pair<ggml_tensor *, const void *>>;
 
-    refreekv_attention_scratch & memory;
+    attention_scratch & memory;
 
     // a graph that has run; its result stays until another of its kind does
     struct computed {
@@ -74,3 +76,5 @@ private:
     template <typename F>
     bool compute(computed & res, F && f);
 };
+
+} // namespace refreekv

@@ -2,13 +2,15 @@
 
 #include <algorithm>
 
-refreekv_attention_host::refreekv_attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells) : attn(attn) {
+namespace refreekv {
+
+attention_host::attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells) : attn(attn) {
     this->n_head  = n_head;
     this->n_rows  = n_rows;
     this->n_cells = n_cells;
 }
 
-bool refreekv_attention_host::scores(join heads, std::vector<float> & out) {
+bool attention_host::scores(join heads, std::vector<float> & out) {
     std::vector<double> joined(n_cells, 0.0);
 
     for (uint32_t h = 0; h < n_head; ++h) {
@@ -29,13 +31,13 @@ bool refreekv_attention_host::scores(join heads, std::vector<float> & out) {
     return true;
 }
 
-bool refreekv_attention_host::read(float * out) {
+bool attention_host::read(float * out) {
     std::copy_n(attn, (size_t) n_head*n_rows*n_cells, out);
 
     return true;
 }
 
-bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+bool attention_host::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.resize((size_t) n_head*n_rows*n_blocks);
 
     for (size_t l = 0; l < (size_t) n_head*n_rows; ++l) {
@@ -51,3 +53,5 @@ bool refreekv_attention_host::block_sums(const std::vector<int32_t> & block, uin
 
     return true;
 }
+
+} // namespace refreekv

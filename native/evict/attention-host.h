@@ -2,10 +2,12 @@
 
 #include "policies/policy.h"
 
+namespace refreekv {
+
 // Attention that the caller already has, [n_head][n_rows][n_cells] (the C API's refreekv_select).
-class refreekv_attention_host : public refreekv_attention {
+class attention_host : public refreekv::attention {
 public:
-    refreekv_attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells);
+    attention_host(const float * attn, uint32_t n_head, uint32_t n_rows, uint32_t n_cells);
 
     bool scores(join heads, std::vector<float> & out) override;
     bool read(float * out) override;
@@ -14,3 +16,5 @@ public:
 private:
     const float * attn;
 };
+
+} // namespace refreekv

@@ -10,9 +10,11 @@
 #include <utility>
 #include <vector>
 
+namespace refreekv {
+
 // A layer's stored queries and keys, and what becomes of their products: upstream's build_attn_mha (llama-graph.cpp), i.e.
 // scale, mask, ALiBi, soft-cap, sinks.
-struct refreekv_attention_inputs {
+struct attention_inputs {
     ggml_backend_t backend;
     ggml_backend_t host; // the last resort
 
@@ -38,10 +40,12 @@ struct refreekv_attention_inputs {
 };
 
 // memory for one layer after the other
-struct refreekv_attention_scratch {
-    refreekv_bytes weights; // the kernel's
+struct attention_scratch {
+    refreekv::bytes weights; // the kernel's
 
     size_t weights_limit = 8u*1024*1024; // of their bytes, where one query head's do not take more
 
     std::map<std::pair<int, ggml_backend_t>, ggml_gallocr_ptr> graphs; // of each kind
 };
+
+} // namespace refreekv

@@ -1,4 +1,4 @@
-// Evicting from a refreekv_store: what the policy may see of a sequence in a layer, and what becomes of its answer.
+// Evicting from a refreekv::store: what the policy may see of a sequence in a layer, and what becomes of its answer.
 
 #include "hooks.h"
 #include "cache/store.h"
@@ -15,10 +15,12 @@
 #include <algorithm>
 #include <cinttypes>
 
+namespace refreekv {
+
 static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, with one query head in each
 static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
-bool refreekv_store::begin_update(llama_context * lctx) {
+bool store::begin_update(llama_context * lctx) {
     mover.set_context(lctx);
 
     release_stale();
@@ -34,10 +36,10 @@ bool refreekv_store::begin_update(llama_context * lctx) {
     return others || !jobs.empty();
 }
 
-bool refreekv_store::update(llama_context * lctx) {
-    refreekv::hook_ran(refreekv::HOOK_UPDATE);
+bool store::update(llama_context * lctx) {
+    hook_ran(HOOK_UPDATE);
 
-    refreekv_publishing publish(this);
+    publishing publish(this);
 
     mover.set_context(lctx);
 
@@ -55,29 +57,29 @@ bool refreekv_store::update(llama_context * lctx) {
     return true;
 }
 
-int64_t refreekv_store::run_job(llama_context * lctx, std::function<int64_t()> && job) {
+int64_t store::run_job(llama_context * lctx, std::function<int64_t()> && job) {
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back(std::move(job));
     lctx->memory_update(false);
-    refreekv::publish_buffers(lctx);
+    publish_buffers(lctx);
 
     return job_result;
 }
 
-int64_t refreekv_store::prune(llama_context * lctx, llama_seq_id seq_id) {
-    if (!refreekv_policy_find(params.policy)) {
+int64_t store::prune(llama_context * lctx, llama_seq_id seq_id) {
+    if (!policy_find(params.policy)) {
         return 0;
     }
 
     return run_job(lctx, [=]() { return run_eviction(seq_id, -1, nullptr); });
 }
 
-void refreekv_store::announce(llama_seq_id seq_id, int32_t n_tokens) {
+void store::announce(llama_seq_id seq_id, int32_t n_tokens) {
     turn.announce(seq_id, n_tokens);
     expect(turn.n_announced());
 }
 
-bool refreekv_store::plan_turn(const std::vector<llama_ubatch> & ubatches) {
+bool store::plan_turn(const std::vector<llama_ubatch> & ubatches) {
     if (jobs.empty()) {
         for (const auto & todo : turn.plan(ubatches, n_expected > 0)) {
             jobs.push_back([this, todo]() { return run_step(todo); });
@@ -87,9 +89,9 @@ bool refreekv_store::plan_turn(const std::vector<llama_ubatch> & ubatches) {
 }
 
 // called from llama_decode(), which nothing may be thrown through
-int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
+int64_t store::run_step(const refreekv::turn::todo & todo) {
     const bool    restores = todo.what == refreekv::turn::step::RESTORE;
-    const int64_t res      = refreekv_guard([&]() { return restores ? restore_now(todo.seq_id, -1, -1, todo.n_tokens) : run_eviction(todo.seq_id, -1, nullptr); });
+    const int64_t res      = guard([&]() { return restores ? restore_now(todo.seq_id, -1, -1, todo.n_tokens) : run_eviction(todo.seq_id, -1, nullptr); });
 
     if (layouts.is_stale()) {
         update_layouts();
@@ -101,7 +103,7 @@ int64_t refreekv_store::run_step(const refreekv::turn::todo & todo) {
     return res;
 }
 
-int32_t refreekv_store::usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) const {
+int32_t store::usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt) const {
     const int32_t n_needed = n_prefix - std::max(0, n_prompt - params.n_window);
 
     // where positions have several dimensions, tokens of an image share one: there is no counting back, and what is there is looked at
@@ -115,7 +117,7 @@ int32_t refreekv_store::usable_prefix(llama_seq_id seq_id, int32_t n_prefix, int
     return (int32_t) pos.size() == n_needed ? n_prefix : n_prefix - n_needed;
 }
 
-void refreekv_store::prune_read(llama_context * lctx) {
+void store::prune_read(llama_context * lctx) {
     const auto seq_ids = std::move(read);
     read.clear();
 
@@ -128,16 +130,16 @@ void refreekv_store::prune_read(llama_context * lctx) {
     }
 }
 
-int64_t refreekv_store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
+int64_t store::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
     if (il_to_layer.find(il) == il_to_layer.end()) {
-        refreekv_set_error("keep: layer %d has no KV cache", il);
+        set_error("keep: layer %d has no KV cache", il);
         return REFREEKV_ERR_ARGUMENT;
     }
 
     return run_job(lctx, [=]() { return run_eviction(seq_id, il, &pos); });
 }
 
-int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
+int64_t store::run_eviction(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = stats().bytes;
 
@@ -151,13 +153,13 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
 
     const auto all = evictor.cells_of(seq_id);
 
-    std::vector<refreekv::evictor::scratch> scratch(n_threads);
+    std::vector<evictor::scratch> scratch(n_threads);
     for (auto & s : scratch) {
         s.attention.weights_limit = REFREEKV_WEIGHTS_BYTES/n_threads;
     }
     std::atomic<int64_t>          n_evicted { 0 };
 
-    int32_t status = refreekv_parallel(layers.size(), n_threads, [&](uint32_t i, uint32_t thread) {
+    int32_t status = run_parallel(layers.size(), n_threads, [&](uint32_t i, uint32_t thread) {
         auto & layer = layers[i];
 
         const bool asked = pos ? layer.il == il : i >= (uint32_t) params.n_full_layers;
@@ -166,8 +168,8 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     });
 
     for (auto & s : scratch) {
-        const int32_t put = refreekv_guard([&]() {
-            refreekv::cold_transfer::finish(s.lane);
+        const int32_t put = guard([&]() {
+            cold_transfer::finish(s.lane);
             return s.lane.put_status;
         });
         status = status == REFREEKV_OK ? put : status;
@@ -194,7 +196,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
         update_layouts();
     }
 
-    refreekv_pages_trim();
+    pages_trim();
 
     const size_t after = stats().bytes;
     bytes_freed += before > after ? before - after : 0;
@@ -202,7 +204,7 @@ int64_t refreekv_store::run_eviction(llama_seq_id seq_id, int32_t il, const std:
     return status == REFREEKV_OK ? n_evicted.load() : status;
 }
 
-int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+int32_t store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     auto & list = spans[seq_id];
 
     const auto span = std::make_pair(p0, p1);
@@ -212,3 +214,5 @@ int32_t refreekv_store::protect(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 
     return REFREEKV_OK;
 }
+
+} // namespace refreekv

@@ -2,6 +2,7 @@
 
 #include "api/error.h"
 #include "cache/row-bytes.h"
+#include "evict/attention-host.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
 #include "policies/policy.h"
@@ -12,7 +13,7 @@
 
 namespace refreekv {
 
-void evictor::count(const refreekv_attention & attn) {
+void evictor::count(const refreekv::attention & attn) {
     n_bytes_read    += attn.bytes_read;
     n_bytes_bounced += attn.bytes_bounced;
 }
@@ -43,15 +44,15 @@ std::vector<held> evictor::held_by(const layer & layer, std::vector<held> all) c
     return all;
 }
 
-static void keep_selected(const refreekv_selection & sel, std::vector<uint8_t> & keep) {
+static void keep_selected(const refreekv::selection & sel, std::vector<uint8_t> & keep) {
     std::fill(keep.begin(), keep.end(), 0);
     for (uint32_t r = 0; r < sel.n_keep; ++r) {
         keep[sel.order[r]] = 1;
     }
 }
 
-int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep) {
-    refreekv_selection sel;
+int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, attention_scratch & memory, std::vector<uint8_t> & keep) {
+    refreekv::selection sel;
 
     std::vector<uint8_t> pinned;
     for (const auto & c : list) {
@@ -59,32 +60,32 @@ int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vec
     }
 
     if (params.n_hot > 0) {
-        refreekv_select_hot(params, list.size(), pinned, sel);
+        select_hot(params, list.size(), pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
-    if (!refreekv_policy_looks(params.policy)) {
-        refreekv_attention_host nothing(nullptr, 0, 0, list.size());
+    if (!policy_looks(params.policy)) {
+        attention_host nothing(nullptr, 0, 0, list.size());
 
-        refreekv_policy_find(params.policy)(params, nothing, pinned, sel);
+        policy_find(params.policy)(params, nothing, pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
     }
 
-    std::unique_ptr<refreekv_attention> attn;
+    std::unique_ptr<refreekv::attention> attn;
     if (const int32_t status = look(layer, seq_id, list, params, memory, attn)) {
         return status;
     }
 
-    const bool ok = refreekv_policy_find(params.policy)(params, *attn, pinned, sel);
+    const bool ok = policy_find(params.policy)(params, *attn, pinned, sel);
 
     count(*attn);
 
     if (!ok) {
-        refreekv_set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
+        set_error("layer %d: backend %s could not compute the attention rows", layer.il, ggml_backend_name(mover.backend_of(layer)));
         return REFREEKV_ERR_COMPUTE;
     }
 
@@ -93,17 +94,17 @@ int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vec
     return REFREEKV_OK;
 }
 
-int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const {
-    refreekv_attention_inputs in = {};
+int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, attention_scratch & memory, std::unique_ptr<refreekv::attention> & attn) const {
+    attention_inputs in = {};
 
     in.backend = mover.backend_of(layer);
     in.host    = mover.host_backend();
     if (!in.backend) {
-        refreekv_set_error("layer %d: no backend of this context holds its cache", layer.il);
+        set_error("layer %d: no backend of this context holds its cache", layer.il);
         return REFREEKV_ERR_COMPUTE;
     }
     if (!layer.known) {
-        refreekv_set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", layer.il);
+        set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", layer.il);
         return REFREEKV_ERR_STATE;
     }
 
@@ -112,7 +113,7 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
     ring.rows(seq_id, list.back().pos, one_row ? 1 : by.n_window, by.window_step, in.rows, in.row_pos);
 
     if (in.row_pos.empty() || in.row_pos.back() != list.back().pos) {
-        refreekv_set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
+        set_error("the last query of sequence %d is not there any more: decode a token before pruning", seq_id);
         return REFREEKV_ERR_STATE;
     }
 
@@ -138,11 +139,11 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
         in.pos  .push_back(c.pos);
     }
 
-    if (const auto * kernels = refreekv_find_kernels(); kernels && !params.by_graph) {
+    if (const auto * kernels = find_kernels(); kernels && !params.by_graph) {
         attn = kernels->make_attention(in, memory);
     }
     if (!attn) {
-        attn = std::make_unique<refreekv_attention_graph>(std::move(in), memory);
+        attn = std::make_unique<attention_graph>(std::move(in), memory);
     }
 
     attn->i_layer = &layer - layers.data();
@@ -178,8 +179,8 @@ bool evictor::take_out(layer & layer, const std::vector<held> & list, const std:
 
     transfer.put(layer, cells_out, memory.lane);
 
-    const refreekv_row_bytes k(layer.rows.k(), false);
-    const refreekv_row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
+    const refreekv::row_bytes k(layer.rows.k(), false);
+    const refreekv::row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
     warm.add(layer, cells_out, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
         uint32_t from[REFREEKV_CODED_CELLS];
@@ -218,7 +219,7 @@ int32_t evictor::evict(layer & layer, llama_seq_id seq_id, const std::vector<hel
     const int64_t n_out = std::count(keep.begin(), keep.end(), 0);
 
     if (n_out > 0 && !take_out(layer, list, keep, memory)) {
-        refreekv_set_error("layer %d: no memory to move the kept cells", layer.il);
+        set_error("layer %d: no memory to move the kept cells", layer.il);
         return REFREEKV_ERR_MEMORY;
     }
     n_evicted += n_out;

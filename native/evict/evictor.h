@@ -35,12 +35,12 @@ class evictor {
 public:
     // spans: [n_seq_ids]
     evictor(const refreekv_params & params, const llama_hparams & hparams, const logical_cells & logical, const std::vector<layer> & layers,
-            const std::vector<span_list> & spans, const refreekv_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, const warm_tier & warm) :
+            const std::vector<span_list> & spans, const query_ring & ring, const layouts & lay, row_mover & mover, cold_transfer & transfer, const warm_tier & warm) :
         params(params), hparams(hparams), logical(logical), layers(layers), spans(spans), ring(ring), lay(lay), mover(mover), transfer(transfer), warm(warm) {}
 
     // memory of one thread, for one layer after the other
     struct scratch {
-        refreekv_attention_scratch attention;
+        attention_scratch attention;
         cold_transfer::lane        lane;
     };
 
@@ -56,10 +56,10 @@ public:
     int32_t evict(layer & layer, llama_seq_id seq_id, const std::vector<held> & all, const std::vector<llama_pos> * pos, scratch & memory, std::atomic<int64_t> & n_evicted);
 
     // the attention that a policy with these parameters looks at; a refreekv_status
-    int32_t look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, refreekv_attention_scratch & memory, std::unique_ptr<refreekv_attention> & attn) const;
+    int32_t look(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, const refreekv_params & by, attention_scratch & memory, std::unique_ptr<refreekv::attention> & attn) const;
 
     // what was looked at counts in the figures
-    void count(const refreekv_attention & attn);
+    void count(const refreekv::attention & attn);
 
     uint64_t bytes_read()    const { return n_bytes_read; }    // answers of the eviction graph
     uint64_t bytes_bounced() const { return n_bytes_bounced; } // K and queries that it could not look at where they are
@@ -70,7 +70,7 @@ private:
     const logical_cells &          logical;
     const std::vector<layer> &     layers;
     const std::vector<span_list> & spans;
-    const refreekv_ring &          ring;
+    const query_ring &          ring;
     const layouts &                lay;
     row_mover &                    mover;
     cold_transfer &                transfer;
@@ -79,7 +79,7 @@ private:
     std::atomic<uint64_t> n_bytes_read    { 0 };
     std::atomic<uint64_t> n_bytes_bounced { 0 };
 
-    int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, refreekv_attention_scratch & memory, std::vector<uint8_t> & keep);
+    int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, attention_scratch & memory, std::vector<uint8_t> & keep);
 
     // false: no memory to move what stays
     bool take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);

@@ -4,17 +4,19 @@
 
 #include <algorithm>
 
-refreekv_ring::refreekv_ring(uint32_t n_queries, uint32_t n_seq) : n_queries(n_queries), n_seq(n_seq), pos_of_row((size_t) n_queries*n_seq, -1) {}
+namespace refreekv {
 
-int64_t refreekv_ring::row(llama_seq_id seq_id, llama_pos pos) const {
+query_ring::query_ring(uint32_t n_queries, uint32_t n_seq) : n_queries(n_queries), n_seq(n_seq), pos_of_row((size_t) n_queries*n_seq, -1) {}
+
+int64_t query_ring::row(llama_seq_id seq_id, llama_pos pos) const {
     return (int64_t) seq_id*n_queries + pos % n_queries;
 }
 
-uint32_t refreekv_ring::n_copy(const llama_ubatch & ubatch) const {
+uint32_t query_ring::n_copy(const llama_ubatch & ubatch) const {
     return std::min(ubatch.n_tokens, n_queries*std::max(1u, std::min(ubatch.n_seqs_unq, n_seq)));
 }
 
-std::vector<std::pair<uint32_t, int64_t>> refreekv_ring::wanted(const llama_ubatch & ubatch) const {
+std::vector<std::pair<uint32_t, int64_t>> query_ring::wanted(const llama_ubatch & ubatch) const {
     std::vector<std::pair<uint32_t, int64_t>> res;
     std::vector<uint32_t> n_taken(n_seq, 0);
 
@@ -33,7 +35,7 @@ std::vector<std::pair<uint32_t, int64_t>> refreekv_ring::wanted(const llama_ubat
     return res;
 }
 
-void refreekv_ring::set_input(ggml_tensor * src, ggml_tensor * dst, const llama_ubatch & ubatch) const {
+void query_ring::set_input(ggml_tensor * src, ggml_tensor * dst, const llama_ubatch & ubatch) const {
     const auto list = wanted(ubatch);
 
     std::vector<int32_t> src_data(dst->ne[0], 0);
@@ -48,13 +50,13 @@ void refreekv_ring::set_input(ggml_tensor * src, ggml_tensor * dst, const llama_
     ggml_backend_tensor_set(dst, dst_data.data(), 0, ggml_nbytes(dst));
 }
 
-void refreekv_ring::note(const llama_ubatch & ubatch) {
+void query_ring::note(const llama_ubatch & ubatch) {
     for (const auto & [i, row] : wanted(ubatch)) {
         pos_of_row[row] = ubatch.pos[i];
     }
 }
 
-void refreekv_ring::rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, llama_pos step, std::vector<int32_t> & rows, std::vector<llama_pos> & pos) const {
+void query_ring::rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, llama_pos step, std::vector<int32_t> & rows, std::vector<llama_pos> & pos) const {
     rows.clear();
     pos.clear();
 
@@ -74,10 +76,12 @@ void refreekv_ring::rows(llama_seq_id seq_id, llama_pos pos_max, uint32_t n, lla
     }
 }
 
-void refreekv_ring::forget(llama_seq_id seq_id) {
+void query_ring::forget(llama_seq_id seq_id) {
     if (seq_id < 0) {
         std::fill(pos_of_row.begin(), pos_of_row.end(), -1);
     } else if ((uint32_t) seq_id < n_seq) {
         std::fill_n(pos_of_row.begin() + (size_t) seq_id*n_queries, n_queries, -1);
     }
 }
+
+} // namespace refreekv

@@ -8,12 +8,14 @@
 
 struct llama_ubatch;
 
+namespace refreekv {
+
 // The last n_queries queries of every sequence, after RoPE, kept by the decoding graph: what the eviction graph needs to
 // know of the past. One tensor per layer, [n_embd_head*n_head, n_queries*n_seq + 1] f16; the last row takes what nobody
 // wants. The query at position p of sequence s lies in row s*n_queries + p % n_queries of every layer.
-class refreekv_ring {
+class query_ring {
 public:
-    refreekv_ring(uint32_t n_queries, uint32_t n_seq);
+    query_ring(uint32_t n_queries, uint32_t n_seq);
 
     int64_t n_rows() const { return (int64_t) n_queries*n_seq + 1; }
 
@@ -44,3 +46,5 @@ private:
     // the last tokens of each sequence that are worth a row: (token, row)
     std::vector<std::pair<uint32_t, int64_t>> wanted(const llama_ubatch & ubatch) const;
 };
+
+} // namespace refreekv

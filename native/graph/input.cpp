@@ -23,7 +23,7 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, const char * 
 }
 
 [[noreturn]] static void refuse(int il) {
-    refreekv_set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
+    set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
     throw std::runtime_error(refreekv_last_error());
 }
 
@@ -213,11 +213,11 @@ ggml_tensor * graph_input::decode(ggml_context * ctx, uint32_t i_layer, const at
         return nullptr;
     }
 
-    const refreekv_decode_call call = {
+    const decode_call call = {
         attn.q_cur, store.get_views().get_k(ctx, i_layer, false), store.get_views().get_v(ctx, i_layer, false), kind_of(i_layer).mask, attn.sinks, softmax, store.warm_of(i_layer),
     };
 
-    const auto * kernels = refreekv_find_kernels();
+    const auto * kernels = find_kernels();
 
     if (!kernels || !kernels->decode_fits(call)) {
         return nullptr;
@@ -264,13 +264,13 @@ llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const l
 
 // Views of rows and masks, their indices, the ring, and what our kernel has for upstream's operations: well below 32 a layer.
 uint32_t graph_extra_nodes(llama_memory_i * mem) {
-    const auto * store = refreekv_store::of(mem);
+    const auto * store = store::of(mem);
 
     return store ? 32*store->n_layers() : 0;
 }
 
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {
-    if (!refreekv_store::of(mem)) {
+    if (!store::of(mem)) {
         return;
     }
     for (size_t i = 0; i < backends.size(); ++i) {

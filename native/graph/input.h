@@ -33,7 +33,7 @@ public:
     llm_graph_input_attn_kv * base_of(const llm_graph_input_attn_kv_iswa & inp);
 
 private:
-    refreekv_store &      store;
+    refreekv::store &      store;
     const cache_context * mctx;
 
     const bool reservation; // worst case: one layout of n_ctx cells

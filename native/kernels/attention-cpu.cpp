@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <type_traits>
 
+namespace refreekv {
+
 static const int64_t CHUNK = 64; // cells
 static const int64_t STEP  = 4;  // cells whose logits are in registers together
 
@@ -57,18 +59,18 @@ static inline void dot_tile(const float * q, const float * k, int64_t k_stride, 
 
 // weights: per chunk of cells, head and row e^(logit - the largest of the chunk); factors make attention of them. Questions are
 // answered by reading the weights once.
-class refreekv_attention_cpu : public refreekv_attention {
+class attention_cpu : public refreekv::attention {
 public:
-    refreekv_attention_cpu(const refreekv_attention_inputs & in, refreekv_attention_scratch & memory);
+    attention_cpu(const attention_inputs & in, attention_scratch & memory);
 
     bool scores(join heads, std::vector<float> & out) override;
     bool read(float * out) override;
     bool block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) override;
 
 private:
-    const refreekv_attention_inputs in;
+    const attention_inputs in;
 
-    refreekv_attention_scratch & memory;
+    attention_scratch & memory;
 
     const int64_t n_gqa;
     const int64_t n_padded_rows; // n_rows, rounded up to whole vectors
@@ -102,7 +104,7 @@ private:
     void add_sums  (const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, float * out) const;
 };
 
-refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs & in_, refreekv_attention_scratch & memory) :
+attention_cpu::attention_cpu(const attention_inputs & in_, attention_scratch & memory) :
     in(in_), memory(memory), n_gqa(in.n_gqa), n_padded_rows(GGML_PAD(in.rows.size(), N_REG)), n_chunks((in.slots.size() + CHUNK - 1)/CHUNK) {
     n_cells = in.slots.size();
     n_rows  = in.rows.size();
@@ -111,17 +113,17 @@ refreekv_attention_cpu::refreekv_attention_cpu(const refreekv_attention_inputs &
     n_head_slice = std::clamp<int64_t>(memory.weights_limit/weights_bytes(1), 1, n_head);
 }
 
-size_t refreekv_attention_cpu::weights_bytes(int64_t n_heads) const {
+size_t attention_cpu::weights_bytes(int64_t n_heads) const {
     return sizeof(float)*n_chunks*CHUNK*n_padded_rows*n_heads;
 }
 
-float * refreekv_attention_cpu::weights(int64_t chunk, int64_t head) const {
+float * attention_cpu::weights(int64_t chunk, int64_t head) const {
     return (float *) memory.weights.data() + (chunk*n_heads + head)*CHUNK*n_padded_rows;
 }
 
 // f() once the weights of a slice are there, for each slice in turn
 template <typename F>
-void refreekv_attention_cpu::for_each_slice(F && f) {
+void attention_cpu::for_each_slice(F && f) {
     for (int64_t h = 0; h < n_head; h += n_head_slice) {
         if (h != first_head) {
             compute_slice(h, std::min<int64_t>(n_head_slice, n_head - h));
@@ -130,7 +132,7 @@ void refreekv_attention_cpu::for_each_slice(F && f) {
     }
 }
 
-void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
+void attention_cpu::compute_slice(int64_t h, int64_t n) {
     memory.weights.resize(weights_bytes(n));
 
     first_head = h;
@@ -145,7 +147,7 @@ void refreekv_attention_cpu::compute_slice(int64_t h, int64_t n) {
     join_chunks();
 }
 
-void refreekv_attention_cpu::pack_queries() {
+void attention_cpu::pack_queries() {
     const int64_t n_embd_head = in.n_embd_head;
 
     const size_t size = n_heads*n_padded_rows*n_embd_head;
@@ -172,7 +174,7 @@ void refreekv_attention_cpu::pack_queries() {
     }
 }
 
-void refreekv_attention_cpu::weigh_chunks() {
+void attention_cpu::weigh_chunks() {
     const int64_t n_embd_head = in.n_embd_head;
     const int64_t first_kv    = first_head/n_gqa;
     const int64_t n_embd      = n_embd_head*((first_head + n_heads - 1)/n_gqa - first_kv + 1); // of the KV heads of the slice
@@ -262,7 +264,7 @@ void refreekv_attention_cpu::weigh_chunks() {
 }
 
 // from the sums of the chunks to their factors
-void refreekv_attention_cpu::join_chunks() {
+void attention_cpu::join_chunks() {
     const int64_t n_line = n_heads*n_padded_rows;
 
     for (int64_t l = 0; l < n_line; l += N_REG) {
@@ -294,7 +296,7 @@ void refreekv_attention_cpu::join_chunks() {
     }
 }
 
-bool refreekv_attention_cpu::scores(join heads, std::vector<float> & out) {
+bool attention_cpu::scores(join heads, std::vector<float> & out) {
     out.assign(n_chunks*CHUNK, 0.0f);
 
     for_each_slice([&]() { add_scores(heads, out.data()); });
@@ -303,7 +305,7 @@ bool refreekv_attention_cpu::scores(join heads, std::vector<float> & out) {
     return true;
 }
 
-void refreekv_attention_cpu::add_scores(join heads, float * out) const {
+void attention_cpu::add_scores(join heads, float * out) const {
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
         for (int64_t h = 0; h < n_heads; ++h) {
             const float * f = factors.data() + (chunk*n_heads + h)*n_padded_rows;
@@ -328,7 +330,7 @@ void refreekv_attention_cpu::add_scores(join heads, float * out) const {
     }
 }
 
-bool refreekv_attention_cpu::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
+bool attention_cpu::block_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, std::vector<float> & out) {
     out.assign((size_t) n_head*n_rows*n_blocks, 0.0f);
 
     for_each_slice([&]() { add_sums(block, n_blocks, squared, out.data() + first_head*n_rows*n_blocks); });
@@ -336,7 +338,7 @@ bool refreekv_attention_cpu::block_sums(const std::vector<int32_t> & block, uint
     return true;
 }
 
-void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, float * out) const {
+void attention_cpu::add_sums(const std::vector<int32_t> & block, uint32_t n_blocks, bool squared, float * out) const {
     std::vector<float> sums(n_heads*n_blocks*n_padded_rows, 0.0f); // [n_heads][n_blocks][n_padded_rows]
 
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
@@ -368,7 +370,7 @@ void refreekv_attention_cpu::add_sums(const std::vector<int32_t> & block, uint32
     }
 }
 
-bool refreekv_attention_cpu::read(float * out) {
+bool attention_cpu::read(float * out) {
     for_each_slice([&]() {
         for (int64_t h = 0; h < n_heads; ++h) {
             float * head = out + (first_head + h)*n_rows*n_cells;
@@ -387,11 +389,13 @@ bool refreekv_attention_cpu::read(float * out) {
     return true;
 }
 
-std::unique_ptr<refreekv_attention> refreekv_attention_cpu_make(const refreekv_attention_inputs & in, refreekv_attention_scratch & memory) {
+std::unique_ptr<refreekv::attention> make_attention_cpu(const attention_inputs & in, attention_scratch & memory) {
     const bool fits = ggml_backend_is_cpu(in.backend) && in_host_memory(in.k) && in_host_memory(in.ring) && in.ring->type == GGML_TYPE_F16 &&
                       has_to_float(in.k->type) && in.n_embd_head % ggml_blck_size(in.k->type) == 0;
 
-    return fits ? std::make_unique<refreekv_attention_cpu>(in, memory) : nullptr;
+    return fits ? std::make_unique<attention_cpu>(in, memory) : nullptr;
 }
+
+} // namespace refreekv
 
 #endif

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <utility>
 
+namespace refreekv {
+
 static const int64_t CELLS = REFREEKV_CODED_CELLS;
 static const int64_t LINE  = 64; // bytes
 
@@ -187,5 +189,6 @@ static inline void store_bytes(uint8_t * dst, const iregs x[N_16]) {
 #endif
 }
 
+} // namespace refreekv
 
 #endif

@@ -6,6 +6,8 @@
 
 #include <vector>
 
+namespace refreekv {
+
 static const int MAX_N = 4; // queries or heads at a time
 
 template <int B>
@@ -177,7 +179,7 @@ static inline void with_bits(int bits, int64_t n, F && f) {
     }
 }
 
-bool refreekv_codes_fit(int64_t n_channels, int bits) {
+bool codes_fit(int64_t n_channels, int bits) {
     return n_channels % N_LANES == 0 && bits >= 2 && bits <= 6;
 }
 
@@ -188,7 +190,7 @@ static float * memory_of(size_t n) {
     return aligned(memory, n);
 }
 
-void refreekv_dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits) {
+void dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits) {
     float * middle = memory_of((2 + MAX_N)*n_channels);
     float * step   = middle + n_channels;
 
@@ -199,7 +201,7 @@ void refreekv_dot_codes(const uint8_t * codes, int64_t n_channels, int bits, con
     });
 }
 
-void refreekv_add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out) {
+void add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out) {
     float * middle = memory_of(2*n_channels);
     float * step   = middle + n_channels;
 
@@ -210,5 +212,6 @@ void refreekv_add_codes(const uint8_t * codes, int64_t n_channels, int bits, con
     });
 }
 
+} // namespace refreekv
 
 #endif

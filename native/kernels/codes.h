@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+namespace refreekv {
+
 // K or V of 64 neighbouring cells of one KV head in a few bits a number: every channel has its least number and its step (f16), and
 // of each cell a code. number = least + step*code, about.
 //
@@ -20,24 +22,26 @@
 
 static const int64_t REFREEKV_CODED_CELLS = 64;
 
-static inline size_t refreekv_codes_bytes(int64_t n_channels, int bits) {
+static inline size_t codes_bytes(int64_t n_channels, int bits) {
     return n_channels*(2*sizeof(uint16_t) + REFREEKV_CODED_CELLS*bits/8);
 }
 
 // what the kernels can: n is a multiple of 16, bits are 2 to 6
-bool refreekv_codes_fit(int64_t n_channels, int bits);
+bool codes_fit(int64_t n_channels, int bits);
 
 // rows: n_cells of them, [n_channels] each, stride numbers apart; those that lack to 64 get codes, too
-void refreekv_encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
+void encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
 
 // one cell, [n_channels]: for tests, and where speed does not matter
-void refreekv_decode_cell(const uint8_t * codes, int64_t cell, int64_t n_channels, int bits, bool is_v, float * out);
+void decode_cell(const uint8_t * codes, int64_t cell, int64_t n_channels, int bits, bool is_v, float * out);
 
 // logits[i][cell] = q[i] . K of the cell, for n queries: [n][n_channels] -> [n][64]. The products of a query and the steps are rounded to
 // whole multiples of unit[i], from -127 to 127: unit[i] is at least the largest of them, over 127. What rounding takes from them is put
 // back as if all codes were the middle one
-void refreekv_dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits);
+void dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits);
 
 // out[i] += sum over the cells of w[i][cell] * V of the cell, for n heads: [n][64] -> [n][n_channels]. The weights are not negative, and
 // are rounded in the same way, to 127ths of the largest of them
-void refreekv_add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out);
+void add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out);
+
+} // namespace refreekv

@@ -15,12 +15,14 @@
 #include <cmath>
 #include <vector>
 
+namespace refreekv {
+
 static const int64_t MAX_TOKENS = 4; // that share the work on a cell; of more, each is one thread's
 
 // dst: [n_part, n_head*n_tokens, n_chunks]
 static void attend_hot(ggml_tensor * dst, int ith, int nth, void * userdata) {
     for (int64_t chunk = ith; chunk < dst->ne[2]; chunk += nth) {
-        refreekv_attend_chunk(dst, *(const refreekv_decode_softmax *) userdata, chunk, 0, dst->src[0]->ne[2], (float *) ((char *) dst->data + chunk*dst->nb[2]));
+        attend_chunk(dst, *(const decode_softmax *) userdata, chunk, 0, dst->src[0]->ne[2], (float *) ((char *) dst->data + chunk*dst->nb[2]));
     }
 }
 
@@ -48,11 +50,11 @@ struct lines {
     static int64_t spans_size(const shape & s, int64_t n_tokens, int64_t n_blocks) {
         const int64_t n_lines = s.n_head*n_tokens;
 
-        return n_lines*s.n_part*refreekv_warm_spans(n_blocks) + GGML_PAD(n_lines, N_LANES);
+        return n_lines*s.n_part*warm_spans(n_blocks) + GGML_PAD(n_lines, N_LANES);
     }
 
     lines(const shape & s, int64_t n_tokens, int64_t n_blocks, float * memory, float * memory_spans = nullptr) :
-        n_lines(s.n_head*n_tokens), n_blocks(n_blocks), n_padded(GGML_PAD(n_blocks, N_LANES)), n_spans(refreekv_warm_spans(n_blocks)) {
+        n_lines(s.n_head*n_tokens), n_blocks(n_blocks), n_padded(GGML_PAD(n_blocks, N_LANES)), n_spans(warm_spans(n_blocks)) {
         parts  = memory;
         weights = parts + s.n_chunks*n_lines*s.n_part;
         tops   = weights + n_lines*n_blocks*REFREEKV_CODED_CELLS;
@@ -61,7 +63,7 @@ struct lines {
         lse    = spans  + n_spans*n_lines*s.n_part;
     }
 
-    refreekv_warm_judged judged(int64_t r) const {
+    warm_judged judged(int64_t r) const {
         return { weights + r*n_blocks*REFREEKV_CODED_CELLS, tops + r*n_padded, totals + r*n_padded };
     }
 };
@@ -77,9 +79,9 @@ static void for_units(const shape & s, const lines & l, int64_t ith, int64_t nth
 }
 
 // the first pass over a span of warm cells, in one KV head
-static void judge_span(const refreekv_warm_view & warm, const shape & s, const lines & l, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
+static void judge_span(const warm_view & warm, const shape & s, const lines & l, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
     const float *        queries[REFREEKV_WARM_GQA];
-    refreekv_warm_judged judged [REFREEKV_WARM_GQA];
+    warm_judged judged [REFREEKV_WARM_GQA];
 
     for (int64_t i = 0; i < s.n_gqa; ++i) {
         queries[i] = query_of(q, token, h_kv*s.n_gqa + i);
@@ -90,13 +92,13 @@ static void judge_span(const refreekv_warm_view & warm, const shape & s, const l
             judged[i].totals[b] = 0.0f;
         }
     }
-    refreekv_warm_judge(warm, token, h_kv, s.n_gqa, span, queries, judged);
+    warm_judge(warm, token, h_kv, s.n_gqa, span, queries, judged);
 }
 
 // the second one
-static void attend_span(const refreekv_warm_view & warm, const shape & s, const lines & l, const float * lse, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
+static void attend_span(const warm_view & warm, const shape & s, const lines & l, const float * lse, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
     const float *        queries[REFREEKV_WARM_GQA];
-    refreekv_warm_judged judged [REFREEKV_WARM_GQA];
+    warm_judged judged [REFREEKV_WARM_GQA];
     float *              out    [REFREEKV_WARM_GQA];
 
     for (int64_t i = 0; i < s.n_gqa; ++i) {
@@ -106,12 +108,12 @@ static void attend_span(const refreekv_warm_view & warm, const shape & s, const 
         judged [i] = l.judged(r);
         out    [i] = l.spans + (span*l.n_lines + r)*s.n_part;
     }
-    refreekv_warm_attend(warm, token, h_kv, s.n_gqa, span, queries, judged, lse + t*s.n_head + h_kv*s.n_gqa, out);
+    warm_attend(warm, token, h_kv, s.n_gqa, span, queries, judged, lse + t*s.n_head + h_kv*s.n_gqa, out);
 }
 
 // the logarithm of the sum of a line's weights, as far as it is known by the codes
 static float estimate_lse(const shape & s, const lines & l, int64_t r, float sink) {
-    const refreekv_warm_judged judged = l.judged(r);
+    const warm_judged judged = l.judged(r);
 
     lanes most = sink - lanes {};
     for (int64_t b = 0; b < l.n_padded; b += N_LANES) {
@@ -198,11 +200,11 @@ static void join_hot(ggml_tensor * dst, int ith, int nth, void *) {
 }
 
 // Three operations where there are warm cells and few tokens. Sources: q, k, v, mask, and what the ones before have put out; the sinks
-// last. userdata: a refreekv_warm_view
+// last. userdata: a warm_view
 
 // dst: lines, without what the second one adds
 static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & warm = *(const refreekv_warm_view *) userdata;
+    const auto & warm = *(const warm_view *) userdata;
 
     const ggml_tensor * q = dst->src[0];
 
@@ -210,7 +212,7 @@ static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->data);
 
     for (int64_t i = ith; i < s.n_chunks; i += nth) {
-        refreekv_attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
+        attend_chunk(dst, *warm.softmax, i, 0, q->ne[2], l.parts + i*l.n_lines*s.n_part);
     }
 
     for_units(s, l, ith, nth, [&](int64_t h_kv, int64_t span) {
@@ -222,7 +224,7 @@ static void judge(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 // dst: spans of lines, and lse
 static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & warm = *(const refreekv_warm_view *) userdata;
+    const auto & warm = *(const warm_view *) userdata;
 
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * sinks = dst->src[4];
@@ -250,7 +252,7 @@ static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 // dst: [n_embd_head_v*n_head, n_tokens]
 static void join_all(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & warm = *(const refreekv_warm_view *) userdata;
+    const auto & warm = *(const warm_view *) userdata;
 
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * sinks = dst->src[5];
@@ -265,7 +267,7 @@ static void join_all(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 // The same for many tokens, each by one thread. Sources: q, k, v, mask, sinks; dst: [n_embd_head_v*n_head, n_tokens]
 static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & warm = *(const refreekv_warm_view *) userdata;
+    const auto & warm = *(const warm_view *) userdata;
 
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * sinks = dst->src[4];
@@ -278,7 +280,7 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
 
     for (int64_t t = ith; t < q->ne[2]; t += nth) {
         for (int64_t c = 0; c < s.n_chunks; ++c) {
-            refreekv_attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
+            attend_chunk(dst, *warm.softmax, c, t, 1, l.parts + c*l.n_lines*s.n_part);
         }
         for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { judge_span(warm, s, l, q, t, 0, h_kv, span); });
         for (int64_t h = 0; h < s.n_head; ++h) {
@@ -291,11 +293,11 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
     }
 }
 
-static bool has_warm(const refreekv_decode_call & call) {
+static bool has_warm(const decode_call & call) {
     return call.warm && call.warm->n_blocks > 0;
 }
 
-bool refreekv_decode_fits(const refreekv_decode_call & call) {
+bool decode_fits(const decode_call & call) {
     const ggml_tensor * q = call.q;
     const ggml_tensor * k = call.k;
     const ggml_tensor * v = call.v;
@@ -306,7 +308,7 @@ bool refreekv_decode_fits(const refreekv_decode_call & call) {
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;
 }
 
-ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes) {
+ggml_tensor * decode(ggml_context * ctx, const decode_call & call, std::vector<ggml_tensor *> & nodes) {
     const shape s(call.q, call.k, call.v);
 
     const int64_t n_tokens = call.q->ne[2];
@@ -335,5 +337,7 @@ ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & c
     ggml_tensor * spans  = node(lines::spans_size(s, n_tokens, n_blocks),        1, 1, { call.q, call.k, call.v, judged },         attend_warm, call.warm);
     return                 node(s.n_v*s.n_head, n_tokens, 1,                           { call.q, call.k, call.v, judged, spans }, join_all,    call.warm);
 }
+
+} // namespace refreekv
 
 #endif

@@ -4,7 +4,9 @@
 
 #include <vector>
 
-struct refreekv_warm_view;
+namespace refreekv {
+
+struct warm_view;
 
 // Attention of a few tokens to one group on the CPU, in the place of build_attn_mha's ops: each row of K and V is read once
 // for all the query heads that share it, and the cells are divided among the threads (llama.cpp divides the heads, and
@@ -18,25 +20,27 @@ struct refreekv_warm_view;
 // Batches of many tokens are left to upstream's operations, unless there are warm cells: then each thread does whole tokens.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
-struct refreekv_decode_softmax {
+struct decode_softmax {
     float pre_scale;
     float soft_cap; // 0: none
     float post_scale;
     float max_bias; // ALiBi; 0: none
 };
 
-struct refreekv_decode_call {
+struct decode_call {
     ggml_tensor * q;     // [n_embd_head_k, n_head, n_tokens] f32, its heads those of k in order, n_gqa for each
     ggml_tensor * k;     // [n_embd_head_k, n_head_kv, n_kv], any type with a to_float
     ggml_tensor * v;     // [n_embd_head_v, n_head_kv, n_kv], or [n_kv, n_head_kv, n_embd_head_v]
     ggml_tensor * mask;  // [n_kv, n_tokens] f32 or f16
     ggml_tensor * sinks; // [n_head] f32; nullptr: none
 
-    const refreekv_decode_softmax * softmax; // has to outlive the graph
+    const decode_softmax * softmax; // has to outlive the graph
 
-    const refreekv_warm_view * warm; // likewise; nullptr, or without blocks: there are no warm cells
+    const warm_view * warm; // likewise; nullptr, or without blocks: there are no warm cells
 };
 
-// Only in ggml's CPU backend; libllama reaches them through refreekv_kernels, which says what they do.
-bool refreekv_decode_fits(const refreekv_decode_call & call);
-ggml_tensor * refreekv_decode(ggml_context * ctx, const refreekv_decode_call & call, std::vector<ggml_tensor *> & nodes);
+// Only in ggml's CPU backend; libllama reaches them through refreekv::kernels, which says what they do.
+bool decode_fits(const decode_call & call);
+ggml_tensor * decode(ggml_context * ctx, const decode_call & call, std::vector<ggml_tensor *> & nodes);
+
+} // namespace refreekv

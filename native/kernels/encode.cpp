@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <vector>
 
+namespace refreekv {
+
 // where the code of a cell is: its pack, its line there, its byte
 struct place {
     int64_t pack;
@@ -33,7 +35,7 @@ static inline void for_planes(int bits, F && f) {
     }
 }
 
-void refreekv_encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst) {
+void encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst) {
     const int   n_codes = 1 << bits;
     uint16_t *  meta    = (uint16_t *) dst;
     uint8_t *   packs   = dst + n_channels*2*sizeof(uint16_t);
@@ -126,7 +128,7 @@ void refreekv_encode(const float * rows, int64_t stride, int64_t n_cells, int64_
     }
 }
 
-void refreekv_decode_cell(const uint8_t * src, int64_t cell, int64_t n_channels, int bits, bool is_v, float * out) {
+void decode_cell(const uint8_t * src, int64_t cell, int64_t n_channels, int bits, bool is_v, float * out) {
     const uint16_t * meta  = (const uint16_t *) src;
     const uint8_t *  packs = src + n_channels*2*sizeof(uint16_t);
 
@@ -149,5 +151,6 @@ void refreekv_decode_cell(const uint8_t * src, int64_t cell, int64_t n_channels,
     }
 }
 
+} // namespace refreekv
 
 #endif

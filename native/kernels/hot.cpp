@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <vector>
 
-void refreekv_attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out) {
+namespace refreekv {
+
+void attend_chunk(const ggml_tensor * dst, const decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
@@ -85,5 +87,6 @@ void refreekv_attend_chunk(const ggml_tensor * dst, const refreekv_decode_softma
     }
 }
 
+} // namespace refreekv
 
 #endif

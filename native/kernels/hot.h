@@ -7,6 +7,8 @@
 
 #ifdef REFREEKV_LANES
 
+namespace refreekv {
+
 static const int64_t CHUNK = 128; // cells; what one thread takes at a time
 
 static inline bool is_trans(const ggml_tensor * v) {
@@ -39,6 +41,8 @@ static inline const float * query_of(const ggml_tensor * q, int64_t t, int64_t h
 
 // Parts of tokens t0 .. t0 + n_tokens - 1 of a chunk of cells that are held: [n_tokens][n_head][n_part]; after each weighted sum of V the
 // maximum of the scores and the sum of the weights
-void refreekv_attend_chunk(const ggml_tensor * dst, const refreekv_decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out);
+void attend_chunk(const ggml_tensor * dst, const decode_softmax & by, int64_t chunk, int64_t t0, int64_t n_tokens, float * out);
+
+} // namespace refreekv
 
 #endif

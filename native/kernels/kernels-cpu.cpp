@@ -7,15 +7,17 @@
 #include "kernels/kernels.h"
 #include "kernels/lanes.h"
 
-const refreekv_kernels * refreekv_cpu_kernels() {
+namespace refreekv {
+
+const refreekv::kernels * cpu_kernels() {
 #ifdef REFREEKV_LANES
-    static const refreekv_kernels kernels = {
-        refreekv_attention_cpu_make,
-        refreekv_decode_fits,
-        refreekv_decode,
+    static const refreekv::kernels kernels = {
+        make_attention_cpu,
+        decode_fits,
+        decode,
         [](ggml_type type, const uint8_t * src, float * dst, int64_t n) { to_float(type, (const char *) src, dst, n); },
-        refreekv_codes_fit,
-        refreekv_encode,
+        codes_fit,
+        encode,
     };
 
     return &kernels;
@@ -23,3 +25,5 @@ const refreekv_kernels * refreekv_cpu_kernels() {
     return nullptr;
 #endif
 }
+
+} // namespace refreekv

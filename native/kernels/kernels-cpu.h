@@ -1,7 +1,11 @@
 #pragma once
 
-// The table of kernels, for the patched ggml-cpu.cpp. struct refreekv_kernels: kernels/kernels.h
-struct refreekv_kernels;
+namespace refreekv {
+
+// The table of kernels, for the patched ggml-cpu.cpp. struct kernels: kernels/kernels.h
+struct kernels;
 
 // nullptr: this compiler lacks what the kernels are written with
-const refreekv_kernels * refreekv_cpu_kernels();
+const refreekv::kernels * cpu_kernels();
+
+} // namespace refreekv

@@ -28,6 +28,8 @@
 #include <arm_neon.h>
 #endif
 
+namespace refreekv {
+
 #pragma GCC diagnostic ignored "-Wpsabi" // vectors wider than the machine's are passed in memory, and only inlined here
 
 typedef float   lanes  __attribute__((vector_size(64)));
@@ -240,5 +242,7 @@ static inline bool in_host_memory(const ggml_tensor * t) {
 
     return owner->buffer && ggml_backend_buffer_is_host(owner->buffer);
 }
+
+} // namespace refreekv
 
 #endif

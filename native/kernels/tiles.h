@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 
+namespace refreekv {
+
 static const int64_t TILE = N_LANES; // rows
 
 static inline void prefetch(const char * p, size_t n) {
@@ -120,7 +122,7 @@ static inline tile_fn add_tile_of(int64_t n) {
 }
 
 // the scores of n cells become weights relative to their maximum
-static inline void weigh(float * s, int64_t n, const float * mask, const refreekv_decode_softmax & by, float slope, float & top, float & total) {
+static inline void weigh(float * s, int64_t n, const float * mask, const decode_softmax & by, float slope, float & top, float & total) {
     reg m = reg {} - INFINITY;
     for (int64_t i = 0; i < n; i += N_REG) {
         reg x = load_reg(s + i)*by.pre_scale;
@@ -145,5 +147,7 @@ static inline void weigh(float * s, int64_t n, const float * mask, const refreek
     }
     total = sum(t);
 }
+
+} // namespace refreekv
 
 #endif

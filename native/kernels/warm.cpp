@@ -11,16 +11,18 @@
 #include <cmath>
 #include <vector>
 
+namespace refreekv {
+
 static const int64_t CELLS = REFREEKV_CODED_CELLS;
 
 // A block that gets less than this of a line's attention adds nothing to it
 static const float NOTHING = 1e-5f;
 
-static const uint8_t * codes_k(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
+static const uint8_t * codes_k(const warm_view & warm, int64_t block, int64_t h_kv) {
     return warm.blocks_k[block] + h_kv*warm.next_head_k;
 }
 
-static const uint8_t * codes_v(const refreekv_warm_view & warm, int64_t block, int64_t h_kv) {
+static const uint8_t * codes_v(const warm_view & warm, int64_t block, int64_t h_kv) {
     return warm.blocks_v[block] + h_kv*warm.next_head_v;
 }
 
@@ -33,7 +35,7 @@ static inline void prefetch_far(const uint8_t * p, size_t n) {
     }
 }
 
-static inline reg finished(reg x, const refreekv_decode_softmax & by) {
+static inline reg finished(reg x, const decode_softmax & by) {
     x *= by.pre_scale;
     if (by.soft_cap > 0.0f) {
         x = tanh(x)*by.soft_cap;
@@ -41,7 +43,7 @@ static inline reg finished(reg x, const refreekv_decode_softmax & by) {
     return x*by.post_scale;
 }
 
-void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * out) {
+void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * out) {
     thread_local std::vector<float> scratch;
 
     float * logits = aligned(scratch, (n_gqa + 1)*CELLS); // [n_gqa][CELLS]
@@ -69,9 +71,9 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
         }
 
         if (b + AHEAD < warm.n_blocks) {
-            prefetch_far(codes_k(warm, b + AHEAD, h_kv), refreekv_codes_bytes(warm.n_k, warm.bits_k));
+            prefetch_far(codes_k(warm, b + AHEAD, h_kv), codes_bytes(warm.n_k, warm.bits_k));
         }
-        refreekv_dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, unit, n_gqa, logits);
+        dot_codes(codes_k(warm, b, h_kv), warm.n_k, warm.bits_k, q, unit, n_gqa, logits);
 
         const bool whole = warm.there[b] == ~0ull;
         for (int64_t j = 0; j < CELLS && !whole; ++j) {
@@ -107,7 +109,7 @@ void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t
 }
 
 // a row takes part as it is: out[i] of the n_gqa heads
-static void attend_row(const refreekv_warm_view & warm, const uint8_t * row, int64_t n_gqa, const float * const * q, const float * lse, float * memory, float * const * out) {
+static void attend_row(const warm_view & warm, const uint8_t * row, int64_t n_gqa, const float * const * q, const float * lse, float * memory, float * const * out) {
     float * k = memory;
     float * v = k + warm.n_k;
 
@@ -129,7 +131,7 @@ static void attend_row(const refreekv_warm_view & warm, const uint8_t * row, int
 }
 
 // the cells of a block to which one of the heads gives theta or more
-static uint64_t peaks_of(const refreekv_warm_judged * judged, int64_t block, int64_t n_gqa, const float * factors, float theta) {
+static uint64_t peaks_of(const warm_judged * judged, int64_t block, int64_t n_gqa, const float * factors, float theta) {
     uint64_t res = 0;
     for (int64_t i = 0; i < n_gqa; ++i) {
         if (factors[i] >= theta) {
@@ -142,7 +144,7 @@ static uint64_t peaks_of(const refreekv_warm_judged * judged, int64_t block, int
     return res;
 }
 
-void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * judged, const float * lse, float * const * out) {
+void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, float * const * out) {
     const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + ggml_row_size(warm.type_v, warm.n_v);
 
     thread_local std::vector<float>   scratch;
@@ -178,7 +180,7 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
 
     float   theta  = warm.theta;
     int64_t n_read = 0;
-    for (int64_t n = n_wanted; n > refreekv_warm_budget(warm.theta); n = count(theta)) {
+    for (int64_t n = n_wanted; n > warm_budget(warm.theta); n = count(theta)) {
         theta *= 2.0f;
     }
 
@@ -190,7 +192,7 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
         if (b + AHEAD < warm.n_blocks) {
             for (int64_t i = 0; i < n_gqa; ++i) {
                 if (judged[i].totals[b + AHEAD]*expf(judged[i].tops[b + AHEAD] - lse[i]) >= NOTHING) {
-                    prefetch_far(codes_v(warm, b + AHEAD, h_kv), refreekv_codes_bytes(warm.n_v, warm.bits_v));
+                    prefetch_far(codes_v(warm, b + AHEAD, h_kv), codes_bytes(warm.n_v, warm.bits_v));
                     break;
                 }
             }
@@ -238,12 +240,12 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
             w [n] = dst;
             to[n] = out[i];
             if (++n == 16) {
-                refreekv_add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+                add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
                 n = 0;
             }
         }
         if (n > 0) {
-            refreekv_add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+            add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
         }
     }
 
@@ -252,5 +254,7 @@ void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_
         *warm.n_left += n_wanted - n_read;
     }
 }
+
+} // namespace refreekv
 
 #endif

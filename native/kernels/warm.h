@@ -7,13 +7,15 @@
 #include <cstddef>
 #include <cstdint>
 
-struct refreekv_decode_softmax;
+namespace refreekv {
+
+struct decode_softmax;
 
 // What decoding sees of the warm cells of one layer: the cells whose K and V are held in codes (kernels/codes.h). It attends to all of them
 // by their codes. Where a query head gives a cell theta of its attention or more, estimated by the codes, the cell's exact K and V take
 // their place, for all query heads of that KV head.
-struct refreekv_warm_view {
-    const refreekv_decode_softmax * softmax;
+struct warm_view {
+    const decode_softmax * softmax;
 
     int64_t n_head_kv;
     int64_t n_k;     // channels of a head
@@ -51,25 +53,27 @@ static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head
 // blocks that one thread takes at a time, for one KV head
 static const int64_t REFREEKV_WARM_SPAN = 8;
 
-static inline int64_t refreekv_warm_spans(int64_t n_blocks) {
+static inline int64_t warm_spans(int64_t n_blocks) {
     return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;
 }
 
 // Rows that a token reads of a span at most. (A head can give theta to 1/theta rows.) Beyond it those with the largest weights are read
-static inline int64_t refreekv_warm_budget(float theta) {
+static inline int64_t warm_budget(float theta) {
     return std::max(16.0f, std::min(0.1f/theta, (float) (REFREEKV_WARM_SPAN*64)));
 }
 
 // The lines of heads that a pass works on: line i is head h_kv*n_gqa + i of a token
-struct refreekv_warm_judged {
+struct warm_judged {
     float * weights; // [n_blocks*64] e^(logit - top)
     float * tops;    // [n_blocks, rounded up to N_LANES] the largest logit of each block; -infinity: none
     float * totals;  // of a block's weights
 };
 
 // First pass: the weights of a span of blocks, within each block. q, out: of the n_gqa heads of the KV head
-void refreekv_warm_judge(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * out);
+void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * out);
 
 // Second pass, once lse is known, the logarithm of the sum of all e^logit, hot and warm, of each line: out[i]: [n_v] the weighted sum
 // of V, and behind it the sum of the weights, both relative to e^lse
-void refreekv_warm_attend(const refreekv_warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const refreekv_warm_judged * judged, const float * lse, float * const * out);
+void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, float * const * out);
+
+} // namespace refreekv

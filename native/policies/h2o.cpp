@@ -6,18 +6,22 @@
 
 #include <algorithm>
 
-bool refreekv_policy_h2o(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
-    const uint32_t n        = attn.n_cells;
-    const uint32_t n_budget = refreekv_budget(params, n);
+namespace refreekv {
 
-    res.order  = refreekv_order_head(params, n, std::max(1u, n_budget/2), pinned);
-    res.n_keep = refreekv_cuts(params, n, std::max<uint32_t>(res.order.size(), n_budget)).front();
+bool policy_h2o(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res) {
+    const uint32_t n        = attn.n_cells;
+    const uint32_t n_budget = budget(params, n);
+
+    res.order  = order_head(params, n, std::max(1u, n_budget/2), pinned);
+    res.n_keep = cuts(params, n, std::max<uint32_t>(res.order.size(), n_budget)).front();
 
     std::vector<float> score; // the mean over rows sorts as the sum does
-    if (!attn.scores(refreekv_attention::join::MEAN, score)) {
+    if (!attn.scores(attention::join::MEAN, score)) {
         return false;
     }
-    refreekv_order_rest(res.order, score);
+    order_rest(res.order, score);
 
     return true;
 }
+
+} // namespace refreekv

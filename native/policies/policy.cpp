@@ -3,23 +3,25 @@
 #include <algorithm>
 #include <cmath>
 
-refreekv_policy_fn refreekv_policy_find(int32_t kind) {
+namespace refreekv {
+
+policy_fn policy_find(int32_t kind) {
     switch (kind) {
-        case REFREEKV_POLICY_STREAMING: return refreekv_policy_streaming;
-        case REFREEKV_POLICY_REFREEKV:  return refreekv_policy_refreekv;
-        case REFREEKV_POLICY_SNAPKV:    return refreekv_policy_snapkv;
-        case REFREEKV_POLICY_H2O:       return refreekv_policy_h2o;
-        case REFREEKV_POLICY_PYRAMIDKV: return refreekv_policy_pyramidkv;
-        case REFREEKV_POLICY_TOP_P:     return refreekv_policy_top_p;
+        case REFREEKV_POLICY_STREAMING: return policy_streaming;
+        case REFREEKV_POLICY_REFREEKV:  return policy_refreekv;
+        case REFREEKV_POLICY_SNAPKV:    return policy_snapkv;
+        case REFREEKV_POLICY_H2O:       return policy_h2o;
+        case REFREEKV_POLICY_PYRAMIDKV: return policy_pyramidkv;
+        case REFREEKV_POLICY_TOP_P:     return policy_top_p;
         default:                        return nullptr;
     }
 }
 
-bool refreekv_policy_looks(int32_t kind) {
+bool policy_looks(int32_t kind) {
     return kind != REFREEKV_POLICY_ELASTIC && kind != REFREEKV_POLICY_STREAMING;
 }
 
-bool refreekv_policy_has_budget(int32_t kind) {
+bool policy_has_budget(int32_t kind) {
     switch (kind) {
         case REFREEKV_POLICY_STREAMING:
         case REFREEKV_POLICY_SNAPKV:
@@ -29,14 +31,14 @@ bool refreekv_policy_has_budget(int32_t kind) {
     }
 }
 
-const char * refreekv_policy_check(const refreekv_params & p) {
-    if (!refreekv_policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
+const char * policy_check(const refreekv_params & p) {
+    if (!policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
         return "policy: unknown kind";
     }
     if (p.turns < REFREEKV_TURNS_NONE || p.turns > REFREEKV_TURNS_RESTORE) {
         return "turns: must be none, drop or restore";
     }
-    if (p.turns != REFREEKV_TURNS_NONE && !refreekv_policy_find(p.policy)) {
+    if (p.turns != REFREEKV_TURNS_NONE && !policy_find(p.policy)) {
         return "turns: must be none for this policy, which evicts nothing by itself";
     }
     if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
@@ -87,13 +89,13 @@ const char * refreekv_policy_check(const refreekv_params & p) {
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
         return "top_p: must be above 0 and at most 1";
     }
-    if (refreekv_policy_has_budget(p.policy) && !(p.budget > 0.0)) {
+    if (policy_has_budget(p.policy) && !(p.budget > 0.0)) {
         return "budget: must be a fraction in (0, 1] or a count of cells > 1";
     }
     return nullptr;
 }
 
-std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned) {
+std::vector<uint32_t> order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned) {
     std::vector<uint32_t> order;
     std::vector<uint8_t>  taken(n_cells, 0);
 
@@ -121,7 +123,7 @@ std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32
     return order;
 }
 
-void refreekv_order_rest(std::vector<uint32_t> & order, const std::vector<float> & score) {
+void order_rest(std::vector<uint32_t> & order, const std::vector<float> & score) {
     std::vector<uint8_t> taken(score.size(), 0);
     for (uint32_t j : order) {
         taken[j] = 1;
@@ -138,7 +140,7 @@ void refreekv_order_rest(std::vector<uint32_t> & order, const std::vector<float>
 }
 
 // out[j] = max of in[j - n/2 .. j + n/2], in O(n_cells)
-std::vector<float> refreekv_max_pool(const std::vector<float> & in, int32_t n_pool) {
+std::vector<float> max_pool(const std::vector<float> & in, int32_t n_pool) {
     const int32_t n = in.size();
     const int32_t h = n_pool/2;
 
@@ -165,7 +167,7 @@ std::vector<float> refreekv_max_pool(const std::vector<float> & in, int32_t n_po
     return out;
 }
 
-std::vector<float> refreekv_mean_pool(const std::vector<float> & in, int32_t n_pool) {
+std::vector<float> mean_pool(const std::vector<float> & in, int32_t n_pool) {
     const int32_t n = in.size();
     const int32_t h = n_pool/2;
 
@@ -182,13 +184,13 @@ std::vector<float> refreekv_mean_pool(const std::vector<float> & in, int32_t n_p
     return out;
 }
 
-uint32_t refreekv_budget(const refreekv_params & params, uint32_t n_cells) {
+uint32_t budget(const refreekv_params & params, uint32_t n_cells) {
     const double n = params.budget <= 1.0 ? std::ceil(params.budget*n_cells - 1e-6) : params.budget; // 0.07 of 100 is 7
 
     return std::min<double>(n_cells, n);
 }
 
-std::vector<uint32_t> refreekv_cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min) {
+std::vector<uint32_t> cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min) {
     std::vector<uint32_t> res;
 
     const uint32_t n_out = (n_cells - std::min(n_cells, n_min))/params.n_block; // blocks that may leave
@@ -199,3 +201,5 @@ std::vector<uint32_t> refreekv_cuts(const refreekv_params & params, uint32_t n_c
 
     return res;
 }
+
+} // namespace refreekv

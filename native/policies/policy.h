@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <vector>
 
+namespace refreekv {
+
 // What a policy may look at: the attention of the last queries of one sequence to the cells that one layer
 // holds of it. Cells are numbered in position order, rows oldest first. Computed on demand.
-class refreekv_attention {
+class attention {
 public:
-    virtual ~refreekv_attention() = default;
+    virtual ~attention() = default;
 
     uint32_t n_cells = 0;
     uint32_t n_rows  = 0;
@@ -37,55 +39,57 @@ public:
 };
 
 // What a policy answers: cells in the order of their importance, and how many of them stay.
-struct refreekv_selection {
+struct selection {
     std::vector<uint32_t> order;
     uint32_t              n_keep = 0;
 };
 
 // One function per policy, one policy per file. pinned[j]: cell j has to stay (empty: none).
 // false when the attention could not be computed.
-using refreekv_policy_fn = bool (*)(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+using policy_fn = bool (*)(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
-bool refreekv_policy_streaming(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
-bool refreekv_policy_refreekv (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
-bool refreekv_policy_snapkv   (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
-bool refreekv_policy_h2o      (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
-bool refreekv_policy_pyramidkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
-bool refreekv_policy_top_p    (const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+bool policy_streaming(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
+bool policy_refreekv (const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
+bool policy_snapkv   (const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
+bool policy_h2o      (const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
+bool policy_pyramidkv(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
+bool policy_top_p    (const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
 // what stays exact where the rest is attended to by codes (params.n_hot): the sinks, the pinned cells, and the last positions
-void refreekv_select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv_selection & res);
+void select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
 // the registry; nullptr: no such policy, or one that evicts nothing
-refreekv_policy_fn refreekv_policy_find(int32_t kind);
+policy_fn policy_find(int32_t kind);
 
 // whether it looks at attention, and so needs the last queries to be kept
-bool refreekv_policy_looks(int32_t kind);
+bool policy_looks(int32_t kind);
 
 // whether params.budget says how much it keeps
-bool refreekv_policy_has_budget(int32_t kind);
+bool policy_has_budget(int32_t kind);
 
 // nullptr when valid, else what is wrong and what is valid
-const char * refreekv_policy_check(const refreekv_params & params);
+const char * policy_check(const refreekv_params & params);
 
 // shared by the policies
 
 // the first n_sink, the pinned cells, then the last n_recent backwards; the rest is left to the policy
-std::vector<uint32_t> refreekv_order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned);
+std::vector<uint32_t> order_head(const refreekv_params & params, uint32_t n_cells, uint32_t n_recent, const std::vector<uint8_t> & pinned);
 
 // appends the cells that are not in the order yet, by falling score; equal scores: the earlier position first
-void refreekv_order_rest(std::vector<uint32_t> & order, const std::vector<float> & score);
+void order_rest(std::vector<uint32_t> & order, const std::vector<float> & score);
 
 // over the n_pool cells around each; beyond the ends there is nothing (for the mean: zeros)
-std::vector<float> refreekv_max_pool (const std::vector<float> & in, int32_t n_pool);
-std::vector<float> refreekv_mean_pool(const std::vector<float> & in, int32_t n_pool);
+std::vector<float> max_pool (const std::vector<float> & in, int32_t n_pool);
+std::vector<float> mean_pool(const std::vector<float> & in, int32_t n_pool);
 
 // params.budget in cells
-uint32_t refreekv_budget(const refreekv_params & params, uint32_t n_cells);
+uint32_t budget(const refreekv_params & params, uint32_t n_cells);
 
 // SnapKV's ranking with n_budget cells to keep: its own budget, or PyramidKV's for the layer
-bool refreekv_select_snapkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, uint32_t n_budget, refreekv_selection & res);
+bool select_snapkv(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, uint32_t n_budget, refreekv::selection & res);
 
 // the counts at which a ranking may be cut: cells leave in whole blocks, so that all layers of a sequence stay equal
 // modulo the graph's padding and grow into the next block at the same token. Ascending, the last is n_cells.
-std::vector<uint32_t> refreekv_cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min);
+std::vector<uint32_t> cuts(const refreekv_params & params, uint32_t n_cells, uint32_t n_min);
+
+} // namespace refreekv

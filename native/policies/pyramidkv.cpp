@@ -6,9 +6,11 @@
 
 #include <algorithm>
 
-static uint32_t refreekv_budget_of_layer(const refreekv_params & params, const refreekv_attention & attn) {
+namespace refreekv {
+
+static uint32_t budget_of_layer(const refreekv_params & params, const refreekv::attention & attn) {
     const uint32_t n_window = std::min<uint32_t>(attn.n_cells, params.n_window);
-    const uint32_t n_budget = std::max(n_window, refreekv_budget(params, attn.n_cells));
+    const uint32_t n_budget = std::max(n_window, budget(params, attn.n_cells));
 
     if (attn.n_layer == 1) {
         return n_budget;
@@ -33,6 +35,8 @@ static uint32_t refreekv_budget_of_layer(const refreekv_params & params, const r
     return n_window + (first*n_step - (first - last)*attn.i_layer + unit*n_step - 1)/(unit*n_step); // rounded up
 }
 
-bool refreekv_policy_pyramidkv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
-    return refreekv_select_snapkv(params, attn, pinned, refreekv_budget_of_layer(params, attn), res);
+bool policy_pyramidkv(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res) {
+    return select_snapkv(params, attn, pinned, budget_of_layer(params, attn), res);
 }
+
+} // namespace refreekv

@@ -15,28 +15,30 @@
 #include <cmath>
 #include <numeric>
 
-static bool refreekv_rank(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, std::vector<uint32_t> & order) {
+namespace refreekv {
+
+static bool rank(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, std::vector<uint32_t> & order) {
     const uint32_t n = attn.n_cells;
 
     if (params.ranking == REFREEKV_RANKING_POSITION) {
-        order = refreekv_order_head(params, n, n, pinned);
+        order = order_head(params, n, n, pinned);
         return true;
     }
 
     std::vector<float> score;
-    if (!attn.scores(refreekv_attention::join::MAX, score)) {
+    if (!attn.scores(attention::join::MAX, score)) {
         return false;
     }
-    score = refreekv_max_pool(score, params.n_pool);
+    score = max_pool(score, params.n_pool);
 
-    order = refreekv_order_head(params, n, params.n_recent, pinned);
-    refreekv_order_rest(order, score);
+    order = order_head(params, n, params.n_recent, pinned);
+    order_rest(order, score);
 
     return true;
 }
 
 // the number of blocks to keep; sums: [n_head][n_rows][n_blocks]
-static uint32_t refreekv_stop(const refreekv_params & params, const std::vector<float> & block_sums, uint32_t n_rows, uint32_t n_blocks) {
+static uint32_t stop(const refreekv_params & params, const std::vector<float> & block_sums, uint32_t n_rows, uint32_t n_blocks) {
     // a line is one row in one head
     std::vector<float> sums;
     for (size_t l = 0; l < block_sums.size()/n_blocks; ++l) {
@@ -93,13 +95,13 @@ static uint32_t refreekv_stop(const refreekv_params & params, const std::vector<
     return n_blocks;
 }
 
-bool refreekv_policy_refreekv(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
+bool policy_refreekv(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res) {
     const uint32_t n = attn.n_cells;
 
     const bool     by_score = params.ranking == REFREEKV_RANKING_SCORE;
-    const uint32_t n_min    = refreekv_order_head(params, n, by_score ? params.n_recent : 1, pinned).size();
+    const uint32_t n_min    = order_head(params, n, by_score ? params.n_recent : 1, pinned).size();
 
-    const auto cuts = refreekv_cuts(params, n, std::max(1u, n_min));
+    const auto cuts = refreekv::cuts(params, n, std::max(1u, n_min));
 
     res.n_keep = n;
     if (cuts.size() == 1) {
@@ -108,7 +110,7 @@ bool refreekv_policy_refreekv(const refreekv_params & params, refreekv_attention
         return true;
     }
 
-    if (!refreekv_rank(params, attn, pinned, res.order)) {
+    if (!rank(params, attn, pinned, res.order)) {
         return false;
     }
 
@@ -128,7 +130,9 @@ bool refreekv_policy_refreekv(const refreekv_params & params, refreekv_attention
         return false;
     }
 
-    res.n_keep = cuts[refreekv_stop(params, sums, attn.n_rows, cuts.size()) - 1];
+    res.n_keep = cuts[stop(params, sums, attn.n_rows, cuts.size()) - 1];
 
     return true;
 }
+
+} // namespace refreekv

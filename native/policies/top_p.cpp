@@ -4,19 +4,21 @@
 
 #include "policies/policy.h"
 
-bool refreekv_policy_top_p(const refreekv_params & params, refreekv_attention & attn, const std::vector<uint8_t> & pinned, refreekv_selection & res) {
+namespace refreekv {
+
+bool policy_top_p(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res) {
     const uint32_t n = attn.n_cells;
 
     std::vector<float> score;
-    if (!attn.scores(refreekv_attention::join::MEAN, score)) {
+    if (!attn.scores(attention::join::MEAN, score)) {
         return false;
     }
 
-    res.order = refreekv_order_head(params, n, params.n_window, pinned);
+    res.order = order_head(params, n, params.n_window, pinned);
 
-    const auto cuts = refreekv_cuts(params, n, res.order.size());
+    const auto cuts = refreekv::cuts(params, n, res.order.size());
 
-    refreekv_order_rest(res.order, score);
+    order_rest(res.order, score);
 
     // less than 1 where the model has attention sinks of its own
     double all = 0.0;
@@ -38,3 +40,5 @@ bool refreekv_policy_top_p(const refreekv_params & params, refreekv_attention & 
 
     return true;
 }
+
+} // namespace refreekv

@@ -6,10 +6,10 @@
 
 #include <vector>
 
-// States that stay on a device (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) keep views of the tensors they were written from, from one
-// state to the next. Rows of a cache with a policy move, and their tensors with them, so they go into such a state as bytes.
 namespace refreekv {
 
+// States that stay on a device (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) keep views of the tensors they were written from, from one
+// state to the next. Rows of a cache with a policy move, and their tensors with them, so they go into such a state as bytes.
 class write_by_value : public llama_io_write_i {
 public:
     explicit write_by_value(llama_io_write_i & io) : io(io) {}

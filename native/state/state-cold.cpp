@@ -10,20 +10,22 @@
 
 #include <stdexcept>
 
+namespace refreekv {
+
 static const uint32_t REFREEKV_STATE_COLD = 0x434b4652; // "RFKC"
 
-struct refreekv_state_cold {
+struct state_cold {
     uint32_t magic;
     uint32_t n_layers; // 0: nothing was evicted, or nothing of it was to be saved
 };
 
 // before the rows of a layer: indices of the list, ascending, and K and V in that order
-struct refreekv_state_cold_layer {
+struct state_cold_layer {
     uint32_t magic;
     uint32_t n_rows;
 };
 
-void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
+void store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
     std::vector<std::vector<uint32_t>> rows(layers.size()); // indices of the list
 
     bool any = false;
@@ -37,14 +39,14 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
         }
     }
 
-    const refreekv_state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) layers.size() : 0 };
+    const state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) layers.size() : 0 };
     io.write(&header, sizeof(header));
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
         const auto & layer = layers[i_layer];
         const auto & idxs = rows[i_layer];
 
-        const refreekv_state_cold_layer info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
+        const state_cold_layer info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
         io.write(&info, sizeof(info));
         if (idxs.empty()) {
             continue;
@@ -58,7 +60,7 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
         for (bool v : { false, true }) {
             const bool ok = cold.get(layer, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*layer.row_size(v)); });
             if (!ok) {
-                refreekv_set_error("state: the cold store cannot be read any more");
+                set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
             }
         }
@@ -67,23 +69,23 @@ void refreekv_store::write_cold(llama_io_write_i & io, const std::vector<uint32_
 
 // What this context cannot keep (it has no cold store, or no room in it) is passed over: the sequences are as pruned as
 // the state says, and cannot be restored. false: the state is damaged
-bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t> & list) {
-    refreekv_state_cold header;
+bool store::read_cold(llama_io_read_i & io, const std::vector<uint32_t> & list) {
+    state_cold header;
     io.read(&header, sizeof(header));
 
     if (header.magic != REFREEKV_STATE_COLD || (header.n_layers != 0 && header.n_layers != layers.size())) {
-        refreekv_set_error("state: damaged, there are no evicted rows behind its rows");
+        set_error("state: damaged, there are no evicted rows behind its rows");
         return false;
     }
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
         auto & layer = layers[i_layer];
 
-        refreekv_state_cold_layer info;
+        state_cold_layer info;
         io.read(&info, sizeof(info));
 
         if (info.magic != REFREEKV_STATE_COLD || info.n_rows > list.size()) {
-            refreekv_set_error("state: damaged, %u rows evicted from layer %d", info.n_rows, layer.il);
+            set_error("state: damaged, %u rows evicted from layer %d", info.n_rows, layer.il);
             return false;
         }
         if (info.n_rows == 0) {
@@ -96,7 +98,7 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
         int64_t last = -1;
         for (uint32_t & i : cells) {
             if (i <= last || i >= list.size() || layer.res.slot(list[i]) >= 0) {
-                refreekv_set_error("state: damaged, layer %d has evicted a cell that is not there or that it holds", layer.il);
+                set_error("state: damaged, layer %d has evicted a cell that is not there or that it holds", layer.il);
                 return false;
             }
             last = i;
@@ -109,7 +111,7 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
         io.read(v.data(), v.size());
 
         if (cold.exists()) {
-            refreekv_for_runs(cells, [&](size_t i, size_t n) {
+            for_runs(cells, [&](size_t i, size_t n) {
                 return cold.put(layer, cells[i], n, k.data() + i*layer.row_size(false), v.data() + i*layer.row_size(true));
             });
         }
@@ -117,3 +119,5 @@ bool refreekv_store::read_cold(llama_io_read_i & io, const std::vector<uint32_t>
 
     return true;
 }
+
+} // namespace refreekv

@@ -12,10 +12,12 @@
 #include <cstring>
 #include <unordered_map>
 
+namespace refreekv {
+
 static const uint32_t REFREEKV_STATE_WARM = 0x574b4652; // "RFKW"
 static const uint32_t REFREEKV_NO_CELL    = UINT32_MAX;
 
-struct refreekv_state_warm {
+struct state_warm {
     uint32_t magic;
     uint32_t n_layers; // 0: there are no codes
     uint32_t bits_k;
@@ -24,12 +26,12 @@ struct refreekv_state_warm {
 
 // Before the blocks of a layer. A block: indices of the list of its 64 cells (or REFREEKV_NO_CELL), then of each KV head in turn the codes of
 // K and those of V
-struct refreekv_state_warm_layer {
+struct state_warm_layer {
     uint32_t magic;
     uint32_t n_blocks;
 };
 
-void refreekv_store::write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
+void store::write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
     std::unordered_map<uint32_t, uint32_t> index_of; // of a cell in the list
     for (uint32_t i = 0; i < list.size(); ++i) {
         index_of[list[i]] = i;
@@ -37,7 +39,7 @@ void refreekv_store::write_warm(llama_io_write_i & io, const std::vector<uint32_
 
     const bool any = std::any_of(layers.begin(), layers.end(), [](const layer & layer) { return layer.warm && layer.warm->n_blocks() > 0; });
 
-    refreekv_state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) layers.size() : 0, 0, 0 };
+    state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) layers.size() : 0, 0, 0 };
     if (any) {
         header.bits_k = layers.front().warm->view.bits_k;
         header.bits_v = layers.front().warm->view.bits_v;
@@ -53,7 +55,7 @@ void refreekv_store::write_warm(llama_io_write_i & io, const std::vector<uint32_
 
             bool has = false;
             for (uint64_t left = warm.view.there[b]; left; left &= left - 1) {
-                const int64_t i  = refreekv::lowest_bit(left);
+                const int64_t i  = lowest_bit(left);
                 const auto    it = index_of.find(warm.cell(b, i));
                 if (it != index_of.end()) {
                     indices[i] = it->second;
@@ -65,7 +67,7 @@ void refreekv_store::write_warm(llama_io_write_i & io, const std::vector<uint32_
             }
         }
 
-        const refreekv_state_warm_layer info = { REFREEKV_STATE_WARM, (uint32_t) blocks.size() };
+        const state_warm_layer info = { REFREEKV_STATE_WARM, (uint32_t) blocks.size() };
         io.write(&info, sizeof(info));
 
         for (const auto & [b, indices] : blocks) {
@@ -80,14 +82,14 @@ void refreekv_store::write_warm(llama_io_write_i & io, const std::vector<uint32_
 
 // Codes that this context has no use for (its decoding does not attend to what is evicted, or by other bits) are passed over. false: the state
 // is damaged
-bool refreekv_store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) {
-    refreekv_state_warm header;
+bool store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) {
+    state_warm header;
     io.read(&header, sizeof(header));
 
     const bool fits = header.n_layers == 0 || (header.n_layers == layers.size() && header.bits_k >= 1 && header.bits_k <= 8 && header.bits_v >= 1 && header.bits_v <= 8);
 
     if (header.magic != REFREEKV_STATE_WARM || !fits) {
-        refreekv_set_error("state: damaged, there are no codes behind its evicted rows");
+        set_error("state: damaged, there are no codes behind its evicted rows");
         return false;
     }
 
@@ -96,18 +98,18 @@ bool refreekv_store::read_warm(llama_io_read_i & io, const std::vector<uint32_t>
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
         auto & layer = layers[i_layer];
 
-        refreekv_state_warm_layer info;
+        state_warm_layer info;
         io.read(&info, sizeof(info));
 
         if (info.magic != REFREEKV_STATE_WARM || info.n_blocks > list.size()) {
-            refreekv_set_error("state: damaged, %u blocks of codes in layer %d", info.n_blocks, layer.il);
+            set_error("state: damaged, %u blocks of codes in layer %d", info.n_blocks, layer.il);
             return false;
         }
 
         const int64_t n_head_kv = kv.hparams.n_head_kv(layer.il);
 
-        codes[0].resize(refreekv_codes_bytes(kv.hparams.n_embd_head_k(layer.il), header.bits_k));
-        codes[1].resize(refreekv_codes_bytes(kv.hparams.n_embd_head_v(layer.il), header.bits_v));
+        codes[0].resize(codes_bytes(kv.hparams.n_embd_head_k(layer.il), header.bits_k));
+        codes[1].resize(codes_bytes(kv.hparams.n_embd_head_v(layer.il), header.bits_v));
 
         const bool takes = layer.warm && layer.warm->view.bits_k == (int) header.bits_k && layer.warm->view.bits_v == (int) header.bits_v;
 
@@ -122,7 +124,7 @@ bool refreekv_store::read_warm(llama_io_read_i & io, const std::vector<uint32_t>
                     continue;
                 }
                 if (cells[i] >= list.size() || layer.res.slot(list[cells[i]]) >= 0) {
-                    refreekv_set_error("state: damaged, layer %d has codes of a cell that is not there or that it holds", layer.il);
+                    set_error("state: damaged, layer %d has codes of a cell that is not there or that it holds", layer.il);
                     return false;
                 }
                 cells[i] = list[cells[i]];
@@ -130,14 +132,14 @@ bool refreekv_store::read_warm(llama_io_read_i & io, const std::vector<uint32_t>
                 there   |= 1ull << i;
             }
             if (there == 0) {
-                refreekv_set_error("state: damaged, a block of codes in layer %d has no cells", layer.il);
+                set_error("state: damaged, a block of codes in layer %d has no cells", layer.il);
                 return false;
             }
             std::replace(std::begin(cells), std::end(cells), REFREEKV_NO_CELL, first);
 
             // cells of one block were neighbours; in this cache they may have come to lie far from each other
             const auto [lowest, highest] = std::minmax_element(std::begin(cells), std::end(cells));
-            const bool adds = takes && refreekv::warm_cells::may_share(*lowest, *highest);
+            const bool adds = takes && warm_cells::may_share(*lowest, *highest);
             if (adds) {
                 layer.warm->add(cells, REFREEKV_CODED_CELLS, there);
             }
@@ -161,7 +163,7 @@ bool refreekv_store::read_warm(llama_io_read_i & io, const std::vector<uint32_t>
 }
 
 // codes of cells that the cold store has and that came without
-void refreekv_store::code_missing(const std::vector<uint32_t> & list) {
+void store::code_missing(const std::vector<uint32_t> & list) {
     for (auto & layer : layers) {
         if (!layer.warm || !cold.exists()) {
             continue;
@@ -197,3 +199,5 @@ void refreekv_store::code_missing(const std::vector<uint32_t> & list) {
         });
     }
 }
+
+} // namespace refreekv

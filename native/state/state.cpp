@@ -1,4 +1,4 @@
-// Saving and loading the rows of a refreekv_store: the counterpart of llama_kv_cache::state_write_data and
+// Saving and loading the rows of a refreekv::store: the counterpart of llama_kv_cache::state_write_data and
 // state_read_data. The cells themselves (positions, sequences) are written by upstream before; here they are counted in
 // that order. Of each layer what it holds is written, and then what the cold store has of the rest (state/state-cold.cpp).
 
@@ -11,6 +11,8 @@
 
 #include <algorithm>
 
+namespace refreekv {
+
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
 static const uint32_t REFREEKV_STATE_VERSION = 6;
 static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K and V: states have no checksum
@@ -18,7 +20,7 @@ static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K 
 // f(tensor, offset, size) for the bytes of these slots, in this order. Consecutive slots are one piece; how the pieces fall
 // does not change the order of the bytes.
 template <typename F>
-static void refreekv_for_pieces(ggml_tensor * t, const std::vector<uint32_t> & slots, size_t start, size_t stride, F && f) {
+static void for_pieces(ggml_tensor * t, const std::vector<uint32_t> & slots, size_t start, size_t stride, F && f) {
     for (size_t i = 0, n = 0; i < slots.size(); i += n) {
         n = 1;
         while (i + n < slots.size() && slots[i + n] == slots[i] + n) {
@@ -29,23 +31,23 @@ static void refreekv_for_pieces(ggml_tensor * t, const std::vector<uint32_t> & s
 }
 
 template <typename F>
-static void refreekv_for_k(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
-    refreekv_for_pieces(rows.k(), slots, 0, rows.k()->nb[1], f);
+static void for_k(const refreekv::rows & rows, const std::vector<uint32_t> & slots, F && f) {
+    for_pieces(rows.k(), slots, 0, rows.k()->nb[1], f);
 }
 
 // line by line when it is transposed
 template <typename F>
-static void refreekv_for_v(const refreekv_rows & rows, const std::vector<uint32_t> & slots, F && f) {
+static void for_v(const refreekv::rows & rows, const std::vector<uint32_t> & slots, F && f) {
     if (!rows.get_shape().v_trans) {
-        refreekv_for_pieces(rows.v(), slots, 0, rows.v()->nb[1], f);
+        for_pieces(rows.v(), slots, 0, rows.v()->nb[1], f);
         return;
     }
     for (int64_t j = 0; j < rows.v()->ne[1]; ++j) {
-        refreekv_for_pieces(rows.v(), slots, j*rows.v()->nb[1], rows.v()->nb[0], f);
+        for_pieces(rows.v(), slots, j*rows.v()->nb[1], rows.v()->nb[0], f);
     }
 }
 
-struct refreekv_state_header {
+struct state_header {
     uint32_t magic;
     uint32_t version;
     uint32_t v_trans;
@@ -53,7 +55,7 @@ struct refreekv_state_header {
     uint32_t n_cells;
 };
 
-struct refreekv_state_layer {
+struct state_layer {
     int32_t  il;
     int32_t  type_k;
     int32_t  type_v;
@@ -62,7 +64,7 @@ struct refreekv_state_layer {
     uint64_t n_embd_v;
 };
 
-void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
+void store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
     std::vector<uint32_t> list;
     for (const auto & [c0, c1] : ranges) {
         for (uint32_t c = c0; c < c1; ++c) {
@@ -70,7 +72,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         }
     }
 
-    const refreekv_state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size() };
+    const state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size() };
     io.write(&header, sizeof(header));
 
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
@@ -95,7 +97,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
 
         const auto & shape = layer.rows.get_shape();
 
-        const refreekv_state_layer info = { layer.il, shape.type_k, shape.type_v, (uint32_t) held.size(), (uint64_t) shape.n_embd_k, (uint64_t) shape.n_embd_v };
+        const state_layer info = { layer.il, shape.type_k, shape.type_v, (uint32_t) held.size(), (uint64_t) shape.n_embd_k, (uint64_t) shape.n_embd_v };
         io.write(&info, sizeof(info));
 
         std::vector<uint32_t> slots;
@@ -107,9 +109,9 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
         if (!slots.empty()) {
             const auto write = [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); };
 
-            refreekv_for_k(layer.rows, slots, write);
+            for_k(layer.rows, slots, write);
             io.write(&REFREEKV_STATE_V, sizeof(REFREEKV_STATE_V));
-            refreekv_for_v(layer.rows, slots, write);
+            for_v(layer.rows, slots, write);
         }
     }
 
@@ -118,7 +120,7 @@ void refreekv_store::state_write(llama_io_write_i & io, uint32_t strm, const std
 }
 
 // a restore failed: what it wrote must not be read, not even with weight 0
-void refreekv_store::clear_rows(const slot_info & sinfo) {
+void store::clear_rows(const slot_info & sinfo) {
     for (auto & layer : layers) {
         std::vector<uint32_t> slots;
         logical.for_batch(sinfo, [&](uint32_t cell) {
@@ -129,30 +131,30 @@ void refreekv_store::clear_rows(const slot_info & sinfo) {
         if (!slots.empty()) {
             const auto zero = [](ggml_tensor * t, size_t offset, size_t size) { ggml_backend_tensor_memset(t, 0, offset, size); };
 
-            refreekv_for_k(layer.rows, slots, zero);
-            refreekv_for_v(layer.rows, slots, zero);
+            for_k(layer.rows, slots, zero);
+            for_v(layer.rows, slots, zero);
         }
     }
 }
 
 // what comes before the rows of a layer; cells: indices of the list, in the order of the rows
-bool refreekv_store::read_layer_head(llama_io_read_i & io, const layer & layer, uint32_t cell_count, std::vector<uint32_t> & cells) const {
-    refreekv_state_layer info;
+bool store::read_layer_head(llama_io_read_i & io, const layer & layer, uint32_t cell_count, std::vector<uint32_t> & cells) const {
+    state_layer info;
     io.read(&info, sizeof(info));
 
     if (info.il != layer.il) {
-        refreekv_set_error("state: damaged, it does not have layer %d where it should be", layer.il);
+        set_error("state: damaged, it does not have layer %d where it should be", layer.il);
         return false;
     }
 
     const auto & shape = layer.rows.get_shape();
 
     if (info.type_k != shape.type_k || info.type_v != shape.type_v || info.n_embd_k != (uint64_t) shape.n_embd_k || info.n_embd_v != (uint64_t) shape.n_embd_v) {
-        refreekv_set_error("state: layer %d has other cache types or row sizes than this context", layer.il);
+        set_error("state: layer %d has other cache types or row sizes than this context", layer.il);
         return false;
     }
     if (info.n_held > cell_count) {
-        refreekv_set_error("state: damaged, layer %d holds more cells than there are", layer.il);
+        set_error("state: damaged, layer %d holds more cells than there are", layer.il);
         return false;
     }
 
@@ -164,7 +166,7 @@ bool refreekv_store::read_layer_head(llama_io_read_i & io, const layer & layer, 
     std::vector<uint8_t> seen(cell_count, 0);
     for (uint32_t i : cells) {
         if (i >= cell_count || seen[i]) {
-            refreekv_set_error("state: damaged, layer %d names a cell that is not there", layer.il);
+            set_error("state: damaged, layer %d names a cell that is not there", layer.il);
             return false;
         }
         seen[i] = 1;
@@ -173,36 +175,36 @@ bool refreekv_store::read_layer_head(llama_io_read_i & io, const layer & layer, 
     return true;
 }
 
-static bool refreekv_read_mark(llama_io_read_i & io, int32_t il) {
+static bool read_mark(llama_io_read_i & io, int32_t il) {
     uint32_t mark = 0;
     io.read(&mark, sizeof(mark));
     if (mark != REFREEKV_STATE_V) {
-        refreekv_set_error("state: damaged, layer %d has no V where it should be", il);
+        set_error("state: damaged, layer %d has no V where it should be", il);
         return false;
     }
     return true;
 }
 
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
-bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
-    refreekv_publishing publish(this);
+bool store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
+    publishing publish(this);
 
     std::vector<uint32_t> list;
     logical.for_batch(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 
-    refreekv_state_header header;
+    state_header header;
     io.read(&header, sizeof(header));
 
     if (header.magic != REFREEKV_STATE_MAGIC || header.version != REFREEKV_STATE_VERSION) {
-        refreekv_set_error("state: it was not written by a context with a KV policy (or by another version); load it into one like that");
+        set_error("state: it was not written by a context with a KV policy (or by another version); load it into one like that");
         return false;
     }
     if (header.v_trans != (uint32_t) kv.v_trans) {
-        refreekv_set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", kv.v_trans ? "False" : "True");
+        set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", kv.v_trans ? "False" : "True");
         return false;
     }
     if (header.n_layers != layers.size() || header.n_cells != cell_count || list.size() != cell_count) {
-        refreekv_set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_layers, header.n_cells, layers.size(), cell_count);
+        set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_layers, header.n_cells, layers.size(), cell_count);
         return false;
     }
 
@@ -250,11 +252,11 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
             slots.push_back(layer.res.assign(list[i]));
         }
         if (!slots.empty()) {
-            refreekv_for_k(layer.rows, slots, read_bytes);
-            if (!refreekv_read_mark(io, layer.il)) {
+            for_k(layer.rows, slots, read_bytes);
+            if (!read_mark(io, layer.il)) {
                 return false;
             }
-            refreekv_for_v(layer.rows, slots, read_bytes);
+            for_v(layer.rows, slots, read_bytes);
         }
     }
     if (!read_cold(io, list) || !read_warm(io, list)) {
@@ -275,3 +277,5 @@ bool refreekv_store::state_read(llama_io_read_i & io, uint32_t cell_count, const
 
     return true;
 }
+
+} // namespace refreekv

@@ -24,14 +24,14 @@ cold_rows::cold_rows(const refreekv_params & params, const llama_hparams & hpara
     const bool file = params.cold == REFREEKV_COLD_FILE || (params.cold == REFREEKV_COLD_AUTO && on_host);
 
     try {
-        store = file ? std::make_unique<refreekv_cold>(params.cold_dir ? params.cold_dir : ".") : std::make_unique<refreekv_cold>();
+        store = file ? std::make_unique<cold_store>(params.cold_dir ? params.cold_dir : ".") : std::make_unique<cold_store>();
     } catch (const std::exception & err) {
         if (params.cold == REFREEKV_COLD_FILE) {
-            refreekv_set_error("%s", err.what());
+            set_error("%s", err.what());
             throw;
         }
         LLAMA_LOG_WARN("refreekv: %s; evicted rows are kept in memory\n", err.what());
-        store = std::make_unique<refreekv_cold>();
+        store = std::make_unique<cold_store>();
     }
 }
 
@@ -158,9 +158,9 @@ bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const 
     const size_t n_max = std::max<size_t>(1, PIECE/size);
     const size_t n_gap = std::max<size_t>(1, GAP/size);
 
-    refreekv_bytes records;
-    refreekv_bytes rows  [2];
-    refreekv_bytes larger[2]; // where the cold store's type is a smaller one than the cache's
+    refreekv::bytes records;
+    refreekv::bytes rows  [2];
+    refreekv::bytes larger[2]; // where the cold store's type is a smaller one than the cache's
 
     records.resize(n_max*size);
     for (bool v : { false, true }) {
@@ -177,7 +177,7 @@ bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const 
             return false;
         }
 
-        refreekv_for_runs(cells.data() + first, last - first + 1, [&](size_t i, size_t n) {
+        for_runs(cells.data() + first, last - first + 1, [&](size_t i, size_t n) {
             g.record.split(records.data() + (cells[first + i] - cells[first])*size, n, rows[0].data(), rows[1].data());
 
             const auto as_cached = [&](bool v) {
@@ -216,7 +216,7 @@ void cold_rows::copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t
         memcpy(k.data() + i*row_k, rows_k, n*row_k);
         memcpy(v.data() + i*row_v, rows_v, n*row_v);
     });
-    const bool ok = got && refreekv_for_runs(cells, [&](size_t i, size_t n) {
+    const bool ok = got && for_runs(cells, [&](size_t i, size_t n) {
         return put(g, cells[i] - first_src + first_dst, n, k.data() + i*row_k, v.data() + i*row_v);
     });
     is_full = is_full || !ok;

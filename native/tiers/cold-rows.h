@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-class refreekv_cold;
+class cold_store;
 struct llama_hparams;
 
 namespace refreekv {
@@ -46,7 +46,7 @@ public:
     bool get(const layer & g, const std::vector<uint32_t> & cells, const rows_fn & f) const;
 
     // for those who read single rows of the store (warm_cells)
-    const refreekv_cold * get_store() const { return store.get(); }
+    const cold_store * get_store() const { return store.get(); }
     ggml_type             type_of(const layer & g, bool v) const;
 
     // cells first_dst + i get what first_src + i have, for i < n
@@ -60,7 +60,7 @@ private:
     const uint64_t limit;   // bytes; 0: none
     const uint32_t n_cells; // of each layer
 
-    std::unique_ptr<refreekv_cold> store;
+    std::unique_ptr<cold_store> store;
 
     std::atomic<uint64_t> n_bytes { 0 };
     std::atomic<bool>     is_full { false };

@@ -6,15 +6,17 @@
 #include <cstring>
 #include <stdexcept>
 
+namespace refreekv {
+
 static const uint64_t REFREEKV_COLD_PAGE = 16 << 20; // as it is touched; the system has pages of 2 MiB for such
 
 static std::atomic<int32_t> g_fail_in { 0 };
 
-void refreekv_cold::fail(int32_t n_writes) {
+void cold_store::fail(int32_t n_writes) {
     g_fail_in = n_writes;
 }
 
-static bool refreekv_fails_now() {
+static bool fails_now() {
     int32_t n = g_fail_in;
     while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
     }
@@ -22,33 +24,33 @@ static bool refreekv_fails_now() {
 }
 
 // a file without a name; -1: errno says why not
-static int     refreekv_open_unnamed(const std::string & dir);
-static bool    refreekv_truncate    (int fd);
-static int64_t refreekv_write_at    (int fd, const void * data, size_t size, uint64_t offset);
-static int64_t refreekv_read_at     (int fd, void * data, size_t size, uint64_t offset);
-static int64_t refreekv_read_now    (int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
-static void    refreekv_close       (int fd);
-static int64_t refreekv_process     ();
+static int     open_unnamed(const std::string & dir);
+static bool    set_file_size    (int fd);
+static int64_t write_at    (int fd, const void * data, size_t size, uint64_t offset);
+static int64_t read_at     (int fd, void * data, size_t size, uint64_t offset);
+static int64_t read_now    (int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
+static void    close_file       (int fd);
+static int64_t process_id     ();
 
 static const int64_t REFREEKV_NOT_NOW = -2; // it would have to wait; the system has been asked for the bytes
 static const int64_t REFREEKV_NO_SUCH = -3; // the system or the file system has no such read
 
-refreekv_cold::refreekv_cold() = default;
+cold_store::cold_store() = default;
 
-refreekv_cold::refreekv_cold(const std::string & dir) : fd(refreekv_open_unnamed(dir)), owner(refreekv_process()) {
+cold_store::cold_store(const std::string & dir) : fd(open_unnamed(dir)), owner(process_id()) {
     if (fd < 0) {
         throw std::runtime_error("cold store: no file can be made in " + dir + ": " + strerror(errno));
     }
 }
 
-refreekv_cold::~refreekv_cold() {
+cold_store::~cold_store() {
     if (fd >= 0) {
-        refreekv_close(fd);
+        close_file(fd);
     }
 }
 
-bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
-    if (refreekv_fails_now() || (fd >= 0 && refreekv_process() != owner)) {
+bool cold_store::write(uint64_t offset, const void * data, size_t size) {
+    if (fails_now() || (fd >= 0 && process_id() != owner)) {
         return false;
     }
 
@@ -58,7 +60,7 @@ bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
         int64_t n;
 
         if (fd >= 0) {
-            n = refreekv_write_at(fd, src, size, offset);
+            n = write_at(fd, src, size, offset);
             if (n <= 0) {
                 return false;
             }
@@ -79,29 +81,29 @@ bool refreekv_cold::write(uint64_t offset, const void * data, size_t size) {
     return true;
 }
 
-char * refreekv_cold::page_at(uint64_t offset) {
+char * cold_store::page_at(uint64_t offset) {
     std::lock_guard<std::mutex> lock(pages_mutex);
 
     auto & page = pages[offset/REFREEKV_COLD_PAGE];
     if (!page) {
-        page = refreekv_pages_alloc(REFREEKV_COLD_PAGE);
+        page = pages_alloc(REFREEKV_COLD_PAGE);
     }
 
     return (char *) page.get();
 }
 
-bool refreekv_cold::readable() const {
-    return fd < 0 || refreekv_process() == owner;
+bool cold_store::readable() const {
+    return fd < 0 || process_id() == owner;
 }
 
-bool refreekv_cold::get(uint64_t offset, void * data, size_t size) const {
+bool cold_store::get(uint64_t offset, void * data, size_t size) const {
     char * dst = (char *) data;
 
     while (size > 0) {
         int64_t n;
 
         if (fd >= 0) {
-            n = refreekv_read_at(fd, dst, size, offset);
+            n = read_at(fd, dst, size, offset);
             if (n <= 0) {
                 return false;
             }
@@ -122,9 +124,9 @@ bool refreekv_cold::get(uint64_t offset, void * data, size_t size) const {
     return true;
 }
 
-refreekv_cold::result refreekv_cold::try_read(uint64_t offset, void * data, size_t size) const {
+cold_store::result cold_store::try_read(uint64_t offset, void * data, size_t size) const {
     if (fd >= 0) {
-        const int64_t n = refreekv_read_now(fd, data, size, offset);
+        const int64_t n = read_now(fd, data, size, offset);
         if (n == (int64_t) size) {
             return THERE;
         }
@@ -135,10 +137,10 @@ refreekv_cold::result refreekv_cold::try_read(uint64_t offset, void * data, size
     return get(offset, data, size) ? THERE : LOST;
 }
 
-void refreekv_cold::clear() {
+void cold_store::clear() {
     pages.clear();
-    if (fd >= 0 && refreekv_process() == owner) {
-        refreekv_truncate(fd); // where it cannot, the room comes back at the end
+    if (fd >= 0 && process_id() == owner) {
+        set_file_size(fd); // where it cannot, the room comes back at the end
     }
 }
 
@@ -159,7 +161,7 @@ void refreekv_cold::clear() {
 #include <mutex>
 #include <random>
 
-static int refreekv_open_unnamed(const std::string & dir) {
+static int open_unnamed(const std::string & dir) {
     const std::wstring name = L"\\refreekv-" + std::to_wstring(std::random_device{}()) + L".cold";
 
     std::wstring path(dir.size(), L'\0'); // dir is UTF-8
@@ -179,34 +181,34 @@ static int refreekv_open_unnamed(const std::string & dir) {
     return fd;
 }
 
-static int64_t refreekv_process() {
+static int64_t process_id() {
     return 0; // there is no fork
 }
 
-static bool refreekv_truncate(int fd) {
+static bool set_file_size(int fd) {
     return _chsize_s(fd, 0) == 0;
 }
 
 // where it is read and written next is the file's, not the call's, and several threads read
 static std::mutex g_at;
 
-static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
+static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset) {
     std::lock_guard<std::mutex> lock(g_at);
 
     return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _write(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
 }
 
-static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
+static int64_t read_at(int fd, void * data, size_t size, uint64_t offset) {
     std::lock_guard<std::mutex> lock(g_at);
 
     return _lseeki64(fd, offset, SEEK_SET) < 0 ? -1 : _read(fd, data, (unsigned) std::min<size_t>(size, 1 << 30));
 }
 
-static int64_t refreekv_read_now(int, void *, size_t, uint64_t) {
+static int64_t read_now(int, void *, size_t, uint64_t) {
     return REFREEKV_NO_SUCH;
 }
 
-static void refreekv_close(int fd) {
+static void close_file(int fd) {
     _close(fd);
 }
 
@@ -218,7 +220,7 @@ static void refreekv_close(int fd) {
 
 #include <cstdlib>
 
-static int refreekv_open_unnamed(const std::string & dir) {
+static int open_unnamed(const std::string & dir) {
 #if defined(O_TMPFILE)
     const int res = open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     if (res >= 0) {
@@ -236,16 +238,16 @@ static int refreekv_open_unnamed(const std::string & dir) {
     return fd;
 }
 
-static int64_t refreekv_process() {
+static int64_t process_id() {
     return getpid();
 }
 
-static bool refreekv_truncate(int fd) {
+static bool set_file_size(int fd) {
     return ftruncate(fd, 0) == 0;
 }
 
 template <typename F>
-static int64_t refreekv_again(F && f) {
+static int64_t repeat_interrupted(F && f) {
     int64_t n;
     do {
         n = f();
@@ -254,22 +256,22 @@ static int64_t refreekv_again(F && f) {
     return n;
 }
 
-static int64_t refreekv_write_at(int fd, const void * data, size_t size, uint64_t offset) {
-    return refreekv_again([&]() { return pwrite(fd, data, size, offset); });
+static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset) {
+    return repeat_interrupted([&]() { return pwrite(fd, data, size, offset); });
 }
 
-static int64_t refreekv_read_at(int fd, void * data, size_t size, uint64_t offset) {
-    return refreekv_again([&]() { return pread(fd, data, size, offset); });
+static int64_t read_at(int fd, void * data, size_t size, uint64_t offset) {
+    return repeat_interrupted([&]() { return pread(fd, data, size, offset); });
 }
 
-static int64_t refreekv_read_now(int fd, void * data, size_t size, uint64_t offset) {
+static int64_t read_now(int fd, void * data, size_t size, uint64_t offset) {
 #if defined(RWF_NOWAIT)
     static std::atomic<bool> none { false };
 
     if (!none) {
         iovec to = { data, size };
 
-        const int64_t n = refreekv_again([&]() { return preadv2(fd, &to, 1, offset, RWF_NOWAIT); });
+        const int64_t n = repeat_interrupted([&]() { return preadv2(fd, &to, 1, offset, RWF_NOWAIT); });
 
         if ((n < 0 && errno == EAGAIN) || (n > 0 && n < (int64_t) size)) {
             posix_fadvise(fd, offset, size, POSIX_FADV_WILLNEED);
@@ -284,8 +286,10 @@ static int64_t refreekv_read_now(int fd, void * data, size_t size, uint64_t offs
     return REFREEKV_NO_SUCH;
 }
 
-static void refreekv_close(int fd) {
+static void close_file(int fd) {
     close(fd);
 }
 
 #endif
+
+} // namespace refreekv

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <string>
 
+namespace refreekv {
+
 // Where the bytes of evicted cells wait until they are wanted again: an address space of which only what was written takes
 // room. In host memory, or in a file that has no name: no other process can open it (it is readable by its owner alone
 // while it has one), and it is gone when the process ends, however it ends.
@@ -15,17 +17,17 @@
 // A process that was forked off from this one finds nothing in it, and writes nothing.
 //
 // The file is written and read, not mapped: a full disk or a file that was cut is an error then, and no signal.
-class refreekv_cold {
+class cold_store {
 public:
-    refreekv_cold(); // host memory
+    cold_store(); // host memory
 
     // throws std::runtime_error, naming the directory and what the system says
-    explicit refreekv_cold(const std::string & dir);
+    explicit cold_store(const std::string & dir);
 
-    ~refreekv_cold();
+    ~cold_store();
 
-    refreekv_cold(const refreekv_cold &) = delete;
-    refreekv_cold & operator=(const refreekv_cold &) = delete;
+    cold_store(const cold_store &) = delete;
+    cold_store & operator=(const cold_store &) = delete;
 
     // false: no room; nothing is known of these bytes then. Several threads may write at once, where the others do not
     bool write(uint64_t offset, const void * data, size_t size);
@@ -53,9 +55,11 @@ private:
     int     fd    = -1;
     int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
 
-    std::map<uint64_t, refreekv_pages_ptr> pages; // by offset/page_size
+    std::map<uint64_t, pages_ptr> pages; // by offset/page_size
     std::mutex pages_mutex;
 
     bool   get    (uint64_t offset, void * data, size_t size) const;
     char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
 };
+
+} // namespace refreekv

@@ -17,8 +17,10 @@
 #include <system_error>
 #include <utility>
 
+namespace refreekv {
+
 // ascending
-std::vector<uint32_t> refreekv_store::missing(const layer & layer, const std::vector<placed> & cells) const {
+std::vector<uint32_t> store::missing(const layer & layer, const std::vector<placed> & cells) const {
     std::vector<uint32_t> res;
     for (const auto & [_, cell] : cells) {
         if (layer.lacks(cell)) {
@@ -31,10 +33,10 @@ std::vector<uint32_t> refreekv_store::missing(const layer & layer, const std::ve
 }
 
 // cells: of each layer
-int32_t refreekv_store::restore_rows(const std::vector<std::vector<uint32_t>> & cells) {
-    std::vector<refreekv_rows::host_rows> in(mover.n_threads());
+int32_t store::restore_rows(const std::vector<std::vector<uint32_t>> & cells) {
+    std::vector<rows::host_rows> in(mover.n_threads());
 
-    const int32_t status = refreekv_parallel(layers.size(), mover.n_threads(), [&](uint32_t i, uint32_t thread) {
+    const int32_t status = run_parallel(layers.size(), mover.n_threads(), [&](uint32_t i, uint32_t thread) {
         return transfer.get(layers[i], cells[i], in[thread]);
     });
     idle_rows |= status != REFREEKV_OK; // room for what did not come
@@ -42,7 +44,7 @@ int32_t refreekv_store::restore_rows(const std::vector<std::vector<uint32_t>> & 
     return status;
 }
 
-int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
+int64_t store::restore(llama_context * lctx, llama_seq_id seq_id) {
     return run_job(lctx, [this, seq_id]() {
         const int64_t res = restore_now(seq_id);
         if (layouts.is_stale()) {
@@ -54,16 +56,16 @@ int64_t refreekv_store::restore(llama_context * lctx, llama_seq_id seq_id) {
 
 // But for positions that are about to go: p0 to p1 - 1. n_more: tokens that the limit has to have room for afterwards. Called from
 // upstream's functions, which nothing may be thrown through
-int64_t refreekv_store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
+int64_t store::restore_now(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
     try {
         return restore_rows(seq_id, p0, p1, n_more);
     } catch (const std::exception & err) {
-        refreekv_set_error("restore: %s", err.what());
+        set_error("restore: %s", err.what());
         return REFREEKV_ERR_MEMORY;
     }
 }
 
-int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
+int64_t store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
     const int64_t t_start = ggml_time_us();
 
     mover.synchronize();
@@ -85,7 +87,7 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
                 continue;
             }
             if (!cold.has(layer, cell)) {
-                refreekv_set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, layer.il, !cold.exists() ? "this context has no cold store" : cold.lost() ? "the cold store had no room for all" : "the state that was loaded did not have them");
+                set_error("restore: rows of sequence %d in layer %d were not kept: %s", seq_id, layer.il, !cold.exists() ? "this context has no cold store" : cold.lost() ? "the cold store had no room for all" : "the state that was loaded did not have them");
                 return REFREEKV_ERR_STATE;
             }
             n_absent++;
@@ -134,3 +136,5 @@ int64_t refreekv_store::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_po
 
     return n_restored;
 }
+
+} // namespace refreekv

@@ -47,10 +47,10 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
         const auto put = [this, &layer, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {
             const size_t n_part = (cells.size() + n_parts - 1)/n_parts;
 
-            return refreekv_parallel(n_parts, n_parts, [&](uint32_t p, uint32_t) {
+            return run_parallel(n_parts, n_parts, [&](uint32_t p, uint32_t) {
                 const size_t first = std::min(cells.size(), p*n_part);
 
-                refreekv_for_runs(cells.data() + first, std::min(cells.size() - first, n_part), [&](size_t i, size_t n) {
+                for_runs(cells.data() + first, std::min(cells.size() - first, n_part), [&](size_t i, size_t n) {
                     i += first;
                     return cold.put(layer, cells[i], n, rows.k.data() + i*layer.row_size(false), rows.v.data() + i*layer.row_size(true));
                 });
@@ -69,15 +69,15 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
         return;
     }
 
-    const refreekv_row_bytes k(layer.rows.k(), false);
-    const refreekv_row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
+    const refreekv::row_bytes k(layer.rows.k(), false);
+    const refreekv::row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
     const size_t n_max = std::max<size_t>(1, PIECE/(k.row() + v.row()));
 
     std::vector<uint8_t> rows_k(n_max*k.row());
     std::vector<uint8_t> rows_v(n_max*v.row());
 
-    refreekv_for_runs(cells, [&](size_t i, size_t n) {
+    for_runs(cells, [&](size_t i, size_t n) {
         for (size_t done = 0, n_piece; done < n; done += n_piece) {
             n_piece = std::min(n_max, n - done);
 
@@ -98,19 +98,19 @@ void cold_transfer::finish(lane & scratch) {
     }
     // its error is another thread's
     if (const int32_t status = scratch.put.get()) {
-        refreekv_set_error("no memory on the way to the cold store");
+        set_error("no memory on the way to the cold store");
         scratch.put_status = status;
     }
 }
 
 // in: memory for rows on their way to a device, that is kept from layer to layer
-int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in) {
+int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, rows::host_rows & in) {
     const auto no_memory = [&]() {
-        refreekv_set_error("restore: no memory for %zu cells in layer %d", layer.res.n_used() + cells.size(), layer.il);
+        set_error("restore: no memory for %zu cells in layer %d", layer.res.n_used() + cells.size(), layer.il);
         return REFREEKV_ERR_MEMORY;
     };
     const auto not_there = [&]() {
-        refreekv_set_error("restore: the cold store cannot be read any more (layer %d)", layer.il);
+        set_error("restore: the cold store cannot be read any more (layer %d)", layer.il);
         return REFREEKV_ERR_STATE;
     };
 
@@ -139,7 +139,7 @@ int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, r
             continue;
         }
         order.push_back(cell);
-        slots_now.push_back(is_absent[cell] ? refreekv_rows::none : layer.res.slot(cell));
+        slots_now.push_back(is_absent[cell] ? rows::none : layer.res.slot(cell));
     }
 
     if (!mover.in_place(layer)) {
@@ -151,7 +151,7 @@ int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, r
 
         const size_t n_part = (absent.size() + N_THREADS - 1)/N_THREADS;
 
-        const int32_t status = refreekv_parallel(N_THREADS, N_THREADS, [&](uint32_t p, uint32_t) {
+        const int32_t status = run_parallel(N_THREADS, N_THREADS, [&](uint32_t p, uint32_t) {
             const size_t first = std::min(absent.size(), p*n_part);
 
             const std::vector<uint32_t> part(absent.begin() + first, absent.begin() + std::min(absent.size(), first + n_part));
@@ -180,8 +180,8 @@ int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, r
     layer.res.arrange(order);
     layer.res.release([&](uint32_t cell) { return is_absent[cell]; }); // until their rows are there
 
-    refreekv_row_bytes rows_k(layer.rows.k(), false);
-    refreekv_row_bytes rows_v(layer.rows.v(), layer.rows.get_shape().v_trans);
+    refreekv::row_bytes rows_k(layer.rows.k(), false);
+    refreekv::row_bytes rows_v(layer.rows.v(), layer.rows.get_shape().v_trans);
 
     const bool ok = cold.get(layer, absent, [&](size_t i, size_t n, const uint8_t * k, const uint8_t * v) {
         rows_k.set(slots.data() + i, n, k);

@@ -21,7 +21,7 @@ public:
     // memory of one thread, for one layer after the other
     struct lane {
         // rows of a device come to one of these, while those of the layer before are put into the cold store from the other
-        refreekv_rows::host_rows rows[2];
+        refreekv::rows::host_rows rows[2];
         std::future<int32_t>     put;                      // waits for it when it goes
         int32_t                  put_status = REFREEKV_OK; // of those that are done
     };
@@ -33,7 +33,7 @@ public:
     static void finish(lane & scratch);
 
     // the rows of these cells, which ascend, come back; in: memory for them, kept from layer to layer. A refreekv_status
-    int32_t get(layer & layer, const std::vector<uint32_t> & cells, refreekv_rows::host_rows & in);
+    int32_t get(layer & layer, const std::vector<uint32_t> & cells, rows::host_rows & in);
 
 private:
     const logical_cells & logical;

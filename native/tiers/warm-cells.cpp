@@ -14,7 +14,7 @@ static const size_t GAP      = 2 << 10; // bytes: reading them costs less than a
 static const uint32_t N_READ = 16;      // neighbouring cells that one read covers at most
 
 warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
-    bytes_k(refreekv_codes_bytes(n_k, bits_k)), bytes_v(refreekv_codes_bytes(n_v, bits_v)) {
+    bytes_k(codes_bytes(n_k, bits_k)), bytes_v(codes_bytes(n_v, bits_v)) {
     largest_steps.assign(n_head_kv*n_k, 0.0f);
 
     view.largest_steps = largest_steps.data();
@@ -73,7 +73,7 @@ void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
     const size_t in_slab  = n_blocks % SLAB;
 
     if (n_blocks == slabs.size()*SLAB) {
-        auto slab = refreekv_pages_alloc(SLAB*block_bytes());
+        auto slab = pages_alloc(SLAB*block_bytes());
         if (!slab) {
             throw std::bad_alloc();
         }
@@ -235,8 +235,8 @@ uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t
 
         const auto res = exact.store->try_read(exact.place + first*(uint64_t) size + head*part, piece.data(), behind[n - 1]*size + part);
 
-        if (res != refreekv_cold::THERE) {
-            is_lost = is_lost || res == refreekv_cold::LOST;
+        if (res != cold_store::THERE) {
+            is_lost = is_lost || res == cold_store::LOST;
             had &= ~run;
             continue;
         }

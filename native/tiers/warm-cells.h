@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-class refreekv_cold;
-
 namespace refreekv {
+
+class cold_store;
 
 // the index of the lowest bit that is set; x is not 0
 static inline int64_t lowest_bit(uint64_t x) {
@@ -105,16 +105,16 @@ public:
 
     size_t bytes() const;
 
-    refreekv_warm_view   view = {};
+    warm_view            view = {};
     std::vector<uint8_t> visible; // [n_tokens][n_blocks]
 
     // where the exact rows are
     struct {
-        const refreekv_cold * store = nullptr;
-        uint64_t              place = 0; // of the layer's cell 0
-        refreekv::record      record;
-        const uint8_t *       there = nullptr; // [n_cells] whether the store has the row of a cell
-        bool                  readable = false; // by this process, as it was when the batch began
+        const cold_store * store = nullptr;
+        uint64_t           place = 0;        // of the layer's cell 0
+        refreekv::record   record;
+        const uint8_t *    there = nullptr;  // [n_cells] whether the store has the row of a cell
+        bool               readable = false; // by this process, as it was when the batch began
     } exact;
 
     std::atomic<int64_t> n_read { 0 };
@@ -137,7 +137,7 @@ private:
     std::vector<uint64_t>           there; // bit i of a block: its cell i is warm
     std::vector<uint8_t *>          codes_k; // of KV head 0
     std::vector<uint8_t *>          codes_v;
-    std::vector<refreekv_pages_ptr> slabs;   // memory of codes: of some blocks the K of each KV head, and then the V
+    std::vector<pages_ptr> slabs;   // memory of codes: of some blocks the K of each KV head, and then the V
 
     size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
     void copy_codes(size_t src, size_t dst);

@@ -20,7 +20,7 @@ static const size_t N_CELLS = REFREEKV_CODED_CELLS;
 
 // why a layer can have no warm tier, or nullptr
 static const char * why_not(const llama_hparams & hparams, const layer & layer) {
-    const auto * kernels = refreekv_find_kernels();
+    const auto * kernels = find_kernels();
 
     const int64_t n_k = hparams.n_embd_head_k(layer.il);
     const int64_t n_v = hparams.n_embd_head_v(layer.il);
@@ -79,7 +79,7 @@ void warm_tier::make(layer & layer) const {
 
 // the codes of n rows of K or V, for the block that was added last. numbers: room for the rows
 void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const {
-    const auto & kernels = *refreekv_find_kernels();
+    const auto & kernels = *find_kernels();
     const auto & view    = layer.warm->view;
 
     const int64_t n_row  = layer.n_embd(is_v);

@@ -5,27 +5,27 @@
 
 extern "C" {
 
-bool   codes_fit   (int64_t n, int bits) { return refreekv_codes_fit(n, bits); }
-size_t codes_bytes (int64_t n, int bits) { return refreekv_codes_bytes(n, bits); }
-void   codes_encode(const float * rows, int64_t n_cells, int64_t n, int bits, bool v, uint8_t * dst) { refreekv_encode(rows, n, n_cells, n, bits, v, dst); }
-void   codes_decode(const uint8_t * src, int64_t cell, int64_t n, int bits, bool v, float * out) { refreekv_decode_cell(src, cell, n, bits, v, out); }
+bool   codes_fit   (int64_t n, int bits) { return refreekv::codes_fit(n, bits); }
+size_t codes_bytes (int64_t n, int bits) { return refreekv::codes_bytes(n, bits); }
+void   codes_encode(const float * rows, int64_t n_cells, int64_t n, int bits, bool v, uint8_t * dst) { refreekv::encode(rows, n, n_cells, n, bits, v, dst); }
+void   codes_decode(const uint8_t * src, int64_t cell, int64_t n, int bits, bool v, float * out) { refreekv::decode_cell(src, cell, n, bits, v, out); }
 
 void codes_dot(const uint8_t * codes, int64_t n, int bits, const float * q, const float * unit, int64_t n_q, float * out) {
     std::vector<const float *> rows;
     for (int64_t i = 0; i < n_q; ++i) {
         rows.push_back(q + i*n);
     }
-    refreekv_dot_codes(codes, n, bits, rows.data(), unit, n_q, out);
+    refreekv::dot_codes(codes, n, bits, rows.data(), unit, n_q, out);
 }
 
 void codes_add(const uint8_t * codes, int64_t n, int bits, const float * w, int64_t n_w, float * out) {
     std::vector<const float *> rows;
     std::vector<float *>       to;
     for (int64_t i = 0; i < n_w; ++i) {
-        rows.push_back(w + i*CELLS);
+        rows.push_back(w + i*refreekv::CELLS);
         to  .push_back(out + i*n);
     }
-    refreekv_add_codes(codes, n, bits, rows.data(), n_w, to.data());
+    refreekv::add_codes(codes, n, bits, rows.data(), n_w, to.data());
 }
 
 // ggml's, without its library: which of its builds would have them depends on the machine
