@@ -125,7 +125,7 @@ struct refreekv_params {
     int32_t turns;            // enum refreekv_turns
 
     float   theta;            // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
-                              // attention or more from the cold store, if there is one; 0: it goes on without. This needs the cache in
+                              // attention or more from the cold store, if there is one; 0: what is evicted takes no part. This needs the cache in
                               // host memory, and heads that the decode kernel takes
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
@@ -151,7 +151,7 @@ struct refreekv_stats {
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
     int32_t  n_turns_failed; // prunings and restores that were to be done between batches (refreekv_turns), and failed: the sequence went on without
-    float    theta;       // what decoding goes by; 0: it goes on without what is evicted
+    float    theta;       // what decoding goes by; 0: what is evicted takes no part
     int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
     int64_t  n_rows_left; // that it would have read, and for which their codes stood: the rows were not in memory, or were too many
     uint64_t bytes_codes; // of evicted rows

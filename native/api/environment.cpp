@@ -76,7 +76,7 @@ const refreekv::environment & get_environment() {
 
 void after_decode(llama_context * lctx) {
     if (auto * store = store::of(lctx->get_memory())) {
-        store->prune_read(lctx);
+        store->update.prune_read(lctx);
         store->publish();
     }
     publish_buffers(lctx);

@@ -17,6 +17,8 @@ void set_error(const char * format, ...)
 
 void clear_error();
 
+const std::string & last_error(); // of this thread
+
 // f()'s refreekv_status (or count); what it throws becomes one
 template <typename F>
 auto guard(F && f) -> decltype(f()) {

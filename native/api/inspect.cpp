@@ -97,7 +97,7 @@ int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    const auto kept = store->kept(seq_id, i_layer);
+    const auto kept = store->look.kept(seq_id, i_layer);
     std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
 
     return kept.size();
@@ -113,7 +113,7 @@ int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, i
     }
     llama_synchronize(ctx);
 
-    return refreekv::guard([&]() { return store->read_queries(seq_id, i_layer, out, pos, n_max); });
+    return refreekv::guard([&]() { return store->look.read_queries(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
@@ -126,7 +126,7 @@ int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int3
     }
     llama_synchronize(ctx);
 
-    return refreekv::guard([&]() { return store->read_keys(seq_id, i_layer, out, pos, n_max); });
+    return refreekv::guard([&]() { return store->look.read_keys(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
@@ -139,7 +139,7 @@ int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id,
     }
     llama_synchronize(ctx);
 
-    return refreekv::guard([&]() { return store->read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
+    return refreekv::guard([&]() { return store->look.read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {

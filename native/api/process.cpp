@@ -1,8 +1,13 @@
 #include "api/process.h"
 
+#include "hooks.h"
 #include "api/environment.h"
+#include "api/error.h"
 
-#include <atomic>
+#include "llama-impl.h"
+
+#include <cstdarg>
+#include <cstdio>
 
 namespace refreekv {
 
@@ -56,6 +61,18 @@ bool open_place::take() {
     return res;
 }
 
+// failures
+
+failure allocation_failure;
+failure cold_failure;
+
+bool failure::now() {
+    int32_t n = n_left;
+    while (n > 1 && !n_left.compare_exchange_weak(n, n - 1)) {
+    }
+    return n == 1;
+}
+
 // hooks
 
 static std::atomic<uint32_t> g_hooks_ran { 0 };
@@ -68,6 +85,35 @@ void hook_ran(hook h) {
 
 uint32_t hooks_ran() {
     return g_hooks_ran;
+}
+
+// errors
+
+static thread_local std::string g_error;
+
+void set_error(const char * format, ...) {
+    char buf[512];
+
+    va_list args;
+    va_start(args, format);
+    vsnprintf(buf, sizeof(buf), format, args);
+    va_end(args);
+
+    g_error = buf;
+
+    LLAMA_LOG_ERROR("refreekv: %s\n", buf);
+}
+
+void take_error(const std::string & error) {
+    g_error = error;
+}
+
+void clear_error() {
+    g_error.clear();
+}
+
+const std::string & last_error() {
+    return g_error;
 }
 
 } // namespace refreekv

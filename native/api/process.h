@@ -2,6 +2,10 @@
 
 #include "refreekv.h"
 
+#include <atomic>
+#include <cstdint>
+#include <string>
+
 namespace refreekv {
 
 // What belongs to a process or to a thread, and to no context.
@@ -26,6 +30,18 @@ public:
 
     static bool take(); // and closes it
 };
+
+// Failures that tests ask for: from the n-th time on, until another number is set; 0: none
+class failure {
+public:
+    void from(int32_t n) { n_left = n; }
+    bool now();
+
+private:
+    std::atomic<int32_t> n_left { 0 };
+};
+extern failure allocation_failure; // of rows (refreekv_fail_allocation)
+extern failure cold_failure;       // of writes to a cold store (refreekv_fail_cold)
 
 // What has run in this process, for refreekv_hooks_ran()
 enum hook : uint32_t {

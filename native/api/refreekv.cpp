@@ -8,7 +8,6 @@
 #include "cache/figures.h"
 #include "cache/store.h"
 #include "evict/attention-host.h"
-#include "tiers/cold-store.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
@@ -16,41 +15,16 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 #include <string>
 
 static const int32_t REFREEKV_ABI_VERSION = 12;
-
-static thread_local std::string g_error;
-
-void refreekv::set_error(const char * format, ...) {
-    char buf[512];
-
-    va_list args;
-    va_start(args, format);
-    vsnprintf(buf, sizeof(buf), format, args);
-    va_end(args);
-
-    g_error = buf;
-
-    LLAMA_LOG_ERROR("refreekv: %s\n", buf);
-}
-
-void refreekv::take_error(const std::string & error) {
-    g_error = error;
-}
-
-void refreekv::clear_error() {
-    g_error.clear();
-}
 
 int32_t refreekv_abi_version(void) {
     return REFREEKV_ABI_VERSION;
 }
 
 const char * refreekv_last_error(void) {
-    return g_error.c_str();
+    return refreekv::last_error().c_str();
 }
 
 void refreekv_forget_last_error(void) {
@@ -133,7 +107,7 @@ int64_t refreekv_prune(struct llama_context * ctx, llama_seq_id seq_id) {
     if (!refreekv::check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv::guard([&]() { return store->prune(ctx, seq_id); });
+    return refreekv::guard([&]() { return store->update.prune(ctx, seq_id); });
 }
 
 int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, const llama_pos * pos, int32_t n_pos) {
@@ -153,7 +127,7 @@ int64_t refreekv_keep(struct llama_context * ctx, llama_seq_id seq_id, int32_t i
         std::vector<llama_pos> list(pos, pos + n_pos);
         std::sort(list.begin(), list.end());
 
-        return store->keep(ctx, seq_id, il, list);
+        return store->update.keep(ctx, seq_id, il, list);
     });
 }
 
@@ -229,15 +203,15 @@ int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
     if (!refreekv::check_seq(*store, seq_id, ctx)) {
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv::guard([&]() { return store->restore(ctx, seq_id); });
+    return refreekv::guard([&]() { return store->update.restore_seq(ctx, seq_id); });
 }
 
 void refreekv_fail_cold(int32_t n) {
-    refreekv::cold_store::fail(n);
+    refreekv::cold_failure.from(n);
 }
 
 void refreekv_fail_allocation(int32_t n) {
-    refreekv::rows::fail_allocation(n);
+    refreekv::allocation_failure.from(n);
 }
 
 llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq_id seq_id) {

@@ -51,7 +51,7 @@ llama_memory_context_ptr cache::init_context(slot_info_vec_t sinfos, std::vector
 }
 
 cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches) {
-    if (store->plan_turn(ubatches)) {
+    if (store->update.plan_turn(ubatches)) {
         return {}; // upstream then calls init_update(), which does it, and tries again
     }
     auto res = llama_kv_cache::prepare(ubatches);
@@ -66,39 +66,39 @@ bool cache::get_can_shift() const {
 // sequences
 
 void cache::clear(bool data) {
-    publishing publish(store.get());
+    const auto publish = store->publish_later();
 
-    store->clear();
+    store->seqs.clear();
     llama_kv_cache::clear(data);
 }
 
 bool cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    publishing publish(store.get());
+    const auto publish = store->publish_later();
 
-    return store->on_seq_rm(seq_id, p0, p1) && llama_kv_cache::seq_rm(seq_id, p0, p1);
+    return store->seqs.remove(seq_id, p0, p1) && llama_kv_cache::seq_rm(seq_id, p0, p1);
 }
 
 void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    publishing publish(store.get());
+    const auto publish = store->publish_later();
 
-    if (store->on_seq_cp(seq_id_src, seq_id_dst, p0, p1)) {
+    if (store->seqs.copy(seq_id_src, seq_id_dst, p0, p1)) {
         llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
     }
 }
 
 void cache::seq_keep(llama_seq_id seq_id) {
-    publishing publish(store.get());
+    const auto publish = store->publish_later();
 
-    store->on_seq_keep(seq_id);
+    store->seqs.keep(seq_id);
     llama_kv_cache::seq_keep(seq_id);
 }
 
 void cache::seq_add(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, llama_pos /*shift*/) {
-    store->refuse_shift("seq_add", seq_id);
+    store->seqs.refuse_shift("seq_add", seq_id);
 }
 
 void cache::seq_div(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, int /*d*/) {
-    store->refuse_shift("seq_div", seq_id);
+    store->seqs.refuse_shift("seq_div", seq_id);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> cache::memory_breakdown() const {
@@ -120,11 +120,11 @@ void cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_se
 }
 
 void cache::state_write_data(llama_io_write_i & io, const cell_ranges_t & cr) const {
-    store->state_write(io, cr.strm, cr.data);
+    store->state.write(io, cr.strm, cr.data);
 }
 
 bool cache::state_read_data(llama_io_read_i & io, uint32_t /*strm*/, uint32_t cell_count, const slot_info & sinfo) {
-    return store->state_read(io, cell_count, sinfo);
+    return store->state.read(io, cell_count, sinfo);
 }
 
 void cache::state_clear(llama_seq_id seq_id, uint32_t /*strm*/, const slot_info & sinfo) {
@@ -133,7 +133,7 @@ void cache::state_clear(llama_seq_id seq_id, uint32_t /*strm*/, const slot_info 
         return;
     }
     seq_rm(seq_id, -1, -1);
-    store->clear_rows(sinfo);
+    store->state.clear_rows(sinfo);
 }
 
 // contexts
@@ -142,7 +142,7 @@ cache_context::cache_context(cache & owner) : llama_kv_cache_context(&owner), ow
 
 cache_context::cache_context(cache & owner, llama_context * lctx, stream_copy_info sc_info) :
     llama_kv_cache_context(&owner, lctx, false, std::move(sc_info)), owner(owner) {
-    if (owner.get_store().begin_update(lctx)) {
+    if (owner.get_store().update.begin(lctx)) {
         status = LLAMA_MEMORY_STATUS_SUCCESS;
     }
 }
@@ -161,7 +161,7 @@ const cache_context * cache_context::of(const llama_memory_context_i * mctx) {
 
 bool cache_context::apply() {
     if (ubatches.empty()) {
-        return owner.get_store().update(lctx);
+        return owner.get_store().update.run(lctx);
     }
     if (!llama_kv_cache_context::apply()) {
         return false;
@@ -173,7 +173,7 @@ bool cache_context::apply() {
 
 [[noreturn]] static void refuse_attention() {
     set_error("this model computes attention in a way of its own, which cannot have a KV policy");
-    throw std::runtime_error(refreekv_last_error());
+    throw std::runtime_error(last_error());
 }
 
 ggml_tensor * cache_context::get_k(ggml_context *, int32_t) const                               { refuse_attention(); }
@@ -192,11 +192,11 @@ void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool)
 // creation
 
 bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    return cache::of(mem)->get_store().may_seq_rm(seq_id, p0, p1);
+    return cache::of(mem)->get_store().seqs.may_remove(seq_id, p0, p1);
 }
 
 bool refused_seq_cp(llama_memory_t mem) {
-    return cache::of(mem)->get_store().refused_seq_cp();
+    return cache::of(mem)->get_store().seqs.refused_to_copy();
 }
 
 } // namespace refreekv

@@ -6,7 +6,8 @@
 
 namespace refreekv {
 
-class store;
+struct parts;
+class  store;
 
 // The hyperparameters with which llama_kv_cache makes its tensors without memory. A base class, because llama_kv_cache is
 // constructed after it and keeps a reference to them.
@@ -61,7 +62,7 @@ public:
     using llama_kv_cache::state_clear;
 
 private:
-    friend class ::refreekv::store;
+    friend struct ::refreekv::parts;
 
     std::shared_ptr<refreekv::store> store; // never nullptr; shared only so that its type may be incomplete here
 

@@ -1,38 +1,32 @@
-// How the rows of a refreekv::store grow with what is read, and shrink with what is gone.
-
-#include "cache/store.h"
+#include "cache/growth.h"
 
 #include "api/error.h"
 #include "api/process.h"
 
-#include "llama-context.h"
-
 #include <algorithm>
-#include <cinttypes>
-#include <numeric>
 
 namespace refreekv {
 
-bool store::reserve(const slot_info_vec_t & sinfos) {
+bool growth::reserve(const slot_info_vec_t & sinfos) {
     hook_ran(HOOK_RESERVE);
 
-    publishing publish(this);
+    publishing publish(p);
 
-    release_stale();
+    p.release_stale();
 
-    restoring = false;
+    p.emptied = false;
 
     uint32_t n_batch = 0;
     for (const auto & sinfo : sinfos) {
-        logical.for_batch(sinfo, [&](uint32_t) { n_batch++; });
+        p.logical.for_batch(sinfo, [&](uint32_t) { n_batch++; });
     }
 
     // upstream may try several divisions of a batch: n_expected goes down when its tokens are applied
-    if (grow(sinfos, params.memory_limit == 0 ? n_expected - std::min(n_expected, n_batch) : 0)) {
+    if (grow(sinfos, p.params.memory_limit == 0 ? p.n_expected - std::min(p.n_expected, n_batch) : 0)) {
         return true;
     }
 
-    n_expected = 0;
+    p.n_expected = 0;
     give_back();
 
     if (grow(sinfos, 0)) {
@@ -45,35 +39,22 @@ bool store::reserve(const slot_info_vec_t & sinfos) {
     return false;
 }
 
-// bytes: of rows
-bool store::within_limit(uint64_t bytes) const {
-    for (const auto & layer : layers) {
-        bytes += layer.warm ? layer.warm->bytes() : 0;
-    }
-    if (params.memory_limit == 0 || bytes <= params.memory_limit) {
-        return true;
-    }
-    set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
-
-    return false;
-}
-
 // the room that removed sequences left behind
-void store::give_back() {
-    mover.synchronize();
+void growth::give_back() {
+    p.mover.synchronize();
 
-    for (auto & layer : layers) {
+    for (auto & layer : p.layers) {
         const auto slots = layer.used_slots();
 
-        if (layouts.padded(slots.size()) < layer.rows.capacity() && mover.move(layer, slots, layouts.padded(slots.size()))) {
+        if (p.layouts.padded(slots.size()) < layer.rows.capacity() && p.mover.move(layer, slots, p.layouts.padded(slots.size()))) {
             layer.res.compact(slots);
-            layouts.make_stale();
+            p.layouts.make_stale();
         }
     }
 }
 
 // n_more: tokens that come after this batch
-bool store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
+bool growth::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
     struct plan {
         uint32_t n_need;  // room for the batch, and those
         uint32_t n_tight; // without the holes that removed sequences left
@@ -83,76 +64,59 @@ bool store::grow(const slot_info_vec_t & sinfos, uint32_t n_more) {
 
     uint64_t bytes = 0;
 
-    for (auto & layer : layers) {
+    for (auto & layer : p.layers) {
         uint32_t n_new = 0;
         for (const auto & sinfo : sinfos) {
-            logical.for_batch(sinfo, [&](uint32_t cell) { n_new += layer.res.slot(cell) < 0; });
+            p.logical.for_batch(sinfo, [&](uint32_t cell) { n_new += layer.res.slot(cell) < 0; });
         }
-        n_new += std::min(n_more, logical.size() - std::min(logical.size(), layer.res.n_used() + n_new));
+        n_new += std::min(n_more, p.logical.size() - std::min(p.logical.size(), layer.res.n_used() + n_new));
 
-        plan p;
-        p.n_need  = layouts.padded(layer.res.n_slots_after(n_new));
-        p.n_tight = layouts.padded(layer.res.n_used() + n_new);
-        p.shrink  = layer.rows.capacity() >= 2*p.n_tight || (idle_rows && layer.rows.capacity() > p.n_tight);
+        plan its;
+        its.n_need  = p.layouts.padded(layer.res.n_slots_after(n_new));
+        its.n_tight = p.layouts.padded(layer.res.n_used() + n_new);
+        its.shrink  = layer.rows.capacity() >= 2*its.n_tight || (p.idle_rows && layer.rows.capacity() > its.n_tight);
 
-        plans.push_back(p);
-        bytes += layer.rows.bytes_for(p.shrink ? p.n_tight : std::max(p.n_need, layer.rows.capacity()));
+        plans.push_back(its);
+        bytes += layer.rows.bytes_for(its.shrink ? its.n_tight : std::max(its.n_need, layer.rows.capacity()));
     }
 
-    if (!within_limit(bytes)) {
+    if (!p.within_limit(bytes)) {
         return false;
     }
 
     bool synced = false;
 
-    for (size_t i = 0; i < layers.size(); ++i) {
-        auto & layer = layers[i];
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        auto & layer = p.layers[i];
 
-        const auto & p = plans[i];
+        const auto & its = plans[i];
 
-        if (p.n_need <= layer.rows.capacity() && !p.shrink) {
+        if (its.n_need <= layer.rows.capacity() && !its.shrink) {
             continue;
         }
         if (!synced) {
-            mover.synchronize();
+            p.mover.synchronize();
             synced = true;
         }
 
-        const auto slots = p.shrink ? layer.used_slots() : layer.all_slots();
+        const auto slots = its.shrink ? layer.used_slots() : layer.all_slots();
 
-        if (!mover.move(layer, slots, p.shrink ? p.n_tight : p.n_need)) {
-            if (p.n_need <= layer.rows.capacity()) {
+        if (!p.mover.move(layer, slots, its.shrink ? its.n_tight : its.n_need)) {
+            if (its.n_need <= layer.rows.capacity()) {
                 continue; // there is room, only not less
             }
             set_error("layer %d: no memory to change the KV cache from %u to %u cells of %zu bytes; %zu MiB are held over all layers",
-                    layer.il, layer.rows.capacity(), p.shrink ? p.n_tight : p.n_need, layer.rows.row_bytes(), (size_t) stats().bytes >> 20);
+                    layer.il, layer.rows.capacity(), its.shrink ? its.n_tight : its.n_need, layer.rows.row_bytes(), (size_t) p.bytes() >> 20);
             return false;
         }
-        if (p.shrink) {
+        if (its.shrink) {
             layer.res.compact(slots);
         }
-        layouts.make_stale();
+        p.layouts.make_stale();
     }
 
-    idle_rows = false;
+    p.idle_rows = false;
 
-    return true;
-}
-
-// room for n cells more
-bool store::make_room(layer & layer, uint32_t n) {
-    const uint32_t n_need = layouts.padded(layer.res.n_slots_after(n));
-
-    if (n_need <= layer.rows.capacity()) {
-        return true;
-    }
-    if (!within_limit(stats().bytes + layer.rows.bytes_for(n_need) - layer.rows.bytes())) {
-        return false;
-    }
-    if (!mover.move(layer, layer.all_slots(), n_need)) {
-        set_error("no memory for %u cells in layer %d", n_need, layer.il);
-        return false;
-    }
     return true;
 }
 

@@ -37,7 +37,7 @@ struct layer {
     refreekv::record     record;         // the form of one of them
     std::vector<uint8_t> is_cold;        // [n_cells] whether the cold store has the row of a cell
 
-    std::unique_ptr<warm_cells> warm; // evicted cells that decoding goes on attending to; nullptr: it goes on without
+    std::unique_ptr<warm_cells> warm; // evicted cells that decoding goes on attending to; nullptr: it attends to none of them
 
     // of its rows; v: V, else K
     ggml_type type    (bool v) const { return v ? rows.get_shape().type_v : rows.get_shape().type_k; }

@@ -25,7 +25,7 @@ int32_t run_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t
             const int32_t status = guard([&]() { return f(i, thread); });
             if (status != REFREEKV_OK) {
                 next = n;
-                return { status, refreekv_last_error() };
+                return { status, last_error() };
             }
         }
         return {};

@@ -1,10 +1,10 @@
 #include "cache/rows.h"
 
+#include "api/process.h"
 #include "cache/gather.h"
 #include "cache/row-bytes.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 namespace refreekv {
@@ -23,12 +23,6 @@ static void copy_host(const refreekv::row_bytes & src, refreekv::row_bytes dst, 
         }
     }
     dst.set(others.data(), others.size(), in.data());
-}
-
-static std::atomic<int32_t> g_fail_in { 0 };
-
-void rows::fail_allocation(int32_t n) {
-    g_fail_in = n;
 }
 
 size_t rows::bytes() const {
@@ -110,13 +104,6 @@ static void init_tensor(ggml_tensor * t) {
     ggml_backend_buffer_init_tensor(t->buffer, t);
 }
 
-static bool fails_now() {
-    int32_t n = g_fail_in;
-    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
-    }
-    return n == 1;
-}
-
 bool rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_backend_t backend, bool force_graph, const host_rows & in) {
     GGML_ASSERT(slots.size() <= capacity && capacity <= s.max_cells);
 
@@ -133,7 +120,7 @@ bool rows::move(const std::vector<uint32_t> & slots, uint32_t capacity, ggml_bac
 }
 
 bool rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bool grows, ggml_backend_t backend, bool force_graph, const host_rows & in) {
-    if (grows && (fails_now() || !resize_regions(then.size_k, then.size_v))) {
+    if (grows && (allocation_failure.now() || !resize_regions(then.size_k, then.size_v))) {
         return false;
     }
     place_tensor(then.k, region_k->buffer(), region_k->base());
@@ -153,7 +140,7 @@ bool rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bo
 }
 
 bool rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml_backend_t backend, bool force_graph, const host_rows & in) {
-    if (fails_now()) {
+    if (allocation_failure.now()) {
         return false;
     }
 

@@ -68,9 +68,6 @@ public:
 
     uint64_t bytes_bounced() const { return n_bounced; }
 
-    // test hook (refreekv_fail_allocation)
-    static void fail_allocation(int32_t n);
-
 private:
     shape    s;
     int32_t  il;

@@ -25,7 +25,7 @@ class layouts;
 //   tried once per prompt. That prompt's pruning is due as any other's, whether it has been restored or not.
 // - While an answer goes on, and decoding attends to codes of what is evicted, cells are evicted a few blocks at a time.
 //
-// A step that fails is not tried again for the same prompt: the sequence goes on from what the cache holds (store::run_step).
+// A step that fails is not tried again for the same prompt: the sequence goes on from what the cache holds (updates::run_step).
 class turn {
 public:
     enum class step { PRUNE, RESTORE };
@@ -36,7 +36,7 @@ public:
         uint32_t     n_tokens; // of the batch, which a restore has to leave room for
     };
 
-    // all of them belong to the store. pruned: [LLAMA_MAX_SEQ] see store::pruned_pos()
+    // all of them belong to the parts. pruned: [LLAMA_MAX_SEQ] see parts::pruned
     turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
          const cold_rows & cold, const evictor & ev, const std::vector<llama_pos> & pruned);
 

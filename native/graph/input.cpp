@@ -24,7 +24,7 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, const char * 
 
 [[noreturn]] static void refuse(int il) {
     set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
-    throw std::runtime_error(refreekv_last_error());
+    throw std::runtime_error(last_error());
 }
 
 graph_input & graph_input::of(const llm_graph_context & graph, const cache_context & mctx) {

@@ -181,7 +181,7 @@ void attention_cpu::weigh_chunks() {
 
     const size_t k_first = ggml_row_size(in.k->type, first_kv*n_embd_head);
 
-    // in registers: a store to the weights may be one to anything, for all that the compiler knows
+    // in registers: a store to the weights may be one to any of these, as far as the compiler knows
     const float pre_scale  = in.pre_scale;
     const float post_scale = in.post_scale;
     const float soft_cap   = in.soft_cap;

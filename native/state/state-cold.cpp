@@ -1,6 +1,6 @@
 // The part of a state behind its rows: evicted rows that are in the cold store, so that what was evicted can come back after loading.
 
-#include "cache/store.h"
+#include "state/state.h"
 
 #include "api/error.h"
 #include "cache/runs.h"
@@ -25,25 +25,25 @@ struct state_cold_layer {
     uint32_t n_rows;
 };
 
-void store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
-    std::vector<std::vector<uint32_t>> rows(layers.size()); // indices of the list
+void write_cold(const parts & p, llama_io_write_i & io, const std::vector<uint32_t> & list) {
+    std::vector<std::vector<uint32_t>> rows(p.layers.size()); // indices of the list
 
     bool any = false;
-    for (uint32_t i_layer = 0; i_layer < layers.size() && params.cold_state && cold.bytes() > 0; ++i_layer) {
-        const auto & layer = layers[i_layer];
+    for (uint32_t i_layer = 0; i_layer < p.layers.size() && p.params.cold_state && p.cold.bytes() > 0; ++i_layer) {
+        const auto & layer = p.layers[i_layer];
         for (uint32_t i = 0; i < list.size(); ++i) {
-            if (cold.has(layer, list[i]) && layer.res.slot(list[i]) < 0) {
+            if (p.cold.has(layer, list[i]) && layer.res.slot(list[i]) < 0) {
                 rows[i_layer].push_back(i);
                 any = true;
             }
         }
     }
 
-    const state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) layers.size() : 0 };
+    const state_cold header = { REFREEKV_STATE_COLD, any ? (uint32_t) p.layers.size() : 0 };
     io.write(&header, sizeof(header));
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
-        const auto & layer = layers[i_layer];
+        const auto & layer = p.layers[i_layer];
         const auto & idxs = rows[i_layer];
 
         const state_cold_layer info = { REFREEKV_STATE_COLD, (uint32_t) idxs.size() };
@@ -58,7 +58,7 @@ void store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list
             cells.push_back(list[i]);
         }
         for (bool v : { false, true }) {
-            const bool ok = cold.get(layer, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*layer.row_size(v)); });
+            const bool ok = p.cold.get(layer, cells, [&](size_t, size_t n, const uint8_t * k_rows, const uint8_t * v_rows) { io.write(v ? v_rows : k_rows, n*layer.row_size(v)); });
             if (!ok) {
                 set_error("state: the cold store cannot be read any more");
                 throw std::runtime_error("the cold store cannot be read any more");
@@ -69,17 +69,17 @@ void store::write_cold(llama_io_write_i & io, const std::vector<uint32_t> & list
 
 // What this context cannot keep (it has no cold store, or no room in it) is passed over: the sequences are as pruned as
 // the state says, and cannot be restored. false: the state is damaged
-bool store::read_cold(llama_io_read_i & io, const std::vector<uint32_t> & list) {
+bool read_cold(parts & p, llama_io_read_i & io, const std::vector<uint32_t> & list) {
     state_cold header;
     io.read(&header, sizeof(header));
 
-    if (header.magic != REFREEKV_STATE_COLD || (header.n_layers != 0 && header.n_layers != layers.size())) {
+    if (header.magic != REFREEKV_STATE_COLD || (header.n_layers != 0 && header.n_layers != p.layers.size())) {
         set_error("state: damaged, there are no evicted rows behind its rows");
         return false;
     }
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
-        auto & layer = layers[i_layer];
+        auto & layer = p.layers[i_layer];
 
         state_cold_layer info;
         io.read(&info, sizeof(info));
@@ -110,9 +110,9 @@ bool store::read_cold(llama_io_read_i & io, const std::vector<uint32_t> & list) 
         io.read(k.data(), k.size());
         io.read(v.data(), v.size());
 
-        if (cold.exists()) {
+        if (p.cold.exists()) {
             for_runs(cells, [&](size_t i, size_t n) {
-                return cold.put(layer, cells[i], n, k.data() + i*layer.row_size(false), v.data() + i*layer.row_size(true));
+                return p.cold.put(layer, cells[i], n, k.data() + i*layer.row_size(false), v.data() + i*layer.row_size(true));
             });
         }
     }

@@ -1,7 +1,7 @@
 // The part of a state behind the evicted rows: codes of evicted cells, so that decoding goes on attending to them after loading, also
 // where the state has no exact rows.
 
-#include "cache/store.h"
+#include "state/state.h"
 
 #include "api/error.h"
 #include "kernels/codes.h"
@@ -31,32 +31,32 @@ struct state_warm_layer {
     uint32_t n_blocks;
 };
 
-void store::write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list) const {
+void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32_t> & list) {
     std::unordered_map<uint32_t, uint32_t> index_of; // of a cell in the list
     for (uint32_t i = 0; i < list.size(); ++i) {
         index_of[list[i]] = i;
     }
 
-    const bool any = std::any_of(layers.begin(), layers.end(), [](const layer & layer) { return layer.warm && layer.warm->n_blocks() > 0; });
+    const bool any = std::any_of(p.layers.begin(), p.layers.end(), [](const layer & layer) { return layer.warm && layer.warm->n_blocks() > 0; });
 
-    state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) layers.size() : 0, 0, 0 };
+    state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) p.layers.size() : 0, 0, 0 };
     if (any) {
-        header.bits_k = layers.front().warm->view.bits_k;
-        header.bits_v = layers.front().warm->view.bits_v;
+        header.bits_k = p.layers.front().warm->view.bits_k;
+        header.bits_v = p.layers.front().warm->view.bits_v;
     }
     io.write(&header, sizeof(header));
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
-        const auto & warm = *layers[i_layer].warm;
+        const auto & its = *p.layers[i_layer].warm;
 
         std::vector<std::pair<uint32_t, std::vector<uint32_t>>> blocks; // that have a cell of the list
-        for (uint32_t b = 0; b < warm.n_blocks(); ++b) {
+        for (uint32_t b = 0; b < its.n_blocks(); ++b) {
             std::vector<uint32_t> indices(REFREEKV_CODED_CELLS, REFREEKV_NO_CELL);
 
             bool has = false;
-            for (uint64_t left = warm.view.there[b]; left; left &= left - 1) {
+            for (uint64_t left = its.view.there[b]; left; left &= left - 1) {
                 const int64_t i  = lowest_bit(left);
-                const auto    it = index_of.find(warm.cell(b, i));
+                const auto    it = index_of.find(its.cell(b, i));
                 if (it != index_of.end()) {
                     indices[i] = it->second;
                     has = true;
@@ -72,9 +72,9 @@ void store::write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list
 
         for (const auto & [b, indices] : blocks) {
             io.write(indices.data(), indices.size()*sizeof(indices[0]));
-            for (int64_t h = 0; h < warm.view.n_head_kv; ++h) {
-                io.write(warm.codes_of(b, h, false), warm.head_bytes(false));
-                io.write(warm.codes_of(b, h, true),  warm.head_bytes(true));
+            for (int64_t h = 0; h < its.view.n_head_kv; ++h) {
+                io.write(its.codes_of(b, h, false), its.head_bytes(false));
+                io.write(its.codes_of(b, h, true),  its.head_bytes(true));
             }
         }
     }
@@ -82,11 +82,11 @@ void store::write_warm(llama_io_write_i & io, const std::vector<uint32_t> & list
 
 // Codes that this context has no use for (its decoding does not attend to what is evicted, or by other bits) are passed over. false: the state
 // is damaged
-bool store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) {
+bool read_warm(parts & p, llama_io_read_i & io, const std::vector<uint32_t> & list) {
     state_warm header;
     io.read(&header, sizeof(header));
 
-    const bool fits = header.n_layers == 0 || (header.n_layers == layers.size() && header.bits_k >= 1 && header.bits_k <= 8 && header.bits_v >= 1 && header.bits_v <= 8);
+    const bool fits = header.n_layers == 0 || (header.n_layers == p.layers.size() && header.bits_k >= 1 && header.bits_k <= 8 && header.bits_v >= 1 && header.bits_v <= 8);
 
     if (header.magic != REFREEKV_STATE_WARM || !fits) {
         set_error("state: damaged, there are no codes behind its evicted rows");
@@ -96,7 +96,7 @@ bool store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) 
     std::vector<uint8_t> codes[2];
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
-        auto & layer = layers[i_layer];
+        auto & layer = p.layers[i_layer];
 
         state_warm_layer info;
         io.read(&info, sizeof(info));
@@ -106,10 +106,10 @@ bool store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) 
             return false;
         }
 
-        const int64_t n_head_kv = kv.hparams.n_head_kv(layer.il);
+        const int64_t n_head_kv = p.hparams.n_head_kv(layer.il);
 
-        codes[0].resize(codes_bytes(kv.hparams.n_embd_head_k(layer.il), header.bits_k));
-        codes[1].resize(codes_bytes(kv.hparams.n_embd_head_v(layer.il), header.bits_v));
+        codes[0].resize(codes_bytes(p.hparams.n_embd_head_k(layer.il), header.bits_k));
+        codes[1].resize(codes_bytes(p.hparams.n_embd_head_v(layer.il), header.bits_v));
 
         const bool takes = layer.warm && layer.warm->view.bits_k == (int) header.bits_k && layer.warm->view.bits_v == (int) header.bits_v;
 
@@ -157,22 +157,22 @@ bool store::read_warm(llama_io_read_i & io, const std::vector<uint32_t> & list) 
         }
     }
 
-    n_generation++;
+    p.n_generation++;
 
     return true;
 }
 
 // codes of cells that the cold store has and that came without
-void store::code_missing(const std::vector<uint32_t> & list) {
-    for (auto & layer : layers) {
-        if (!layer.warm || !cold.exists()) {
+void code_missing(parts & p, const std::vector<uint32_t> & list) {
+    for (auto & layer : p.layers) {
+        if (!layer.warm || !p.cold.exists()) {
             continue;
         }
-        const auto is_coded = layer.warm->cells(logical.size());
+        const auto is_coded = layer.warm->cells(p.logical.size());
 
         std::vector<uint32_t> cells;
         for (uint32_t cell : list) {
-            if (layer.res.slot(cell) < 0 && cold.has(layer, cell) && !is_coded[cell]) {
+            if (layer.res.slot(cell) < 0 && p.cold.has(layer, cell) && !is_coded[cell]) {
                 cells.push_back(cell);
             }
         }
@@ -184,14 +184,14 @@ void store::code_missing(const std::vector<uint32_t> & list) {
         std::vector<uint8_t> k(cells.size()*row_k);
         std::vector<uint8_t> v(cells.size()*row_v);
 
-        const bool got = cold.get(layer, cells, [&](size_t i, size_t n, const uint8_t * rows_k, const uint8_t * rows_v) {
+        const bool got = p.cold.get(layer, cells, [&](size_t i, size_t n, const uint8_t * rows_k, const uint8_t * rows_v) {
             memcpy(k.data() + i*row_k, rows_k, n*row_k);
             memcpy(v.data() + i*row_v, rows_v, n*row_v);
         });
         if (!got) {
             continue; // they are lost
         }
-        warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+        p.warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
             for (size_t i = 0; i < n; ++i) {
                 memcpy(rows_k + i*row_k, k.data() + indices[i]*row_k, row_k);
                 memcpy(rows_v + i*row_v, v.data() + indices[i]*row_v, row_v);

@@ -1,8 +1,8 @@
-// Saving and loading the rows of a refreekv::store: the counterpart of llama_kv_cache::state_write_data and
+// Saving and loading the rows of a cache: the counterpart of llama_kv_cache::state_write_data and
 // state_read_data. The cells themselves (positions, sequences) are written by upstream before; here they are counted in
 // that order. Of each layer what it holds is written, and then what the cold store has of the rest (state/state-cold.cpp).
 
-#include "cache/store.h"
+#include "state/state.h"
 
 #include "api/error.h"
 
@@ -64,27 +64,27 @@ struct state_layer {
     uint64_t n_embd_v;
 };
 
-void store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
+void states::write(llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & ranges) {
     std::vector<uint32_t> list;
     for (const auto & [c0, c1] : ranges) {
         for (uint32_t c = c0; c < c1; ++c) {
-            list.push_back(strm*logical.stream_size() + c);
+            list.push_back(strm*p.logical.stream_size() + c);
         }
     }
 
-    const state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, kv.v_trans, (uint32_t) layers.size(), (uint32_t) list.size() };
+    const state_header header = { REFREEKV_STATE_MAGIC, REFREEKV_STATE_VERSION, p.v_trans, (uint32_t) p.layers.size(), (uint32_t) list.size() };
     io.write(&header, sizeof(header));
 
     // which cells lie behind a pruning: from them the reader learns how far each sequence was pruned
     std::vector<uint8_t> behind(list.size(), 0);
     for (size_t i = 0; i < list.size(); ++i) {
-        for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
-            behind[i] |= logical.seq_has(list[i], s) && logical.pos_of(list[i]) <= pruned[s];
+        for (llama_seq_id s = 0; s < p.logical.n_seq_ids(); ++s) {
+            behind[i] |= p.logical.seq_has(list[i], s) && p.logical.pos_of(list[i]) <= p.pruned[s];
         }
     }
     io.write(behind.data(), behind.size());
 
-    for (const auto & layer : layers) {
+    for (const auto & layer : p.layers) {
         // (slot, index in the list), in the order of slots
         std::vector<std::pair<uint32_t, uint32_t>> held;
         for (uint32_t i = 0; i < list.size(); ++i) {
@@ -115,15 +115,15 @@ void store::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<
         }
     }
 
-    write_cold(io, list);
-    write_warm(io, list);
+    write_cold(p, io, list);
+    write_warm(p, io, list);
 }
 
 // a restore failed: what it wrote must not be read, not even with weight 0
-void store::clear_rows(const slot_info & sinfo) {
-    for (auto & layer : layers) {
+void states::clear_rows(const llama_kv_cache::slot_info & sinfo) {
+    for (auto & layer : p.layers) {
         std::vector<uint32_t> slots;
-        logical.for_batch(sinfo, [&](uint32_t cell) {
+        p.logical.for_batch(sinfo, [&](uint32_t cell) {
             if (layer.res.slot(cell) >= 0) {
                 slots.push_back(layer.res.slot(cell));
             }
@@ -138,7 +138,7 @@ void store::clear_rows(const slot_info & sinfo) {
 }
 
 // what comes before the rows of a layer; cells: indices of the list, in the order of the rows
-bool store::read_layer_head(llama_io_read_i & io, const layer & layer, uint32_t cell_count, std::vector<uint32_t> & cells) const {
+static bool read_layer_head(llama_io_read_i & io, const layer & layer, uint32_t cell_count, std::vector<uint32_t> & cells) {
     state_layer info;
     io.read(&info, sizeof(info));
 
@@ -186,11 +186,11 @@ static bool read_mark(llama_io_read_i & io, int32_t il) {
 }
 
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
-bool store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_info & sinfo) {
-    publishing publish(this);
+bool states::read(llama_io_read_i & io, uint32_t cell_count, const llama_kv_cache::slot_info & sinfo) {
+    publishing publish(p);
 
     std::vector<uint32_t> list;
-    logical.for_batch(sinfo, [&](uint32_t cell) { list.push_back(cell); });
+    p.logical.for_batch(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 
     state_header header;
     io.read(&header, sizeof(header));
@@ -199,34 +199,34 @@ bool store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_inf
         set_error("state: it was not written by a context with a KV policy (or by another version); load it into one like that");
         return false;
     }
-    if (header.v_trans != (uint32_t) kv.v_trans) {
-        set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", kv.v_trans ? "False" : "True");
+    if (header.v_trans != (uint32_t) p.v_trans) {
+        set_error("state: it was written with flash_attn = %s; this context has %s", header.v_trans ? "False" : "True", p.v_trans ? "False" : "True");
         return false;
     }
-    if (header.n_layers != layers.size() || header.n_cells != cell_count || list.size() != cell_count) {
-        set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_layers, header.n_cells, layers.size(), cell_count);
+    if (header.n_layers != p.layers.size() || header.n_cells != cell_count || list.size() != cell_count) {
+        set_error("state: %u layers and %u cells do not fit this model's %zu layers and %u cells", header.n_layers, header.n_cells, p.layers.size(), cell_count);
         return false;
     }
 
-    mover.synchronize();
-    release_stale();
+    p.mover.synchronize();
+    p.release_stale();
 
     // the cells may be those of a sequence that was there before: what the state does not hold of them must go
-    std::vector<uint8_t> in_list(logical.size(), 0);
+    std::vector<uint8_t> in_list(p.logical.size(), 0);
     for (uint32_t cell : list) {
         in_list[cell] = 1;
     }
-    for (auto & layer : layers) {
+    for (auto & layer : p.layers) {
         layer.res.release([&](uint32_t cell) { return in_list[cell]; });
-        cold.forget(layer, list);
+        p.cold.forget(layer, list);
         if (layer.warm && layer.warm->keep([&](uint32_t cell) { return !in_list[cell]; })) {
-            n_generation++;
+            p.n_generation++;
         }
     }
 
     // read_tensor writes when io is done. A state of several streams grows the rows once per stream, so there they are
     // written at once.
-    const bool at_once = restoring && kv.n_stream > 1;
+    const bool at_once = p.emptied && p.n_stream > 1;
 
     const auto read_bytes = [&](ggml_tensor * t, size_t offset, size_t size) {
         if (!at_once) {
@@ -241,9 +241,9 @@ bool store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_inf
     std::vector<uint8_t> behind(cell_count);
     io.read(behind.data(), behind.size());
 
-    for (auto & layer : layers) {
+    for (auto & layer : p.layers) {
         std::vector<uint32_t> idxs;
-        if (!read_layer_head(io, layer, cell_count, idxs) || !make_room(layer, idxs.size())) {
+        if (!read_layer_head(io, layer, cell_count, idxs) || !p.make_room(layer, idxs.size())) {
             return false;
         }
 
@@ -259,21 +259,25 @@ bool store::state_read(llama_io_read_i & io, uint32_t cell_count, const slot_inf
             for_v(layer.rows, slots, read_bytes);
         }
     }
-    if (!read_cold(io, list) || !read_warm(io, list)) {
+    if (!read_cold(p, io, list) || !read_warm(p, io, list)) {
         return false;
     }
-    code_missing(list);
+    code_missing(p, list);
 
-    for (llama_seq_id s = 0; s < logical.n_seq_ids(); ++s) {
+    if (!p.within_limit(p.bytes())) { // with the codes
+        return false;
+    }
+
+    for (llama_seq_id s = 0; s < p.logical.n_seq_ids(); ++s) {
         for (uint32_t i = 0; i < cell_count; ++i) {
-            if (behind[i] && logical.seq_has(list[i], s)) {
-                pruned[s] = std::max(pruned[s], logical.pos_of(list[i]));
-                ring.forget(s);
+            if (behind[i] && p.logical.seq_has(list[i], s)) {
+                p.pruned[s] = std::max(p.pruned[s], p.logical.pos_of(list[i]));
+                p.ring.forget(s);
             }
         }
     }
 
-    layouts.make_stale();
+    p.layouts.make_stale();
 
     return true;
 }

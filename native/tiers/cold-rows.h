@@ -8,10 +8,11 @@
 #include <memory>
 #include <vector>
 
-class cold_store;
 struct llama_hparams;
 
 namespace refreekv {
+
+class cold_store;
 
 // The evicted rows that are kept in a cold store. It has a place for every cell of every layer, so nothing is looked up: a flag
 // per cell says whether its row is there. A row never changes while its cell is in use.

@@ -1,5 +1,7 @@
 #include "tiers/cold-store.h"
 
+#include "api/process.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -10,27 +12,14 @@ namespace refreekv {
 
 static const uint64_t REFREEKV_COLD_PAGE = 16 << 20; // as it is touched; the system has pages of 2 MiB for such
 
-static std::atomic<int32_t> g_fail_in { 0 };
-
-void cold_store::fail(int32_t n_writes) {
-    g_fail_in = n_writes;
-}
-
-static bool fails_now() {
-    int32_t n = g_fail_in;
-    while (n > 1 && !g_fail_in.compare_exchange_weak(n, n - 1)) {
-    }
-    return n == 1;
-}
-
 // a file without a name; -1: errno says why not
 static int     open_unnamed(const std::string & dir);
-static bool    set_file_size    (int fd);
-static int64_t write_at    (int fd, const void * data, size_t size, uint64_t offset);
-static int64_t read_at     (int fd, void * data, size_t size, uint64_t offset);
-static int64_t read_now    (int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
-static void    close_file       (int fd);
-static int64_t process_id     ();
+static bool    set_file_size(int fd);
+static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset);
+static int64_t read_at(int fd, void * data, size_t size, uint64_t offset);
+static int64_t read_now(int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
+static void    close_file(int fd);
+static int64_t process_id();
 
 static const int64_t REFREEKV_NOT_NOW = -2; // it would have to wait; the system has been asked for the bytes
 static const int64_t REFREEKV_NO_SUCH = -3; // the system or the file system has no such read
@@ -50,7 +39,7 @@ cold_store::~cold_store() {
 }
 
 bool cold_store::write(uint64_t offset, const void * data, size_t size) {
-    if (fails_now() || (fd >= 0 && process_id() != owner)) {
+    if (cold_failure.now() || (fd >= 0 && process_id() != owner)) {
         return false;
     }
 

@@ -48,9 +48,6 @@ public:
 
     bool is_file() const { return fd >= 0; }
 
-    // test hook (refreekv_fail_cold)
-    static void fail(int32_t n_writes);
-
 private:
     int     fd    = -1;
     int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone

@@ -41,7 +41,7 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
         finish(scratch);
         std::swap(scratch.rows[0], scratch.rows[1]);
 
-        // which rows a store with a limit has room for hangs on their order
+        // which rows find room in a store with a limit depends on their order
         const uint32_t n_parts = one_thread ? 1 : N_THREADS;
 
         const auto put = [this, &layer, &rows = scratch.rows[1], cells = std::move(cells), n_parts]() {

@@ -22,7 +22,7 @@ from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, To
 
 
 def assert_selected(kept: npt.NDArray[np.bool_], expected: reference.Selection, tolerance: float) -> None:
-    """The kept set is the expected one; where a decision hangs on less than the tolerance, it may fall either way."""
+    """The kept set is the expected one; where a decision depends on less than the tolerance, it may fall either way."""
     n_keep = int(kept.sum())
     if n_keep == expected.n_keep and np.flatnonzero(kept).tolist() == expected.kept:
         return

@@ -18,7 +18,7 @@ from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
 
-from refreekv_cpp import Llama, Policy, PolicyError, ReFreeKV, SnapKV, native
+from refreekv_cpp import CacheStateError, Llama, Policy, PolicyError, ReFreeKV, SnapKV, native
 
 PROMPT = random_tokens(1024)
 ANSWER = random_tokens(8, seed=1)
@@ -405,6 +405,42 @@ def test_a_copy_that_the_store_has_no_room_for_is_known_by_codes(tiny: Callable[
         assert native.stats(sequences.ctx).n_rows_read == 0
         sequences.close()
     np.testing.assert_array_equal(*answers)
+
+
+def test_a_limit_counts_the_codes_of_a_state(tiny: Callable[[str], Path]) -> None:
+    saved = read(tiny("gqa64"), NONE)
+    state, stats = saved.save_state(), saved.kv_stats
+    for room, fits in ((stats.bytes_codes, True), (stats.bytes_codes // 2, False)):
+        llm = load(tiny("gqa64"), codes(NONE), kv_memory_limit=stats.bytes + room)
+        if fits:
+            llm.load_state(state)
+            assert llm.kv_stats.bytes_codes == stats.bytes_codes
+        else:
+            with pytest.raises(CacheStateError, match="the limit is"):
+                llm.load_state(state)
+            assert llm.kv_stats.bytes_codes == 0
+
+
+def test_a_limit_counts_the_codes_of_a_copy(tiny: Callable[[str], Path]) -> None:
+    def pruned(limit: int) -> Sequences:
+        cold = {"cold": native.enum_value("COLD_MEMORY"), "theta": NONE, "memory_limit": limit}
+        sequences = Sequences(tiny("gqa64"), POLICY, cold=cold, kv_unified=False)
+        sequences.read(0, PROMPT)
+        assert native.prune(sequences.ctx, 0) > 0
+        return sequences
+
+    free = pruned(0)
+    one = native.stats(free.ctx)
+    free.copy(0, 1)
+    two = native.stats(free.ctx)
+    assert two.bytes_codes == 2 * one.bytes_codes
+
+    # less than is needed for the codes, and enough for the rows
+    limited = pruned(two.bytes + two.bytes_codes - one.bytes_codes // 2)
+    limited.copy(0, 1)
+    assert "the limit is" in native.last_error() or "no room for a copy" in native.last_error()
+    assert limited.n_tokens(1) == 0
+    assert native.stats(limited.ctx).bytes_codes == one.bytes_codes
 
 
 def test_the_preset_holds_sinks_and_a_window_where_the_rest_is_attended_to(tiny: Callable[[str], Path]) -> None:

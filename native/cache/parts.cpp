@@ -1,0 +1,220 @@
+#include "cache/parts.h"
+
+#include "api/error.h"
+#include "kernels/codes.h"
+#include "policies/policy.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <stdexcept>
+
+namespace refreekv {
+
+template <typename Layers>
+static bool is_on_host(const Layers & layers) {
+    return std::all_of(layers.begin(), layers.end(), [](const auto & l) { return ggml_backend_buft_is_host(ggml_backend_buffer_get_type(l.k->buffer)); });
+}
+
+// marks the backend that the tensors are on, as upstream does for hparams.no_alloc
+static ggml_backend_buffer_ptr no_storage(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
+    ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, 0);
+
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+        t->buffer = buf;
+    }
+
+    return ggml_backend_buffer_ptr { buf };
+}
+
+parts::parts(cache & kv, const refreekv_params & params) :
+    kv(kv), model(kv.model), hparams(kv.hparams), v_trans(kv.v_trans), n_stream(kv.n_stream), logical(kv.v_cells, kv.seq_to_stream), params(params),
+    layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad),
+    ring(params.n_window + 1, kv.n_seq_max),
+    pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
+    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
+    transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
+    turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
+    const auto & hparams = kv.hparams;
+
+    std::map<ggml_backend_buffer_type_t, std::vector<uint32_t>> by_buft;
+
+    for (const auto & layer : kv.layers) {
+        if (layer.k->ne[0] == 0) {
+            continue; // a layer without attention
+        }
+
+        auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
+
+        by_buft[buft].push_back(layers.size());
+        il_to_layer[layer.il] = layers.size();
+
+        if (!layer.v) {
+            throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
+        }
+        const rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
+
+        layers.emplace_back((int32_t) layer.il, shape, layer.k->buffer);
+        layers.back().res.reset(logical.size());
+    }
+    cold.reset(layers);
+    warm.open(params, layers);
+    const auto at_most = [&](int32_t & n) { n = std::min<int64_t>(n, logical.size()); };
+    at_most(this->params.n_sink);
+    at_most(this->params.n_hot);
+
+    if (warm.theta() == 0.0f || params.policy != REFREEKV_POLICY_REFREEKV) {
+        this->params.n_hot = 0; // the policy decides
+    }
+    if (warm.theta() > 0.0f) {
+        layouts.set_pad(128); // little is held, and padding is memory
+        this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
+    }
+    for (auto & layer : layers) {
+        warm.make(layer);
+    }
+
+    for (const auto & [buft, ids] : by_buft) {
+        if (!policy_looks(params.policy) || this->params.n_hot > 0) {
+            break;
+        }
+
+        ggml_init_params ip = { ids.size()*ggml_tensor_overhead(), nullptr, true };
+
+        ggml_context_ptr ctx { ggml_init(ip) };
+
+        for (uint32_t i : ids) {
+            const int32_t il = layers[i].il;
+
+            layers[i].ring = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il), ring.n_rows());
+            ggml_format_name(layers[i].ring, "refreekv_ring_l%d", il);
+        }
+
+        ggml_backend_buffer_ptr buf { kv.model.hparams.no_alloc ? no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        if (!buf) {
+            throw std::runtime_error("refreekv: failed to allocate the query rings");
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+
+        ring_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+
+    update_layouts();
+
+    LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
+}
+
+bool parts::update_layouts() {
+    n_generation++;
+
+    return layouts.update(pruned);
+}
+
+// slots of cells that upstream has emptied
+void parts::release_stale() {
+    if (!stale_slots) {
+        return;
+    }
+    for (auto & layer : layers) {
+        if (layer.res.release([&](uint32_t cell) { return logical.is_empty(cell); })) {
+            layouts.make_stale();
+        }
+    }
+    if (cold.bytes() > 0) {
+        std::vector<uint32_t> empty;
+        for (uint32_t cell = 0; cell < logical.size(); ++cell) {
+            if (logical.is_empty(cell)) {
+                empty.push_back(cell);
+            }
+        }
+        for (auto & layer : layers) {
+            cold.forget(layer, empty);
+        }
+    }
+    warm.refresh(layers);
+    stale_slots = false;
+}
+
+// a sequence that has no cells any more
+void parts::forget_seq(llama_seq_id seq_id) {
+    pruned[seq_id] = -1;
+    spans[seq_id].clear();
+    ring.forget(seq_id);
+    turn.forget(seq_id);
+}
+
+// bytes: of rows
+bool parts::within_limit(uint64_t bytes) const {
+    for (const auto & layer : layers) {
+        bytes += layer.warm ? layer.warm->bytes() : 0;
+    }
+    if (params.memory_limit == 0 || bytes <= params.memory_limit) {
+        return true;
+    }
+    set_error("the KV cache would grow to %" PRIu64 " bytes; the limit is %" PRIu64, bytes, params.memory_limit);
+
+    return false;
+}
+
+void parts::copy_cold(uint32_t first_src, uint32_t first_dst) {
+    for (auto & layer : layers) {
+        cold.copy(layer, first_src, first_dst, logical.stream_size());
+        warm.copy(layer, first_src, first_dst, logical.stream_size());
+    }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> parts::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    for (const auto & layer : layers) {
+        res[layer.rows.get_shape().buft] += layer.rows.bytes();
+    }
+    for (const auto & [buft, size] : ring_breakdown()) {
+        res[buft] += size;
+    }
+
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> parts::ring_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    for (const auto & [ctx, buf] : ring_bufs) {
+        auto * buft = ggml_backend_buffer_get_type(buf.get());
+        res[buft] += kv.model.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    }
+
+    return res;
+}
+
+size_t parts::bytes() const {
+    size_t res = 0;
+    for (const auto & layer : layers) {
+        res += layer.rows.bytes();
+    }
+    return res;
+}
+
+bool parts::valid_seq(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (size_t) seq_id < pruned.size();
+}
+
+bool parts::make_room(layer & layer, uint32_t n) {
+    const uint32_t n_need = layouts.padded(layer.res.n_slots_after(n));
+
+    if (n_need <= layer.rows.capacity()) {
+        return true;
+    }
+    if (!within_limit(bytes() + layer.rows.bytes_for(n_need) - layer.rows.bytes())) {
+        return false;
+    }
+    if (!mover.move(layer, layer.all_slots(), n_need)) {
+        set_error("no memory for %u cells in layer %d", n_need, layer.il);
+        return false;
+    }
+    return true;
+}
+
+} // namespace refreekv
