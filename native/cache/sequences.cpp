@@ -116,7 +116,7 @@ bool sequences::may_copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama
     const bool whole = p0 <= p.logical.table_of_seq(src).seq_pos_min(src) && (p1 < 0 || p1 > p.logical.table_of_seq(src).seq_pos_max(src));
 
     if (p.pruned[dst] >= 0 && p.logical.table_of_seq(dst).seq_pos_max(dst) >= 0) {
-        set_error("seq_cp: sequence %d was p.pruned; remove it before copying into it", dst);
+        set_error("seq_cp: sequence %d was pruned; remove it before copying into it", dst);
         return false;
     }
     if (p.logical.stream_of(src) != p.logical.stream_of(dst) && (p0 > 0 || p1 >= 0)) { // upstream would abort
@@ -173,7 +173,7 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
 }
 
 // Upstream is about to give the stream of dst the cells of src, at the same indices. Their rows are copied now: by the
-// next batch, when upstream copies its own, the original may be gone or p.pruned.
+// next batch, when upstream copies its own, the original may be gone or pruned.
 bool sequences::copy_stream(llama_seq_id src, llama_seq_id dst) {
     const uint32_t first_src = p.logical.first_of(src);
     const uint32_t first_dst = p.logical.first_of(dst);

@@ -83,9 +83,7 @@ def test_a_conversation_goes_on_in_another_process(tiny_model: Path, tmp_path: P
     script = """
 import pickle, sys
 sys.path.insert(0, sys.argv[2])
-import support
-from test_restore import *
-from refreekv_cpp import _closed
+from support import generate, kept
 llm, state, tokens = pickle.load(open(sys.argv[1], "rb"))
 llm.load_state(state)
 answer = generate(llm, tokens)
@@ -257,10 +255,9 @@ def test_a_state_that_cannot_be_saved(tiny_model: Path) -> None:
     script = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-import support
-from test_restore import *
-from refreekv_cpp import _closed
-llm = read(Path(sys.argv[1]), kv_cold="file")
+from restoring import read
+from refreekv_cpp import CacheStateError, _closed
+llm = read(sys.argv[1], kv_cold="file")
 _closed._llamas.clear()  # as if the child may use them
 if os.fork() == 0:
     try:
