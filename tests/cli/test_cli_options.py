@@ -96,13 +96,13 @@ def test_layers_on_the_gpu_of_other_processes(
         raise StopError
 
     given = ["--gpu-layers", "5", "--option", "kv_cold=memory"]
-    monkeypatch.setattr(importlib.import_module("refreekv_cpp.cli.bench"), "run", stop)
+    monkeypatch.setattr(importlib.import_module("refreekv_cpp.lab.commands.bench"), "run", stop)
     refreekv("bench", tiny_model, "--tokens", "64", "--threads", "1", *given)
     contestants = seen.pop()[0][0]
     assert {contestant.n_gpu_layers for contestant in contestants} == {5}
     assert all(contestant.options == {"kv_cold": "memory"} for contestant in contestants)
 
-    monkeypatch.setattr(importlib.import_module("refreekv_cpp.cli.eval"), "Run", stop)
+    monkeypatch.setattr(importlib.import_module("refreekv_cpp.lab.commands.eval"), "Run", stop)
     refreekv("eval", tiny_model, "--out", tmp_path, "--lengths", "64", "--depths", "0", "--generate", "needle", *given)
     settings = seen.pop()[0][-1]
     assert (settings.n_gpu_layers, settings.options) == (5, {"kv_cold": "memory"})

@@ -16,13 +16,13 @@ from tiny import random_tokens
 from typer.testing import Result
 
 from refreekv_cpp import Streaming, native
-from refreekv_cpp.eval.data import Item, Question
-from refreekv_cpp.eval.generators import generate
-from refreekv_cpp.eval.prompts import Prompter, _render
-from refreekv_cpp.eval.records import RECORDS, SETTINGS, read_records
-from refreekv_cpp.eval.runner import Settings, Turn
-from refreekv_cpp.eval.session import Session
-from refreekv_cpp.eval.spec import parse_spec
+from refreekv_cpp.lab.eval.data import Item, Question
+from refreekv_cpp.lab.eval.generators import generate
+from refreekv_cpp.lab.eval.prompts import Prompter, _render
+from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS, read_records
+from refreekv_cpp.lab.eval.runner import Settings, Turn
+from refreekv_cpp.lab.eval.session import Session
+from refreekv_cpp.lab.eval.spec import parse_spec
 
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
 CACHES = "full,full@f16,full@q8_0,refreekv:theta=0:n_min=0,streaming:0.01:n_min=0"

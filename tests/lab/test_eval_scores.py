@@ -12,13 +12,13 @@ import pytest
 
 from refreekv_cpp import Full, PolicyError, ReFreeKV, Streaming
 from refreekv_cpp.document import FACT, write_document
-from refreekv_cpp.eval import scores
-from refreekv_cpp.eval.data import draw, of_datasets, read_items
-from refreekv_cpp.eval.fidelity import Fidelity, compare, first_divergence, summarise
-from refreekv_cpp.eval.generators import GENERATORS, generate
-from refreekv_cpp.eval.records import RECORDS, SETTINGS
-from refreekv_cpp.eval.report import write_report
-from refreekv_cpp.eval.spec import parse_spec, parse_specs
+from refreekv_cpp.lab.eval import scores
+from refreekv_cpp.lab.eval.data import draw, of_datasets, read_items
+from refreekv_cpp.lab.eval.fidelity import Fidelity, compare, first_divergence, summarise
+from refreekv_cpp.lab.eval.generators import GENERATORS, generate
+from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS
+from refreekv_cpp.lab.eval.report import write_report
+from refreekv_cpp.lab.eval.spec import parse_spec, parse_specs
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.eval.scores import SCORES
+from refreekv_cpp.lab.eval.scores import SCORES
 
 # datasets whose answers are not short spans (f1); a field "score" of an item comes first
 _SCORE_OF_DATASET = {

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import llama_cpp
 
-from refreekv_cpp.divergence import Logits
-from refreekv_cpp.eval.data import Item
-from refreekv_cpp.eval.fidelity import compare, first_divergence
-from refreekv_cpp.eval.prompts import Prompt
-from refreekv_cpp.eval.records import RECORDS, Record, cut_broken_line, keep_settings, read_records
-from refreekv_cpp.eval.scores import score
-from refreekv_cpp.eval.session import Session
-from refreekv_cpp.eval.spec import Spec
+from refreekv_cpp.lab.divergence import Logits
+from refreekv_cpp.lab.eval.data import Item
+from refreekv_cpp.lab.eval.fidelity import compare, first_divergence
+from refreekv_cpp.lab.eval.prompts import Prompt
+from refreekv_cpp.lab.eval.records import RECORDS, Record, cut_broken_line, keep_settings, read_records
+from refreekv_cpp.lab.eval.scores import score
+from refreekv_cpp.lab.eval.session import Session
+from refreekv_cpp.lab.eval.spec import Spec
 from refreekv_cpp.policies import Full
 
 Mode = Literal["seen", "hidden"]

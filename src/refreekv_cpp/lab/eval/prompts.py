@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from refreekv_cpp.eval.data import Item
+from refreekv_cpp.lab.eval.data import Item
 
 # a text that no template touches, to find the place of a message in what it renders
 _MARK = "<<message {}>>"

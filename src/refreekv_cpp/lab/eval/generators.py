@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.document import write_document
-from refreekv_cpp.eval.data import Item, Question
+from refreekv_cpp.lab.eval.data import Item, Question
 
 Count = Callable[[str], int]
 

@@ -12,8 +12,8 @@ import numpy as np
 from llama_cpp._utils import suppress_stdout_stderr
 
 from refreekv_cpp import native
-from refreekv_cpp.divergence import Logits
-from refreekv_cpp.eval.spec import Spec
+from refreekv_cpp.lab.divergence import Logits
+from refreekv_cpp.lab.eval.spec import Spec
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.stats import KVStats
 
