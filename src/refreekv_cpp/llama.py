@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import llama_cpp
 import numpy as np
@@ -20,17 +21,16 @@ from refreekv_cpp import (
     _closed,
     _flash_attn,
     _grammar,
-    _options,
     _states,
     native,
     spans,
 )
 from refreekv_cpp._log import inform, logger
 from refreekv_cpp._model import Model
-from refreekv_cpp._options import POLICY_VARIABLE, Cold, ColdType, Evicted
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ClosedError, UnsupportedModelError
-from refreekv_cpp.policies import Full, Policy
+from refreekv_cpp.options import OPTIONS, VARIABLES, Cold, ColdType, Evicted, KVOptions
+from refreekv_cpp.policies import Policy
 from refreekv_cpp.spans import Protect
 from refreekv_cpp.stats import KVStats
 
@@ -52,9 +52,9 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, or an
-            object such as `ReFreeKV(threshold=0.4)`; see docs/policies.md. Default: what the environment variable
-            REFREEKV_POLICY says, else "full".
+        kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, one with
+            parameters such as "refreekv:theta=0.01", or an object such as `ReFreeKV(theta=0.01)`; see docs/policies.md.
+            Default: what the environment variable REFREEKV_POLICY says, else "full".
         kv_evicted: what happens when the next prompt goes on from a pruned cache, or from an earlier place in it, and
             may ask for what was evicted. "restore": evicted rows wait in a cold store and come back, bit for bit,
             before the prompt is read, so that the new question decides what stays; where they cannot, as "recompute":
@@ -94,6 +94,18 @@ class Llama(llama_cpp.Llama):
 
     ignore_unknown_options: ClassVar[bool] = False
 
+    # as they were passed, or as `KVOptions` made them of what was not
+    kv_policy: Policy
+    kv_evicted: Evicted
+    kv_elastic: bool
+    kv_memory_limit: int | None
+    kv_protect: Literal["system"] | tuple[spans.Span, ...]
+    kv_cold: Cold
+    kv_cold_dir: Path | None
+    kv_cold_limit: int | None
+    kv_cold_type: ColdType | None
+    kv_cold_state: bool
+
     def __init__(
         self,
         model_path: str,
@@ -110,18 +122,18 @@ class Llama(llama_cpp.Llama):
         kv_cold_state: bool | None = None,
         **options: Any,
     ) -> None:
-        kv = _options.resolve(
-            kv_policy,
-            kv_evicted,
-            kv_elastic,
-            kv_memory_limit,
-            kv_cold,
-            kv_cold_dir,
-            kv_cold_limit,
-            kv_cold_type,
-            kv_cold_state,
+        kv = KVOptions.of(
+            kv_policy=kv_policy,
+            kv_evicted=kv_evicted,
+            kv_elastic=kv_elastic,
+            kv_memory_limit=kv_memory_limit,
+            kv_protect=kv_protect,
+            kv_cold=kv_cold,
+            kv_cold_dir=kv_cold_dir,
+            kv_cold_limit=kv_cold_limit,
+            kv_cold_type=kv_cold_type,
+            kv_cold_state=kv_cold_state,
         )
-        self.kv_protect = spans.check(kv_protect)
         _check_options(options, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
             _cache_types.check(name, options.get(name))
@@ -131,24 +143,15 @@ class Llama(llama_cpp.Llama):
             _checks.check_experts(options.get("kv_overrides") or {}, model_path)
         if "n_batch" in options and (n_ctx := options.get("n_ctx", 512)):
             options["n_batch"] = min(options["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
-        if options.get("embedding") and not isinstance(kv.policy, Full):
+        if options.get("embedding") and kv.evicts:
             inform(
                 "embedding=True keeps no cache between calls, kv_policy is ignored",
                 verbose=options.get("verbose", True),
             )
-            kv = _options.check("full", kv.evicted, kv_elastic)
+            kv = KVOptions.of(kv_policy="full", kv_evicted=kv.kv_evicted, kv_elastic=kv_elastic, kv_protect=kv_protect)
 
-        self.kv_policy = kv.policy
-        self.kv_evicted = kv.evicted
-        self.kv_elastic = kv.elastic
-        self.kv_memory_limit = kv.memory_limit
-        self.kv_cold = kv.cold
-        self.kv_cold_dir = kv.cold_dir
-        self.kv_cold_limit = kv.cold_limit
-        self.kv_cold_type = kv.cold_type
-        self.kv_cold_state = kv.cold_state
-        self._cold_options = kv.cold_params()
-        self._evicts = not isinstance(kv.policy, Full)
+        self._kv = kv
+        vars(self).update(kv.public())
         self._make_locks()
         self._refused_state = False  # an entry of the cache of states did not fit, and the log says so
         self._generation: object = None  # the one that began last
@@ -158,11 +161,11 @@ class Llama(llama_cpp.Llama):
         self._system: str | None = None  # message of the chat that is in the cache
 
         try:
-            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=self._evicts)})
+            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=kv.evicts)})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
-            warnings.warn(f"{POLICY_VARIABLE}={kv.policy.name} is ignored: {error}", stacklevel=2)
+            warnings.warn(f"{VARIABLES['kv_policy']}={kv.kv_policy.name} is ignored: {error}", stacklevel=2)
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
         self._loaded = True
@@ -174,7 +177,7 @@ class Llama(llama_cpp.Llama):
         self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
-        with _closed.loading, native.next_context(self._native_params()):
+        with _closed.loading, native.next_context(self._kv.native_params()):
             try:
                 _closed.before_fork(self)
                 super().__init__(model_path, **options)
@@ -190,16 +193,6 @@ class Llama(llama_cpp.Llama):
             self.input_ids = np.ndarray((n_ctx,), dtype=np.intc)
             if self._logits_all:
                 self.scores = np.ndarray((n_ctx, self.n_vocab()), dtype=np.single)
-
-    def _native_params(self) -> Any | None:
-        if not self.kv_elastic:
-            return None
-        options = self.kv_policy.native_options() or {"policy": native.ELASTIC}
-        return native.make_params(
-            **options,
-            memory_limit=self.kv_memory_limit or 0,
-            **self._cold_options,
-        )
 
     @property
     def kv_stats(self) -> KVStats:
@@ -226,7 +219,7 @@ class Llama(llama_cpp.Llama):
         """
         with self._using:
             ctx = self._ctx.ctx
-            if not self._evicts or self.n_tokens == 0:
+            if not self._kv.evicts or self.n_tokens == 0:
                 return 0
             native.prompt(ctx, _SEQ_ID, -1)  # none is due from now on, even if this one fails
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as eval would: what lies behind is as good as gone
@@ -272,7 +265,7 @@ class Llama(llama_cpp.Llama):
         if self._prompt_next:
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # as upstream's eval; an emptied sequence has no turn
             native.prompt(self._ctx.ctx, _SEQ_ID, len(tokens))
-        elif self._chat_reads and self._evicts:
+        elif self._chat_reads and self._kv.evicts:
             native.prompt(self._ctx.ctx, _SEQ_ID, self._n_ctx)  # more of it follows
         try:
             if self.kv_memory_limit is None:
@@ -287,7 +280,7 @@ class Llama(llama_cpp.Llama):
 
     def _prune_due(self) -> None:
         """Prune a prompt that was read and is not pruned yet. The first token of its answer did not wait for this."""
-        if self._evicts and native.is_due(self._ctx.ctx, _SEQ_ID):
+        if self._kv.evicts and native.is_due(self._ctx.ctx, _SEQ_ID):
             self.prune_kv()
 
     def _end(self, generation: object) -> None:
@@ -317,7 +310,7 @@ class Llama(llama_cpp.Llama):
 
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
-        if not self._evicts:
+        if not self._kv.evicts:
             bytes_per_token = sum(layer.row_bytes for layer in native.figures(self._ctx.ctx)[1])
             needed = bytes_per_token * (self.n_tokens + len(tokens))
             if needed > limit:
@@ -342,7 +335,7 @@ class Llama(llama_cpp.Llama):
         tokens = list(tokens)
         steps = super().generate(tokens, *args, **kwargs)
         with self._completing, self._using:  # a stream begins once another thread's completion is done
-            if self._evicts:
+            if self._kv.evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
                 self._prompt_next = True
             self._chat_reads = False
@@ -578,8 +571,7 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        options = {name: getattr(self, name) for name in _OWN_OPTIONS}
-        return {**state, **options}
+        return {**state, **{name: getattr(self, name) for name in OPTIONS}}
 
 
 @contextmanager
@@ -609,7 +601,6 @@ def _chat_stream(system: str | None, chunks: Iterator[Any]) -> Iterator[Any]:
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1  # of its arguments after self
-_OWN_OPTIONS = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
 _OPTIONS = [
     name
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
@@ -624,5 +615,5 @@ def _check_options(options: dict[str, Any], *, ignore_unknown: bool) -> None:
     """
     for option in options:
         if option not in _OPTIONS and not (ignore_unknown and not option.startswith("kv_")):
-            hint = did_you_mean(option, [*_OPTIONS, *_OWN_OPTIONS]) or ";"
+            hint = did_you_mean(option, [*_OPTIONS, *OPTIONS]) or ";"
             raise TypeError(f"Llama() got an unexpected keyword argument {option!r}{hint} see llama_cpp.Llama")

@@ -23,6 +23,7 @@ from refreekv_cpp.cli.log import Log
 from refreekv_cpp.errors import RefreeKVError
 from refreekv_cpp.fit import check_model
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.options import HELP
 
 
 def _console(**options: Any) -> Console:
@@ -92,22 +93,21 @@ PolicyOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
+        help=HELP["kv_policy"],
     ),
 ]
 EvictedOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute (read "
-        "it all again) or drop (go on).",
+        help=HELP["kv_evicted"],
     ),
 ]
 MemoryLimitOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.",
+        help=HELP["kv_memory_limit"],
     ),
 ]
 

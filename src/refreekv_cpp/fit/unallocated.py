@@ -127,7 +127,7 @@ def context(llm: Unallocated, n_ctx: int) -> Iterator[Any]:
     params.n_ubatch = min(params.n_batch, params.n_ubatch)
     with quiet() as errors:
         try:
-            with native.next_context(llm._native_params()):
+            with native.next_context(llm._kv.native_params()):
                 made = LlamaContext(model=llm._model, params=params, verbose=False)
         except ValueError as error:
             why = native.last_error() or (errors[0] if errors else str(error))

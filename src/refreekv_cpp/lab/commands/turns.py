@@ -8,13 +8,13 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from refreekv_cpp._options import Evicted
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.lab.bench.turns import Conversation, Turn
 from refreekv_cpp.models import resolve
+from refreekv_cpp.options import Evicted
 from refreekv_cpp.policies import as_policy
 
 _FULL = "full"
