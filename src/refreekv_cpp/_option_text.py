@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import llama_cpp
-from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 
+from refreekv_cpp import _upstream
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._checks import check_options
 from refreekv_cpp.llama import Llama
@@ -75,7 +75,7 @@ def check_chat_format(name: str) -> None:
     Raises:
         ValueError: llama-cpp-python has no such format, and no model can have it in its file.
     """
-    known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)  # type: ignore[no-untyped-call]
+    known = _upstream.chat_formats()
     if name not in known and not name.startswith("chat_template."):
         raise ValueError(
             f"chat_format {name}: must be chat_template.NAME (of the model's file) or one of {', '.join(known)}"
