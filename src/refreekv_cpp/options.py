@@ -55,23 +55,21 @@ def _option(
     """A field of `KVOptions`.
 
     Args:
-        default: where nothing says anything else.
-        read: makes the value out of the option's name and what was passed, or raises a PolicyError.
-        setting: the kind that it is written in, in configuration files and on command lines; None: it cannot be.
-        help: for users of the command line and the server.
-        variable: the environment variable that says it.
+        default: its value where neither the program nor the environment gives one.
+        read: turns the name of the option and what was passed for it into its value, or raises a PolicyError.
+        setting: its type in the server's settings; None: it has no setting of its own.
+        help: its help text on the command line and in the server's settings.
+        variable: the environment variable that can give it.
     """
     return field(default=default, metadata={"read": read, "setting": setting, "help": help, "variable": variable})
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVOptions:
-    """The kv_ options of one `Llama`, whose documentation says what they mean.
-
-    `of` makes one out of what was passed to `Llama`.
+    """The kv_ options of one `Llama`. The docstring of `Llama` says what they mean; `of` makes them from its arguments.
 
     Attributes:
-        kv_elastic: never None.
+        kv_elastic: memory follows the contents. `of` never leaves it None.
         kv_memory_limit: bytes of K and V; None: no limit.
         kv_cold_limit: bytes of evicted rows that are kept; None: no limit.
         from_environment: the environment chose the policy, the program did not.
@@ -129,10 +127,9 @@ class KVOptions:
 
     @classmethod
     def of(cls, **passed: Any) -> KVOptions:
-        """What was passed (None: it was not), else what the environment says, else the defaults.
+        """The options that were passed (None: it was not passed), else those of the environment, else the defaults.
 
-        The environment counts, with all that it says, where no policy was passed, nor upstream's cache asked for with
-        kv_elastic=False.
+        The environment is read only where neither a policy nor kv_elastic=False was passed, and REFREEKV_POLICY is set.
 
         Raises:
             PolicyError: an option is not valid, or they contradict each other.
@@ -223,11 +220,11 @@ HELP: dict[str, str] = {name: each.metadata["help"] for name, each in OPTIONS.it
 """The help text of each."""
 
 VARIABLES: dict[str, str] = {name: v for name, each in OPTIONS.items() if (v := each.metadata["variable"])}
-"""The environment variables that say some of them, by the option's name."""
+"""The environment variables that can give an option, by the option's name."""
 
 
 def read_option(name: str, value: Any) -> Any:
-    """The value of a field of `KVOptions`, out of what was passed for it.
+    """The value of a field of `KVOptions`, from what was passed for it.
 
     Raises:
         PolicyError: it is not valid.

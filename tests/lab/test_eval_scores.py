@@ -211,7 +211,7 @@ def test_items_are_read(tmp_path: Path) -> None:
         ({**ITEM, "answers": []}, "'answers' must be a list of texts"),
         ({**ITEM, "second": {"question": "x"}}, "'answers' must be"),
         ({**ITEM, "second": "x"}, "'second' must be an object"),
-        ({**ITEM, "score": "bleu"}, "score 'bleu': valid are f1, rouge_l"),
+        ({**ITEM, "score": "bleu"}, "score 'bleu': must be one of f1, rouge_l"),
         ({**ITEM, "context": "", "question": ""}, "neither context nor question"),
         ({**ITEM, "id": "first"}, "the id 'first' was there before"),
     ],

@@ -115,4 +115,4 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in GENERATORS:
             hint = did_you_mean(name, GENERATORS) or ";"
-            raise ValueError(f"generator {name!r}: unknown{hint} valid are {', '.join(GENERATORS)}")
+            raise ValueError(f"generator {name!r}: unknown{hint} must be one of {', '.join(GENERATORS)}")
