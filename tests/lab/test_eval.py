@@ -20,9 +20,9 @@ from refreekv_cpp.lab.eval.data import Item, Question
 from refreekv_cpp.lab.eval.generators import generate
 from refreekv_cpp.lab.eval.prompts import Prompter, _render
 from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS, read_records
-from refreekv_cpp.lab.eval.runner import Settings, Turn
 from refreekv_cpp.lab.eval.session import Session
 from refreekv_cpp.lab.eval.spec import parse_spec
+from refreekv_cpp.lab.eval.turn import Settings, Turn
 
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
 CACHES = "full,full@f16,full@q8_0,refreekv:theta=0:n_min=0,streaming:0.01:n_min=0"

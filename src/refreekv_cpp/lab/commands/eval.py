@@ -14,8 +14,9 @@ from refreekv_cpp.lab.eval.generators import GENERATORS, check_names, generate
 from refreekv_cpp.lab.eval.plots import write_plots
 from refreekv_cpp.lab.eval.prompts import Prompter
 from refreekv_cpp.lab.eval.report import REPORT, write_report
-from refreekv_cpp.lab.eval.runner import Mode, Run, Settings, Task
+from refreekv_cpp.lab.eval.runner import Run, Task
 from refreekv_cpp.lab.eval.spec import parse_specs
+from refreekv_cpp.lab.eval.turn import Mode, Settings
 from refreekv_cpp.lab.figure import have_matplotlib
 from refreekv_cpp.models import resolve
 
