@@ -62,7 +62,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 )
 def test_options_have_the_same_names(command: str, expected: set[str]) -> None:
     group: Any = typer.main.get_command(app)
-    found = {name for parameter in group.commands[command].params for name in parameter.opts}
+    context = group.commands[command].make_context(command, [], resilient_parsing=True)
+    found = {name for parameter in context.command.params for name in parameter.opts}
     assert expected <= found
 
 

@@ -140,7 +140,9 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stderr.decode().strip()) == (2, "none.gguf: no such file")
 
 
-@pytest.mark.parametrize(("words", "expected"), [("ru", "run"), ("run --gp", "--gpu-layers")])
+@pytest.mark.parametrize(
+    ("words", "expected"), [("ru", "run"), ("run --gp", "--gpu-layers"), ("ben", "bench"), ("bench --ag", "--against")]
+)
 def test_completion(words: str, expected: str) -> None:
     variables = {"COMP_WORDS": f"refreekv {words}", "COMP_CWORD": str(len(words.split()))}
     done = python("-m", "refreekv_cpp", _REFREEKV_COMPLETE="complete_bash", **variables)

@@ -294,7 +294,7 @@ def test_a_question_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         (["--policies", "full,refrekv"], "did you mean 'refreekv'"),
-        (["--policies", "full@q9"], "no cache type 'q9'"),
+        (["--policies", "full@q9"], "'full@q9': the type must be one of f32"),
         (["--question", "open"], "--question open: must be one of seen, hidden, both"),
         (["--generate", "needel"], "did you mean 'needle'"),
         (["--depths", "1.5"], "--depths 1.5: must be a number from 0 to 1"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from refreekv_cpp import Full, Llama, PolicyError, ReFreeKV, SnapKV, Streaming
+from refreekv_cpp._sequence import PrunedSequence
 from refreekv_cpp.cli.options import LoadOptions
 from refreekv_cpp.options import HELP, OPTIONS, VARIABLES, KVOptions
 from refreekv_cpp.policies import as_policy
@@ -75,7 +76,7 @@ def test_the_same_text_everywhere(tiny_model: Path, monkeypatch: pytest.MonkeyPa
 def test_llama_takes_and_has_each_option(tiny_model: Path) -> None:
     names = [name for name in inspect.signature(Llama.__init__).parameters if name.startswith("kv_")]
     assert names == list(OPTIONS) == [field.name for field in dataclasses.fields(KVOptions) if field.metadata]
-    assert names == [name for name in Llama.__annotations__ if name.startswith("kv_")]
+    assert names == [name for name in PrunedSequence.__annotations__ if name.startswith("kv_")]
     llm = Llama(str(tiny_model), kv_policy="streaming", kv_protect=[[0, 4]], kv_cold_limit="1MiB", verbose=False)
     assert {name: getattr(llm, name) for name in names} == {
         "kv_policy": Streaming(),
