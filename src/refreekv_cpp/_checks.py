@@ -6,19 +6,21 @@ llama-cpp-python passes them to C unchecked: there a number that is out of range
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from numbers import Real
 from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
-from llama_cpp._internals import LlamaModel
 
 from refreekv_cpp._machine import host_free
+from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp._upstream import LlamaModel
 from refreekv_cpp.errors import ContextError
 
 _INT_MAX = 2**31 - 1
@@ -70,6 +72,29 @@ _NUMBERS = (
     "yarn_beta_slow",
     "lora_scale",
 )
+
+
+_NAMES = [
+    name
+    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
+
+def check_names(options: Iterable[str], *, more: Iterable[str], ignore_unknown: bool) -> None:
+    """llama-cpp-python swallows what it does not know; a mistyped option must not vanish.
+
+    Args:
+        more: names to suggest beside upstream's.
+        ignore_unknown: leave unknown ones to it, but for those that can only be meant for this package.
+
+    Raises:
+        TypeError: one of them is no option of `llama_cpp.Llama`.
+    """
+    for option in options:
+        if option not in _NAMES and not (ignore_unknown and not option.startswith("kv_")):
+            hint = did_you_mean(option, [*_NAMES, *more]) or ";"
+            raise TypeError(f"Llama() got an unexpected keyword argument {option!r}{hint} see llama_cpp.Llama")
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp._internals import LlamaModel, LlamaSampler
-from llama_cpp.llama_grammar import LlamaGrammar, SchemaConverter
+from llama_cpp.llama_grammar import LlamaGrammar
 
-from refreekv_cpp import native
+from refreekv_cpp import _upstream, native
 from refreekv_cpp._branches import branches
 from refreekv_cpp._literals import factored
+from refreekv_cpp._upstream import LlamaModel, LlamaSampler, SchemaConverter
 
 MAX_CHARACTERS = 1_000_000
 # llama.cpp parses a grammar recursively. These bounds are a quarter or less of what overflows a stack of 8 MiB.
@@ -40,7 +40,7 @@ def check(vocab: Any, grammar: LlamaGrammar | None) -> None:
         ValueError: the grammar cannot be used (`make_sampler`).
     """
     if grammar is not None and getattr(grammar, "refreekv_checked_for", None) != vocab:
-        llama_cpp.llama_sampler_free(make_sampler(vocab, grammar._grammar, grammar._root))
+        llama_cpp.llama_sampler_free(make_sampler(vocab, *_upstream.grammar_text(grammar)))
         grammar.refreekv_checked_for = vocab  # type: ignore[attr-defined]
 
 
@@ -86,8 +86,7 @@ def _format_literal(_: SchemaConverter, literal: str) -> str:
     return f'"{escaped}"'
 
 
-# from now on every `LlamaGrammar` of this process that is made of a schema
-SchemaConverter._format_literal = _format_literal  # type: ignore[method-assign]
+_upstream.replace_literal_format(_format_literal)
 
 
 def _nesting(unquoted: str) -> int:
@@ -134,9 +133,10 @@ class Sampler(LlamaSampler):
         Raises:
             ValueError: the grammar does not parse, or is too large.
         """
-        if not grammar._grammar:
+        text, _ = _upstream.grammar_text(grammar)
+        if not text:
             return  # as llama.cpp, which takes it for none
-        self._active = _Active(model, grammar._grammar)
+        self._active = _Active(model, text)
         self.add_custom(self._apply_grammar)
 
     def _apply_grammar(self, candidates: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama_cpp._internals import LlamaModel
+from refreekv_cpp._upstream import LlamaModel
 
 
 class Model(LlamaModel):

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import llama_cpp
-from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 
+from refreekv_cpp import _upstream
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._checks import check_options
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.options import read_option
 
 OBJECTS = frozenset({"chat_handler", "draft_model", "tokenizer"})
 """Options that cannot be written as text."""
@@ -26,7 +27,7 @@ LLAMA_OPTIONS = frozenset(
 )
 """The names of all."""
 
-# the other ones of ours are checked by `Llama`, more closely than by kind
+# those of ours that are not named here are checked by `read_option`, more closely than by kind
 _KINDS = {**get_type_hints(llama_cpp.Llama.__init__), "kv_cold_dir": str | None, "kv_elastic": bool | None}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
@@ -63,6 +64,8 @@ def check(name: str, value: Any) -> None:
     elif name in _KINDS and not _is(value, _KINDS[name]):
         raise ValueError(f"{name}: must be {_described(_KINDS[name])}")
     check_options({name: value})
+    if value is not None:
+        read_option(name, value)
     if name == "chat_format" and value is not None:
         check_chat_format(value)
 
@@ -72,7 +75,7 @@ def check_chat_format(name: str) -> None:
     Raises:
         ValueError: llama-cpp-python has no such format, and no model can have it in its file.
     """
-    known = sorted(LlamaChatCompletionHandlerRegistry()._chat_handlers)  # type: ignore[no-untyped-call]
+    known = _upstream.chat_formats()
     if name not in known and not name.startswith("chat_template."):
         raise ValueError(
             f"chat_format {name}: must be chat_template.NAME (of the model's file) or one of {', '.join(known)}"

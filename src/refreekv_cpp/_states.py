@@ -13,6 +13,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from refreekv_cpp import _upstream, native
+from refreekv_cpp._generation import Generations
+from refreekv_cpp._log import logger
 from refreekv_cpp.errors import CacheStateError
 
 
@@ -35,7 +38,7 @@ def _no_scores() -> npt.NDArray[np.single]:
 def without_scores(llm: llama_cpp.Llama) -> Iterator[None]:
     """Inside, upstream's code that saves and loads states finds next to nothing in the place of `llm.scores`."""
     scores = llm.scores
-    if not llm._logits_all:
+    if not _upstream.keeps_all_logits(llm):
         llm.scores = _no_scores()
     try:
         yield
@@ -57,6 +60,53 @@ def fitted(state: llama_cpp.LlamaState, llm: llama_cpp.Llama) -> llama_cpp.Llama
     res = copy.copy(state)
     res.input_ids = llm.input_ids.copy()
     res.input_ids[:n_tokens] = state.input_ids[:n_tokens]
-    if not llm._logits_all:
+    if not _upstream.keeps_all_logits(llm):
         res.scores = _no_scores()
     return res
+
+
+class SavedStates(Generations):
+    """... with states that carry what was evicted, and that are refused where they do not fit."""
+
+    _refused_state = False  # an entry of the cache of states did not fit, and the log says so
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """As upstream's, but without `scores` that were not asked for (`logits_all`); and with what was evicted, unless
+        `kv_cold_state` is False.
+
+        Raises:
+            CacheStateError: what was evicted cannot be read any more.
+        """
+        with self._using, without_scores(self):
+            self._prune_due()
+            native.clear_error()
+            state = super().save_state()
+        if state.llama_state_size == 0:
+            raise CacheStateError(f"the state cannot be saved: {native.last_error().removeprefix('state: ')}")
+        return state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """As upstream's.
+
+        Raises:
+            CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
+                is left in the cache then.
+        """
+        with self._using:
+            self._load_state(state)
+
+    def _load_state(self, state: llama_cpp.LlamaState) -> None:
+        self._generation = None
+        native.clear_error()
+        try:
+            with without_scores(self):
+                super().load_state(fitted(state, self))
+        except (RuntimeError, ValueError) as error:
+            _upstream.clear(self)
+            self.reset()
+            reason = native.last_error() or "it was not written by a context like this one (model, cache types, policy)"
+            message = f"{error}: {reason.removeprefix('state: ')}"
+            if self.cache is not None and not self._refused_state:
+                self._refused_state = True
+                logger.warning("an entry of the cache of states does not fit, and is not used: %s", message)
+            raise UnfitStateError(message) from error

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refreekv_cpp import dropin
-from refreekv_cpp._options import EVICTED_VARIABLE, MEMORY_LIMIT_VARIABLE, POLICY_VARIABLE
 from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.options import HELP, VARIABLES
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,9 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a program that uses llama_cpp.Llama with a KV policy.",
         allow_abbrev=False,
     )
-    parser.add_argument("--kv-policy", metavar="NAME", help=f"default: {POLICY_VARIABLE}, else refreekv")
-    parser.add_argument("--kv-evicted", metavar="WHAT", help=f"restore, recompute or drop; default: {EVICTED_VARIABLE}")
-    parser.add_argument("--kv-memory-limit", metavar="SIZE", help=f"such as 512MiB; default: {MEMORY_LIMIT_VARIABLE}")
+    for name, variable in VARIABLES.items():
+        other = ", else refreekv" if name == "kv_policy" else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{HELP[name]} Default: {variable}{other}.")
     parser.add_argument("-m", dest="module", action="store_true", help="the program is a module")
     parser.add_argument("program", help="a script, or after -m a module")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="of the program")
@@ -53,12 +53,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ask(arguments: argparse.Namespace) -> None:
     """Through the environment, so that processes that the program starts and that import refreekv_cpp follow."""
-    options = {
-        POLICY_VARIABLE: arguments.kv_policy or os.environ.get(POLICY_VARIABLE) or "refreekv",
-        EVICTED_VARIABLE: arguments.kv_evicted,
-        MEMORY_LIMIT_VARIABLE: arguments.kv_memory_limit,
-    }
-    os.environ.update({name: value for name, value in options.items() if value})
+    asked = {variable: getattr(arguments, name) for name, variable in VARIABLES.items()}
+    os.environ.update({variable: value for variable, value in asked.items() if value})
+    if not os.environ.get(VARIABLES["kv_policy"]):
+        os.environ[VARIABLES["kv_policy"]] = "refreekv"
     dropin.install_if_asked()
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import llama_cpp
 
-from refreekv_cpp import _options
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.options import KVOptions
 
 
 def install() -> None:
@@ -47,5 +47,5 @@ def install_if_asked() -> None:
     Raises:
         PolicyError: it, REFREEKV_EVICTED or REFREEKV_MEMORY_LIMIT is not valid.
     """
-    if _options.from_environment():
+    if KVOptions.of().from_environment:
         install()

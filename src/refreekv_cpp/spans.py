@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 
+from refreekv_cpp import _upstream
 from refreekv_cpp.errors import PolicyError
 
 if TYPE_CHECKING:
-    from refreekv_cpp.llama import Llama
+    from refreekv_cpp._sequence import PrunedSequence
 
 Span = tuple[int, int]  # positions, end excluded
 Protect = Literal["system"] | Sequence[Span]
@@ -56,7 +57,7 @@ def _field(of: Any, name: str) -> Any:
         return getattr(of, name, None)
 
 
-def resolve(protect: Literal["system"] | tuple[Span, ...], llm: Llama, system: str | None) -> Sequence[Span]:
+def resolve(protect: Literal["system"] | tuple[Span, ...], llm: PrunedSequence, system: str | None) -> Sequence[Span]:
     """Positions, for what a cache holds now."""
     if protect != "system":
         return protect
@@ -64,12 +65,12 @@ def resolve(protect: Literal["system"] | tuple[Span, ...], llm: Llama, system: s
     return [] if span is None else [span]
 
 
-def find_text(llm: Llama, text: str) -> Span | None:
+def find_text(llm: PrunedSequence, text: str) -> Span | None:
     """The tokens from the first to the last that has a part of a text, where it is first in the cache.
 
     The template may have changed it; None then.
     """
-    tokens = llm._input_ids.tolist()
+    tokens = _upstream.tokens(llm)
     pieces = [_piece(llm, token) for token in tokens]
     at = b"".join(pieces).find(text.encode())
     if at < 0:
@@ -86,11 +87,11 @@ def find_text(llm: Llama, text: str) -> Span | None:
     return start, end
 
 
-def _piece(llm: Llama, token: int) -> bytes:
-    size = 64
+def _piece(llm: PrunedSequence, token: int) -> bytes:
+    size, vocab = 64, _upstream.vocab(llm)
     while True:
         buffer = ctypes.create_string_buffer(size)
-        n = llama_cpp.llama_token_to_piece(llm._model.vocab, token, buffer, size, 0, True)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, True)
         if n >= 0:
             return buffer.raw[:n]
         size = -n

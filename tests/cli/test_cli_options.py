@@ -62,7 +62,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 )
 def test_options_have_the_same_names(command: str, expected: set[str]) -> None:
     group: Any = typer.main.get_command(app)
-    found = {name for parameter in group.commands[command].params for name in parameter.opts}
+    context = group.commands[command].make_context(command, [], resilient_parsing=True)
+    found = {name for parameter in context.command.params for name in parameter.opts}
     assert expected <= found
 
 
@@ -96,13 +97,13 @@ def test_layers_on_the_gpu_of_other_processes(
         raise StopError
 
     given = ["--gpu-layers", "5", "--option", "kv_cold=memory"]
-    monkeypatch.setattr(importlib.import_module("refreekv_cpp.cli.bench"), "run", stop)
+    monkeypatch.setattr(importlib.import_module("refreekv_cpp.lab.commands.bench"), "run", stop)
     refreekv("bench", tiny_model, "--tokens", "64", "--threads", "1", *given)
     contestants = seen.pop()[0][0]
     assert {contestant.n_gpu_layers for contestant in contestants} == {5}
     assert all(contestant.options == {"kv_cold": "memory"} for contestant in contestants)
 
-    monkeypatch.setattr(importlib.import_module("refreekv_cpp.cli.eval"), "Run", stop)
+    monkeypatch.setattr(importlib.import_module("refreekv_cpp.lab.commands.eval"), "Run", stop)
     refreekv("eval", tiny_model, "--out", tmp_path, "--lengths", "64", "--depths", "0", "--generate", "needle", *given)
     settings = seen.pop()[0][-1]
     assert (settings.n_gpu_layers, settings.options) == (5, {"kv_cold": "memory"})
@@ -207,13 +208,13 @@ def test_options_reach_llama(tiny_model: Path) -> None:
         gpu_layers="0",
         threads=1,
         flash_attn=True,
-        kv_policy="streaming",
+        kv_policy="streaming:n_sink=8",
         kv_evicted="drop",
         kv_memory_limit="1MiB",
         option=["n_batch=64", "kv_cold_limit=5"],
     )
     llm = given.load(tiny_model)
-    assert (llm.kv_policy, llm.kv_evicted, llm.kv_memory_limit) == (Streaming(), "drop", 2**20)
+    assert (llm.kv_policy, llm.kv_evicted, llm.kv_memory_limit) == (Streaming(n_sink=8), "drop", 2**20)
     assert (llm.n_batch, llm.kv_cold_limit, llm.context_params.n_threads) == (64, 5, 1)
     assert llm.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     assert llm.n_ctx() == 512
@@ -241,8 +242,11 @@ def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path, monkeypa
         (["--option", "n_batch=0"], "n_batch=0: must be a whole number from 1 to"),
         (["--option", "n_batch=-1"], "n_batch=-1: must be a whole number from 1 to"),
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'?"),
-        (["--kv-evicted", "dorp"], "--kv-evicted dorp: must be one of restore, recompute, drop"),
+        (["--kv-evicted", "dorp"], "kv_evicted='dorp': must be one of 'restore', 'recompute', 'drop'"),
+        (["--kv-policy", "refreekv:tetha=0.01"], "ReFreeKV has no option 'tetha', did you mean 'theta'?"),
         (["--kv-memory-limit", "much"], "'much'"),
+        (["--option", "kv_cold=disk"], "kv_cold=disk: must be one of 'auto', 'memory', 'file'"),
+        (["--option", "kv_elastic=false"], "kv_elastic=False: only with kv_policy='full'"),
         (["--option", "kv_cld=x"], "did you mean 'kv_cold'?"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from native_build import ROOT
 
 import refreekv_cpp
 
-COMMANDS = ["run", "chat", "demo", "plan", "info", "bench", "memory", "turns", "eval", "eval-report"]
+LABORATORY = ["bench", "memory", "turns", "eval", "eval-report"]
+COMMANDS = ["run", "chat", "demo", "plan", "info", *LABORATORY]
 
 # the modules that pyproject.toml's extras bring (pydantic and PyYAML come with dependencies, too)
 WITHOUT_EXTRAS = """
@@ -66,7 +68,7 @@ def test_every_command_starts_without_extras(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("args", "extra"),
-    [(["bench", "none.gguf"], b"[eval]"), (["serve", "--help"], b"[server]"), (["serve"], b"[server]")],
+    [(["bench", "none.gguf"], b"[lab]"), (["serve", "--help"], b"[server]"), (["serve"], b"[server]")],
     ids=str,
 )
 def test_a_command_that_needs_an_extra_names_it(args: list[str], extra: bytes) -> None:
@@ -77,11 +79,43 @@ def test_a_command_that_needs_an_extra_names_it(args: list[str], extra: bytes) -
     assert b"refreekv-cpp" + extra in line
 
 
+# says which modules of the laboratory, and which of its packages, a command has imported
+IMPORTED = """
+import sys
+from refreekv_cpp.cli import main
+try:
+    main()
+finally:
+    names = {name for name in sys.modules if name.startswith("refreekv_cpp.lab.") or name in ("gguf", "matplotlib")}
+    print(sorted(names), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["", "run", "chat", "demo", "plan", "info"])
+def test_the_runtime_does_not_import_the_laboratory(command: str) -> None:
+    done = python("-c", IMPORTED, *command.split(), "--help")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr.decode() == "[]\n"
+
+
+def test_the_laboratory_is_imported_when_it_is_called() -> None:
+    done = python("-c", IMPORTED, "bench", "none.gguf", "--tokens", "0")
+    assert b"--tokens 0: must be different positive numbers" in done.stderr
+    assert b"refreekv_cpp.lab.commands.bench" in done.stderr
+
+
+def test_its_commands_are_listed_in_a_panel_of_their_own() -> None:
+    commands, laboratory = python("-m", "refreekv_cpp", "--help").stdout.decode().split("Laboratory")
+    for command in COMMANDS:
+        where = laboratory if command in LABORATORY else commands
+        assert re.search(rf"^\W+{command} ", where, re.MULTILINE), command
+
+
 def test_pictures_need_matplotlib_and_a_report_does_not(tmp_path: Path) -> None:
-    picture = python("-c", f"{WITHOUT_EXTRAS.partition('from refreekv_cpp')[0]}\nfrom refreekv_cpp import _figure\n"
-                     "assert not _figure.have_matplotlib()\n_figure.new_figure()")  # fmt: skip
+    picture = python("-c", f"{WITHOUT_EXTRAS.partition('from refreekv_cpp')[0]}\nfrom refreekv_cpp.lab import figure\n"
+                     "assert not figure.have_matplotlib()\nfigure.new_figure()")  # fmt: skip
     assert (
-        b'MissingExtraError: a picture needs matplotlib, which is not installed: run `pip install "refreekv-cpp[eval'
+        b'MissingExtraError: a picture needs matplotlib, which is not installed: run `pip install "refreekv-cpp[lab'
         in (picture.stderr.splitlines()[-1])
     )
     report = python("-c", WITHOUT_EXTRAS, "eval-report", tmp_path)
@@ -106,7 +140,9 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stderr.decode().strip()) == (2, "none.gguf: no such file")
 
 
-@pytest.mark.parametrize(("words", "expected"), [("ru", "run"), ("run --gp", "--gpu-layers")])
+@pytest.mark.parametrize(
+    ("words", "expected"), [("ru", "run"), ("run --gp", "--gpu-layers"), ("ben", "bench"), ("bench --ag", "--against")]
+)
 def test_completion(words: str, expected: str) -> None:
     variables = {"COMP_WORDS": f"refreekv {words}", "COMP_CWORD": str(len(words.split()))}
     done = python("-m", "refreekv_cpp", _REFREEKV_COMPLETE="complete_bash", **variables)

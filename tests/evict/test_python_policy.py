@@ -202,11 +202,14 @@ def test_cells_leave_in_whole_blocks(tiny_model: Path, answer: Callable[[int, in
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda n, layer: np.ones(n), r"layer 0: valid is an array of bool, shape \(1060,\); this is one of float64"),
-        (lambda n, layer: np.arange(5), r"this is one of int64, shape \(5,\)"),
-        (lambda n, layer: np.ones(n - 1, dtype=bool), r"this is one of bool, shape \(1059,\)"),
+        (
+            lambda n, layer: np.ones(n),
+            r"layer 0: must return an array of bool, shape \(1060,\); it .* float64",
+        ),
+        (lambda n, layer: np.arange(5), r"it returned one of int64, shape \(5,\)"),
+        (lambda n, layer: np.ones(n - 1, dtype=bool), r"it returned one of bool, shape \(1059,\)"),
         (lambda n, layer: np.ones((1, n), dtype=bool), r"shape \(1, 1060\)"),
-        (lambda n, layer: None, "this is one of object"),
+        (lambda n, layer: None, "it returned one of object"),
         (lambda n, layer: np.zeros(n, dtype=bool), "layer 0: at least one cell has to stay"),
         (lambda n, layer: cells(7)(n, layer) if layer < 2 else True, r"Answers.select: layer 2: .* shape \(\)"),
     ],

@@ -9,7 +9,7 @@ import ctypes
 import sys
 from collections.abc import Iterable
 
-from refreekv_cpp._library import library_dir
+from refreekv_cpp._llama_cpp import library_dir
 
 
 def _ggml(part: str = "") -> ctypes.CDLL:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from refreekv_cpp.bench.runner import Contestant, Result
 from refreekv_cpp.cli import app
-from refreekv_cpp.cli.bench import contestants_of
+from refreekv_cpp.lab.bench.runner import Contestant, Result
+from refreekv_cpp.lab.commands.bench import contestants_of
 
 FULL = Contestant("full", False, "full")
 

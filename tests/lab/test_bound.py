@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from refreekv_cpp.bench.bound import weight_bytes
+from refreekv_cpp.lab.bench.bound import weight_bytes
 
 
 def test_a_step_reads_every_weight_but_the_embeddings_of_its_input(tiny_model: Path) -> None:

@@ -16,13 +16,13 @@ from tiny import random_tokens
 from typer.testing import Result
 
 from refreekv_cpp import Streaming, native
-from refreekv_cpp.eval.data import Item, Question
-from refreekv_cpp.eval.generators import generate
-from refreekv_cpp.eval.prompts import Prompter, _render
-from refreekv_cpp.eval.records import RECORDS, SETTINGS, read_records
-from refreekv_cpp.eval.runner import Settings, Turn
-from refreekv_cpp.eval.session import Session
-from refreekv_cpp.eval.spec import parse_spec
+from refreekv_cpp.lab.eval.data import Item, Question
+from refreekv_cpp.lab.eval.generators import generate
+from refreekv_cpp.lab.eval.prompts import Prompter, _render
+from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS, read_records
+from refreekv_cpp.lab.eval.session import Session
+from refreekv_cpp.lab.eval.spec import parse_spec
+from refreekv_cpp.lab.eval.turn import Settings, Turn
 
 # full@f16 is the full cache again, in a context of its own; all of the tiny models' prompts are short
 CACHES = "full,full@f16,full@q8_0,refreekv:theta=0:n_min=0,streaming:0.01:n_min=0"
@@ -294,7 +294,7 @@ def test_a_question_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         (["--policies", "full,refrekv"], "did you mean 'refreekv'"),
-        (["--policies", "full@q9"], "no cache type 'q9'"),
+        (["--policies", "full@q9"], "'full@q9': the type must be one of f32"),
         (["--question", "open"], "--question open: must be one of seen, hidden, both"),
         (["--generate", "needel"], "did you mean 'needle'"),
         (["--depths", "1.5"], "--depths 1.5: must be a number from 0 to 1"),

@@ -12,13 +12,13 @@ import pytest
 
 from refreekv_cpp import Full, PolicyError, ReFreeKV, Streaming
 from refreekv_cpp.document import FACT, write_document
-from refreekv_cpp.eval import scores
-from refreekv_cpp.eval.data import draw, of_datasets, read_items
-from refreekv_cpp.eval.fidelity import Fidelity, compare, first_divergence, summarise
-from refreekv_cpp.eval.generators import GENERATORS, generate
-from refreekv_cpp.eval.records import RECORDS, SETTINGS
-from refreekv_cpp.eval.report import write_report
-from refreekv_cpp.eval.spec import parse_spec, parse_specs
+from refreekv_cpp.lab.eval import scores
+from refreekv_cpp.lab.eval.data import draw, of_datasets, read_items
+from refreekv_cpp.lab.eval.fidelity import Fidelity, compare, first_divergence, summarise
+from refreekv_cpp.lab.eval.generators import GENERATORS, generate
+from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS
+from refreekv_cpp.lab.eval.report import write_report
+from refreekv_cpp.lab.eval.spec import parse_spec, parse_specs
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -133,10 +133,8 @@ def test_first_divergence(tokens: list[int], where: int | None) -> None:
         ("full", Full(), "f16"),
         ("full@q8_0", Full(), "q8_0"),
         ("streaming:0.3", Streaming(budget=0.3), "f16"),
-        ("streaming:0.3:n_sink=8", Streaming(budget=0.3, n_sink=8), "f16"),
         ("streaming:budget=300@q4_0", Streaming(budget=300), "q4_0"),
-        ("paper:threshold=0.02", ReFreeKV.paper(threshold=0.02), "f16"),
-        ("refreekv:rows=mean:sinks_in_measure=true", ReFreeKV(rows="mean", sinks_in_measure=True), "f16"),
+        ("refreekv:theta=0.01", ReFreeKV(theta=0.01), "f16"),
     ],
 )
 def test_caches_by_name(text: str, policy: Any, cache_type: str) -> None:
@@ -165,12 +163,8 @@ def test_a_cache_that_reads_evicted_rows_keeps_them(text: str, evicted: str) -> 
     [
         ("refreekv:theta=2", "theta=2: must be from 0 to less than 1"),
         ("refrekv", "did you mean 'refreekv'"),
-        ("full@q9", "no cache type 'q9'; valid are f32, f16"),
+        ("full@q9", "the type must be one of f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),
-        ("refreekv:threshold=2", "threshold=2: must be from 0 to 1"),
-        ("streaming:n_sink=2:0.4", "'0.4' is no parameter"),
-        ("streaming:budget=lots", "budget='lots': must be a number"),
-        ("full:0.4", "'0.4' is no parameter"),
         ("", "kv_policy='': unknown"),
     ],
 )
@@ -217,7 +211,7 @@ def test_items_are_read(tmp_path: Path) -> None:
         ({**ITEM, "answers": []}, "'answers' must be a list of texts"),
         ({**ITEM, "second": {"question": "x"}}, "'answers' must be"),
         ({**ITEM, "second": "x"}, "'second' must be an object"),
-        ({**ITEM, "score": "bleu"}, "score 'bleu': valid are f1, rouge_l"),
+        ({**ITEM, "score": "bleu"}, "score 'bleu': must be one of f1, rouge_l"),
         ({**ITEM, "context": "", "question": ""}, "neither context nor question"),
         ({**ITEM, "id": "first"}, "the id 'first' was there before"),
     ],

@@ -115,6 +115,7 @@ def test_importing_refreekv_cpp_is_enough_where_the_variable_is_set(program: Pat
     ("variables", "message"),
     [
         ({"REFREEKV_POLICY": "refrekv"}, "REFREEKV_POLICY=refrekv: .*unknown, did you mean 'refreekv'"),
+        ({"REFREEKV_POLICY": "refreekv:tetha=1"}, "REFREEKV_POLICY=refreekv:tetha=1: .*'tetha', did you mean 'theta'"),
         ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*must be one of 'restore', 'recompute', 'drop'"),
         ({"REFREEKV_MEMORY_LIMIT": "1x"}, "REFREEKV_MEMORY_LIMIT=1x: .*must be a positive number of bytes"),
         ({"REFREEKV_POLICY": "full", "REFREEKV_MEMORY_LIMIT": "1GB"}, "REFREEKV_MEMORY_LIMIT=1GB: .*evicting"),
@@ -146,7 +147,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_the_variables_decide_where_no_policy_was_passed(tiny_model: Path) -> None:
+def test_the_variables_decide_where_no_policy_was_passed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(**passed: Any) -> tuple[Any, ...]:
         llm = Llama(str(tiny_model), verbose=False, **passed)
         return llm.kv_policy, llm.kv_evicted, llm.kv_memory_limit
@@ -156,6 +157,8 @@ def test_the_variables_decide_where_no_policy_was_passed(tiny_model: Path) -> No
     assert options(kv_policy="refreekv") == (ReFreeKV(), "restore", None)
     assert options(kv_policy="full") == options(kv_elastic=False) == (Full(), "restore", None)
     assert options(embedding=True) == (Full(), "drop", None)
+    monkeypatch.setenv("REFREEKV_POLICY", "streaming:0.3")
+    assert options() == (Streaming(budget=0.3), "drop", 2**20)
 
 
 def test_a_refused_model_runs_with_full_where_the_environment_chose(

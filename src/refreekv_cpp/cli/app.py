@@ -1,25 +1,38 @@
-"""The commands, one file each. What an extra brings they import when they run, so that all of them start without."""
+"""The commands, one file each. What an extra brings they import when they run, so that all of them start without.
+
+Those of the laboratory are imported when one of them is called.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import llama_cpp
 import typer
+import typer.core
 
 import refreekv_cpp
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.bench import bench
 from refreekv_cpp.cli.chat import chat
 from refreekv_cpp.cli.demo import demo
-from refreekv_cpp.cli.eval import eval_report, evaluate
 from refreekv_cpp.cli.info import info
-from refreekv_cpp.cli.memory import memory
 from refreekv_cpp.cli.plan import plan
 from refreekv_cpp.cli.run import run
 from refreekv_cpp.cli.serve import serve
-from refreekv_cpp.cli.turns import turns
+from refreekv_cpp.lab import COMMANDS as LABORATORY
+
+
+class LaterCommand(typer.core.TyperCommand):
+    """A command of the laboratory, which `refreekv --help` lists, and which is imported when it is called."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """The context is that of the real command, which parses the arguments and runs."""
+        from refreekv_cpp.lab.commands import app as laboratory
+
+        commands: Any = typer.main.get_command(laboratory)
+        return commands.commands[self.name].make_context(*args, **kwargs)
+
 
 app = typer.Typer(
     help="llama.cpp with a KV cache that keeps what the model still looks at, and gives the rest back.",
@@ -27,12 +40,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(context_settings={"allow_extra_args": True})(run)  # it says how to write a prompt
-for command in (chat, demo, info, plan, bench, memory, turns):
+for command in (chat, demo, info, plan):
     app.command()(command)
-app.command("eval")(evaluate)
-app.command("eval-report")(eval_report)
 # its options are those of upstream's server, which parses them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+for name, text in LABORATORY.items():
+    app.command(name, cls=LaterCommand, help=text, rich_help_panel="Laboratory")(lambda: None)
 
 
 def _print_version(asked: bool) -> None:

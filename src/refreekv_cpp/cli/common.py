@@ -13,16 +13,16 @@ from typing import Annotated, Any
 
 import llama_cpp
 import typer
-from llama_cpp._utils import suppress_stdout_stderr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from refreekv_cpp import _checks, models, native
+from refreekv_cpp import _checks, _upstream, models, native
 from refreekv_cpp.cli.log import Log
 from refreekv_cpp.errors import RefreeKVError
 from refreekv_cpp.fit import check_model
 from refreekv_cpp.llama import Llama
+from refreekv_cpp.options import HELP
 
 
 def _console(**options: Any) -> Console:
@@ -92,22 +92,21 @@ PolicyOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
+        help=HELP["kv_policy"],
     ),
 ]
 EvictedOption = Annotated[
     str,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute (read "
-        "it all again) or drop (go on).",
+        help=HELP["kv_evicted"],
     ),
 ]
 MemoryLimitOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.",
+        help=HELP["kv_memory_limit"],
     ),
 ]
 
@@ -126,13 +125,13 @@ class ReadingLlama(Llama):
     decode_seconds = 0.0
 
     def eval(self, tokens: Sequence[int]) -> None:
-        prune_us = native.stats(self._ctx.ctx).prune_us
+        prune_us = native.stats(self.ctx).prune_us
         start = time.perf_counter()
         if len(tokens) > self.n_batch:
             self._eval_with_progress(tokens)
         else:
             super().eval(tokens)
-        seconds = time.perf_counter() - start - (native.stats(self._ctx.ctx).prune_us - prune_us) / 1e6
+        seconds = time.perf_counter() - start - (native.stats(self.ctx).prune_us - prune_us) / 1e6
         if len(tokens) > 1:
             self.prefill_tokens += len(tokens)
             self.prefill_seconds += seconds
@@ -141,20 +140,11 @@ class ReadingLlama(Llama):
             self.decode_seconds += seconds
 
     def _eval_with_progress(self, tokens: Sequence[int]) -> None:
-        decode = self._ctx.decode
         columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
             task = progress.add_task("", total=len(tokens))
-
-            def decode_and_advance(batch: Any) -> None:
-                decode(batch)
-                progress.advance(task, batch.n_tokens())
-
-            self._ctx.decode = decode_and_advance  # type: ignore[method-assign]
-            try:
+            with _upstream.after_batches(self, lambda n_tokens: progress.advance(task, n_tokens)):
                 super().eval(tokens)
-            finally:
-                del self._ctx.decode
 
 
 def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
@@ -165,7 +155,7 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
     """
     verbose = messages_log.is_verbose()
     # verbose=False silences the weights, not the context
-    with messages_log.held(), suppress_stdout_stderr(disable=verbose):
+    with messages_log.held(), _upstream.suppress_stdout_stderr(disable=verbose):
         try:
             return ReadingLlama(str(model), **{**options, "verbose": verbose})
         except (TypeError, AttributeError, ctypes.ArgumentError) as error:  # a value of --option that nothing checks
@@ -180,7 +170,7 @@ def vocabulary(model: Path) -> Iterator[llama_cpp.Llama]:
         ValueError: it is no model.
     """
     check_model(model)
-    with suppress_stdout_stderr(disable=False):
+    with _upstream.suppress_stdout_stderr(disable=False):
         llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
     with closing(llm):
         yield llm

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from refreekv_cpp import fit, native
+from refreekv_cpp import _upstream, fit, native
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
@@ -40,7 +40,7 @@ def info(
     table = Table(show_header=False)
     path = resolve(model)
     with fit.opened(path, kv_policy="full", type_k=types[0], type_v=types[1], n_gpu_layers=0) as loaded:
-        n_train = loaded._model.n_ctx_train()
+        n_train = _upstream.n_ctx_train(loaded)
         for name, value in [
             ("architecture", loaded.metadata.get("general.architecture", "?")),
             ("name", loaded.metadata.get("general.name", "?")),

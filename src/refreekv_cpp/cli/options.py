@@ -16,13 +16,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from refreekv_cpp import _option_text, fit
 from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
-from refreekv_cpp._options import Evicted
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import (
     EvictedOption,
@@ -34,7 +32,7 @@ from refreekv_cpp.cli.common import (
     PolicyOption,
     ThreadsOption,
 )
-from refreekv_cpp.policies import as_policy
+from refreekv_cpp.options import OPTIONS, KVOptions
 
 # the options of `Llama` that commands have by another name, or decide themselves
 _OWN_NAMES = {
@@ -148,16 +146,15 @@ class LoadOptions(MachineOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("--n-ctx", self.n_ctx, ("auto",))
-        as_policy(self.kv_policy)
-        if self.kv_evicted not in get_args(Evicted):
-            raise ValueError(f"--kv-evicted {self.kv_evicted}: must be one of {', '.join(get_args(Evicted))}")
-        if self.kv_memory_limit is not None:
-            parse_bytes(self.kv_memory_limit)
+        others = {name: value for name, value in self.others.items() if name in OPTIONS}
+        KVOptions.of(
+            kv_policy=self.kv_policy, kv_evicted=self.kv_evicted, kv_memory_limit=self.kv_memory_limit, **others
+        )
 
     def llama_options(self, model: Path, **own: Any) -> dict[str, Any]:
         """As `MachineOptions.llama_options`. A number that the user gives as --n-ctx wins over the command's."""
         options = {
-            "kv_policy": as_policy(self.kv_policy),
+            "kv_policy": self.kv_policy,
             "kv_evicted": self.kv_evicted,
             "kv_memory_limit": self.kv_memory_limit,
             **own,

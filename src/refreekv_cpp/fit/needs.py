@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp
 
-from refreekv_cpp import native
+from refreekv_cpp import _upstream, native
 from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._machine import host_free, host_total
@@ -174,7 +174,7 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
     Raises:
         ContextError: the model has no such context.
     """
-    n_ctx_train = llm._model.n_ctx_train()
+    n_ctx_train = _upstream.n_ctx_train(llm)
     with context(llm, n_ctx or n_ctx_train) as ctx:
         devices = [_device(info) for info in native.devices(ctx)]
         stats, layers = native.figures(ctx)
@@ -189,14 +189,14 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
         n_layers=llama_cpp.llama_model_n_layer(llm.model) + 1,
         n_vocab=llm.n_vocab(),
         policy=llm.kv_policy,
-        evicts=llm._evicts,
+        evicts=llm._kv.evicts,
         prunable=row_bytes * n_cells,
         whole=row_bytes * n_cells,
         whole_f16=row_numbers * 2 * n_cells,
         evicted=0,
         codes=stats.theta > 0,
         cold={native.enum_value("COLD_MEMORY"): "memory", native.enum_value("COLD_FILE"): "file"}.get(stats.cold, ""),
-        cold_dir=Path(llm._cold_options["cold_dir"]) if llm._cold_options.get("cold_dir") else None,
+        cold_dir=llm._kv.cold_folder(),
         cold_share=_cold_share(llm),
         cold_limit=llm.kv_cold_limit,
     )
@@ -231,7 +231,7 @@ def _with_weights(llm: Unallocated, devices: list[Device]) -> tuple[Device, ...]
     elif llm.asked.get("use_mmap", True):
         in_file = llama_cpp.llama_model_size(llm.model) - sum(device.weights for device in others)
         host = replace(host, weights=max(host.weights, min(in_file, host.weights + host.repacked)))
-    if llm._logits_all:
+    if _upstream.keeps_all_logits(llm):
         host = replace(host, compute_used=host.compute)
     return (*others, host)
 
@@ -242,7 +242,7 @@ def _with_prompt(llm: Unallocated, needs: Needs) -> Needs:
     n_ubatch = llm.context_params.n_ubatch
     with context(llm, max(n_tokens // n_ubatch, 1) * n_ubatch) as ctx:  # the last whole batch has the largest graph
         graphs = [_device(info) for info in native.devices(ctx)]
-    if llm._logits_all:
+    if _upstream.keeps_all_logits(llm):
         graphs = [replace(device, compute_used=device.compute) for device in graphs]
     pairs = zip(needs.devices, graphs, strict=True)
     devices = (replace(device, compute_used=graph.compute_used, work=graph.work) for device, graph in pairs)

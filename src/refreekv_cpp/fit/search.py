@@ -9,6 +9,7 @@ from typing import Any
 
 import llama_cpp
 
+from refreekv_cpp import _upstream
 from refreekv_cpp.fit.needs import CONTEXT_STEP, Device, Needs, measure, process_bytes
 from refreekv_cpp.fit.unallocated import Unallocated, check_model, opened
 
@@ -91,7 +92,7 @@ def n_ctx(model_path: str | os.PathLike[str], **options: Any) -> int:
     if "n_gpu_layers" not in options:
         options["n_gpu_layers"] = gpu_layers(model_path, **options)
     with opened(model_path, **options) as llm:
-        n_train = llm._model.n_ctx_train()
+        n_train = _upstream.n_ctx_train(llm)
         most = max(min(n_train, MOST_CONTEXT) // CONTEXT_STEP * CONTEXT_STEP, CONTEXT_STEP)
         try:
             chosen = largest_n_ctx(llm, most)
@@ -162,7 +163,7 @@ def _measured(model_path: str | os.PathLike[str], n_gpu_layers: int, options: Ma
     with opened(model_path, **{**options, "n_gpu_layers": n_gpu_layers}) as llm:
         n_ctx = options.get("n_ctx")
         try:
-            return measure(llm, min(llm._model.n_ctx_train(), _LAYERS_CONTEXT) if n_ctx is None else n_ctx)
+            return measure(llm, min(_upstream.n_ctx_train(llm), _LAYERS_CONTEXT) if n_ctx is None else n_ctx)
         except Exception as error:
             raise _UnknownError(error) from error
 

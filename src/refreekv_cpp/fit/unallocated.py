@@ -10,9 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 import llama_cpp
-from llama_cpp._internals import LlamaContext
 
-from refreekv_cpp import native
+from refreekv_cpp import _upstream, native
 from refreekv_cpp._checks import check_n_ctx, check_options
 from refreekv_cpp._files import check_file
 from refreekv_cpp.errors import ContextError, PolicyError, UnsupportedModelError
@@ -127,8 +126,8 @@ def context(llm: Unallocated, n_ctx: int) -> Iterator[Any]:
     params.n_ubatch = min(params.n_batch, params.n_ubatch)
     with quiet() as errors:
         try:
-            with native.next_context(llm._native_params()):
-                made = LlamaContext(model=llm._model, params=params, verbose=False)
+            with native.next_context(llm._kv.native_params()):
+                made = _upstream.make_context(llm, params)
         except ValueError as error:
             why = native.last_error() or (errors[0] if errors else str(error))
             raise ContextError(f"{llm.model_path}: there is no context of {n_ctx} tokens: {why}") from error

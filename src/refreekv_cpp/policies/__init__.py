@@ -18,6 +18,7 @@ from refreekv_cpp.policies.python import PythonPolicy
 from refreekv_cpp.policies.refreekv import ReFreeKV
 from refreekv_cpp.policies.snapkv import SnapKV
 from refreekv_cpp.policies.streaming import Streaming
+from refreekv_cpp.policies.text import with_parameters
 from refreekv_cpp.policies.top_p import TopP
 
 __all__ = [
@@ -48,17 +49,25 @@ REGISTRY: dict[str, Callable[[], Policy]] = {
 
 
 def as_policy(policy: str | Policy) -> Policy:
-    """The policy of this name, or the object itself.
+    """The policy that a text names, or the object itself.
+
+    Args:
+        policy: NAME[:PARAMETER=VALUE]..., such as "refreekv" or "refreekv:theta=0.01". The first parameter may be a
+            value alone, as in "streaming:0.4". docs/policies.md lists the names.
 
     Raises:
-        PolicyError: no policy is called that.
+        PolicyError: there is no policy of this name, it has no such parameter, or a value is not valid.
     """
     if isinstance(policy, Policy):
         return policy
-    if not isinstance(policy, str) or policy not in REGISTRY:
-        hint = did_you_mean(str(policy), REGISTRY) or ";"
+    name, *parameters = policy.split(":") if isinstance(policy, str) else [""]
+    if name not in REGISTRY:
+        hint = did_you_mean(name, REGISTRY) or ";"
         raise PolicyError(
-            f"kv_policy={policy!r}: unknown{hint} must be one of {', '.join(map(repr, REGISTRY))}, or an object "
-            "such as ReFreeKV(threshold=0.5)"
+            f"kv_policy={policy!r}: unknown{hint} must be one of {', '.join(map(repr, REGISTRY))}, one of them with "
+            "parameters, such as 'refreekv:threshold=0.5', or an object such as ReFreeKV(threshold=0.5)"
         )
-    return REGISTRY[policy]()
+    try:
+        return with_parameters(REGISTRY[name](), parameters)
+    except PolicyError as error:
+        raise PolicyError(f"kv_policy={policy!r}: {error}") from None

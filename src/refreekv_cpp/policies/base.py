@@ -40,6 +40,8 @@ class Policy(ABC):
             name, optional, _ = str(field.type).partition(" | None")
             if optional and value is None:
                 continue
+            if name == "bool" and not isinstance(value, bool):
+                raise PolicyError(f"{field.name}={value!r}: must be one of True, False")
             kind = _NUMBERS.get(name)
             if kind and (
                 isinstance(value, bool) or not isinstance(value, kind) or (kind is int and abs(value) >= 2**31)

@@ -80,8 +80,8 @@ class PythonPolicy(Policy):
         mask: Mask = np.asarray(answer)
         if mask.dtype != np.bool_ or mask.shape != (n_cells,):
             raise PolicyError(
-                f"{self.name}.select: layer {layer}: valid is an array of bool, shape ({n_cells},); "
-                f"this is one of {mask.dtype}, shape {mask.shape}"
+                f"{self.name}.select: layer {layer}: must return an array of bool, shape ({n_cells},); "
+                f"it returned one of {mask.dtype}, shape {mask.shape}"
             )
         if not mask.any():
             raise PolicyError(f"{self.name}.select: layer {layer}: at least one cell has to stay")

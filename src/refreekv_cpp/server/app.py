@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from refreekv_cpp import _upstream
 from refreekv_cpp.models import resolve
 from refreekv_cpp.server.answers import Answer, Chunk
 from refreekv_cpp.server.errors import RequestError, error_response
@@ -117,12 +118,12 @@ def _complete(body: CompletionRequest | ChatCompletionRequest, method: Callable[
 
 
 def _answer(model: str | None, ask: Callable[[CountingLlama], Any]) -> Response:
-    give_way = upstream._server_settings.interrupt_requests
-    return Answer(_models(), model, ask, give_way=give_way, ping=upstream._ping_message_factory)
+    give_way = _upstream.server_settings().interrupt_requests
+    return Answer(_models(), model, ask, give_way=give_way, ping=_upstream.ping_message())
 
 
 def _models() -> Models:
-    models: Models = upstream._llama_proxy
+    models: Models = _upstream.served_models()
     return models
 
 

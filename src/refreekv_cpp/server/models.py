@@ -8,11 +8,10 @@ from typing import Any
 
 import anyio
 import llama_cpp
-import llama_cpp._internals
 import llama_cpp.server.settings
 from llama_cpp.server.model import LlamaProxy
 
-from refreekv_cpp import dropin, fit
+from refreekv_cpp import _upstream, dropin, fit
 from refreekv_cpp._option_text import LLAMA_OPTIONS
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.server.errors import RequestError
@@ -46,14 +45,11 @@ class CountingLlama(Llama):
 
     def __init__(self, model_path: str, **options: Any) -> None:
         super().__init__(model_path, **options)
-        decode = self._ctx.decode
+        _upstream.before_batches(self, self._stop_if_interrupted)
 
-        def decode_unless_interrupted(batch: Any) -> None:
-            if self.interrupted():
-                raise Interrupted
-            decode(batch)
-
-        self._ctx.decode = decode_unless_interrupted  # type: ignore[method-assign]
+    def _stop_if_interrupted(self) -> None:
+        if self.interrupted():
+            raise Interrupted
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's.
@@ -66,9 +62,9 @@ class CountingLlama(Llama):
             raise RequestError("The prompt is empty, and this model has no token that begins a text.", param="prompt")
         self.n_prompt += len(tokens)
         for n, token in enumerate(super().generate(tokens, *args, **kwargs), start=1):
-            self.n_completion += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+            self.n_completion += not llama_cpp.llama_vocab_is_eog(_upstream.vocab(self), token)
             yield token
-            if len(tokens) + n > self._n_ctx:
+            if len(tokens) + n > self.n_ctx():
                 # upstream goes on at the end of the context where a token ends in the middle of a character
                 yield self.token_eos()
                 return

@@ -17,7 +17,7 @@ from llama_cpp.server.types import (
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import NotRequired, Self, TypedDict
 
-from refreekv_cpp import _grammar
+from refreekv_cpp import _grammar, _upstream
 from refreekv_cpp.server import grammars
 from refreekv_cpp.server.errors import RequestError
 from refreekv_cpp.server.models import CountingLlama
@@ -93,7 +93,7 @@ class _GenerationRequest(_Request):
         request: Any = self
         # it would warn of contents, which have become text
         options = self.model_dump(exclude=_NOT_OPTIONS, warnings=False)
-        if request.logprobs is not None and request.logprobs is not False and not llm._logits_all:
+        if request.logprobs is not None and request.logprobs is not False and not _upstream.keeps_all_logits(llm):
             raise RequestError(
                 "logprobs: this model is served without them; the setting logits_all turns them on", param="logprobs"
             )
@@ -139,7 +139,7 @@ def _biases(llm: CountingLlama, biases: dict[str, float], *, words: bool) -> dic
 def _grammar_of(llm: CountingLlama, text: str, param: str) -> LlamaGrammar:
     grammar = LlamaGrammar.from_string(text)
     try:
-        _grammar.check(llm._model.vocab, grammar)
+        _grammar.check(_upstream.vocab(llm), grammar)
     except ValueError as error:
         raise RequestError(f"{param}: {error}", param=param) from error
     return grammar

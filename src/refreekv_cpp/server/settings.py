@@ -7,31 +7,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # argparse takes its types from these annotations (llama_cpp.server.cli), and does not know `X | None`
-from typing import Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import llama_cpp.server.settings as upstream
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model, model_validator
 from pydantic_settings import SettingsConfigDict
 from typing_extensions import Annotated, Self  # noqa: UP035
 
-from refreekv_cpp import _checks, _option_text, _options
+from refreekv_cpp import _checks, _option_text
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._files import check_file
 from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
 from refreekv_cpp._suggest import did_you_mean
+from refreekv_cpp.options import HELP, OPTIONS, KVOptions
 
-_KV_OPTIONS = (
-    "kv_policy",
-    "kv_evicted",
-    "kv_elastic",
-    "kv_memory_limit",
-    "kv_cold",
-    "kv_cold_dir",
-    "kv_cold_limit",
-    "kv_cold_type",
-    "kv_cold_state",
-)
+_DEFAULTS = {"kv_policy": "refreekv"}
+"""Where the server's default is not that of `Llama`."""
 
 
 def _as_number(value: Any, *words: str, least: int = 0, what: str) -> Any:
@@ -70,7 +62,21 @@ _BOOL = TypeAdapter(bool)
 _Type = Annotated[Union[str, int, None], BeforeValidator(_as_type)]  # noqa: UP007
 
 
-class ModelSettings(upstream.ModelSettings):
+if TYPE_CHECKING:
+    from llama_cpp.server.settings import ModelSettings as _WithKVOptions
+else:
+    _WithKVOptions = create_model(
+        "_WithKVOptions",
+        __base__=upstream.ModelSettings,
+        **{
+            name: (each.metadata["setting"], Field(default=_DEFAULTS.get(name, each.default), description=HELP[name]))
+            for name, each in OPTIONS.items()
+            if each.metadata["setting"] is not None
+        },
+    )
+
+
+class ModelSettings(_WithKVOptions):
     """What to load a model with. Options of `Llama` that have no field here are extra fields."""
 
     model_config = SettingsConfigDict(extra="allow")
@@ -91,37 +97,6 @@ class ModelSettings(upstream.ModelSettings):
     )
     type_k: _Type = Field(default=None, description="What keys are stored in: f16 (the default), q8_0, ...")  # type: ignore[assignment]
     type_v: _Type = Field(default=None, description="What values are stored in.")  # type: ignore[assignment]
-    kv_policy: str = Field(
-        default="refreekv",
-        description="Which cells of the KV cache stay after the prompt: full, refreekv, paper, streaming, ...",
-    )
-    kv_evicted: Literal["restore", "recompute", "drop"] = Field(
-        default="restore",
-        description="When the next turn follows a pruned one: restore (what was evicted comes back first), recompute "
-        "(read it all again) or drop (go on).",
-    )
-    kv_cold: Literal["auto", "memory", "file"] = Field(
-        default="auto", description="Where evicted rows wait to be restored."
-    )
-    kv_cold_dir: Optional[str] = Field(  # noqa: UP045
-        default=None, description="Folder of their file; by default the user's cache folder."
-    )
-    kv_cold_limit: Union[str, int, None] = Field(  # noqa: UP007
-        default=None, description="A cap on them, such as 4GiB; what does not fit is read again when it is wanted."
-    )
-    kv_cold_type: Optional[Literal["q8_0"]] = Field(  # noqa: UP045
-        default=None, description="What they are rounded to; by default they stay as they are."
-    )
-    kv_cold_state: bool = Field(
-        default=True, description="Whether cached states (cache: true) have the evicted rows in them."
-    )
-    kv_elastic: Optional[bool] = Field(  # noqa: UP045
-        default=None, description="With kv_policy full: let memory follow the contents."
-    )
-    kv_memory_limit: Union[str, int, None] = Field(  # noqa: UP007
-        default=None,
-        description="A cap on the KV cache, such as 512MiB; a longer prompt is pruned while it is read.",
-    )
     logits_all: bool = Field(
         default=False,
         description="Keep the logits of the whole prompt, which logprobs need: n_ctx times n_vocab floats.",
@@ -143,17 +118,7 @@ class ModelSettings(upstream.ModelSettings):
 
     @model_validator(mode="after")
     def _check_kv_options(self) -> Self:
-        _options.check(
-            self.kv_policy,
-            self.kv_evicted,
-            self.kv_elastic,
-            self.kv_memory_limit,
-            self.kv_cold,
-            self.kv_cold_dir,
-            self.kv_cold_limit,
-            self.kv_cold_type,
-            self.kv_cold_state,
-        )
+        KVOptions.of(**self._kv_options())
         return self
 
     @model_validator(mode="after")
@@ -173,7 +138,10 @@ class ModelSettings(upstream.ModelSettings):
 
     def llama_options(self) -> dict[str, Any]:
         """Arguments of `Llama` that upstream's proxy does not pass, by name."""
-        return {**{name: getattr(self, name) for name in _KV_OPTIONS}, **(self.model_extra or {})}
+        return {**self._kv_options(), **(self.model_extra or {})}
+
+    def _kv_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OPTIONS if name in type(self).model_fields}
 
 
 class ServerSettings(upstream.ServerSettings):

@@ -1,12 +1,12 @@
-"""A picture of a benchmark, with matplotlib (the extra `eval`)."""
+"""A picture of a benchmark, with matplotlib (the extra `lab`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from refreekv_cpp._figure import new_figure
-from refreekv_cpp.bench.runner import Result
+from refreekv_cpp.lab.bench.runner import Result
+from refreekv_cpp.lab.figure import new_figure
 
 
 def write_plot(path: Path, results: Sequence[Result], bound_ms: Callable[[Result], float]) -> None:

@@ -8,13 +8,13 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from refreekv_cpp._options import Evicted
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.bench.turns import Conversation, Turn
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
+from refreekv_cpp.lab.bench.turns import Conversation, Turn
 from refreekv_cpp.models import resolve
+from refreekv_cpp.options import Evicted
 from refreekv_cpp.policies import as_policy
 
 _FULL = "full"
@@ -35,7 +35,6 @@ def turns(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with at most.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the document and the questions.")] = 0,
 ) -> None:
-    """A chat about a long document, each question about another fact in it, with the full cache and pruned ones."""
     names = [_FULL, *(name.strip() for name in kv_evicted.split(","))]
     for name in names[1:]:
         if name not in get_args(Evicted):

@@ -41,7 +41,7 @@ def _load_by_path(path: Path) -> ModuleType:
     return module
 
 
-process = _load_by_path(Path(__file__).parent.parent / "_process.py")
+process = _load_by_path(Path(__file__).parents[2] / "_process.py")
 
 
 def load(spec: dict[str, Any]) -> Any:

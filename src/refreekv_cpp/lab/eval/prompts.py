@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from refreekv_cpp.eval.data import Item
+from refreekv_cpp import _upstream
+from refreekv_cpp.lab.eval.data import Item
 
 # a text that no template touches, to find the place of a message in what it renders
 _MARK = "<<message {}>>"
@@ -91,7 +92,7 @@ class Prompter:
 
     def _start(self, head: str, context: str) -> list[int]:
         llm = self._llm
-        bos = [llm.token_bos()] if llm._model.add_bos_token() else []
+        bos = [llm.token_bos()] if _upstream.adds_bos(llm) else []
         markup = self._markup(head)
         if markup[:1] == bos:  # the template writes it, too
             bos = []

@@ -6,17 +6,18 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from refreekv_cpp._figure import have_matplotlib
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
-from refreekv_cpp.eval.data import Item, draw, of_datasets, read_items
-from refreekv_cpp.eval.generators import GENERATORS, check_names, generate
-from refreekv_cpp.eval.plots import write_plots
-from refreekv_cpp.eval.prompts import Prompter
-from refreekv_cpp.eval.report import REPORT, write_report
-from refreekv_cpp.eval.runner import Mode, Run, Settings, Task
-from refreekv_cpp.eval.spec import parse_specs
+from refreekv_cpp.lab.eval.data import Item, draw, of_datasets, read_items
+from refreekv_cpp.lab.eval.generators import GENERATORS, check_names, generate
+from refreekv_cpp.lab.eval.plots import write_plots
+from refreekv_cpp.lab.eval.prompts import Prompter
+from refreekv_cpp.lab.eval.report import REPORT, write_report
+from refreekv_cpp.lab.eval.runner import Run, Task
+from refreekv_cpp.lab.eval.spec import parse_specs
+from refreekv_cpp.lab.eval.turn import Mode, Settings
+from refreekv_cpp.lab.figure import have_matplotlib
 from refreekv_cpp.models import resolve
 
 _MODES: dict[str, list[Mode]] = {"seen": ["seen"], "hidden": ["hidden"], "both": ["seen", "hidden"]}
@@ -54,7 +55,6 @@ def evaluate(
     flash_attn: Annotated[bool, typer.Option(help="Use flash attention for caches that do not need it.")] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
 ) -> None:
-    """What a pruned cache costs in answer quality, compared with the full cache on the same items."""
     specs = parse_specs(policies)
     if question not in _MODES:
         raise ValueError(f"--question {question}: must be one of {', '.join(_MODES)}")
@@ -98,7 +98,6 @@ def evaluate(
 def eval_report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What was --out of refreekv eval.")],
 ) -> None:
-    """Write the report of a run again, finished or not; with pictures where matplotlib is installed."""
     _report(folder)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refreekv_cpp.document import write_document
-from refreekv_cpp.eval.data import Question
-from refreekv_cpp.eval.generators import facts
+from refreekv_cpp.lab.eval.data import Question
+from refreekv_cpp.lab.eval.generators import facts
 from refreekv_cpp.llama import Llama
 
 

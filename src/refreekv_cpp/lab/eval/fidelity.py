@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refreekv_cpp.divergence import Logits, kl, log_softmax
+from refreekv_cpp.lab.divergence import Logits, kl, log_softmax
 
 
 @dataclass(frozen=True)

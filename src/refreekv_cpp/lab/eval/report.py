@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.eval.fidelity import Fidelity, summarise
-from refreekv_cpp.eval.records import Record, read_records, read_settings
-from refreekv_cpp.eval.scores import bootstrap
-from refreekv_cpp.eval.spec import REFERENCE
+from refreekv_cpp.lab.eval.fidelity import Fidelity, summarise
+from refreekv_cpp.lab.eval.records import Record, read_records, read_settings
+from refreekv_cpp.lab.eval.scores import bootstrap
+from refreekv_cpp.lab.eval.spec import REFERENCE
 
 REPORT = "report.md"
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Policy, as_policy
-
-_VALID = (
-    "must be a policy's name, its parameters and a cache type: refreekv, streaming:0.4, refreekv:theta=0.01, full@q8_0"
-)
 
 
 @dataclass(frozen=True)
@@ -48,39 +43,12 @@ def parse_specs(text: str) -> list[Spec]:
 
 
 def parse_spec(text: str) -> Spec:
-    """NAME[:PARAMETER=VALUE]...[@TYPE]; a value alone is the policy's first parameter.
+    """POLICY[@TYPE]: a policy as `as_policy` takes it, and the type of K and V.
 
     Raises:
         PolicyError: as `parse_specs`.
     """
-    head, at, cache_type = text.partition("@")
+    policy, at, cache_type = text.partition("@")
     if at and cache_type not in CACHE_TYPES:
-        raise PolicyError(f"{text!r}: no cache type {cache_type!r}; valid are {', '.join(CACHE_TYPES)}")
-    name, *parameters = head.split(":")
-    policy = as_policy(name)
-    options: dict[str, Any] = {}
-    for parameter in parameters:
-        key, equals, value = parameter.partition("=")
-        if not equals:
-            fields = dataclasses.fields(policy)
-            if not fields or options:
-                raise PolicyError(f"{text!r}: {parameter!r} is no parameter; {_VALID}")
-            key, value = fields[0].name, key
-        options[key] = _value(value)
-    try:
-        # through the class, which names a parameter that it does not have
-        policy = type(policy)(**{**policy.as_dict(), **options})
-    except PolicyError as error:
-        raise PolicyError(f"{text!r}: {error}") from error
-    return Spec(text, policy, cache_type or "f16")
-
-
-def _value(text: str) -> Any:
-    if text in ("True", "true", "False", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+        raise PolicyError(f"{text!r}: the type must be one of {', '.join(CACHE_TYPES)}")
+    return Spec(text, as_policy(policy), cache_type or "f16")

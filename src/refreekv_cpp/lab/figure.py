@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib (the extra `eval`)."""
+"""Pictures, with matplotlib (the extra `lab`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def new_figure(**options: Any) -> Any:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with needs_extra("eval", "a picture"):
+    with needs_extra("lab", "a picture"):
         from matplotlib.figure import Figure
 
     return Figure(layout="constrained", **options)

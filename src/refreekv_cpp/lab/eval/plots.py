@@ -1,4 +1,4 @@
-"""Pictures of a run, with matplotlib (the extra `eval`)."""
+"""Pictures of a run, with matplotlib (the extra `lab`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refreekv_cpp._figure import new_figure
-from refreekv_cpp.eval.records import Record, read_records
-from refreekv_cpp.eval.report import Row, bytes_part, layer_budgets, reference_once, retrieval_map, rows_of, title
+from refreekv_cpp.lab.eval.records import Record, read_records
+from refreekv_cpp.lab.eval.report import Row, bytes_part, layer_budgets, reference_once, retrieval_map, rows_of, title
+from refreekv_cpp.lab.figure import new_figure
 
 
 def write_plots(folder: Path) -> list[Path]:

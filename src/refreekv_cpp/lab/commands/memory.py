@@ -11,11 +11,11 @@ from rich.table import Table
 
 from refreekv_cpp import fit
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.bench.runner import Contestant, Result, Worker, run
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.bench import contestants_of, document_tokens, room
 from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
+from refreekv_cpp.lab.bench.runner import Contestant, Result, Worker, run
+from refreekv_cpp.lab.commands.bench import contestants_of, document_tokens, room
 from refreekv_cpp.models import resolve
 
 _ROUNDS = 8
@@ -39,8 +39,6 @@ def memory(
     prompts: Annotated[int, typer.Option(min=0, help="Then read so many prompts of random length in one process.")] = 0,
     threads: FixedThreadsOption = 2,
 ) -> None:
-    """Memory of the whole process, and the time of a decoded token: stock and policies side by side, each in a process
-    of its own. All of them use flash attention."""
     contestants = contestants_of(kv_policy, against, flash_attn=True)
     machine.refuse("type_k", "type_v")
     if tokens + room(_ROUNDS) > n_ctx:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refreekv_cpp._suggest import did_you_mean
-from refreekv_cpp.eval.scores import SCORES
+from refreekv_cpp.lab.eval.scores import SCORES
 
 # datasets whose answers are not short spans (f1); a field "score" of an item comes first
 _SCORE_OF_DATASET = {
@@ -91,7 +91,7 @@ def _item(data: Any) -> Item:
         raise ValueError("'meta' must be an object")
     score = data.get("score", _SCORE_OF_DATASET.get(data["dataset"], "f1"))
     if score not in SCORES:
-        raise ValueError(f"score {score!r}: valid are {', '.join(SCORES)}")
+        raise ValueError(f"score {score!r}: must be one of {', '.join(SCORES)}")
     question = _question(data)
     if not question.text and not data["context"]:
         raise ValueError("neither context nor question")

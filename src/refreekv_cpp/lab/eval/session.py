@@ -9,11 +9,10 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp._utils import suppress_stdout_stderr
 
-from refreekv_cpp import native
-from refreekv_cpp.divergence import Logits
-from refreekv_cpp.eval.spec import Spec
+from refreekv_cpp import _upstream, native
+from refreekv_cpp.lab.divergence import Logits
+from refreekv_cpp.lab.eval.spec import Spec
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.stats import KVStats
 
@@ -38,7 +37,7 @@ class Session:
             "flash_attn": flash_attn,
             "verbose": False,
         }
-        with suppress_stdout_stderr(disable=False):
+        with _upstream.suppress_stdout_stderr(disable=False):
             self.llm = Llama(str(model), **{**options, **spec.llama_options()})
 
     def close(self) -> None:
@@ -82,7 +81,7 @@ class Session:
     def read(self, tokens: Sequence[int]) -> Logits:
         """Returns the logits after the last of them: [n_vocab]."""
         self.llm.eval(tokens)
-        pointer = llama_cpp.llama_get_logits_ith(self.llm._ctx.ctx, -1)
+        pointer = llama_cpp.llama_get_logits_ith(self.llm.ctx, -1)
         logits: Logits = np.ctypeslib.as_array(pointer, shape=(self.llm.n_vocab(),)).copy()
         return logits
 
@@ -93,14 +92,12 @@ class Session:
         """
         llm = self.llm
         n_batch = 1 if llm.kv_stats.theta > 0 else llm.n_batch
-        llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)  # as eval would: what lies behind is as good as gone
+        _upstream.cut(llm, llm.n_tokens)  # as eval would: what lies behind is as good as gone
         rows = np.empty((len(tokens), llm.n_vocab()), dtype=np.float32)
         for i in range(0, len(tokens), n_batch):
             batch = tokens[i : i + n_batch]
             # not with eval: logits_all of a Llama holds rows for the whole context
-            llm._batch.set_batch(batch, n_past=llm.n_tokens, logits_all=True)
-            llm._ctx.decode(llm._batch)
-            rows[i : i + len(batch)] = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), rows.shape[1]))
+            rows[i : i + len(batch)] = _upstream.decode_batch(llm, batch)
             llm.input_ids[llm.n_tokens : llm.n_tokens + len(batch)] = batch
             llm.n_tokens += len(batch)
         return rows
@@ -125,7 +122,7 @@ class Session:
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""
-        return bool(llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, token))
+        return bool(llama_cpp.llama_vocab_is_eog(_upstream.vocab(self.llm), token))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Of an answer, without the token that ends it."""

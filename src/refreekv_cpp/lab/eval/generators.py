@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from refreekv_cpp._suggest import did_you_mean
 from refreekv_cpp.document import write_document
-from refreekv_cpp.eval.data import Item, Question
+from refreekv_cpp.lab.eval.data import Item, Question
 
 Count = Callable[[str], int]
 
@@ -115,4 +115,4 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in GENERATORS:
             hint = did_you_mean(name, GENERATORS) or ";"
-            raise ValueError(f"generator {name!r}: unknown{hint} valid are {', '.join(GENERATORS)}")
+            raise ValueError(f"generator {name!r}: unknown{hint} must be one of {', '.join(GENERATORS)}")

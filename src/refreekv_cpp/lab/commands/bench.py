@@ -13,12 +13,12 @@ from rich.table import Table
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._units import mebibytes
-from refreekv_cpp.bench.plot import write_plot
-from refreekv_cpp.bench.runner import BURST, Contestant, Result, run
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import FixedThreadsOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.document import write_document
+from refreekv_cpp.lab.bench.plot import write_plot
+from refreekv_cpp.lab.bench.runner import BURST, Contestant, Result, run
 from refreekv_cpp.models import resolve
 from refreekv_cpp.policies import as_policy
 
@@ -49,11 +49,10 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per token there (needs matplotlib).")] = None,
 ) -> None:
-    """Speed and memory, stock and policies side by side; they read and decode in turn."""
-    with needs_extra("eval", "refreekv bench"):
-        from refreekv_cpp.bench.bound import read_bandwidth, weight_bytes
+    with needs_extra("lab", "refreekv bench"):
+        from refreekv_cpp.lab.bench.bound import read_bandwidth, weight_bytes
     if plot:
-        with needs_extra("eval", "--plot"):
+        with needs_extra("lab", "--plot"):
             import matplotlib  # noqa: F401
     settings = [False, True] if flash_attn is None else [flash_attn]
     lengths = lengths_of(tokens)
@@ -90,7 +89,8 @@ def bench(
     for length in lengths:
         common.print_note(_faster(length, results))
     common.print_note(
-        f"bound: {mebibytes(n_weights)} of weights, the cells kept and the codes, read once at {bandwidth / 1e9:.1f} GB/s"
+        f"bound: {mebibytes(n_weights)} of weights, the cells kept and the codes, read once at "
+        f"{bandwidth / 1e9:.1f} GB/s"
     )
     if plot:
         write_plot(plot, results, bound_ms)

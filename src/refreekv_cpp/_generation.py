@@ -1,0 +1,81 @@
+"""The generations of a `Llama`: one at a time has the cache, and prunes it once its prompt has been read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import llama_cpp
+
+from refreekv_cpp import _upstream
+from refreekv_cpp._sequence import PrunedSequence
+from refreekv_cpp.errors import CacheStateError, ClosedError
+
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+
+
+class Generations(PrunedSequence):
+    _generation: object = None  # the one that began last; None: what it left in the cache has been changed
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
+        one is read, or when the generator ends or is closed.
+
+        Raises:
+            CacheStateError: something else has changed the cache since the last token.
+            ClosedError: the Llama is closed.
+        """
+        generation = object()
+        tokens = list(tokens)
+        steps = super().generate(tokens, *args, **kwargs)
+        with self._completing, self._using:  # a stream begins once another thread's completion is done
+            if self._kv.evicts:
+                self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
+                self._prompt_next = True
+            self._chat_reads = False
+            self._generation = generation
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                with self._using:
+                    self._check_generation(generation, sent)
+                    try:
+                        token = steps.send(sent)
+                    except StopIteration:
+                        return
+                    finally:
+                        self._generation = generation  # a reset() of its own does not end it
+                sent = yield token
+        finally:
+            steps.close()
+            self._end(generation)
+
+    def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
+        if self._generation is not generation:
+            raise CacheStateError(
+                "this generation cannot go on: another one, embed(), load_state() or reset() has changed the cache"
+            )
+        if sent and not _upstream.keeps_all_logits(self):
+            raise ValueError(
+                "tokens can be sent only to a Llama with logits_all=True, which has the logits before them"
+            )
+
+    def _end(self, generation: object) -> None:
+        """What a generation leaves to be done is done, unless another one has begun."""
+        # a generator may be closed by the garbage collector, in a thread that holds `_reading`: it must not wait
+        if self._generation is not generation or not self._using.acquire(blocking=False):
+            return  # whoever reads next prunes before
+        with ExitStack() as locked:
+            locked.callback(self._using.release)
+            if self._generation is generation:
+                self._prompt_next = False
+                with suppress(ClosedError):
+                    self._prune_due()
+
+    def reset(self) -> None:
+        """As upstream's."""
+        with self._using:
+            self._generation = None
+            super().reset()

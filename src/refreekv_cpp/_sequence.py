@@ -1,0 +1,200 @@
+"""The one sequence of a `Llama`: its tokens are read into the cache, which is pruned after a prompt and restored before
+the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from refreekv_cpp import _chat, _upstream, native, spans
+from refreekv_cpp._lifetime import Lifetime
+from refreekv_cpp._log import inform
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError
+from refreekv_cpp.options import Cold, ColdType, Evicted, KVOptions
+from refreekv_cpp.policies import Policy
+from refreekv_cpp.stats import KVStats
+
+# llama-cpp-python keeps one sequence per Llama
+_SEQ_ID = 0
+
+
+class PrunedSequence(Lifetime):
+    """Reads and prunes.
+
+    Attributes:
+        kv_policy, ...: the options of `Llama`, as they were passed, or as `KVOptions` has them where they were not.
+    """
+
+    kv_policy: Policy
+    kv_evicted: Evicted
+    kv_elastic: bool
+    kv_memory_limit: int | None
+    kv_protect: Literal["system"] | tuple[spans.Span, ...]
+    kv_cold: Cold
+    kv_cold_dir: Path | None
+    kv_cold_limit: int | None
+    kv_cold_type: ColdType | None
+    kv_cold_state: bool
+
+    _kv: KVOptions  # all of them, as the native part was made with them
+    _prompt_next = False  # what is read next is the prompt of the generation that began last
+    _chat_reads = False  # a chat handler is reading its prompt, with images, before that generation begins
+    _n_limit_prunes = 0
+    _system: str | None = None  # message of the chat that is in the cache
+
+    @property
+    def kv_stats(self) -> KVStats:
+        """The memory of the process and what the KV cache holds. Reading it changes nothing.
+
+        Any thread may read it, also while another one generates: the figures are those of the end of the last batch or
+        operation. A prompt is pruned when the token after the first one is read, or when the generation ends.
+
+        Raises:
+            ClosedError: the Llama is closed.
+        """
+        with self._reading:
+            return KVStats.read(self.kv_policy.name, self.ctx, self._n_limit_prunes)
+
+    def prune_kv(self) -> int:
+        """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
+
+        Completions do this by themselves after the prompt; this is for those who call `eval` and `sample`.
+
+        Raises:
+            CacheStateError: there is nothing to prune, or the cache was rewound and its last query is gone.
+            PolicyError: a `PythonPolicy` did not answer with a mask of the cells.
+            ClosedError: the Llama is closed.
+        """
+        with self._using:
+            ctx = self.ctx
+            if not self._kv.evicts or self.n_tokens == 0:
+                return 0
+            native.prompt(ctx, _SEQ_ID, -1)  # none is due from now on, even if this one fails
+            _upstream.cut(self, self.n_tokens)  # as eval would: what lies behind is as good as gone
+            for start, end in spans.resolve(self.kv_protect, self, self._system):
+                native.protect(ctx, _SEQ_ID, start, end)
+            before = native.stats(ctx)
+            n_evicted = self.kv_policy.prune(ctx, _SEQ_ID)
+            after = self.kv_stats
+            inform(
+                f"{after.receipt()}; freed {(after.bytes_freed - before.bytes_freed) / 2**20:.1f} MiB "
+                f"in {after.prune_ms - before.prune_us / 1000:.0f} ms",
+                verbose=self.verbose,
+            )
+            return n_evicted
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
+
+        Raises:
+            CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
+                cannot be restored.
+            CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
+                batch that failed.
+        """
+        with self._using:
+            self._eval_and_prune(tokens)
+
+    def _eval_and_prune(self, tokens: Sequence[int]) -> None:
+        if not self.kv_elastic:
+            super().eval(tokens)
+            return
+
+        self._prune_due()
+        if self._prompt_next or _chat.system() is not None:  # what comes is not a caller's own `eval`
+            self._system = _chat.system()
+        pruned_pos = native.pruned_pos(self.ctx, _SEQ_ID)
+        # removing the rest brings back what was evicted of it, where that was kept
+        if 0 < self.n_tokens <= pruned_pos and not _upstream.cut(self, self.n_tokens):
+            raise CacheStateError(
+                f"n_tokens={self.n_tokens}: the cache was pruned at position {pruned_pos}; go on from {pruned_pos + 1} "
+                "or later, or reset()"
+            )
+        if self._prompt_next:
+            _upstream.cut(self, self.n_tokens)  # as upstream's eval; an emptied sequence has no turn
+            native.prompt(self.ctx, _SEQ_ID, len(tokens))
+        elif self._chat_reads and self._kv.evicts:
+            native.prompt(self.ctx, _SEQ_ID, self.n_ctx())  # more of it follows
+        try:
+            if self.kv_memory_limit is None:
+                self._eval(tokens)
+            else:
+                self._eval_within(tokens, self.kv_memory_limit)
+        except BaseException:
+            native.prompt(self.ctx, _SEQ_ID, -1)
+            raise
+        finally:
+            self._prompt_next = False
+
+    def _prune_due(self) -> None:
+        """Prune a prompt that was read and is not pruned yet. The first token of its answer did not wait for this."""
+        if self._kv.evicts and native.is_due(self.ctx, _SEQ_ID):
+            self.prune_kv()
+
+    def _eval(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self.n_batch:
+            native.expect(self.ctx, len(tokens))
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            if reason := native.last_error():
+                raise CacheMemoryError(reason) from error
+            raise
+        finally:
+            if len(tokens) > self.n_batch:
+                native.expect(self.ctx, 0)  # what is left of it will not come
+
+    def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
+        """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
+        if not self._kv.evicts:
+            bytes_per_token = sum(layer.row_bytes for layer in native.figures(self.ctx)[1])
+            needed = bytes_per_token * (self.n_tokens + len(tokens))
+            if needed > limit:
+                raise CacheMemoryError(
+                    f"{self.n_tokens + len(tokens)} tokens need {needed} bytes of KV cache; kv_memory_limit is {limit}"
+                )
+        for i in range(0, len(tokens), self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            try:
+                self._eval(batch)
+            except CacheMemoryError:
+                if self.n_tokens == 0 or self.prune_kv() == 0:
+                    raise
+                self._n_limit_prunes += 1
+                self._eval(batch)
+
+    def _prepare(self, prompt: Sequence[int], reset: bool) -> None:
+        """Have the cache ready for a prompt that may ask for what was evicted."""
+        self._prune_due()
+        if not reset:
+            return
+        read = _upstream.tokens(self)
+        n_common = self.longest_token_prefix(read, prompt[:-1])
+        n_usable = native.usable_prefix(self.ctx, _SEQ_ID, n_common, len(prompt))
+        whole = native.pruned_pos(self.ctx, _SEQ_ID) < 0
+        # the prompt that was read last can be sampled from at once
+        if not whole and self.kv_evicted != "drop" and list(prompt) != read:
+            if not self._restore(n_usable):
+                self.reset()
+        elif n_usable < n_common and (whole or self.kv_evicted != "drop"):
+            self._go_back(n_usable)
+
+    def _go_back(self, n_tokens: int) -> bool:
+        """Remove what lies behind these tokens, which brings back what was evicted of them. False: it was refused."""
+        if not _upstream.cut(self, n_tokens):
+            return False
+        self.n_tokens = n_tokens
+        _upstream.forget_logits(self)  # they are not those of the last token that is left
+        return True
+
+    def _restore(self, n_tokens: int) -> bool:
+        """Bring back what was evicted of the first tokens, without the others. False: they have to be read again."""
+        try:
+            if self.kv_evicted == "restore" and n_tokens > 0 and self._go_back(n_tokens):
+                native.restore(self.ctx, _SEQ_ID)
+                return True
+        except (CacheStateError, CacheMemoryError) as error:
+            inform(f"{error}; the conversation is read again", verbose=self.verbose)
+        return False
