@@ -50,8 +50,8 @@ uint32_t graph_extra_nodes(llama_memory_i * mem);
 // llama_context::memory_update: a reservation for other layouts may have changed the sizes that upstream expects to stay
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes);
 
-// at the end of llama_context::decode: with REFREEKV_NATIVE_PRUNE=tests, prune the sequences that the batch added to, unless it
-// was one token (what cannot be pruned is logged); and publish the figures for refreekv_get_stats() and its like
+// At the end of llama_context::decode: publishes the figures for refreekv_get_stats() and its like. With REFREEKV_NATIVE_PRUNE=tests it
+// first prunes the sequences that a batch of several tokens added to, and logs what cannot be pruned
 void after_decode(llama_context * lctx);
 
 // at the end of llama_context::sched_reserve; also called after a decode and after a memory update of ours

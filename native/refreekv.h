@@ -101,8 +101,8 @@ struct refreekv_params {
     int32_t window_step;      // every how many-th of them is looked at, counted back from the last
     int32_t n_sink;           // first positions that are always kept
     int32_t n_recent;         // last positions that are always kept
-    int32_t n_hot;            // refreekv, where decoding goes on attending to what is evicted (theta): the sinks and this many last positions stay,
-                              // and no attention is looked at; 0: the policy decides there, too
+    int32_t n_hot;            // only for refreekv with theta > 0: the sinks and this many last positions stay, and attention is not looked
+                              // at; 0: the rule decides there, too
     int32_t n_full_layers;    // leading attention layers that are kept whole
     int32_t n_pool;           // width of the pool over scores, odd
     int32_t n_block;          // cells are evicted in multiples of this; the graph's padding
@@ -237,9 +237,9 @@ REFREEKV_API int32_t refreekv_prompt(struct llama_context * ctx, llama_seq_id se
 // refreekv_prompt() has announced is a prompt, and it is the program's to prune it before it decodes the answer's second token
 REFREEKV_API int32_t refreekv_is_due(struct llama_context * ctx, llama_seq_id seq_id);
 
-// how many of the first n_prefix tokens of a sequence a prompt of n_prompt tokens, which begins with them, can go on from: the policy
-// judges by the last n_window queries of a prompt, and where some of them are not there any more, all of them have to be read again.
-// n_prefix where it looks at no attention
+// A new prompt of n_prompt tokens begins with the first n_prefix tokens of the sequence. Returns how many of them need not be read again. The
+// policy judges by the last n_window queries of a prompt: where some of these are not there any more, all of them have to be read. It is
+// n_prefix for a policy that does not look at attention
 REFREEKV_API int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_prefix, int32_t n_prompt);
 
 // bring back what was evicted of a sequence from the cold store, bit for bit unless cold_type is smaller than the cache's.

@@ -164,12 +164,12 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
     host.i_layer = i_layer;
     host.n_layer = n_layer;
 
-    const auto policy = refreekv::policy_find(params->policy);
-    if (!policy) {
+    const auto * policy = refreekv::policy_find(params->policy);
+    if (!policy->select) {
         refreekv::set_error("select: this policy evicts nothing");
         return REFREEKV_ERR_ARGUMENT;
     }
-    policy(*params, host, {}, sel);
+    policy->select(*params, host, {}, sel);
 
     std::fill_n(kept, n_cells, 0);
     for (uint32_t r = 0; r < sel.n_keep; ++r) {

@@ -9,6 +9,7 @@
 namespace refreekv {
 
 // What belongs to a process or to a thread, and to no context.
+
 // The policy of the contexts that this thread creates from now on. llama.h passes its structs by value through ctypes, so they
 // have no room for one: it reaches the constructors through variables of the thread.
 

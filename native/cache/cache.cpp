@@ -189,7 +189,7 @@ void cache_context::set_input_k_idxs (ggml_tensor *, const llama_ubatch *) const
 void cache_context::set_input_v_idxs (ggml_tensor *, const llama_ubatch *) const       {}
 void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool) const {}
 
-// creation
+// for memories that have the cache beside another part (cache/composite.h)
 
 bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return cache::of(mem)->get_store().seqs.may_remove(seq_id, p0, p1);

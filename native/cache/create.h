@@ -10,6 +10,7 @@ namespace refreekv {
 
 // Where a cache with a policy comes to be. Only the memories that llama_model::create_memory() makes by new_memory() can have
 // one: the plain cache, the iSWA cache and the hybrid memory. Every other one, and every other cache in them, is upstream's.
+
 // hook of the constructors of llama_kv_cache_iswa and llama_memory_hybrid: the part that can have a policy
 template <typename... Args>
 std::unique_ptr<llama_kv_cache> make_part(const llama_model & model, const llama_hparams & hparams, Args &&... args) {

@@ -77,7 +77,7 @@ parts::parts(cache & kv, const refreekv_params & params) :
     }
 
     for (const auto & [buft, ids] : by_buft) {
-        if (!policy_looks(params.policy) || this->params.n_hot > 0) {
+        if (!policy_find(params.policy)->needs_attention || this->params.n_hot > 0) {
             break;
         }
 
@@ -103,7 +103,6 @@ parts::parts(cache & kv, const refreekv_params & params) :
 
     update_layouts();
 
-    LLAMA_LOG_INFO("refreekv: the cache starts empty and grows with its contents; the sizes logged by llama_kv_cache are those of n_ctx\n");
 }
 
 bool parts::update_layouts() {

@@ -37,11 +37,11 @@ struct parts {
     std::map<int32_t, uint32_t> il_to_layer;
     refreekv::layouts           layouts;
 
-    query_ring ring; // one query more than a policy looks at: a token may be decoded and taken back before a pruning
+    query_ring ring; // n_window + 1 queries, so that the window is whole after a token was decoded and removed
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
-    std::vector<llama_pos> pruned; // [LLAMA_MAX_SEQ] the last position that a pruning has looked at; -1: the sequence is whole
-    std::vector<span_list> spans;  // [LLAMA_MAX_SEQ] protected positions
+    std::vector<llama_pos> pruned; // [n_seq_ids] the last position that a pruning has looked at; -1: the sequence is whole
+    std::vector<span_list> spans;  // [n_seq_ids] protected positions
 
     std::atomic<uint64_t> n_generation { 0 }; // counts up when a graph built before must not run again
 

@@ -18,7 +18,7 @@ public:
     row_mover(const std::vector<layer> & layers, bool by_graph, std::atomic<uint64_t> & generation) :
         layers(layers), by_graph(by_graph), generation(generation) {}
 
-    // whose backends these are; there is none before the first update
+    // sets the context that owns the backends. Until the first update there is none
     void set_context(llama_context * ctx) { lctx = ctx; }
 
     ggml_backend_t backend_of(const layer & layer) const; // nullptr: none of the context's holds it
@@ -27,7 +27,7 @@ public:
     // whether the host may read and write rows where they are
     bool in_place(const layer & layer) const;
 
-    // that may work on layers beside each other
+    // how many threads may work on different layers at the same time
     uint32_t n_threads() const;
 
     // a graph may still read what is about to be freed

@@ -27,8 +27,8 @@ namespace refreekv {
 // inputs in the graph. Before anything is evicted there is one layout, and the graph is upstream's.
 //
 // Contract: reserve() is the only place where a decode allocates, and the only one where it can fail; apply() assigns
-// slots and cannot. Rows move (and graphs become stale, see generation()) only between graphs: in reserve(), update() and
-// clear(), and where a sequence is copied to another stream or restored.
+// slots and cannot. Rows move (and graphs become stale, see generation()) only between graphs: in reserve(), updates::run() and
+// sequences::clear(), and where a sequence is copied to another stream or restored.
 class store {
 public:
     using slot_info       = llama_kv_cache::slot_info;
@@ -46,12 +46,12 @@ private:
 
     growth      grow     { p };
     eviction    evict    { p };
-    restoration back     { p };
+    restoration restore  { p };
 
 public:
     // the jobs
-    sequences  seqs   { p, back };
-    updates    update { p, evict, back };
+    sequences  seqs   { p, restore };
+    updates    update { p, evict, restore };
     states     state  { p };
     inspection look   { p };
 

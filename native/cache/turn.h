@@ -21,8 +21,8 @@ class layouts;
 //   REFREEKV_TURNS_NONE, one with more than 32 tokens of the sequence does, too. Any other belongs to its answer, drafts included.
 // - Once such a batch, or the last token that was announced, was read, a pruning is due. The first batch of the answer comes after it, so that the first token
 //   of an answer, whose logits are those of the prompt's last token, does not wait. Any pruning of the sequence settles that.
-// - The first batch of a prompt comes after what was evicted of the sequence has been restored (REFREEKV_TURNS_RESTORE). It is
-//   tried once per prompt. That prompt's pruning is due as any other's, whether it has been restored or not.
+// - The first batch of a prompt comes after what was evicted of the sequence has been restored (REFREEKV_TURNS_RESTORE). A
+//   restore is tried once per prompt. Whether or not it works, the prompt is pruned afterwards.
 // - While an answer goes on, and decoding attends to codes of what is evicted, cells are evicted a few blocks at a time.
 //
 // A step that fails is not tried again for the same prompt: the sequence goes on from what the cache holds (updates::run_step).
@@ -36,7 +36,7 @@ public:
         uint32_t     n_tokens; // of the batch, which a restore has to leave room for
     };
 
-    // all of them belong to the parts. pruned: [LLAMA_MAX_SEQ] see parts::pruned
+    // all of them belong to the parts. pruned: see parts::pruned
     turn(const refreekv_params & params, const logical_cells & logical, const std::vector<layer> & layers, const layouts & lay,
          const cold_rows & cold, const evictor & ev, const std::vector<llama_pos> & pruned);
 
@@ -48,8 +48,8 @@ public:
     // a prompt was read, and nothing of the sequence has been pruned since
     bool is_due(llama_seq_id seq_id) const { return seqs[seq_id].due; }
 
-    // What has to be done before this batch. expecting: tokens are to come that belong to no answer. Whoever asks does it, and may
-    // ask for the same batch again: begin_batch() is when another one comes
+    // What has to be done before this batch. expecting: tokens are to come that belong to no answer. The caller does
+    // these steps. Asked again for the same batch, plan() returns nothing: begin_batch() is called before each new batch
     std::vector<todo> plan(const std::vector<llama_ubatch> & ubatches, bool expecting);
     void begin_batch() { planned = false; }
 

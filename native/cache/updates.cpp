@@ -98,7 +98,7 @@ void updates::prune_read(llama_context * lctx) {
 }
 
 int64_t updates::prune(llama_context * lctx, llama_seq_id seq_id) {
-    if (!policy_find(p.params.policy)) {
+    if (!policy_find(p.params.policy)->select) {
         return 0;
     }
 

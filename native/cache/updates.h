@@ -16,7 +16,7 @@ class updates {
 public:
     updates(parts & p, eviction & evict, restoration & restore) : p(p), evict(evict), restore(restore) {}
 
-    // called before every batch; true when run() has something to do
+    // Called before every batch. True if graphs need another reservation, or run() has something to do
     bool begin(llama_context * lctx);
     bool run  (llama_context * lctx);
 

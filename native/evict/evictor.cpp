@@ -66,10 +66,12 @@ int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vec
         return REFREEKV_OK;
     }
 
-    if (!policy_looks(params.policy)) {
+    const auto * policy = policy_find(params.policy);
+
+    if (!policy->needs_attention) {
         attention_host nothing(nullptr, 0, 0, list.size());
 
-        policy_find(params.policy)(params, nothing, pinned, sel);
+        policy->select(params, nothing, pinned, sel);
         keep_selected(sel, keep);
 
         return REFREEKV_OK;
@@ -80,7 +82,7 @@ int32_t evictor::select(const layer & layer, llama_seq_id seq_id, const std::vec
         return status;
     }
 
-    const bool ok = policy_find(params.policy)(params, *attn, pinned, sel);
+    const bool ok = policy->select(params, *attn, pinned, sel);
 
     count(*attn);
 
@@ -104,7 +106,7 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
         return REFREEKV_ERR_COMPUTE;
     }
     if (!layer.known) {
-        set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy \"full\" and \"streaming\" can be used", layer.il);
+        set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy must be \"full\", or one that does not look at attention such as \"streaming\"", layer.il);
         return REFREEKV_ERR_STATE;
     }
 

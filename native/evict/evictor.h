@@ -44,8 +44,7 @@ public:
         cold_transfer::lane        lane;
     };
 
-    // of a sequence: before it is known which of them a layer holds, and in which slots; upstream has them in a tree, which is
-    // walked once for all layers
+    // All cells of a sequence, without slots. Collected once for all layers, because walking upstream's tree of them is slow
     std::vector<held> cells_of(llama_seq_id seq_id) const;
 
     // of those, the ones that a layer holds and queries can see

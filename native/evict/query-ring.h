@@ -11,8 +11,8 @@ struct llama_ubatch;
 namespace refreekv {
 
 // The last n_queries queries of every sequence, after RoPE, kept by the decoding graph: what the eviction graph needs to
-// know of the past. One tensor per layer, [n_embd_head*n_head, n_queries*n_seq + 1] f16; the last row takes what nobody
-// wants. The query at position p of sequence s lies in row s*n_queries + p % n_queries of every layer.
+// know of the past. One tensor per layer, [n_embd_head*n_head, n_queries*n_seq + 1] f16; the last row is for
+// queries that are not kept. The query at position p of sequence s lies in row s*n_queries + p % n_queries of every layer.
 class query_ring {
 public:
     query_ring(uint32_t n_queries, uint32_t n_seq);

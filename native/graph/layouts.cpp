@@ -15,7 +15,7 @@ uint32_t layouts::n_kv(uint32_t layout) const {
     return padded(std::max(1u, layers[first_of[layout]].res.n_slots()));
 }
 
-// Can the mask of a serve b, from slot n on, now and for every token to come? Slot by slot they hold the same cell, or two cells
+// Whether layer b can use layer a's mask from slot n on, now and for every token to come. Slot by slot they hold the same cell, or two cells
 // that no query can tell apart any more: settled, and of the same sequences. And new cells take the slots that correspond.
 bool layouts::same_from(const layer & a, uint32_t n, const layer & b, const std::vector<uint8_t> & settled) const {
     if (a.res.n_slots() != b.res.n_slots() + n) {

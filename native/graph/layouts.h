@@ -23,8 +23,8 @@ public:
     uint32_t padded(uint32_t n) const;
     void     set_pad(uint32_t n) { pad = std::max(n, n_pad); }
 
-    // Layouts that end in the same way: the mask of one is that of the longest from this slot on, and a cell to come lies as far
-    // from the end of each. -1: it is none of them
+    // Layouts that end in the same way: the mask of one is that of the longest from this slot on, and a new cell has the
+    // same distance from the end in each. -1: it is none of them
     int64_t  tail_of(uint32_t layout)  const { return tails[layout]; }
     uint32_t layer_of_longest()        const { return first_of[longest]; }
     uint32_t layer_of_shortest()       const { return first_of[shortest]; } // of those that are tails

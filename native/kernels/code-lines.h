@@ -31,8 +31,8 @@ typedef int32_t  ints   __attribute__((vector_size(N_BYTES)));
 static const int PARTS  = LINE/N_BYTES; // registers of a line
 static const int N_INTS = N_BYTES/4;
 
-// Sums of products of four codes and four signed bytes. Where products come in 16 bits, FLUSH of their sums may be added up before they
-// are widened.
+// Sums of products of four codes and four signed bytes. Where products come in 16 bits, flush_of(bits) of their sums may be added up before
+// they are widened.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD) || !(defined(__AVX2__) || defined(__SSSE3__))
 static constexpr int flush_of(int) { return 0; }
 #else

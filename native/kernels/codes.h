@@ -29,15 +29,15 @@ static inline size_t codes_bytes(int64_t n_channels, int bits) {
 // what the kernels can: n is a multiple of 16, bits are 2 to 6
 bool codes_fit(int64_t n_channels, int bits);
 
-// rows: n_cells of them, [n_channels] each, stride numbers apart; those that lack to 64 get codes, too
+// rows: n_cells of them, [n_channels] each, stride numbers apart; if n_cells is less than 64, the other cells get codes without meaning
 void encode(const float * rows, int64_t stride, int64_t n_cells, int64_t n_channels, int bits, bool is_v, uint8_t * dst);
 
 // one cell, [n_channels]: for tests, and where speed does not matter
 void decode_cell(const uint8_t * codes, int64_t cell, int64_t n_channels, int bits, bool is_v, float * out);
 
 // logits[i][cell] = q[i] . K of the cell, for n queries: [n][n_channels] -> [n][64]. The products of a query and the steps are rounded to
-// whole multiples of unit[i], from -127 to 127: unit[i] is at least the largest of them, over 127. What rounding takes from them is put
-// back as if all codes were the middle one
+// whole multiples of unit[i], from -127 to 127: unit[i] is at least the largest of them, over 127. The error of rounding is
+// corrected as if every code were the middle one
 void dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * q, const float * unit, int64_t n, float * logits);
 
 // out[i] += sum over the cells of w[i][cell] * V of the cell, for n heads: [n][64] -> [n][n_channels]. The weights are not negative, and

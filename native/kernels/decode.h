@@ -8,12 +8,12 @@ namespace refreekv {
 
 struct warm_view;
 
-// Attention of a few tokens to one group on the CPU, in the place of build_attn_mha's ops: each row of K and V is read once
+// Attention of a few tokens to a layer's cache on the CPU, in the place of build_attn_mha's ops: each row of K and V is read once
 // for all the query heads that share it, and the cells are divided among the threads (llama.cpp divides the heads, and
 // reads the rows of K again for each of them).
 //
 // Operations of ours (GGML_OP_CUSTOM). The first works on chunks of cells, whose size is fixed, so results are the same
-// bit for bit whatever the number of threads is; the last joins the chunks. Where a group has warm cells (kernels/warm.h), the first
+// bit for bit whatever the number of threads is; the last joins the chunks. Where a layer has warm cells (kernels/warm.h), the first
 // computes their logits, too, and a second one their part of the attention. All sums are f32, while upstream rounds the queries and
 // (without flash attention) the weights to f16: logits differ from upstream's by that, also before an eviction.
 //

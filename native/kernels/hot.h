@@ -19,7 +19,7 @@ static inline int64_t head_size_v(const ggml_tensor * v) {
     return v->ne[is_trans(v) ? 2 : 0];
 }
 
-// What an operation's sources say
+// Sizes, read from the source tensors q, k and v
 struct shape {
     int64_t n_head;
     int64_t n_head_kv;

@@ -2,43 +2,37 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 namespace refreekv {
 
-policy_fn policy_find(int32_t kind) {
-    switch (kind) {
-        case REFREEKV_POLICY_STREAMING: return policy_streaming;
-        case REFREEKV_POLICY_REFREEKV:  return policy_refreekv;
-        case REFREEKV_POLICY_SNAPKV:    return policy_snapkv;
-        case REFREEKV_POLICY_H2O:       return policy_h2o;
-        case REFREEKV_POLICY_PYRAMIDKV: return policy_pyramidkv;
-        case REFREEKV_POLICY_TOP_P:     return policy_top_p;
-        default:                        return nullptr;
-    }
-}
+const policy * policy_find(int32_t kind) {
+    static const std::map<int32_t, policy> table = {
+        //                             select            needs_attention  has_budget
+        { REFREEKV_POLICY_ELASTIC,   { nullptr,          false,           false } },
+        { REFREEKV_POLICY_STREAMING, { policy_streaming, false,           true  } },
+        { REFREEKV_POLICY_REFREEKV,  { policy_refreekv,  true,            false } },
+        { REFREEKV_POLICY_SNAPKV,    { policy_snapkv,    true,            true  } },
+        { REFREEKV_POLICY_H2O,       { policy_h2o,       true,            true  } },
+        { REFREEKV_POLICY_PYRAMIDKV, { policy_pyramidkv, true,            true  } },
+        { REFREEKV_POLICY_TOP_P,     { policy_top_p,     true,            false } },
+        { REFREEKV_POLICY_CALLER,    { nullptr,          true,            false } },
+    };
+    const auto it = table.find(kind);
 
-bool policy_looks(int32_t kind) {
-    return kind != REFREEKV_POLICY_ELASTIC && kind != REFREEKV_POLICY_STREAMING;
-}
-
-bool policy_has_budget(int32_t kind) {
-    switch (kind) {
-        case REFREEKV_POLICY_STREAMING:
-        case REFREEKV_POLICY_SNAPKV:
-        case REFREEKV_POLICY_H2O:
-        case REFREEKV_POLICY_PYRAMIDKV: return true;
-        default:                        return false;
-    }
+    return it == table.end() ? nullptr : &it->second;
 }
 
 const char * policy_check(const refreekv_params & p) {
-    if (!policy_find(p.policy) && p.policy != REFREEKV_POLICY_ELASTIC && p.policy != REFREEKV_POLICY_CALLER) {
-        return "policy: unknown kind";
+    const auto * policy = policy_find(p.policy);
+
+    if (!policy) {
+        return "policy: must be one of enum refreekv_policy_kind";
     }
     if (p.turns < REFREEKV_TURNS_NONE || p.turns > REFREEKV_TURNS_RESTORE) {
         return "turns: must be none, drop or restore";
     }
-    if (p.turns != REFREEKV_TURNS_NONE && !policy_find(p.policy)) {
+    if (p.turns != REFREEKV_TURNS_NONE && !policy->select) {
         return "turns: must be none for this policy, which evicts nothing by itself";
     }
     if (p.cold < REFREEKV_COLD_NONE || p.cold > REFREEKV_COLD_FILE) {
@@ -89,7 +83,7 @@ const char * policy_check(const refreekv_params & p) {
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
         return "top_p: must be above 0 and at most 1";
     }
-    if (policy_has_budget(p.policy) && !(p.budget > 0.0)) {
+    if (policy->has_budget && !(p.budget > 0.0)) {
         return "budget: must be a fraction in (0, 1] or a count of cells > 1";
     }
     return nullptr;

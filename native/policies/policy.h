@@ -46,6 +46,10 @@ struct selection {
 
 // One function per policy, one policy per file. pinned[j]: cell j has to stay (empty: none).
 // false when the attention could not be computed.
+//
+// A rule knows no positions: cells are numbered in their order, also where some were evicted before. res.order begins with order_head()
+// and has each cell once; res.n_keep is one of cuts(), and the pinned cells are among the first n_keep. attn has no rows where the policy
+// does not need attention.
 using policy_fn = bool (*)(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
 bool policy_streaming(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
@@ -55,17 +59,17 @@ bool policy_h2o      (const refreekv_params & params, refreekv::attention & attn
 bool policy_pyramidkv(const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 bool policy_top_p    (const refreekv_params & params, refreekv::attention & attn, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
-// what stays exact where the rest is attended to by codes (params.n_hot): the sinks, the pinned cells, and the last positions
+// refreekv.cpp: what stays exact where the rest is attended to by codes (params.n_hot): the sinks, the pinned cells, and the last positions
 void select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv::selection & res);
 
-// the registry; nullptr: no such policy, or one that evicts nothing
-policy_fn policy_find(int32_t kind);
+struct policy {
+    policy_fn select;          // nullptr: it evicts nothing by itself
+    bool      needs_attention; // so that the last queries have to be kept
+    bool      has_budget;      // params.budget says how much it keeps
+};
 
-// whether it looks at attention, and so needs the last queries to be kept
-bool policy_looks(int32_t kind);
-
-// whether params.budget says how much it keeps
-bool policy_has_budget(int32_t kind);
+// the policy of a refreekv_policy_kind; nullptr: there is none
+const policy * policy_find(int32_t kind);
 
 // nullptr when valid, else what is wrong and what is valid
 const char * policy_check(const refreekv_params & params);

@@ -135,4 +135,11 @@ bool policy_refreekv(const refreekv_params & params, refreekv::attention & attn,
     return true;
 }
 
+void select_hot(const refreekv_params & params, uint32_t n_cells, const std::vector<uint8_t> & pinned, refreekv::selection & res) {
+    const uint32_t n_min = order_head(params, n_cells, params.n_hot, pinned).size();
+
+    res.order  = order_head(params, n_cells, n_cells, pinned);
+    res.n_keep = cuts(params, n_cells, n_min).front();
+}
+
 } // namespace refreekv

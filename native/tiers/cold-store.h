@@ -29,15 +29,16 @@ public:
     cold_store(const cold_store &) = delete;
     cold_store & operator=(const cold_store &) = delete;
 
-    // false: no room; nothing is known of these bytes then. Several threads may write at once, where the others do not
+    // false: no room; nothing is known of these bytes then. Several threads may write at the same time if their
+    // ranges of bytes do not overlap
     bool write(uint64_t offset, const void * data, size_t size);
 
     // false: they cannot be read (any more). Several threads may read at once
     bool read(uint64_t offset, void * data, size_t size) const { return readable() && get(offset, data, size); }
 
-    // For those who read many single rows and must not wait for a disk. Whether this process may read is a system call, and is asked once.
-    // LATE: these bytes are not in memory; the system has been asked for them, so that they are there the next time. (Where the system has
-    // no such read, it waits.)
+    // try_read() does not wait for a disk. LATE: these bytes are not in memory; the operating system has been asked for them, so that
+    // they are there the next time. (Where the operating system has no such read, it waits.) It does not check readable(), which is a system
+    // call: callers check that once per batch. It is called from several threads
     enum result { THERE, LATE, LOST };
 
     bool   readable() const;
@@ -52,7 +53,7 @@ private:
     int     fd    = -1;
     int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
 
-    std::map<uint64_t, pages_ptr> pages; // by offset/page_size
+    std::map<uint64_t, pages_ptr> pages; // by offset/REFREEKV_COLD_PAGE
     std::mutex pages_mutex;
 
     bool   get    (uint64_t offset, void * data, size_t size) const;

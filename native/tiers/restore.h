@@ -9,7 +9,7 @@ class restoration {
 public:
     explicit restoration(parts & p) : p(p) {}
 
-    // But for positions that are about to go: p0 to p1 - 1. n_more: tokens that the limit has to have room for afterwards. Cells, or a
+    // Restores a sequence, except positions p0 to p1 - 1, which the caller is about to remove. n_more: tokens that the limit has to have room for afterwards. Cells, or a
     // refreekv_status; throws nothing, since upstream's functions call it
     int64_t run(llama_seq_id seq_id, llama_pos p0 = -1, llama_pos p1 = -1, uint32_t n_more = 0);
 

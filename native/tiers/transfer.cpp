@@ -57,7 +57,7 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
                 return (int32_t) REFREEKV_OK; // what there is no room for is lost
             });
         };
-        // only rows that the store has are coded, and coding is next
+        // coding is next, and has to know which rows the store has
         try {
             scratch.put = std::async(layer.warm ? std::launch::deferred : std::launch::async, put);
         } catch (const std::system_error &) {

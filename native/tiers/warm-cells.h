@@ -38,8 +38,8 @@ public:
 
     void clear();
 
-    // Adds a block of at most 64 cells, no two of them 65536 or more apart, whose codes the caller writes (codes_of), and then calls
-    // note_steps(). there: bit i: cell i is warm. Throws std::bad_alloc, and nothing has changed then
+    // Adds a block of at most 64 cells. Their numbers have to be less than 65536 apart. The caller then writes the codes (codes_of) and
+    // calls note_steps(). there: bit i: cell i is warm. Throws std::bad_alloc, and nothing has changed then
     void add(const uint32_t * cells, size_t n, uint64_t there);
     void add(const uint32_t * cells, size_t n) { add(cells, n, ~0ull >> (64 - n)); }
 

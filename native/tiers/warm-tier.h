@@ -31,7 +31,7 @@ public:
     // the layer's places in the cold store are known
     void make(layer & layer) const;
 
-    // Codes of cells that are in the cold store and are about to leave the cache, or have come from a state. rows(indices, n, k, v)
+    // Codes of cells that are about to leave the cache, or have come from a state. rows(indices, n, k, v)
     // writes the rows of n of them, as the cache has them. Works on several layers at once. Throws std::bad_alloc
     using rows_fn = std::function<void(const uint32_t * indices, size_t n, uint8_t * k, uint8_t * v)>;
     void add(layer & layer, const std::vector<uint32_t> & cells, const rows_fn & rows) const;

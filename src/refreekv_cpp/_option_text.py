@@ -27,7 +27,7 @@ LLAMA_OPTIONS = frozenset(
 )
 """The names of all."""
 
-# those of ours that are not named here are checked by `read_option`, more closely than by kind
+# other kv_ options need no entry here: `read_option` checks their values
 _KINDS = {**get_type_hints(llama_cpp.Llama.__init__), "kv_cold_dir": str | None, "kv_elastic": bool | None}
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}

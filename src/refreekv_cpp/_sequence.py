@@ -86,7 +86,8 @@ class PrunedSequence(Lifetime):
             return n_evicted
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Read tokens. As upstream's; the first call of a generation is its prompt, and is pruned after.
+        """Read tokens, as upstream's does. A call first prunes a prompt that is due; the first call of a generation is its
+        prompt.
 
         Raises:
             CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
@@ -95,9 +96,9 @@ class PrunedSequence(Lifetime):
                 batch that failed.
         """
         with self._using:
-            self._eval_and_prune(tokens)
+            self._prune_due_and_eval(tokens)
 
-    def _eval_and_prune(self, tokens: Sequence[int]) -> None:
+    def _prune_due_and_eval(self, tokens: Sequence[int]) -> None:
         if not self.kv_elastic:
             super().eval(tokens)
             return
@@ -174,7 +175,7 @@ class PrunedSequence(Lifetime):
         n_common = self.longest_token_prefix(read, prompt[:-1])
         n_usable = native.usable_prefix(self.ctx, _SEQ_ID, n_common, len(prompt))
         whole = native.pruned_pos(self.ctx, _SEQ_ID) < 0
-        # the prompt that was read last can be sampled from at once
+        # if the prompt is the one that was read last, nothing has to be restored: its logits are still there
         if not whole and self.kv_evicted != "drop" and list(prompt) != read:
             if not self._restore(n_usable):
                 self.reset()

@@ -1,7 +1,7 @@
 """KV policies: which cells of the cache stay once the prompt has been read.
 
-A policy is one file here (its parameters), one in native/policies (its work), and one line in `REGISTRY`; or a
-subclass of `PythonPolicy`.
+A policy is a file here with its parameters and one in native/policies with its rule (CONTRIBUTING.md has all of the
+steps), or a subclass of `PythonPolicy`.
 """
 
 from __future__ import annotations
