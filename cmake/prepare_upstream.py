@@ -28,6 +28,7 @@ from pathlib import Path
 import patch_ng
 from dependencies import check_dependencies
 from licenses import check_listed, collect
+from mirrored import check_mirrored
 from upstream_pin import PIN_FILE, read_pin
 
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
@@ -129,6 +130,7 @@ def main() -> None:
             source = unpack(download(version, sha256, args.downloads), Path(scratch) / "sdist")
         check_dependencies(source / "PKG-INFO", PIN_FILE.parent / "pyproject.toml")
         check_listed(source)
+        check_mirrored(source)
 
         new = Path(scratch) / "new"
         if args.bundle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -18,6 +19,8 @@ sys.path.insert(0, str(ROOT / "cmake"))
 
 import dependencies
 import licenses
+import mirrored
+import rebase_patches
 
 
 def test_the_hooks_are_in_the_loaded_library_and_run(tiny_model: Path) -> None:
@@ -84,3 +87,56 @@ def test_a_new_library_of_upstreams_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "vendor/llama.cpp/licenses/LICENSE-new").touch()
     with pytest.raises(SystemExit, match="licenses/LICENSE-new"):
         licenses.check_listed(tmp_path)
+
+
+def test_a_change_of_what_native_does_in_its_own_way_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sdist(name: str, rule: str) -> Path:
+        path = tmp_path / name / "vendor/llama.cpp/src/cache.cpp"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"int other() {{\n    return 0;\n}}\n\nvoid cache::mask(\n    int n) {{\n    {rule}\n}}\n")
+        return tmp_path / name
+
+    old, new = sdist("old", "causal();"), sdist("new", "causal_but_for_images();")
+    piece = {"file": "src/cache.cpp", "begins": "void cache::mask(", "ours": "views.cpp", "sha256": ""}
+    monkeypatch.setattr(mirrored, "TABLE", tmp_path / "mirrored.json")
+    mirrored.TABLE.write_text(json.dumps([piece]))
+
+    def read(old: Path, new: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["mirrored.py", str(old), str(new)])
+        mirrored.main()
+        return capsys.readouterr().out
+
+    assert read(old, old) == ""
+    mirrored.check_mirrored(old)
+    with pytest.raises(SystemExit, match=re.escape("src/cache.cpp: void cache::mask( (ours: views.cpp)")):
+        mirrored.check_mirrored(new)
+    assert "+    causal_but_for_images();" in read(old, new)
+    mirrored.check_mirrored(new)
+    (new / "vendor/llama.cpp/src/cache.cpp").unlink()
+    with pytest.raises(SystemExit, match=re.escape("src/cache.cpp has no 'void cache::mask(' any more")):
+        read(old, new)
+
+
+def test_patches_are_brought_to_where_their_lines_are_now(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text("new\none\ntwo\nthree\nfour\nfive\nsix\n")
+    first = "@@ -1,2 +1,3 @@ f()\n one\n+more\n two\n"
+    second = "@@ -4,2 +5,2 @@\n four\n-five\n+5\n"
+    patch = f"Why: x\n\n--- a/a.cpp\n+++ b/a.cpp\n{first}{second}"
+    moved = patch.replace("@@ -1,2 +1,3 @@", "@@ -2,2 +2,3 @@").replace("@@ -4,2 +5,2 @@", "@@ -5,2 +6,2 @@")
+
+    files: dict[str, list[str]] = {}
+    messages = ["a.cpp: line 1 is line 2 now", "a.cpp: line 4 is line 5 now"]
+    assert rebase_patches.rebase(patch, files, tmp_path) == (moved, messages)
+    assert files["a.cpp"] == ["new", "one", "more", "two", "three", "four", "5", "six"]
+    assert rebase_patches.rebase(moved, {}, tmp_path) == (moved, [])
+
+    # lines that are gone, and lines that are there twice: where GNU patch would choose
+    for text, where in (
+        ("one\nTWO\nfour\nfive\n", "no place has"),
+        ("one\ntwo\n" * 2 + "four\nfive\n", "2 places have"),
+    ):
+        (tmp_path / "a.cpp").write_text(text)
+        _, (message, *_) = rebase_patches.rebase(patch, {}, tmp_path)
+        assert message == f"a.cpp, line 1 before: {where} the lines of this hunk\n{first}"

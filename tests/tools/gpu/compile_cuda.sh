@@ -25,5 +25,5 @@ for name in getrows concat cpy set-rows softmax pool2d scale unary clamp binbcas
 done
 
 name=region-cuda
-nvcc -std=c++17 -O3 -DREFREEKV_CUDA_VMM -I"$ggml/include" -c "native/cache/$name.cpp" -o "$out/$name.o"
+nvcc -std=c++17 -O3 -DREFREEKV_CUDA_VMM -Inative -I"$ggml/include" -c "native/cache/$name.cpp" -o "$out/$name.o"
 echo "$name.o: $(stat -c %s "$out/$name.o") bytes"
