@@ -86,8 +86,8 @@ class PrunedSequence(Lifetime):
             return n_evicted
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Read tokens, as upstream's does. A call first prunes a prompt that is due; the first call of a generation is its
-        prompt.
+        """Read tokens, as upstream's does. A call first prunes a prompt that is due. The first call of a generation is
+        its prompt.
 
         Raises:
             CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
