@@ -5,6 +5,15 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <cstdlib>
+#include <cstring>
+#elif defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#endif
 
 namespace refreekv {
 
@@ -30,9 +39,6 @@ void pages_trim() {
 
 // AddressSanitizer watches what malloc gives, and not what comes from the system
 
-#include <cstdlib>
-#include <cstring>
-
 pages_ptr pages_alloc(size_t size) {
     void * ptr = nullptr;
     if (posix_memalign(&ptr, 4096, size) == 0) {
@@ -48,9 +54,6 @@ void pages_deleter::operator()(void * ptr) const {
 
 #elif defined(_WIN32)
 
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-
 pages_ptr pages_alloc(size_t size) {
     return { VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE), { size } };
 }
@@ -60,8 +63,6 @@ void pages_deleter::operator()(void * ptr) const {
 }
 
 #else
-
-#include <sys/mman.h>
 
 pages_ptr pages_alloc(size_t size) {
     void * ptr = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -200,6 +200,16 @@ bool parts::valid_seq(llama_seq_id seq_id) const {
     return seq_id >= 0 && (size_t) seq_id < pruned.size();
 }
 
+bool parts::has_room_for_codes() {
+    const bool any = std::any_of(layers.begin(), layers.end(), [](const auto & layer) { return layer.warm && layer.warm->n_blocks() > 0; });
+
+    uint64_t bytes = 0;
+    for (auto & layer : layers) {
+        bytes += std::min<uint64_t>(layer.rows.bytes(), layer.rows.bytes_for(layouts.padded(layer.res.n_used())));
+    }
+    return !any || within_limit(bytes);
+}
+
 bool parts::make_room(layer & layer, uint32_t n) {
     const uint32_t n_need = layouts.padded(layer.res.n_slots_after(n));
 

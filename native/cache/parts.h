@@ -74,6 +74,9 @@ struct parts {
     // whether so many bytes of rows, with the codes there are, are within the limit; sets the error
     bool within_limit(uint64_t bytes) const;
 
+    // Whether the codes that came with a state or a copy are within the limit, beside rows that the next batch can shrink to; sets the error
+    bool has_room_for_codes();
+
     // room for n cells more; false: there is none, and the error says why
     bool make_room(layer & layer, uint32_t n);
 

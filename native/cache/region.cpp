@@ -3,6 +3,23 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#include <unistd.h>
+#if !defined(MAP_NORESERVE)
+#define MAP_NORESERVE 0
+#endif
+#endif
+
 namespace refreekv {
 
 bool region::resize(size_t size) {
@@ -68,8 +85,6 @@ std::unique_ptr<refreekv::region> region::make(ggml_backend_buffer_type_t buft, 
 
 #if defined(__SANITIZE_ADDRESS__)
 
-#include <sanitizer/asan_interface.h>
-
 void region_host::mark(size_t size) {
     ASAN_UNPOISON_MEMORY_REGION(addr, size);
     ASAN_POISON_MEMORY_REGION(addr + size, max - size);
@@ -82,12 +97,6 @@ void region_host::mark(size_t) {}
 #endif
 
 #if defined(_WIN32)
-
-#define WIN32_LEAN_AND_MEAN
-#ifndef NOMINMAX
-#define NOMINMAX
-#endif
-#include <windows.h>
 
 size_t region_host::system_page() {
     SYSTEM_INFO info;
@@ -115,13 +124,6 @@ void region_host::unmap(size_t begin, size_t end) {
 }
 
 #else
-
-#include <sys/mman.h>
-#include <unistd.h>
-
-#if !defined(MAP_NORESERVE)
-#define MAP_NORESERVE 0
-#endif
 
 #if defined(__linux__)
 #if !defined(MADV_POPULATE_WRITE)

@@ -143,15 +143,17 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
 
     const auto copies = [&]() { // called from upstream's function, which nothing may be thrown through
         try {
-            return copy_stream(src, dst);
-        } catch (const std::exception & err) {
-            for (auto & layer : p.layers) {
-                layer.res.release([&](uint32_t cell) { return p.logical.stream_of(dst) == cell/p.logical.stream_size(); });
+            if (copy_stream(src, dst)) {
+                return true;
             }
-            p.kv.seq_rm(dst, -1, -1);
+            set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now (%s)", src, dst, std::string(last_error()).c_str());
+        } catch (const std::exception & err) {
             set_error("seq_cp: %s; sequence %d is empty now", err.what(), dst);
-            return false;
         }
+        empty_stream(dst);
+        p.idle_rows = true;
+        p.kv.seq_rm(dst, -1, -1);
+        return false;
     };
 
     if (!may_copy(src, dst, p0, p1) || (streams && !copies())) {
@@ -172,38 +174,33 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
     return true;
 }
 
+// forgets what layers and tiers have of the stream of a sequence
+void sequences::empty_stream(llama_seq_id seq_id) {
+    const uint32_t stream = p.logical.first_of(seq_id)/p.logical.stream_size();
+
+    std::vector<uint32_t> cells(p.logical.stream_size());
+    std::iota(cells.begin(), cells.end(), p.logical.first_of(seq_id));
+
+    for (auto & layer : p.layers) {
+        layer.res.release([&](uint32_t cell) { return cell/p.logical.stream_size() == stream; });
+        p.cold.forget(layer, cells);
+        if (layer.warm && layer.warm->keep([&](uint32_t cell) { return cell/p.logical.stream_size() != stream; })) {
+            p.n_generation++;
+        }
+    }
+    p.layouts.make_stale();
+}
+
 // Upstream is about to give the stream of dst the cells of src, at the same indices. Their rows are copied now: by the
 // next batch, when upstream copies its own, the original may be gone or pruned.
 bool sequences::copy_stream(llama_seq_id src, llama_seq_id dst) {
     const uint32_t first_src = p.logical.first_of(src);
     const uint32_t first_dst = p.logical.first_of(dst);
 
-    const auto in_dst = [&](uint32_t cell) { return cell/p.logical.stream_size() == first_dst/p.logical.stream_size(); };
-
     p.mover.synchronize();
     p.release_stale();
 
-    p.layouts.make_stale();
-
-    std::vector<uint32_t> cells_dst(p.logical.stream_size());
-    std::iota(cells_dst.begin(), cells_dst.end(), first_dst);
-
-    for (auto & layer : p.layers) {
-        layer.res.release(in_dst);
-        p.cold.forget(layer, cells_dst);
-    }
-    p.warm.refresh(p.layers);
-
-    const auto fail = [&]() {
-        for (auto & layer : p.layers) {
-            layer.res.release(in_dst);
-            p.cold.forget(layer, cells_dst);
-        }
-        p.warm.refresh(p.layers);
-        p.kv.seq_rm(dst, -1, -1);
-        set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now", src, dst);
-        return false;
-    };
+    empty_stream(dst);
 
     for (auto & layer : p.layers) {
         auto slots = layer.used_slots();
@@ -221,10 +218,11 @@ bool sequences::copy_stream(llama_seq_id src, llama_seq_id dst) {
 
         const uint32_t n_need = p.layouts.padded(slots.size());
         if (n_need > layer.rows.capacity() && !p.within_limit(p.bytes() + layer.rows.bytes_for(n_need) - layer.rows.bytes())) {
-            return fail();
+            return false;
         }
         if (!p.mover.move(layer, slots, n_need)) {
-            return fail();
+            set_error("no memory for %u cells in layer %d", n_need, layer.il);
+            return false;
         }
 
         slots.resize(n_old);
@@ -235,7 +233,7 @@ bool sequences::copy_stream(llama_seq_id src, llama_seq_id dst) {
     }
     p.copy_cold(first_src, first_dst);
 
-    return p.within_limit(p.bytes()) || fail(); // with the codes of the copy
+    return p.has_room_for_codes();
 }
 
 void sequences::keep(llama_seq_id seq_id) {

@@ -32,7 +32,8 @@ private:
     bool for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F && f) const;
     bool can_remove (llama_seq_id seq_id, llama_pos p0, llama_pos gone0, llama_pos gone1);
     bool may_copy   (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
-    bool copy_stream(llama_seq_id src, llama_seq_id dst);
+    bool copy_stream(llama_seq_id src, llama_seq_id dst); // false: no room, and the error says what for
+    void empty_stream(llama_seq_id seq_id);
     bool attends_to_all() const;
 };
 

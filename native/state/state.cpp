@@ -264,7 +264,7 @@ bool states::read(llama_io_read_i & io, uint32_t cell_count, const llama_kv_cach
     }
     code_missing(p, list);
 
-    if (!p.within_limit(p.bytes())) { // with the codes
+    if (!p.has_room_for_codes()) {
         return false;
     }
 

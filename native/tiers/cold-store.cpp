@@ -8,6 +8,26 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#include <winioctl.h>
+#include <fcntl.h>
+#include <io.h>
+#include <share.h>
+#include <sys/stat.h>
+#include <mutex>
+#include <random>
+#else
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#include <cstdlib>
+#endif
+
 namespace refreekv {
 
 static const uint64_t REFREEKV_COLD_PAGE = 16 << 20; // as it is touched; the system has pages of 2 MiB for such
@@ -135,21 +155,6 @@ void cold_store::clear() {
 
 #if defined(_WIN32)
 
-#define WIN32_LEAN_AND_MEAN
-#ifndef NOMINMAX
-#define NOMINMAX
-#endif
-#include <windows.h>
-#include <winioctl.h>
-
-#include <fcntl.h>
-#include <io.h>
-#include <share.h>
-#include <sys/stat.h>
-
-#include <mutex>
-#include <random>
-
 static int open_unnamed(const std::string & dir) {
     const std::wstring name = L"\\refreekv-" + std::to_wstring(std::random_device{}()) + L".cold";
 
@@ -202,12 +207,6 @@ static void close_file(int fd) {
 }
 
 #else
-
-#include <fcntl.h>
-#include <sys/uio.h>
-#include <unistd.h>
-
-#include <cstdlib>
 
 static int open_unnamed(const std::string & dir) {
 #if defined(O_TMPFILE)

@@ -21,7 +21,9 @@ def with_parameters(policy: Policy, parameters: Sequence[str]) -> Policy:
     Raises:
         PolicyError: one of them is not written so, is there twice, is not one of the policy's, or is not valid.
     """
-    names = [field.name for field in dataclasses.fields(policy)]
+    if not parameters:
+        return policy
+    names = [field.name for field in dataclasses.fields(policy) if field.init]
     options: dict[str, Any] = {}
     for i, parameter in enumerate(parameters):
         name, equals, value = parameter.partition("=")
@@ -34,7 +36,7 @@ def with_parameters(policy: Policy, parameters: Sequence[str]) -> Policy:
             raise PolicyError(f"{parameter!r}: {name} has a value already, {options[name]!r}")
         options[name] = _value(value)
     # through the class, which names a parameter that it does not have
-    return type(policy)(**{**policy.as_dict(), **options})
+    return type(policy)(**{**{name: getattr(policy, name) for name in names}, **options})
 
 
 def _value(text: str) -> Any:
