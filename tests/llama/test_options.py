@@ -13,7 +13,7 @@ from refreekv_cpp import Full, Llama, PolicyError, ReFreeKV, SnapKV, Streaming
 from refreekv_cpp._sequence import PrunedSequence
 from refreekv_cpp.cli.options import LoadOptions
 from refreekv_cpp.options import HELP, OPTIONS, VARIABLES, KVOptions
-from refreekv_cpp.policies import as_policy
+from refreekv_cpp.policies import REGISTRY, as_policy
 from refreekv_cpp.server.settings import ModelSettings
 
 # -- policies as text --------------------------------------------------------------------------------------------------
@@ -58,6 +58,13 @@ def test_a_text_that_is_no_policy(text: str, message: str) -> None:
         as_policy(text)
     assert str(raised.value).startswith(f"kv_policy={text!r}: ")
     assert message in str(raised.value)
+
+
+def test_a_name_by_itself_is_what_the_registry_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Streaming(budget=0.3)
+    monkeypatch.setitem(REGISTRY, "mine", lambda: mine)
+    assert as_policy("mine") is mine
+    assert as_policy("mine:0.4") == Streaming(budget=0.4)
 
 
 def test_the_same_text_everywhere(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
