@@ -64,7 +64,7 @@ def test_each_sequence_prunes_and_restores_by_itself(tiny: Callable[[str], Path]
         was_pruned = {seq: native.pruned_pos(ours.ctx, seq) >= 0 for seq in lengths}
         expected = full.read_together(tokens)
         for seq, logits in ours.read_together(tokens).items():
-            assert np.abs(logits - expected[seq]).max() <= 1e-5 * np.abs(expected[seq]).max(), (step, seq)
+            assert np.abs(logits - expected[seq]).max() <= 5e-5 * np.abs(expected[seq]).max(), (step, seq)
             is_prompt = lengths[seq] > 32
             assert (native.pruned_pos(ours.ctx, seq) == -1) == is_prompt, (step, seq)
             assert native.is_due(ours.ctx, seq) == is_prompt
