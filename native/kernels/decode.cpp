@@ -17,7 +17,11 @@
 
 namespace refreekv {
 
-static const int64_t MAX_TOKENS = 4; // that share the work on a cell; of more, each is one thread's
+static const int64_t MAX_TOKENS = 4; // that share the work on a warm cell; of more, each is one thread's
+
+// Without warm cells: llama.cpp's flash attention takes 64 tokens and more together, and fewer of them one by one
+static const int64_t MAX_HOT_TOKENS = 63;
+static const int64_t MAX_PARTS      = 32 << 20; // bytes of the graph's memory
 
 // dst: [n_part, n_head*n_tokens, n_chunks]
 static void attend_hot(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -297,12 +301,19 @@ static bool has_warm(const decode_call & call) {
     return call.warm && call.warm->n_blocks > 0;
 }
 
+// of what the first operation puts out where there are no warm cells
+static int64_t parts_bytes(const decode_call & call) {
+    const shape s(call.q, call.k, call.v);
+
+    return s.n_part*s.n_head*call.q->ne[2]*s.n_chunks*sizeof(float);
+}
+
 bool decode_fits(const decode_call & call) {
     const ggml_tensor * q = call.q;
     const ggml_tensor * k = call.k;
     const ggml_tensor * v = call.v;
 
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && (has_warm(call) ? q->ne[1]/k->ne[1] <= REFREEKV_WARM_GQA : q->ne[2] <= MAX_TOKENS) && q->ne[3] == 1 &&
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && (has_warm(call) ? q->ne[1]/k->ne[1] <= REFREEKV_WARM_GQA : q->ne[2] <= MAX_HOT_TOKENS && parts_bytes(call) <= MAX_PARTS) && q->ne[3] == 1 &&
            in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
            (!call.sinks || (call.sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(call.sinks))) &&
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;

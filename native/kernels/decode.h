@@ -17,7 +17,7 @@ struct warm_view;
 // computes their logits, too, and a second one their part of the attention. All sums are f32, while upstream rounds the queries and
 // (without flash attention) the weights to f16: logits differ from upstream's by that, also before an eviction.
 //
-// Batches of many tokens are left to upstream's operations, unless there are warm cells: then each thread does whole tokens.
+// Batches of 64 and more tokens are left to upstream's operations, unless there are warm cells: then each thread does whole tokens.
 //
 // What becomes of the logits: times pre_scale, soft-capped, times post_scale, mask and ALiBi added, soft-max with sinks.
 struct decode_softmax {
