@@ -13,7 +13,7 @@ import pytest
 import reference
 from by_definition import CONTEXTS, MODEL_TOLERANCE, attention_of, by_graph
 from policies import COMBINATIONS, POLICIES, PRESETS, Debug
-from support import F16, ctx_of, load
+from support import F16, Q8_0, ctx_of, load
 from tiny import random_tokens
 
 from refreekv_cpp import H2O, Policy, PyramidKV, ReFreeKV, SnapKV, Streaming, TopP, native
@@ -276,7 +276,9 @@ def assert_prunes_by_definition(llm, policy: Policy, type_k: int) -> list[int]:
         if layer < n_full_layers:
             assert kept.all()
         else:
-            assert_selected(kept, expected[layer], MODEL_TOLERANCE)
+            # a number of a query that lies in the middle of two of q8_0's may be rounded either way
+            rounded = type_k == Q8_0 and by_graph(llm)
+            assert_selected(kept, expected[layer], 1e-3 if rounded else MODEL_TOLERANCE)
     assert n_evicted == sum(map(len, before)) - sum(n_kept)
     return n_kept
 
