@@ -103,7 +103,9 @@ int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32
     return kept.size();
 }
 
-int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
+// f(inspection) once nothing is being computed; a refreekv_status where there is no such sequence or layer
+template <typename F>
+static int32_t look_at(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, F && f) {
     auto * store = refreekv::get_store(ctx);
     if (!store) {
         return REFREEKV_ERR_NO_POLICY;
@@ -113,33 +115,19 @@ int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, i
     }
     llama_synchronize(ctx);
 
-    return refreekv::guard([&]() { return store->look.read_queries(seq_id, i_layer, out, pos, n_max); });
+    return refreekv::guard([&]() { return f(store->look); });
+}
+
+int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
+    return look_at(ctx, seq_id, i_layer, [&](refreekv::inspection & look) { return look.read_queries(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_keys(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max) {
-    auto * store = refreekv::get_store(ctx);
-    if (!store) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-    if (!refreekv::check_seq(*store, seq_id, ctx) || !refreekv::check_layer(store->n_layers(), i_layer)) {
-        return REFREEKV_ERR_ARGUMENT;
-    }
-    llama_synchronize(ctx);
-
-    return refreekv::guard([&]() { return store->look.read_keys(seq_id, i_layer, out, pos, n_max); });
+    return look_at(ctx, seq_id, i_layer, [&](refreekv::inspection & look) { return look.read_keys(seq_id, i_layer, out, pos, n_max); });
 }
 
 int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape) {
-    auto * store = refreekv::get_store(ctx);
-    if (!store) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-    if (!refreekv::check_seq(*store, seq_id, ctx) || !refreekv::check_layer(store->n_layers(), i_layer)) {
-        return REFREEKV_ERR_ARGUMENT;
-    }
-    llama_synchronize(ctx);
-
-    return refreekv::guard([&]() { return store->look.read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
+    return look_at(ctx, seq_id, i_layer, [&](refreekv::inspection & look) { return look.read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
 int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {

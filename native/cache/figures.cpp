@@ -5,15 +5,11 @@
 #include "hooks.h"
 #include "cache/store.h"
 
-#include "api/error.h"
-#include "evict/attention-inputs.h"
-#include "tiers/cold-store.h"
-
 #include "llama-context.h"
 #include "llama-model.h"
 
-#include <algorithm>
-#include <cstring>
+#include <map>
+#include <new>
 
 namespace refreekv {
 

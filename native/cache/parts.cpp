@@ -102,7 +102,6 @@ parts::parts(cache & kv, const refreekv_params & params) :
     }
 
     update_layouts();
-
 }
 
 bool parts::update_layouts() {

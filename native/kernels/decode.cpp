@@ -313,7 +313,9 @@ bool decode_fits(const decode_call & call) {
     const ggml_tensor * k = call.k;
     const ggml_tensor * v = call.v;
 
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && (has_warm(call) ? q->ne[1]/k->ne[1] <= REFREEKV_WARM_GQA : q->ne[2] <= MAX_HOT_TOKENS && parts_bytes(call) <= MAX_PARTS) && q->ne[3] == 1 &&
+    const bool size_fits = has_warm(call) ? q->ne[1]/k->ne[1] <= REFREEKV_WARM_GQA : q->ne[2] <= MAX_HOT_TOKENS && parts_bytes(call) <= MAX_PARTS;
+
+    return size_fits && q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[3] == 1 &&
            in_host_memory(k) && in_host_memory(v) && has_to_float(k->type) && has_to_float(v->type) &&
            (!call.sinks || (call.sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(call.sinks))) &&
            k->ne[2] % CHUNK == 0 && k->ne[0] % N_LANES == 0 && head_size_v(v) % N_LANES == 0;

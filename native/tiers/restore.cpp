@@ -35,8 +35,6 @@ int32_t restoration::restore_rows(const std::vector<std::vector<uint32_t>> & cel
     return status;
 }
 
-// But for positions that are about to go: p0 to p1 - 1. n_more: tokens that the limit has to have room for afterwards. Called from
-// upstream's functions, which nothing may be thrown through
 int64_t restoration::run(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32_t n_more) {
     try {
         return restore_rows(seq_id, p0, p1, n_more);
