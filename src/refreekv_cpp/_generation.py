@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp
 
-from refreekv_cpp import _upstream
+from refreekv_cpp import _closed, _upstream
 from refreekv_cpp._sequence import PrunedSequence
 from refreekv_cpp.errors import CacheStateError, ClosedError
 
@@ -53,6 +53,8 @@ class Generations(PrunedSequence):
             self._end(generation)
 
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
+        if self._closing:
+            _closed.raise_closed()
         if self._generation is not generation:
             raise CacheStateError(
                 "this generation cannot go on: another one, embed(), load_state() or reset() has changed the cache"

@@ -16,6 +16,8 @@ class Lifetime(llama_cpp.Llama):
     A subclass calls `_make_locks` before it loads a model, and sets `_loaded` after.
     """
 
+    _closing = False  # `close` waits for the step that is being computed; no other may begin
+
     def _make_locks(self) -> None:
         """Where one thread holds several, it takes them in this order."""
         self._completing = threading.RLock()  # held during a completion that is no stream
@@ -26,6 +28,7 @@ class Lifetime(llama_cpp.Llama):
         """Free the model and the context. All that needs them raises ClosedError from now on."""
         if not _upstream.has_begun(self):  # an argument was refused
             return
+        self._closing = True
         with self._using, self._reading:
             super().close()
             for wrapper in _upstream.wrappers(self):
