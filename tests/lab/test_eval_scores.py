@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from refreekv_cpp import Full, PolicyError, ReFreeKV, Streaming
+from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.document import FACT, write_document
 from refreekv_cpp.lab.eval import scores
 from refreekv_cpp.lab.eval.data import draw, of_datasets, read_items
@@ -110,6 +111,7 @@ def test_summary_by_hand() -> None:
     assert summary is not None
     assert (summary.n, summary.kl_mean, summary.kl_median, summary.kl_max) == (3, 1, 1, 2)
     assert (summary.kl_95, summary.kl_99) == (pytest.approx(1.9), pytest.approx(1.98))
+    assert summary.kl_999 == pytest.approx(1.998)
     assert summary.same_top == pytest.approx(2 / 3)
     assert summary.delta_p_rms == pytest.approx(math.sqrt((0.09 + 0.16) / 3))
     assert summary.perplexity_ratio == pytest.approx(math.e)  # exp(mean(0, 1, 2))
@@ -134,6 +136,7 @@ def test_first_divergence(tokens: list[int], where: int | None) -> None:
         ("full@q8_0", Full(), "q8_0"),
         ("streaming:0.3", Streaming(budget=0.3), "f16"),
         ("streaming:budget=300@q4_0", Streaming(budget=300), "q4_0"),
+        ("full@q8_0/q4_0", Full(), "q8_0/q4_0"),
         ("refreekv:theta=0.01", ReFreeKV(theta=0.01), "f16"),
     ],
 )
@@ -142,6 +145,11 @@ def test_caches_by_name(text: str, policy: Any, cache_type: str) -> None:
     assert (spec.text, spec.policy, spec.cache_type) == (text, policy, cache_type)
     quantised = spec.llama_options().get("type_k")
     assert (quantised is None) == (cache_type == "f16")
+
+
+def test_k_and_v_of_different_types() -> None:
+    options = parse_spec("full@q8_0/q4_0").llama_options()
+    assert (options["type_k"], options["type_v"]) == (CACHE_TYPES["q8_0"], CACHE_TYPES["q4_0"])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +172,7 @@ def test_a_cache_that_reads_evicted_rows_keeps_them(text: str, evicted: str) -> 
         ("refreekv:theta=2", "theta=2: must be from 0 to less than 1"),
         ("refrekv", "did you mean 'refreekv'"),
         ("full@q9", "the type must be one of f32, f16"),
+        ("full@q8_0/q9", "the type must be one of f32, f16"),
         ("refreekv:treshold=1", "did you mean 'threshold'"),
         ("", "kv_policy='': unknown"),
     ],
@@ -333,7 +342,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
     fidelity = rows_of(report, "Fidelity: along the full cache's greedy answer")
     assert [row[0] for row in fidelity] == ["full", "paper"]
     assert fidelity[1][2:] == [
-        *["3", "50%", "1.0 MiB (50%)", "0.5", "0.5", "0.5", "0.5", "0.5", "100.0%", "10.0%"],
+        *["3", "50%", "1.0 MiB (50%)", "0.5", "0.5", "0.5", "0.5", "0.5", "0.5", "100.0%", "10.0%"],
         *["× 2.718", "2 of 3", "token 4"],
     ]
     assert rows_of(report, "Mean KL along the full cache's greedy answer, per dataset") == [["d", "0.5"]]

@@ -63,6 +63,7 @@ class Summary:
     kl_median: float
     kl_95: float
     kl_99: float
+    kl_999: float
     kl_max: float
     same_top: float
     delta_p_rms: float
@@ -78,13 +79,14 @@ def summarise(parts: Sequence[Fidelity]) -> Summary | None:
         np.concatenate([np.asarray(getattr(part, name), dtype=np.float64) for part in parts])
         for name in ("same_top", "delta_p", "nll", "nll_full")
     )
-    median, p95, p99 = np.percentile(kl, [50, 95, 99])
+    median, p95, p99, p999 = np.percentile(kl, [50, 95, 99, 99.9])
     return Summary(
         n=len(kl),
         kl_mean=float(kl.mean()),
         kl_median=float(median),
         kl_95=float(p95),
         kl_99=float(p99),
+        kl_999=float(p999),
         kl_max=float(kl.max()),
         same_top=float(same_top.mean()),
         delta_p_rms=float(np.sqrt(np.mean(delta_p**2))),

@@ -114,7 +114,7 @@ def _head(settings: dict[str, Any], rows: Sequence[Row], datasets: Sequence[str]
 
 def _fidelity(rows: Sequence[Row], continuation: str) -> str:
     """KL in nats per token."""
-    header = "cache|question|tokens|budget|KV bytes|KL mean|median|95 %|99 %|max|same top|Δp RMS|perplexity"
+    header = "cache|question|tokens|budget|KV bytes|KL mean|median|95 %|99 %|99.9 %|max|same top|Δp RMS|perplexity"
     cells = []
     for row in rows:
         summary = summarise([Fidelity(**record[continuation]) for record in row.records])
@@ -127,7 +127,14 @@ def _fidelity(rows: Sequence[Row], continuation: str) -> str:
                 *_size(row),
                 *(
                     f"{value:.2g}"
-                    for value in (summary.kl_mean, summary.kl_median, summary.kl_95, summary.kl_99, summary.kl_max)
+                    for value in (
+                        summary.kl_mean,
+                        summary.kl_median,
+                        summary.kl_95,
+                        summary.kl_99,
+                        summary.kl_999,
+                        summary.kl_max,
+                    )
                 ),
                 f"{summary.same_top:.1%}",
                 f"{summary.delta_p_rms:.1%}",

@@ -12,7 +12,12 @@ from refreekv_cpp.policies import Policy, as_policy
 
 @dataclass(frozen=True)
 class Spec:
-    """A policy and the type its keys and values are stored in. `text` is what was written, and its name in reports."""
+    """A policy and the types its keys and values are stored in.
+
+    Attributes:
+        text: what was written, and the name in reports.
+        cache_type: of both, or that of K and that of V with a slash between them.
+    """
 
     text: str
     policy: Policy
@@ -24,8 +29,8 @@ class Spec:
         if (self.policy.native_options() or {}).get("theta"):
             options |= {"kv_evicted": "restore"}  # rows are read from the cold store
         if self.cache_type != "f16":
-            number = CACHE_TYPES[self.cache_type]
-            options |= {"type_k": number, "type_v": number, "flash_attn": True}
+            type_k, type_v = _types(self.cache_type)
+            options |= {"type_k": CACHE_TYPES[type_k], "type_v": CACHE_TYPES[type_v], "flash_attn": True}
         return options
 
 
@@ -43,12 +48,18 @@ def parse_specs(text: str) -> list[Spec]:
 
 
 def parse_spec(text: str) -> Spec:
-    """POLICY[@TYPE]: a policy as `as_policy` takes it, and the type of K and V.
+    """POLICY[@TYPE] or POLICY[@TYPE_K/TYPE_V]: a policy as `as_policy` takes it, and the types of K and V.
 
     Raises:
         PolicyError: as `parse_specs`.
     """
     policy, at, cache_type = text.partition("@")
-    if at and cache_type not in CACHE_TYPES:
+    if at and not all(name in CACHE_TYPES for name in _types(cache_type)):
         raise PolicyError(f"{text!r}: the type must be one of {', '.join(CACHE_TYPES)}")
     return Spec(text, as_policy(policy), cache_type or "f16")
+
+
+def _types(text: str) -> tuple[str, str]:
+    """Of K and of V."""
+    type_k, _, type_v = text.partition("/")
+    return type_k, type_v or type_k
