@@ -176,11 +176,17 @@ class PrunedSequence(Lifetime):
         n_usable = native.usable_prefix(self.ctx, _SEQ_ID, n_common, len(prompt))
         whole = native.pruned_pos(self.ctx, _SEQ_ID) < 0
         # if the prompt is the one that was read last, nothing has to be restored: its logits are still there
-        if not whole and self.kv_evicted != "drop" and list(prompt) != read:
+        if not whole and self._restores() and list(prompt) != read:
             if not self._restore(n_usable):
                 self.reset()
         elif n_usable < n_common and (whole or self.kv_evicted != "drop"):
             self._go_back(n_usable)
+
+    def _restores(self) -> bool:
+        """Whether the next prompt needs back what was evicted: not where the cache goes on attending to it by codes."""
+        if self.kv_evicted == "keep":
+            return float(native.figures(self.ctx)[0].theta) == 0
+        return self.kv_evicted != "drop"
 
     def _go_back(self, n_tokens: int) -> bool:
         """Remove what lies behind these tokens, which brings back what was evicted of them. False: it was refused."""
@@ -193,7 +199,7 @@ class PrunedSequence(Lifetime):
     def _restore(self, n_tokens: int) -> bool:
         """Bring back what was evicted of the first tokens, without the others. False: they have to be read again."""
         try:
-            if self.kv_evicted == "restore" and n_tokens > 0 and self._go_back(n_tokens):
+            if self.kv_evicted != "recompute" and n_tokens > 0 and self._go_back(n_tokens):
                 native.restore(self.ctx, _SEQ_ID)
                 return True
         except (CacheStateError, CacheMemoryError) as error:

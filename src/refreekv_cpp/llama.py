@@ -36,18 +36,20 @@ class Llama(SavedStates):
         kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, one with
             parameters such as "refreekv:theta=0.01", or an object such as `ReFreeKV(theta=0.01)`; see docs/policies.md.
             Default: what the environment variable REFREEKV_POLICY says, else "full".
-        kv_evicted: what happens when the next prompt goes on from a pruned cache, or from an earlier place in it, and
-            may ask for what was evicted. "restore": evicted rows wait in a cold store and come back, bit for bit,
-            before the prompt is read, so that the new question decides what stays; where they cannot, as "recompute":
-            the conversation is read again; "drop": it goes on from what is left (arXiv 2502.16886 says nothing of a
-            second turn), which with "refreekv" are codes of all that was evicted. Default: "restore".
+        kv_evicted: what becomes of evicted rows. "keep": they are in a cold store, and are read from there where an
+            answer or the next prompt looks at them; with a policy that has no codes, as "restore". "restore": they are
+            in a cold store, and come back, bit for bit, before the next prompt is read; where they cannot, as
+            "recompute". "recompute": they are gone, and the next prompt has the conversation read again. "drop": they
+            are gone, and the next prompt goes on from what is left (arXiv 2502.16886 says nothing of a second turn).
+            Default: "keep".
         kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
             system message of a chat completion. Default: none but what the policy keeps.
         kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
             takes the file where the cache itself is in host memory. Default: "auto".
         kv_cold_dir: folder of the file. Default: the user's cache folder.
-        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; rows that do not fit are lost,
-            and read again when they are wanted. Default: none (it cannot hold more than the full cache of n_ctx).
+        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; rows that do not fit are lost:
+            their codes stand for them, or the conversation is read again. Default: none (it cannot hold more than the
+            full cache of n_ctx).
         kv_cold_type: "q8_0": evicted rows are rounded to it, where the cache's type is no quantised one, and take about
             half of the room; what comes back is then not bit for bit what went. Default: None, it is.
         kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.

@@ -24,7 +24,7 @@ from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
 
-Evicted = Literal["restore", "recompute", "drop"]
+Evicted = Literal["keep", "restore", "recompute", "drop"]
 Cold = Literal["auto", "memory", "file"]
 ColdType = Literal["q8_0"]
 
@@ -84,11 +84,11 @@ class KVOptions:
         variable="REFREEKV_POLICY",
     )
     kv_evicted: Evicted = _option(
-        "restore",
+        "keep",
         _one_of(*get_args(Evicted)),
         Evicted,
-        "When the next turn follows a pruned one: restore (what was evicted comes back first), recompute (read it all "
-        "again) or drop (go on).",
+        "Evicted rows: keep (in the cold store, to be read where they are looked at), restore (all of them come back "
+        "before the next prompt), recompute (gone; the next prompt reads the conversation again) or drop (gone).",
         variable="REFREEKV_EVICTED",
     )
     kv_elastic: bool | None = _option(
@@ -104,7 +104,7 @@ class KVOptions:
     kv_protect: Literal["system"] | tuple[spans.Span, ...] = _option(
         (), lambda name, value: spans.check(value), None, "Positions that are never evicted."
     )
-    kv_cold: Cold = _option("auto", _one_of(*get_args(Cold)), Cold, "Where evicted rows wait to be restored.")
+    kv_cold: Cold = _option("auto", _one_of(*get_args(Cold)), Cold, "Where evicted rows are kept.")
     kv_cold_dir: Path | None = _option(
         None, _path, Optional[str], "Folder of the file of evicted rows; by default the user's cache folder."
     )
@@ -112,7 +112,7 @@ class KVOptions:
         None,
         _n_bytes,
         Union[str, int, None],
-        "A cap on the evicted rows that wait, such as 4GiB; what does not fit is read again when it is wanted.",
+        "A cap on the evicted rows that are kept, such as 4GiB; what does not fit is lost.",
     )
     kv_cold_type: ColdType | None = _option(
         None,
@@ -163,6 +163,10 @@ class KVOptions:
     def evicts(self) -> bool:
         return not isinstance(self.kv_policy, Full)
 
+    @property
+    def _has_cold(self) -> bool:
+        return self.evicts and self.kv_evicted in ("keep", "restore")
+
     def public(self) -> dict[str, Any]:
         """The options by name."""
         return {name: getattr(self, name) for name in OPTIONS}
@@ -180,7 +184,7 @@ class KVOptions:
 
     def _cold_params(self) -> dict[str, Any]:
         """The fields of `refreekv_params` that say where evicted rows go."""
-        if not self.evicts or self.kv_evicted != "restore":
+        if not self._has_cold:
             return {}
         return {
             "cold": native.enum_value(f"COLD_{self.kv_cold}".upper()),
@@ -197,7 +201,7 @@ class KVOptions:
         Raises:
             PolicyError: `kv_cold_dir` is no folder that can be written.
         """
-        if not self.evicts or self.kv_evicted != "restore" or self.kv_cold == "memory":
+        if not self._has_cold or self.kv_cold == "memory":
             return None
         if self.kv_cold_dir is not None:
             if not _can_write(self.kv_cold_dir):

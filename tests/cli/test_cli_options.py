@@ -242,7 +242,7 @@ def test_a_value_that_nothing_has_checked_is_one_line(tiny_model: Path, monkeypa
         (["--option", "n_batch=0"], "n_batch=0: must be a whole number from 1 to"),
         (["--option", "n_batch=-1"], "n_batch=-1: must be a whole number from 1 to"),
         (["--kv-policy", "refrekv"], "did you mean 'refreekv'?"),
-        (["--kv-evicted", "dorp"], "kv_evicted='dorp': must be one of 'restore', 'recompute', 'drop'"),
+        (["--kv-evicted", "dorp"], "kv_evicted='dorp': must be one of 'keep', 'restore', 'recompute', 'drop'"),
         (["--kv-policy", "refreekv:tetha=0.01"], "ReFreeKV has no option 'tetha', did you mean 'theta'?"),
         (["--kv-memory-limit", "much"], "'much'"),
         (["--option", "kv_cold=disk"], "kv_cold=disk: must be one of 'auto', 'memory', 'file'"),

@@ -155,8 +155,8 @@ def test_k_and_v_of_different_types() -> None:
 @pytest.mark.parametrize(
     ("text", "evicted"),
     [
-        ("refreekv", "restore"),
-        ("refreekv:theta=0.01@q8_0", "restore"),
+        ("refreekv", "keep"),
+        ("refreekv:theta=0.01@q8_0", "keep"),
         ("refreekv:theta=0", "drop"),
         ("paper", "drop"),
         ("snapkv:0.3", "drop"),

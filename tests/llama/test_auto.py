@@ -116,7 +116,10 @@ def test_importing_refreekv_cpp_is_enough_where_the_variable_is_set(program: Pat
     [
         ({"REFREEKV_POLICY": "refrekv"}, "REFREEKV_POLICY=refrekv: .*unknown, did you mean 'refreekv'"),
         ({"REFREEKV_POLICY": "refreekv:tetha=1"}, "REFREEKV_POLICY=refreekv:tetha=1: .*'tetha', did you mean 'theta'"),
-        ({"REFREEKV_EVICTED": "dorp"}, "REFREEKV_EVICTED=dorp: .*must be one of 'restore', 'recompute', 'drop'"),
+        (
+            {"REFREEKV_EVICTED": "dorp"},
+            "REFREEKV_EVICTED=dorp: .*must be one of 'keep', 'restore', 'recompute'",
+        ),
         ({"REFREEKV_MEMORY_LIMIT": "1x"}, "REFREEKV_MEMORY_LIMIT=1x: .*must be a positive number of bytes"),
         ({"REFREEKV_POLICY": "full", "REFREEKV_MEMORY_LIMIT": "1GB"}, "REFREEKV_MEMORY_LIMIT=1GB: .*evicting"),
     ],
@@ -154,8 +157,8 @@ def test_the_variables_decide_where_no_policy_was_passed(tiny_model: Path, monke
 
     assert options() == (Streaming(), "drop", 2**20)
     assert options(kv_evicted="recompute", kv_memory_limit="2MiB") == (Streaming(), "recompute", 2**21)
-    assert options(kv_policy="refreekv") == (ReFreeKV(), "restore", None)
-    assert options(kv_policy="full") == options(kv_elastic=False) == (Full(), "restore", None)
+    assert options(kv_policy="refreekv") == (ReFreeKV(), "keep", None)
+    assert options(kv_policy="full") == options(kv_elastic=False) == (Full(), "keep", None)
     assert options(embedding=True) == (Full(), "drop", None)
     monkeypatch.setenv("REFREEKV_POLICY", "streaming:0.3")
     assert options() == (Streaming(budget=0.3), "drop", 2**20)

@@ -49,7 +49,11 @@ QUESTION = random_tokens(301, seed=2)[1:]
         ({"kv_policy": "h3o"}, PolicyError, "did you mean 'h2o'"),
         ({"kv_policy": "xyzzy"}, PolicyError, "must be one of 'full', 'refreekv'"),
         ({"kv_policy": 5}, PolicyError, "kv_policy=5: unknown"),
-        ({"kv_evicted": "dorp"}, PolicyError, "kv_evicted='dorp': must be one of 'restore', 'recompute', 'drop'"),
+        (
+            {"kv_evicted": "dorp"},
+            PolicyError,
+            "kv_evicted='dorp': must be one of 'keep', 'restore', 'recompute'",
+        ),
         ({"kv_polcy": "refreekv"}, TypeError, "'kv_polcy', did you mean 'kv_policy'"),
         ({"kv_evict": "drop"}, TypeError, "did you mean 'kv_evicted'"),
         ({"n_ctxt": 5}, TypeError, "did you mean 'n_ctx'"),

@@ -87,7 +87,7 @@ def test_llama_takes_and_has_each_option(tiny_model: Path) -> None:
     llm = Llama(str(tiny_model), kv_policy="streaming", kv_protect=[[0, 4]], kv_cold_limit="1MiB", verbose=False)
     assert {name: getattr(llm, name) for name in names} == {
         "kv_policy": Streaming(),
-        "kv_evicted": "restore",
+        "kv_evicted": "keep",
         "kv_elastic": True,
         "kv_memory_limit": None,
         "kv_protect": ((0, 4),),

@@ -317,8 +317,8 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
     assert settings.port == 8001
     cold = {"kv_cold": "auto", "kv_cold_dir": None, "kv_cold_limit": None, "kv_cold_type": None, "kv_cold_state": True}
     assert [kv_settings(model) for model in settings.models] == [
-        {"kv_policy": "refreekv", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": 1000000, **cold},
-        {"kv_policy": "full", "kv_evicted": "restore", "kv_elastic": None, "kv_memory_limit": None, **cold},
+        {"kv_policy": "refreekv", "kv_evicted": "keep", "kv_elastic": None, "kv_memory_limit": 1000000, **cold},
+        {"kv_policy": "full", "kv_evicted": "keep", "kv_elastic": None, "kv_memory_limit": None, **cold},
     ]
     path.write_text("models: [")
     with pytest.raises(ValueError, match=r"config\.yaml: while parsing"):

@@ -114,7 +114,7 @@ def test_nothing_to_restore_is_no_error(tiny_model: Path) -> None:
 @pytest.mark.parametrize("name", ["refreekv", "paper", "streaming"])
 def test_the_next_turn_has_everything_and_is_pruned_again(tiny_model: Path, name: str) -> None:
     llm, by_hand = (load(tiny_model, POLICIES[name]) for _ in range(2))
-    assert llm.kv_evicted == "restore"
+    assert llm.kv_evicted == "keep"  # without codes there is nothing else to go on from
     answer = generate(llm, PROMPT)
     tokens = [*PROMPT, *answer, *QUESTION]
     second = generate(llm, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,43 @@ def test_an_answer_does_not_depend_on_what_was_in_the_cache_before(tiny: Callabl
         llm.eval(other)
         llm.prune_kv()
     np.testing.assert_array_equal(feed(used, ANSWER), feed(fresh, ANSWER))
+
+
+def turns(llm: Llama, prompts: int = 3) -> list[list[int]]:
+    """The answers of a conversation in which each prompt goes on from the one before."""
+    read_so_far, answers = [], []
+    for i in range(prompts):
+        read_so_far += PROMPT if i == 0 else random_tokens(40, seed=10 + i)
+        answers.append(list(itertools.islice(llm.generate(read_so_far, temp=0.0), 6)))
+        read_so_far += answers[-1]
+    return answers
+
+
+def test_the_next_prompt_goes_on_from_codes_and_the_rows_it_looks_at(tiny: Callable[[str], Path]) -> None:
+    path = tiny("gqa64")
+    full, kept_rows = load(path, "full", **CACHES["f32"]), load(path, codes(EVERY), **CACHES["f32"])
+    assert turns(kept_rows) == turns(full)
+    assert kept_rows.kv_stats.n_restores == 0
+    n_read = kept_rows.kv_stats.n_rows_read
+    kept_rows.eval(random_tokens(40, seed=20))  # a prompt reads them, too
+    assert kept_rows.kv_stats.n_rows_read > n_read
+
+
+def test_restore_brings_them_back_before_the_next_prompt(tiny: Callable[[str], Path]) -> None:
+    path = tiny("gqa64")
+    full, restored = (load(path, policy, kv_evicted="restore", **CACHES["f32"]) for policy in ("full", codes(EVERY)))
+    assert turns(restored) == turns(full)
+    assert restored.kv_stats.n_restores == 2
+
+
+def test_a_conversation_whose_rows_were_lost_goes_on_from_codes(tiny: Callable[[str], Path]) -> None:
+    path = tiny("gqa64")
+    lost, none = load(path, codes(EVERY)), load(path, codes(EVERY), kv_evicted="drop")
+    native.fail_cold(1)
+    answers = turns(lost)
+    assert lost.kv_stats.cold_full
+    assert answers == turns(none)
+    assert lost.kv_stats.n_prunes == none.kv_stats.n_prunes  # nothing was read again
 
 
 def test_smaller_rows_are_read_too(tiny: Callable[[str], Path]) -> None:

@@ -140,7 +140,7 @@ class LoadOptions(MachineOptions):
 
     n_ctx: NCtxOption = "auto"
     kv_policy: PolicyOption = "refreekv"
-    kv_evicted: EvictedOption = "restore"
+    kv_evicted: EvictedOption = "keep"
     kv_memory_limit: MemoryLimitOption = None
 
     def __post_init__(self) -> None:

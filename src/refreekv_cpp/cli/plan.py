@@ -170,7 +170,7 @@ def _print_advice(model: str, options: LoadOptions, policy: Needs, largest: int,
     command += ["--kv-policy", options.kv_policy, "--gpu-layers", "all" if n_gpu_layers < 0 else str(n_gpu_layers)]
     if options.kv_memory_limit is not None:
         command += ["--kv-memory-limit", options.kv_memory_limit]
-    if options.kv_evicted != "restore":
+    if options.kv_evicted != "keep":
         command += ["--kv-evicted", options.kv_evicted]
     if options.flash_attn is not None:
         command.append("--flash-attn" if options.flash_attn else "--no-flash-attn")

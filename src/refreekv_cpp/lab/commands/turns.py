@@ -29,7 +29,7 @@ def turns(
     kv_evicted: Annotated[
         str,
         typer.Option(help="What becomes of what was evicted when a question follows, by commas."),
-    ] = "restore,drop",
+    ] = "keep,restore",
     tokens: Annotated[int, typer.Option(min=100, help="Length of the document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with at most.")] = 40,

@@ -27,7 +27,7 @@ class Spec:
         """For `Llama`. A quantised cache needs flash attention (llama.cpp stores V transposed without it)."""
         options: dict[str, Any] = {"kv_policy": self.policy, "kv_elastic": True, "kv_evicted": "drop"}
         if (self.policy.native_options() or {}).get("theta"):
-            options |= {"kv_evicted": "restore"}  # rows are read from the cold store
+            options |= {"kv_evicted": "keep"}  # rows are read from the cold store
         if self.cache_type != "f16":
             type_k, type_v = _types(self.cache_type)
             options |= {"type_k": CACHE_TYPES[type_k], "type_v": CACHE_TYPES[type_v], "flash_attn": True}
