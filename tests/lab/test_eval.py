@@ -211,6 +211,17 @@ def test_a_continuation_is_text_without_a_question(model: Path, tmp_path: Path) 
     assert "## Tasks" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_prompt_that_does_not_fit_is_read_by_the_pruned_cache_itself(model: Path, tmp_path: Path) -> None:
+    item = {"id": "a", "dataset": "d", "context": "x" * 1800, "question": "", "answers": ["yz" * 50]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(item))
+    options = ["--data", tmp_path, "--policies", "refreekv", "--kv-memory-limit", "2MiB", *SHORT]
+    evaluate(model, tmp_path / "out", *options)
+    full, pruned = read_records(tmp_path / "out")
+    assert full["bytes"] > 2 * 2**20  # it has no limit
+    assert full["seconds"]["prefill"] is not None
+    assert pruned["seconds"]["prefill"] is not None
+
+
 def test_the_second_question_is_asked_on_what_is_left(model: Path, finished: Path) -> None:
     second = [record for record in read_records(finished) if record["dataset"] == "two-questions"]
     assert len(second) == 10

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.cli import common
-from refreekv_cpp.cli.common import ModelArgument
+from refreekv_cpp.cli.common import MemoryLimitOption, ModelArgument
 from refreekv_cpp.cli.options import MachineOptions, takes_options
 from refreekv_cpp.lab.eval.data import Item, draw, of_datasets, read_items
 from refreekv_cpp.lab.eval.generators import GENERATORS, check_names, generate
@@ -51,6 +52,7 @@ def evaluate(
     min_tokens: Annotated[int, typer.Option(min=0, help="Leave shorter prompts out.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Leave longer prompts out.")] = 4096,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most; so many are compared.")] = 128,
+    kv_memory_limit: MemoryLimitOption = None,
     template: Annotated[bool, typer.Option(help="Use the model's chat template for questions.")] = True,
     flash_attn: Annotated[bool, typer.Option(help="Use flash attention for caches that do not need it.")] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
@@ -84,6 +86,7 @@ def evaluate(
         n_threads=machine.threads,
         flash_attn=flash_attn,
         n_gpu_layers=machine.n_gpu_layers(path, n_ctx=max_tokens + continuation, kv_policy="full"),
+        kv_memory_limit=None if kv_memory_limit is None else parse_bytes(kv_memory_limit, option="--kv-memory-limit"),
         options=machine.others,
         template=template,
         seed=seed,

@@ -110,6 +110,7 @@ class Run:
                     n_threads=self.settings.n_threads,
                     flash_attn=self.settings.flash_attn,
                     n_gpu_layers=self.settings.n_gpu_layers,
+                    kv_memory_limit=self._limit_of(spec),
                     **self.settings.options,
                 )
                 stack.callback(session.close)
@@ -118,6 +119,9 @@ class Run:
                 jobs = [job for job in self.jobs if job.task is task]
                 if jobs:
                     self._run_item(task, jobs, sessions, working, lambda job, record: _write(out, record, job, done))
+
+    def _limit_of(self, spec: Spec) -> int | None:
+        return None if isinstance(spec.policy, Full) else self.settings.kv_memory_limit
 
     def _run_item(
         self,
@@ -142,6 +146,8 @@ class Run:
                 write(job, _record(job, reference, reference, said, reference.answer_again(said)))
                 continue
             source = read.get(job.spec.cache_type)
+            if self._limit_of(job.spec) is not None:
+                source = None  # what the full cache has read would not fit
             if source is not None and source.session is sessions[job.spec.text]:
                 turn = source  # nothing is pruned: whether a question is seen makes no difference
                 turn.go_back()

@@ -24,6 +24,7 @@ class Settings:
         n_continuation: tokens of an answer at most; so many are compared.
         n_second: tokens of a second answer at most.
         flash_attn: of caches that are not quantised.
+        kv_memory_limit: of caches with a policy, in bytes; they read the prompt themselves then.
         options: further ones of `Llama`.
         template: whether the model's chat template is used.
         seed: items were drawn and made with it, intervals are.
@@ -34,6 +35,7 @@ class Settings:
     n_threads: int | None = None
     flash_attn: bool = False
     n_gpu_layers: int = 0
+    kv_memory_limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     template: bool = True
     seed: int = 0
