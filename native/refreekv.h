@@ -128,6 +128,9 @@ struct refreekv_params {
                               // attention or more from the cold store, if there is one; 0: what is evicted takes no part. This needs the cache in
                               // host memory, and heads that the decode kernel takes
 
+    float   max_error;        // with theta: so many rows are read that codes misplace no more than this part of a head's attention; 0: theta
+                              // alone says which are read
+
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
     bool    by_graph;         // debug: move rows and look at attention with graphs, as on a device, where the host could do it
 };
@@ -155,6 +158,8 @@ struct refreekv_stats {
     int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
     int64_t  n_rows_left; // that it would have read, and for which their codes stood: the rows were not in memory, or were too many
     uint64_t bytes_codes; // of evicted rows
+    float    by_codes;    // the part of a head's attention that codes stood for, the mean over all that was decoded
+    float    error_bound; // with max_error: the part of a head's attention that they misplaced at most, the worst of all that was decoded
 };
 
 // one kind of memory (a ggml backend buffer type) of a model and its context, as the allocator has it

@@ -17,7 +17,7 @@
 #include <algorithm>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 12;
+static const int32_t REFREEKV_ABI_VERSION = 13;
 
 int32_t refreekv_abi_version(void) {
     return REFREEKV_ABI_VERSION;
@@ -67,6 +67,7 @@ struct refreekv_params refreekv_params_default(void) {
     res.cold_state       = true;
     res.turns            = REFREEKV_TURNS_NONE;
     res.theta            = 0.0f;
+    res.max_error        = 0.0f;
     res.mask_only        = false;
     res.by_graph     = false;
 

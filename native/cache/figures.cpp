@@ -88,17 +88,27 @@ static refreekv_stats stats(const parts & p) {
 
     res.n_tokens = p.logical.n_used();
 
+    int64_t n_lines  = 0;
+    int64_t by_codes = 0;
+
     for (const auto & layer : p.layers) {
         res.bytes      += layer.rows.bytes();
         if (layer.warm) {
-            res.n_rows_read += layer.warm->n_read;
-            res.n_rows_left += layer.warm->n_left;
+            const warm_counts & counts = layer.warm->counts;
+
+            res.n_rows_read += counts.n_read;
+            res.n_rows_left += counts.n_left;
+            n_lines         += counts.n_lines;
+            by_codes        += counts.by_codes;
+            res.error_bound  = std::max(res.error_bound, counts.worst/warm_counts::UNIT);
             res.bytes_codes += layer.warm->bytes();
         }
         res.bytes_full += (uint64_t) res.n_tokens*layer.rows.row_bytes();
 
         res.bytes_bounced += layer.rows.bytes_bounced();
     }
+    res.by_codes = n_lines > 0 ? (float) ((double) by_codes/n_lines/warm_counts::UNIT) : 0.0f;
+
     for (const auto & [_, buf] : p.ring_bufs) {
         res.bytes_ring += ggml_backend_buffer_get_size(buf.get());
     }

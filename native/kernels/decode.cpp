@@ -41,14 +41,15 @@ struct lines {
     float * weights; // [n_lines][n_blocks*64] of warm cells, within their blocks
     float * tops;    // [n_lines][n_padded]
     float * totals;
-    float * spans;   // [n_spans][n_lines][n_part] of warm cells: a weighted sum of V and the sum of its weights, relative to e^lse
+    float * excess;
+    float * spans;   // [n_spans][n_lines][n_part] of warm cells: a weighted sum of V and the numbers of warm_part, relative to e^lse
     float * lse;     // [n_lines]
 
     // passes: whether what the second one puts out is there, too
     static int64_t size(const shape & s, int64_t n_tokens, int64_t n_blocks, bool passes) {
         const int64_t n_lines = s.n_head*n_tokens;
 
-        return n_lines*(s.n_chunks*s.n_part + n_blocks*REFREEKV_CODED_CELLS + 2*GGML_PAD(n_blocks, N_LANES)) + (passes ? spans_size(s, n_tokens, n_blocks) : 0);
+        return n_lines*(s.n_chunks*s.n_part + n_blocks*REFREEKV_CODED_CELLS + 3*GGML_PAD(n_blocks, N_LANES)) + (passes ? spans_size(s, n_tokens, n_blocks) : 0);
     }
 
     static int64_t spans_size(const shape & s, int64_t n_tokens, int64_t n_blocks) {
@@ -63,12 +64,13 @@ struct lines {
         weights = parts + s.n_chunks*n_lines*s.n_part;
         tops   = weights + n_lines*n_blocks*REFREEKV_CODED_CELLS;
         totals = tops   + n_lines*n_padded;
-        spans  = memory_spans ? memory_spans : totals + n_lines*n_padded;
+        excess = totals + n_lines*n_padded;
+        spans  = memory_spans ? memory_spans : excess + n_lines*n_padded;
         lse    = spans  + n_spans*n_lines*s.n_part;
     }
 
     warm_judged judged(int64_t r) const {
-        return { weights + r*n_blocks*REFREEKV_CODED_CELLS, tops + r*n_padded, totals + r*n_padded };
+        return { weights + r*n_blocks*REFREEKV_CODED_CELLS, tops + r*n_padded, totals + r*n_padded, excess + r*n_padded };
     }
 };
 
@@ -94,13 +96,14 @@ static void judge_span(const warm_view & warm, const shape & s, const lines & l,
         for (int64_t b = l.n_blocks; b < l.n_padded && span == l.n_spans - 1; ++b) {
             judged[i].tops  [b] = -INFINITY;
             judged[i].totals[b] = 0.0f;
+            judged[i].excess[b] = 0.0f;
         }
     }
     warm_judge(warm, token, h_kv, s.n_gqa, span, queries, judged);
 }
 
-// the second one
-static void attend_span(const warm_view & warm, const shape & s, const lines & l, const float * lse, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
+// the second one. least: [n_lines], not known yet where it is negative
+static void attend_span(const warm_view & warm, const shape & s, const lines & l, const float * lse, float * least, const ggml_tensor * q, int64_t token, int64_t t, int64_t h_kv, int64_t span) {
     const float *        queries[REFREEKV_WARM_GQA];
     warm_judged judged [REFREEKV_WARM_GQA];
     float *              out    [REFREEKV_WARM_GQA];
@@ -111,8 +114,14 @@ static void attend_span(const warm_view & warm, const shape & s, const lines & l
         queries[i] = query_of(q, token, h_kv*s.n_gqa + i);
         judged [i] = l.judged(r);
         out    [i] = l.spans + (span*l.n_lines + r)*s.n_part;
+
+        if (warm.max_error > 0.0f && least[r] < 0.0f) {
+            least[r] = warm_least(warm, token, judged[i], lse[r]);
+        }
     }
-    warm_attend(warm, token, h_kv, s.n_gqa, span, queries, judged, lse + t*s.n_head + h_kv*s.n_gqa, out);
+    const int64_t first = t*s.n_head + h_kv*s.n_gqa;
+
+    warm_attend(warm, token, h_kv, s.n_gqa, span, queries, judged, lse + first, least + first, out);
 }
 
 // the logarithm of the sum of a line's weights, as far as it is known by the codes
@@ -152,8 +161,24 @@ static float sink_of(const ggml_tensor * sinks, int64_t h) {
     return sinks ? ((const float *) sinks->data)[h] : -INFINITY;
 }
 
+// What a thread has to add to warm_counts
+struct counted {
+    int64_t n_lines  = 0;
+    int64_t by_codes = 0;
+    int64_t worst    = 0;
+
+    void add_to(warm_counts & counts) const {
+        counts.n_lines  += n_lines;
+        counts.by_codes += by_codes;
+
+        int64_t most = counts.worst;
+        while (most < worst && !counts.worst.compare_exchange_weak(most, worst)) {
+        }
+    }
+};
+
 // one line's attention of its parts: out [n_v]. lse: what those of the warm cells are relative to
-static void join_line(const shape & s, const lines & l, int64_t r, float sink, float lse, float * out) {
+static void join_line(const shape & s, const lines & l, int64_t r, float sink, float lse, float * out, counted * counts = nullptr) {
     float top = l.n_spans > 0 ? lse : sink;
     for (int64_t c = 0; c < s.n_chunks; ++c) {
         top = std::max(top, l.parts[(c*l.n_lines + r)*s.n_part + s.n_v]);
@@ -176,10 +201,21 @@ static void join_line(const shape & s, const lines & l, int64_t r, float sink, f
             add(part, expf(part[s.n_v] - top), part[s.n_v + 1]);
         }
     }
+    float by_codes = 0.0f;
+    float excess   = 0.0f;
     for (int64_t i = 0; i < l.n_spans; ++i) {
         const float * part = l.spans + (i*l.n_lines + r)*s.n_part;
+        const float   w    = expf(lse - top);
 
-        add(part, expf(lse - top), part[s.n_v]);
+        add(part, w, part[s.n_v + WARM_WEIGHTS]);
+
+        by_codes += w*part[s.n_v + WARM_BY_CODES];
+        excess   += w*part[s.n_v + WARM_EXCESS];
+    }
+    if (counts && total > 0.0f) {
+        counts->n_lines++;
+        counts->by_codes += (int64_t) (by_codes/total*warm_counts::UNIT);
+        counts->worst     = std::max(counts->worst, (int64_t) (std::min(excess/total, 1.0f)*warm_counts::UNIT));
     }
     for (int64_t d = 0; total > 0.0f && d < s.n_v; d += N_LANES) {
         store(out + d, load(out + d)/total);
@@ -239,7 +275,7 @@ static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
     thread_local std::vector<float> scratch;
 
     // each thread for itself: it is less work than another operation to wait for
-    float * lse = aligned(scratch, l.n_lines);
+    float * lse = aligned(scratch, 2*GGML_PAD(l.n_lines, N_LANES));
     for (int64_t r = 0; r < l.n_lines; ++r) {
         lse[r] = estimate_lse(s, l, r, sink_of(sinks, r % s.n_head));
     }
@@ -247,9 +283,12 @@ static void attend_warm(ggml_tensor * dst, int ith, int nth, void * userdata) {
         std::copy_n(lse, l.n_lines, l.lse);
     }
 
+    float * least = lse + GGML_PAD(l.n_lines, N_LANES);
+    std::fill_n(least, l.n_lines, -1.0f);
+
     for_units(s, l, ith, nth, [&](int64_t h_kv, int64_t span) {
         for (int64_t t = 0; t < q->ne[2]; ++t) {
-            attend_span(warm, s, l, lse, q, t, t, h_kv, span);
+            attend_span(warm, s, l, lse, least, q, t, t, h_kv, span);
         }
     });
 }
@@ -264,9 +303,11 @@ static void join_all(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const shape s(q, dst->src[1], dst->src[2]);
     const lines l(s, q->ne[2], warm.n_blocks, (float *) dst->src[3]->data, (float *) dst->src[4]->data);
 
+    counted counts;
     for (int64_t r = ith; r < l.n_lines; r += nth) {
-        join_line(s, l, r, sink_of(sinks, r % s.n_head), l.lse[r], (float *) dst->data + r*s.n_v);
+        join_line(s, l, r, sink_of(sinks, r % s.n_head), l.lse[r], (float *) dst->data + r*s.n_v, &counts);
     }
+    counts.add_to(*warm.counts);
 }
 
 // The same for many tokens, each by one thread. Sources: q, k, v, mask, sinks; dst: [n_embd_head_v*n_head, n_tokens]
@@ -280,7 +321,10 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
 
     thread_local std::vector<float> scratch;
 
-    const lines l(s, 1, warm.n_blocks, aligned(scratch, lines::size(s, 1, warm.n_blocks, true)));
+    const int64_t size = GGML_PAD(lines::size(s, 1, warm.n_blocks, true), N_LANES);
+    const lines   l(s, 1, warm.n_blocks, aligned(scratch, size + s.n_head));
+    float *       least = l.parts + size;
+    counted       counts;
 
     for (int64_t t = ith; t < q->ne[2]; t += nth) {
         for (int64_t c = 0; c < s.n_chunks; ++c) {
@@ -290,11 +334,13 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
         for (int64_t h = 0; h < s.n_head; ++h) {
             l.lse[h] = estimate_lse(s, l, h, sink_of(sinks, h));
         }
-        for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { attend_span(warm, s, l, l.lse, q, t, 0, h_kv, span); });
+        std::fill_n(least, s.n_head, -1.0f);
+        for_units(s, l, 0, 1, [&](int64_t h_kv, int64_t span) { attend_span(warm, s, l, l.lse, least, q, t, 0, h_kv, span); });
         for (int64_t h = 0; h < s.n_head; ++h) {
-            join_line(s, l, h, sink_of(sinks, h), l.lse[h], (float *) ((char *) dst->data + t*dst->nb[1]) + h*s.n_v);
+            join_line(s, l, h, sink_of(sinks, h), l.lse[h], (float *) ((char *) dst->data + t*dst->nb[1]) + h*s.n_v, &counts);
         }
     }
+    counts.add_to(*warm.counts);
 }
 
 static bool has_warm(const decode_call & call) {

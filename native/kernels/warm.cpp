@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace refreekv {
@@ -17,6 +18,9 @@ static const int64_t CELLS = REFREEKV_CODED_CELLS;
 
 // A block that gets less than this of a line's attention adds nothing to it
 static const float NOTHING = 1e-5f;
+
+// of max_error is aimed at: once rows have been read, the sum of all weights is a little another
+static const float MARGIN = 0.75f;
 
 static const uint8_t * codes_k(const warm_view & warm, int64_t block, int64_t h_kv) {
     return warm.blocks_k[block] + h_kv*warm.next_head_k;
@@ -43,6 +47,26 @@ static inline reg finished(reg x, const decode_softmax & by) {
     return x*by.post_scale;
 }
 
+// how far each logit of a block can be from the exact one, at most: half a step of each channel of K, and what dot_codes() rounds. The
+// softmax's scales are part of it; a soft-cap makes differences smaller
+static float logit_bound(const warm_view & warm, const uint8_t * block, const float * q, float unit) {
+    const auto * steps = (const ggml_fp16_t *) block + warm.n_k;
+
+    thread_local std::vector<float> scratch;
+
+    float * step = aligned(scratch, warm.n_k);
+    ggml_cpu_fp16_to_fp32(steps, step, warm.n_k);
+
+    lanes sums = {};
+    for (int64_t d = 0; d < warm.n_k; d += N_LANES) {
+        const lanes x = load(q + d)*load(step + d);
+        sums += max(x, -x);
+    }
+    const float of_rounding = unit*warm.n_k*((1 << warm.bits_k) - 1)/2;
+
+    return (sum(sums) + of_rounding)/2*fabsf(warm.softmax->pre_scale*warm.softmax->post_scale)*(warm.softmax->soft_cap > 0.0f ? warm.softmax->soft_cap : 1.0f);
+}
+
 void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * out) {
     thread_local std::vector<float> scratch;
 
@@ -66,6 +90,7 @@ void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_g
             for (int64_t i = 0; i < n_gqa; ++i) {
                 out[i].tops  [b] = -INFINITY;
                 out[i].totals[b] = 0.0f;
+                out[i].excess[b] = 0.0f;
             }
             continue;
         }
@@ -104,6 +129,7 @@ void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_g
             }
             out[i].tops  [b] = top;
             out[i].totals[b] = sum_of(total);
+            out[i].excess[b] = warm.max_error > 0.0f ? expm1f(std::min(logit_bound(warm, codes_k(warm, b, h_kv), q[i], unit[i]), 80.0f)) : 0.0f;
         }
     }
 }
@@ -130,49 +156,86 @@ static void attend_row(const warm_view & warm, const uint8_t * row, int64_t n_gq
     }
 }
 
-// the cells of a block to which one of the heads gives theta or more
-static uint64_t peaks_of(const warm_judged * judged, int64_t block, int64_t n_gqa, const float * factors, float theta) {
+float warm_least(const warm_view & warm, int64_t token, const warm_judged & judged, float lse) {
+    // sums of products, by their exponents and first two bits
+    static const int N_BINS = 1024;
+    float bins[N_BINS] = {};
+
+    const auto bin_of = [](float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof(bits));
+        return bits >> 21;
+    };
+    for (int64_t b = 0; b < warm.n_blocks; ++b) {
+        if (!warm.visible[token*warm.n_blocks + b]) {
+            continue;
+        }
+        const float factor = expf(judged.tops[b] - lse)*judged.excess[b];
+        for (int64_t j = 0; j < CELLS; ++j) {
+            const float x = judged.weights[b*CELLS + j]*factor;
+            bins[bin_of(x)] += x;
+        }
+    }
+
+    uint32_t bin  = 0;
+    float    left = warm.max_error*MARGIN;
+    while (bin < N_BINS && bins[bin] <= left) {
+        left -= bins[bin++];
+    }
+    const uint32_t bits = bin << 21;
+
+    float res;
+    memcpy(&res, &bits, sizeof(res));
+    return bin < N_BINS ? res : INFINITY;
+}
+
+// the cells of a block that one of the heads gives its limit or more
+static uint64_t peaks_of(const warm_judged * judged, int64_t block, int64_t n_gqa, const float * factors, const float * limits) {
     uint64_t res = 0;
     for (int64_t i = 0; i < n_gqa; ++i) {
-        if (factors[i] >= theta) {
+        if (factors[i] >= limits[i]) {
             const float * src = judged[i].weights + block*CELLS;
             for (int64_t j = 0; j < CELLS; ++j) {
-                res |= (uint64_t) (src[j]*factors[i] >= theta) << j;
+                res |= (uint64_t) (src[j]*factors[i] >= limits[i]) << j;
             }
         }
     }
     return res;
 }
 
-void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, float * const * out) {
+void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, const float * least, float * const * out) {
     const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + ggml_row_size(warm.type_v, warm.n_v);
 
     thread_local std::vector<float>   scratch;
     thread_local std::vector<uint8_t> rows;
 
-    float * memory  = aligned(scratch, warm.n_k + warm.n_v + n_gqa*(CELLS + 1));
+    float * memory  = aligned(scratch, warm.n_k + warm.n_v + n_gqa*(CELLS + 2));
     float * weights = memory + warm.n_k + warm.n_v; // [n_gqa][CELLS]
     float * factors = weights + n_gqa*CELLS;        // [n_gqa] of the weights of a block
+    float * limits  = factors + n_gqa;              // [n_gqa] from which on its rows are read
 
     rows.resize(CELLS*row_bytes);
 
     for (int64_t i = 0; i < n_gqa; ++i) {
-        std::fill_n(out[i], warm.n_v + 1, 0.0f);
+        std::fill_n(out[i], warm.n_v + N_LANES, 0.0f);
     }
 
     const int64_t first = span*REFREEKV_WARM_SPAN;
     const int64_t end   = std::min(first + REFREEKV_WARM_SPAN, warm.n_blocks);
 
+    const auto look_at = [&](int64_t b, float theta) {
+        for (int64_t i = 0; i < n_gqa; ++i) {
+            factors[i] = expf(judged[i].tops[b] - lse[i]);
+            limits [i] = warm.max_error > 0.0f ? std::min(theta, least[i]/judged[i].excess[b]) : theta;
+        }
+        return peaks_of(judged, b, n_gqa, factors, limits);
+    };
+
     // what is to be read, within the budget
     const auto count = [&](float theta) {
         int64_t n = 0;
         for (int64_t b = first; b < end; ++b) {
-            if (warm.visible[token*warm.n_blocks + b]) {
-                for (int64_t i = 0; i < n_gqa; ++i) {
-                    factors[i] = expf(judged[i].tops[b] - lse[i]);
-                }
-                n += __builtin_popcountll(peaks_of(judged, b, n_gqa, factors, theta));
-            }
+            n += warm.visible[token*warm.n_blocks + b] ? __builtin_popcountll(look_at(b, theta)) : 0;
         }
         return n;
     };
@@ -180,7 +243,7 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
 
     float   theta  = warm.theta;
     int64_t n_read = 0;
-    for (int64_t n = n_wanted; n > warm_budget(warm.theta); n = count(theta)) {
+    for (int64_t n = n_wanted; n > warm_budget(warm.theta) && warm.max_error == 0.0f; n = count(theta)) {
         theta *= 2.0f;
     }
 
@@ -198,11 +261,7 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
             }
         }
 
-        for (int64_t i = 0; i < n_gqa; ++i) {
-            factors[i] = expf(judged[i].tops[b] - lse[i]);
-        }
-
-        uint64_t peaks = peaks_of(judged, b, n_gqa, factors, theta);
+        uint64_t peaks = look_at(b, theta);
         if (peaks) {
             const uint64_t had = warm.read(warm.source, b, peaks, h_kv, rows.data());
 
@@ -220,6 +279,7 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
 
         for (int64_t i = 0; i < n_gqa; ++i) {
             if (judged[i].totals[b]*factors[i] < NOTHING) {
+                out[i][warm.n_v + WARM_EXCESS] += judged[i].totals[b]*factors[i]*judged[i].excess[b];
                 continue;
             }
             const float * src = judged[i].weights + b*CELLS;
@@ -235,7 +295,11 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
             for (int64_t j = 0; j < CELLS; j += N_REG) {
                 total += load_reg(dst + j);
             }
-            out[i][warm.n_v] += sum_of(total);
+            const float by_codes = sum_of(total);
+
+            out[i][warm.n_v + WARM_WEIGHTS]  += by_codes;
+            out[i][warm.n_v + WARM_BY_CODES] += by_codes;
+            out[i][warm.n_v + WARM_EXCESS]   += by_codes*judged[i].excess[b];
 
             w [n] = dst;
             to[n] = out[i];
@@ -250,8 +314,8 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
     }
 
     if (n_wanted > 0) {
-        *warm.n_read += n_read;
-        *warm.n_left += n_wanted - n_read;
+        warm.counts->n_read += n_read;
+        warm.counts->n_left += n_wanted - n_read;
     }
 }
 

@@ -11,6 +11,18 @@ namespace refreekv {
 
 struct decode_softmax;
 
+// What decoding has done with the warm cells of a layer. Parts of attention are in units of 1/UNIT, so that their sums do not depend on the
+// order of threads
+struct warm_counts {
+    static constexpr float UNIT = 1 << 20;
+
+    std::atomic<int64_t> n_read     { 0 }; // rows
+    std::atomic<int64_t> n_left     { 0 }; // rows that were to be read, and that their codes stand for all the same
+    std::atomic<int64_t> n_lines    { 0 }; // query heads of tokens that see warm cells
+    std::atomic<int64_t> by_codes   { 0 }; // of all these, the part of attention that codes stood for
+    std::atomic<int64_t> worst      { 0 }; // of one of these, the part of attention that is misplaced at most; only with max_error
+};
+
 // What decoding sees of the warm cells of one layer: the cells whose K and V are held in codes (kernels/codes.h). It attends to all of them
 // by their codes. Where a query head gives a cell theta of its attention or more, estimated by the codes, the cell's exact K and V take
 // their place, for all query heads of that KV head.
@@ -23,6 +35,7 @@ struct warm_view {
     int     bits_k;
     int     bits_v;
     float   theta;
+    float   max_error; // the part of a head's attention that codes may misplace; 0: whatever it is
 
     const float * largest_steps; // [n_head_kv][n_k] of each channel of K, in all blocks
 
@@ -44,8 +57,7 @@ struct warm_view {
     uint64_t (*read)(const void * source, int64_t block, uint64_t cells, int64_t h_kv, uint8_t * rows);
     const void * source;
 
-    std::atomic<int64_t> * n_read; // rows
-    std::atomic<int64_t> * n_left; // rows that get theta or more, and that their codes stand for all the same
+    warm_counts * counts;
 };
 
 static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head, at most
@@ -67,13 +79,26 @@ struct warm_judged {
     float * weights; // [n_blocks*64] e^(logit - top)
     float * tops;    // [n_blocks, rounded up to N_LANES] the largest logit of each block; -infinity: none
     float * totals;  // of a block's weights
+    float * excess;  // only with max_error: e^(bound on the error of a block's logits) - 1
 };
 
 // First pass: the weights of a span of blocks, within each block. q, out: of the n_gqa heads of the KV head
 void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * out);
 
+// Only with max_error. A weight by codes, of a logit that is off by b at most, is off by its e^b - 1 fold at most, so no more of a line's
+// attention is misplaced than the sum of these products. Returns the least product that is read, so that those of the other rows add up to
+// less than max_error
+float warm_least(const warm_view & warm, int64_t token, const warm_judged & judged, float lse);
+
+// numbers behind the weighted sum of V, all relative to e^lse
+enum warm_part {
+    WARM_WEIGHTS,  // the sum of all weights
+    WARM_BY_CODES, // of the weights that codes stand for
+    WARM_EXCESS,   // only with max_error: of the products above
+};
+
 // Second pass, once lse is known, the logarithm of the sum of all e^logit, hot and warm, of each line: out[i]: [n_v] the weighted sum
-// of V, and behind it the sum of the weights, both relative to e^lse
-void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, float * const * out);
+// of V, and behind it the numbers of warm_part. least: of warm_least(), [n_gqa]
+void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, const float * least, float * const * out);
 
 } // namespace refreekv

@@ -80,6 +80,9 @@ const char * policy_check(const refreekv_params & p) {
     if (!(p.theta >= 0.0f && p.theta < 1.0f)) {
         return "theta: must be 0 or more, and below 1";
     }
+    if (!(p.max_error >= 0.0f && p.max_error < 1.0f) || (p.max_error > 0.0f && p.theta == 0.0f)) {
+        return "max_error: must be 0 or more, and below 1, and needs theta";
+    }
     if (!(p.top_p > 0.0f && p.top_p <= 1.0f)) {
         return "top_p: must be above 0 and at most 1";
     }

@@ -24,8 +24,7 @@ warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, 
     view.n_v       = n_v;
     view.bits_k    = bits_k;
     view.bits_v    = bits_v;
-    view.n_read    = &n_read;
-    view.n_left    = &n_left;
+    view.counts    = &counts;
     view.source    = this;
 
     view.next_head_k = SLAB*bytes_k;

@@ -117,8 +117,7 @@ public:
         bool               readable = false; // by this process, as it was when the batch began
     } exact;
 
-    std::atomic<int64_t> n_read { 0 };
-    std::atomic<int64_t> n_left { 0 };
+    warm_counts counts;
 
     // the cold store could not be read
     mutable std::atomic<bool> is_lost { false };

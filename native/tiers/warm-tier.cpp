@@ -55,7 +55,8 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     if (why) {
         LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why);
     } else {
-        share = params.theta;
+        share     = params.theta;
+        max_error = params.max_error;
     }
 }
 
@@ -67,7 +68,8 @@ void warm_tier::make(layer & layer) const {
     layer.warm = std::make_unique<warm_cells>(hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), BITS_K, BITS_V);
 
     layer.warm->view.softmax = &layer.softmax;
-    layer.warm->view.theta   = cold.exists() ? share : INFINITY; // else there is nothing to read
+    layer.warm->view.theta     = cold.exists() ? share : INFINITY; // else there is nothing to read
+    layer.warm->view.max_error = cold.exists() ? max_error : 0.0f;
     layer.warm->view.type_k  = cold.type_of(layer, false);
     layer.warm->view.type_v  = cold.type_of(layer, true);
 

@@ -52,6 +52,7 @@ private:
     std::atomic<uint64_t> & n_generation;
 
     float share          = 0.0f;
+    float max_error      = 0.0f;
     bool  warned_of_lost = false;
 
     void encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const;

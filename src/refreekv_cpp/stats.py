@@ -90,6 +90,9 @@ class KVStats:
         n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
             token: their codes stood for them.
         bytes_codes: codes of evicted rows, which decoding attends to.
+        by_codes: the part of a head's attention that codes stood for: the mean over heads, layers and tokens so far.
+        error_bound: with `ReFreeKV.max_error`, the part of a head's attention that codes misplaced at most: the largest
+            over heads, layers and tokens so far. It is not computed without.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -122,6 +125,8 @@ class KVStats:
     n_rows_read: int
     n_rows_left: int
     bytes_codes: int
+    by_codes: float
+    error_bound: float
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
@@ -171,6 +176,8 @@ class KVStats:
             n_rows_read=stats.n_rows_read,
             n_rows_left=stats.n_rows_left,
             bytes_codes=stats.bytes_codes,
+            by_codes=stats.by_codes,
+            error_bound=stats.error_bound,
             n_layouts=stats.n_layout,
             buffers=buffers,
         )

@@ -61,6 +61,7 @@ class Debug(Policy):
     mask_only: bool = False
     by_graph: bool = False
     theta: float = 0.0
+    max_error: float = 0.0
 
     @property
     def name(self) -> str:
@@ -69,7 +70,13 @@ class Debug(Policy):
     def native_options(self) -> dict[str, Any]:
         options = self.policy.native_options()
         assert options is not None
-        return {**options, "mask_only": self.mask_only, "by_graph": self.by_graph, "theta": self.theta}
+        return {
+            **options,
+            "mask_only": self.mask_only,
+            "by_graph": self.by_graph,
+            "theta": self.theta,
+            "max_error": self.max_error,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

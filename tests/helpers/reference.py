@@ -262,25 +262,50 @@ SPAN = 512
 """Cells in codes whose reads have a common budget."""
 
 
-def warm_attention(
-    queries: Array, keys: Array, values: Array, coded_keys: Array, coded_values: Array, scale: float, theta: float
-) -> tuple[Array, int]:
-    """One token's heads [n, d] of a KV head, with keys and values [n_cells, d] that are known by codes alone at first.
+def rows_for_theta(estimate: Array, coded_cells: npt.NDArray[np.bool_], theta: float) -> npt.NDArray[np.bool_]:
+    """The cells whose rows are read: those that one of the heads of a KV head gives theta of its attention.
 
-    Cells that one of the heads gives theta of its attention, by the codes, count by their own rows for all of them.
-    (A cell that is held is its own code.) Returns what comes out, [n, d], and how many rows were read.
+    Args:
+        estimate: attention of the heads by the codes, [n, n_cells].
+        coded_cells: which cells are in codes.
     """
-    estimate = softmax(queries @ coded_keys.T * scale)
-    coded_cells = np.flatnonzero((keys != coded_keys).any(axis=1))
-    read = np.zeros(len(keys), dtype=bool)
-    for first in range(0, len(coded_cells), SPAN):
-        cells, least = coded_cells[first : first + SPAN], theta
+    read = np.zeros(len(coded_cells), dtype=bool)
+    places = np.flatnonzero(coded_cells)
+    for first in range(0, len(places), SPAN):
+        cells, least = places[first : first + SPAN], theta
         while (estimate[:, cells] >= least).any(axis=0).sum() > max(16, 0.1 / theta):
             least *= 2  # too many for one token
         read[cells] = (estimate[:, cells] >= least).any(axis=0)
-    read_all = read[:, None]
-    weights = softmax(queries @ np.where(read_all, keys, coded_keys).T * scale)
-    return weights @ np.where(read_all, values, coded_values), int(read.sum())
+    return read
+
+
+def rows_for_max_error(estimate: Array, excess: Array, theta: float, max_error: float) -> npt.NDArray[np.bool_]:
+    """As `rows_for_theta`, and as few more as leave no more than 3/4 of `max_error` of products with `excess`.
+
+    Args:
+        excess: e^bound - 1 of each logit, 0 for cells that are not in codes, [n, n_cells].
+    """
+    product = estimate * excess
+    read = (estimate >= theta) & (excess > 0)
+    for head in range(len(product)):
+        order = np.argsort(product[head])
+        read[head, order[np.cumsum(product[head, order]) > 0.75 * max_error]] = True
+    return (read & (excess > 0)).any(axis=0)
+
+
+def logit_bounds(queries: Array, keys: Array, bits: int) -> Array:
+    """How far products of queries with keys [n_cells, d] by their codes can be off: [n, n_cells]."""
+    steps = np.empty(keys.shape)
+    for first in range(0, len(keys), 64):
+        steps[first : first + 64] = encode(keys[first : first + 64], bits)[1]
+    unit = np.abs(queries * steps.max(axis=0)).max(axis=1) / 127  # products of queries and steps are rounded to it
+    return (np.abs(queries) @ steps.T + unit[:, None] * keys.shape[1] * (2**bits - 1) / 2) / 2
+
+
+def misplaced(queries: Array, keys: Array, seen_keys: Array, scale: float) -> float:
+    """The largest part of a head's attention that is elsewhere with the keys that it sees."""
+    exact, seen = (softmax(queries @ k.T * scale) for k in (keys, seen_keys))
+    return float(np.abs(exact - seen).sum(axis=1).max() / 2)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -319,6 +344,7 @@ class LlamaReference:
         self.hidden = [np.empty(0, dtype=bool) for _ in range(self.n_layer)]
         self.warm: dict[int, tuple[npt.NDArray[np.int64], int, int, float]] = {}  # see put_away
         self.n_read = 0
+        self.worst = 0.0  # part of a head's attention that was misplaced
         self.last_queries: list[Array] = []  # of each layer, [n_tokens, n_head, n_embd_head], of the last read()
 
     def copy(self) -> LlamaReference:
@@ -333,11 +359,13 @@ class LlamaReference:
         hidden[list(positions)] = False
         self.hidden[layer] = self.hidden[layer] | hidden
 
-    def put_away(self, layer: int, kept: Iterable[int], bits: tuple[int, int], theta: float) -> None:
+    def put_away(
+        self, layer: int, kept: Iterable[int], bits: tuple[int, int], theta: float, max_error: float = 0.0
+    ) -> None:
         """From now on queries, which come one by one, see all but these by codes of so many bits (of K, V), and read
-        rows at theta of their attention."""
+        rows at theta of their attention, and those that max_error asks for."""
         gone = np.setdiff1d(np.arange(len(self.keys[layer])), list(kept))
-        self.warm[layer] = (gone, *bits, theta)
+        self.warm[layer] = (gone, *bits, theta, max_error)
 
     def bring_back(self, layer: int, positions: Iterable[int]) -> None:
         """From now on queries see these again."""
@@ -391,14 +419,23 @@ class LlamaReference:
 
     def attention_to_warm(self, layer: int, head: int, queries: Array, scale: float) -> Array:
         """One token's queries [n_gqa, d] of a KV head of a layer of which something was put away: [n_gqa, d]."""
-        gone, bits_k, bits_v, theta = self.warm[layer]
+        gone, bits_k, bits_v, theta, max_error = self.warm[layer]
         keys, values = (rows[layer][:, head].astype(np.float32) for rows in (self.keys, self.values))
         coded_keys, coded_values = keys.copy(), values.copy()
         coded_keys[gone] = coded(keys[gone], bits_k)
         coded_values[gone] = coded(values[gone], bits_v)
-        res, n_read = warm_attention(queries, keys, values, coded_keys, coded_values, scale, theta)
-        self.n_read += n_read
-        return res
+        estimate = softmax(queries @ coded_keys.T * scale)
+        if max_error > 0:
+            excess = np.zeros_like(estimate)
+            excess[:, gone] = np.expm1(logit_bounds(queries, keys[gone], bits_k) * scale)
+            read = rows_for_max_error(estimate, excess, theta, max_error)
+            error = misplaced(queries, keys, np.where(read[:, None], keys, coded_keys), scale)
+            self.worst = max(self.worst, error)
+        else:
+            read = rows_for_theta(estimate, (keys != coded_keys).any(axis=1), theta)
+        self.n_read += int(read.sum())
+        weights = softmax(queries @ np.where(read[:, None], keys, coded_keys).T * scale)
+        return weights @ np.where(read[:, None], values, coded_values)
 
     def feed_forward(self, layer: int, x: Array) -> Array:
         gate = x @ self.weights[f"blk.{layer}.ffn_gate.weight"].T

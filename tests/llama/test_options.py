@@ -43,6 +43,8 @@ def test_a_policy_as_text(text: str, policy: Any) -> None:
         ("refrekv:theta=1", "unknown, did you mean 'refreekv'? must be one of 'full', 'refreekv'"),
         ("refreekv:tetha=1", "ReFreeKV has no option 'tetha', did you mean 'theta'? its options are: threshold,"),
         ("refreekv:theta=2", "theta=2: must be from 0 to less than 1"),
+        ("refreekv:max_error=1", "max_error=1: must be from 0 to less than 1"),
+        ("refreekv:theta=0:max_error=0.1", "max_error=0.1: needs theta"),
         ("refreekv:rows=first", "rows='first': must be one of 'last', 'mean', 'worst'"),
         ("refreekv:sinks_in_measure=2", "sinks_in_measure=2: must be one of True, False"),
         ("refreekv:theta=0.1:theta=0.2", "'theta=0.2': theta has a value already, 0.1"),

@@ -150,6 +150,45 @@ def test_attention_is_that_of_the_codes_and_the_rows_that_are_read(
         assert np.abs(rough - expected).max() / expected.std() > 2 * error
 
 
+@pytest.mark.parametrize("max_error", [0.3, 0.1, 0.03])
+@pytest.mark.parametrize("model", ["gqa", "gqa64"])
+def test_no_head_misplaces_more_than_max_error(tiny: Callable[[str], Path], model: str, max_error: float) -> None:
+    policy = Debug(policy=POLICY, theta=NONE, max_error=max_error)
+    llm = load(tiny(model), policy, **CACHES["f32"])
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    numpy = reference.LlamaReference(tiny(model))
+    numpy.read(PROMPT)
+    for layer, positions in enumerate(kept(llm)):
+        numpy.put_away(layer, positions, BITS, NONE, max_error)
+    expected = np.concatenate([numpy.read([token]) for token in ANSWER])
+    ours = feed(llm, ANSWER)
+    stats = llm.kv_stats
+    assert numpy.worst < stats.error_bound <= max_error
+    assert numpy.n_read <= stats.n_rows_read <= 1.25 * numpy.n_read + 10
+    assert np.abs(ours - expected).max() / expected.std() < 0.05
+    # many tokens at once are judged in the same way
+    other = load(tiny(model), policy, **CACHES["f32"])
+    other.eval(PROMPT)
+    other.prune_kv()
+    other.eval(ANSWER)
+    assert other.kv_stats.n_rows_read == pytest.approx(stats.n_rows_read, rel=0.02)
+    assert 0 < other.kv_stats.error_bound <= max_error
+
+
+def test_what_codes_stand_for_is_counted(tiny: Callable[[str], Path]) -> None:
+    shares = []
+    for theta in (NONE, 0.01, 0.001, EVERY):
+        llm = read(tiny("gqa64"), theta)
+        assert llm.kv_stats.by_codes == 0
+        feed(llm, ANSWER)
+        shares.append(llm.kv_stats.by_codes)
+        assert llm.kv_stats.error_bound == 0  # it was not asked for
+    assert 0.1 < shares[0] < 0.9
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 1e-3
+
+
 def test_rows_count_by_what_they_would_draw(tiny: Callable[[str], Path]) -> None:
     rows, distance = [], []
     full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)

@@ -38,6 +38,9 @@ class ReFreeKV(Policy):
         theta: decoding goes on attending to what is evicted, by codes of 4 bits for K and 2 bits for V; rows to which
             some head gives this part of its attention or more are read from the cold store and count exactly. 0: what
             is evicted is gone. Where the cache is not in host memory, and with ALiBi, it is gone, too.
+        max_error: so many more rows are read that codes misplace no more than this part of any head's attention. 0:
+            theta alone says which rows are read. The bound is that of the steps of the codes, as in verified sparse
+            attention (arXiv 2510.05688).
         n_hot: where decoding goes on attending to what is evicted, only the sinks and this many last positions stay
             exact, and no attention is looked at: a larger set would save reads, not divergence (docs/fidelity.md).
             0: the rule decides there, too. None: 64, unless a parameter of the rule is not the default.
@@ -58,6 +61,7 @@ class ReFreeKV(Policy):
     n_sink: int = 4
     n_recent: int = 32
     theta: float = 0.003
+    max_error: float = 0.0
     n_hot: int | None = None
     n_full_layers: int = 0
     n_pool: int = 7
@@ -83,6 +87,10 @@ class ReFreeKV(Policy):
                 raise PolicyError(f"{option}={getattr(self, option)}: must be from 0 to 1")
         if not 0 <= self.theta < 1:
             raise PolicyError(f"theta={self.theta}: must be from 0 to less than 1")
+        if not 0 <= self.max_error < 1:
+            raise PolicyError(f"max_error={self.max_error}: must be from 0 to less than 1")
+        if self.max_error > 0 and self.theta == 0:
+            raise PolicyError(f"max_error={self.max_error}: needs theta, without which there are no codes")
         check_window(self.n_window)
         if not 1 <= self.window_step <= self.n_window:
             raise PolicyError(f"window_step={self.window_step}: must be from 1 to n_window={self.n_window}")
@@ -115,7 +123,7 @@ class ReFreeKV(Policy):
 
 
 # parameters that say nothing of how the rule judges cells
-_NOT_THE_RULES = ("theta", "n_sink", "n_full_layers", "n_min")
+_NOT_THE_RULES = ("theta", "max_error", "n_sink", "n_full_layers", "n_min")
 
 _PAPER: dict[str, Any] = {
     "threshold": 0.01,
