@@ -5,9 +5,8 @@
 
 namespace refreekv {
 
-// K or V of 64 neighbouring cells of one KV head in a few bits a number: every channel has the number of its code 0 and the step from
-// code to code (f16), and of each cell a code. number = least + step*code, about. Fewer than 4 bits do not cover the whole range of a
-// channel: numbers beyond have the first code or the last.
+// K or V of 64 neighbouring cells of one KV head in a few bits a number: every channel has its least number and its step (f16), and
+// of each cell a code. number = least + step*code, about.
 //
 //   least  f16 [n]
 //   step   f16 [n]

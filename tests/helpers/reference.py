@@ -231,19 +231,12 @@ def softmax(logits: Array) -> Array:
 # -- codes -------------------------------------------------------------------------------------------------------------
 
 
-def covered(bits: int) -> float:
-    """The part of a channel's range that codes of so many bits cover."""
-    return {2: 2 / 3, 3: 7 / 8}.get(bits, 1.0)
-
-
 def encode(rows: Array, bits: int) -> tuple[Array, Array, npt.NDArray[np.int64]]:
-    """Of rows [n_cells, n_channels] of a block: each channel's number of code 0 and step, and the codes of the rows."""
+    """Of rows [n_cells, n_channels] of a block: each channel's least number, its step, and the codes of rows."""
     rows = rows.astype(np.float32)
     n_steps = np.float32(2**bits - 1)
-    part = np.float32(covered(bits))
-    span = rows.max(axis=0) - rows.min(axis=0)
-    least = (rows.min(axis=0) + span * (1 - part) / 2).astype(np.float16).astype(np.float32)
-    step = (span * part / n_steps).astype(np.float16).astype(np.float32)
+    least = rows.min(axis=0).astype(np.float16).astype(np.float32)
+    step = ((rows.max(axis=0) - rows.min(axis=0)) / n_steps).astype(np.float16).astype(np.float32)
     inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
     codes = np.clip((rows - least) * inverse + np.float32(0.5), 0, n_steps).astype(np.int64)
     return least.astype(np.float64), step.astype(np.float64), codes
