@@ -262,10 +262,10 @@ REFREEKV_API int32_t refreekv_library_write(struct llama_context * ctx, llama_se
 // REFREEKV_ERR_STATE: the file is not a block with this label, or what is in it is not what was written. label: NULL: any. Any thread
 REFREEKV_API int32_t refreekv_library_check(const char * path, const void * label, size_t n_label);
 
-// A sequence becomes what these blocks have, the first at position 0, as if their tokens had been read and pruned. Rows that a pruning
-// would have evicted stay in the files, which may be removed meanwhile where the system allows that. Returns the number of tokens. The blocks
-// have to be checked before. After an error, the sequence is empty, or what it was
-REFREEKV_API int64_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths);
+// A sequence becomes what these blocks have of its first n_tokens positions, as if they had been read and pruned. The first block begins at
+// position 0, and of the last one a part may be left out. Rows that a pruning would have evicted stay in the files, which may be removed
+// meanwhile where the system allows that. The blocks have to be checked before. After an error, the sequence is empty, or what it was
+REFREEKV_API int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens);
 
 // test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_cold(int32_t n);

@@ -257,15 +257,19 @@ int32_t refreekv_library_check(const char * path, const void * label, size_t n_l
     });
 }
 
-int64_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths) {
+int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens) {
     auto * store = get_library(ctx, seq_id);
     if (!store) {
         return REFREEKV_ERR_STATE;
     }
+    if (n_paths < 1 || n_tokens < 1) {
+        refreekv::set_error("library: %d blocks, %d tokens: must be 1 or more", n_paths, n_tokens);
+        return REFREEKV_ERR_ARGUMENT;
+    }
     return refreekv::guard([&]() {
-        const std::vector<std::string> list(paths, paths + std::max(0, n_paths));
+        const std::vector<std::string> list(paths, paths + n_paths);
 
-        return store->update.run_job(ctx, [&]() { return refreekv::guard([&]() { return store->books.open(seq_id, list); }); });
+        return (int32_t) store->update.run_job(ctx, [&]() -> int64_t { return refreekv::guard([&]() { return store->books.open(seq_id, list, n_tokens); }); });
     });
 }
 

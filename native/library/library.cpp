@@ -165,32 +165,35 @@ int32_t library::write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_
 }
 
 // cells: in the order of positions; hot: those whose rows are to be in the cache
-int32_t library::open_layer(layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<block> & blocks, size_t i_layer, rows::host_rows & in) {
+int32_t library::open_layer(layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<part> & blocks, size_t i_layer, rows::host_rows & in) {
     std::vector<uint8_t>  codes;
     std::vector<uint32_t> come;
 
-    const uint32_t * its = cells.data(); // of the block
-    const uint8_t  * stay = hot.data();
-
-    for (const auto & b : blocks) {
+    for (size_t i = 0, next = 0; i < blocks.size(); next += blocks[i++].n_cells) {
+        const auto & b = blocks[i].of;
         const auto & l = b.layers[i_layer];
 
-        codes.resize(b.codes_bytes(l));
+        codes.resize(blocks[i].n_groups*l.group_bytes());
         if (!b.in->read(l.codes_at, codes.data(), codes.size())) {
             set_error("library: codes of layer %d cannot be read any more", layer.il);
             return REFREEKV_ERR_STATE;
         }
-        for (uint32_t g = 0; g < b.header.n_groups; ++g) {
-            const uint32_t first = b.header.n_before + g*N_GROUP;
+        for (uint32_t g = 0; g < blocks[i].n_groups; ++g) {
+            const size_t first = next + b.header.n_before + g*N_GROUP;
 
             uint64_t there = 0;
-            for (uint32_t i = 0; i < N_GROUP; ++i) {
-                there |= (uint64_t) !stay[first + i] << i;
+            for (uint32_t j = 0; j < N_GROUP; ++j) {
+                there |= (uint64_t) !hot[first + j] << j;
             }
+            const auto [lowest, highest] = std::minmax_element(cells.begin() + first, cells.begin() + first + N_GROUP);
             if (there == 0) {
                 continue;
             }
-            layer.warm->add(its + first, N_GROUP, there);
+            if (!warm_cells::may_share(*lowest, *highest)) {
+                set_error("library: neighbouring tokens would lie too far from each other in this cache");
+                return REFREEKV_ERR_STATE;
+            }
+            layer.warm->add(cells.data() + first, N_GROUP, there);
             for (uint32_t h = 0; h < l.n_heads; ++h) {
                 const uint8_t * of_head = codes.data() + g*l.group_bytes() + h*(l.codes_k + l.codes_v);
 
@@ -199,8 +202,6 @@ int32_t library::open_layer(layer & layer, const std::vector<uint32_t> & cells, 
             }
             layer.warm->note_steps();
         }
-        its  += b.header.n_cells;
-        stay += b.header.n_cells;
     }
 
     for (size_t i = 0; i < cells.size(); ++i) {
@@ -213,28 +214,38 @@ int32_t library::open_layer(layer & layer, const std::vector<uint32_t> & cells, 
     return p.transfer.get(layer, come, in);
 }
 
-int64_t library::open(llama_seq_id seq_id, const std::vector<std::string> & paths) {
-    std::vector<block> blocks;
+// first: the position that it is to begin with
+bool library::fits(const block & b, uint32_t first) const {
+    const auto & h = b.header;
 
-    uint32_t n_cells = 0;
+    bool res = b.layers.size() == p.layers.size() && h.first == first && h.n_groups == (h.n_cells - h.n_before)/N_GROUP &&
+        h.n_before == (first == 0 ? std::min<uint32_t>(p.params.n_sink, h.n_cells) : 0);
+    for (size_t i = 0; res && i < p.layers.size(); ++i) {
+        const auto & view = p.layers[i].warm->view;
+
+        res = b.layers[i].alike(form_of(p.layers[i])) && h.bits_k == (uint32_t) view.bits_k && h.bits_v == (uint32_t) view.bits_v;
+    }
+    return res;
+}
+
+int32_t library::open(llama_seq_id seq_id, const std::vector<std::string> & paths, uint32_t n) {
+    std::vector<part> blocks;
+
+    uint32_t n_there = 0;
     for (const auto & path : paths) {
-        blocks.push_back(open_block(path));
-
-        const auto & b = blocks.back();
-
-        bool fits = b.layers.size() == p.layers.size() && b.header.first == n_cells && b.header.n_groups == (b.header.n_cells - b.header.n_before)/N_GROUP &&
-            b.header.n_before == (n_cells == 0 ? std::min<uint32_t>(p.params.n_sink, b.header.n_cells) : 0);
-        for (size_t i = 0; fits && i < p.layers.size(); ++i) {
-            fits = b.layers[i].alike(form_of(p.layers[i])) && b.header.bits_k == (uint32_t) p.layers[i].warm->view.bits_k && b.header.bits_v == (uint32_t) p.layers[i].warm->view.bits_v;
-        }
-        if (!fits) {
+        auto b = open_block(path);
+        if (!fits(b, n_there) || n_there >= n) {
             set_error("library: %s: is not of this model, of these cache types, or of this place", path.c_str());
             return REFREEKV_ERR_STATE;
         }
-        n_cells += b.header.n_cells;
+        const uint32_t n_cells  = std::min(b.header.n_cells, n - n_there);
+        const uint32_t n_groups = (n_cells - std::min(n_cells, b.header.n_before))/N_GROUP;
+
+        n_there += n_cells;
+        blocks.push_back({ std::move(b), n_cells, n_groups });
     }
-    if (n_cells == 0 || n_cells > p.logical.stream_size()) {
-        set_error("library: %u tokens do not fit this context", n_cells);
+    if (n == 0 || n_there < n || n > p.logical.stream_size()) {
+        set_error("library: %u tokens are wanted, the blocks have %u, and the context has room for %u", n, n_there, p.logical.stream_size());
         return REFREEKV_ERR_STATE;
     }
 
@@ -244,70 +255,13 @@ int64_t library::open(llama_seq_id seq_id, const std::vector<std::string> & path
     p.mover.synchronize();
     p.release_stale();
 
-    const auto slots = p.kv.take_cells(seq_id, n_cells);
+    const auto slots = p.kv.take_cells(seq_id, n);
     if (slots.empty()) {
-        set_error("library: the context has no room for %u tokens", n_cells);
+        set_error("library: the context has no room for %u tokens", n);
         return REFREEKV_ERR_MEMORY;
     }
 
-    const int32_t status = guard([&]() {
-        std::vector<uint32_t> cells;
-        p.logical.for_batch(slots, [&](uint32_t cell) { cells.push_back(cell); });
-
-        // what a pruning would keep
-        std::vector<uint8_t> all(n_cells, 1);
-        std::vector<uint8_t> hot(n_cells, 1);
-        if (n_cells >= (uint32_t) std::max(0, p.params.n_min)) {
-            std::vector<uint8_t> pinned;
-            for (const auto & c : p.evictor.cells_of(seq_id)) {
-                pinned.push_back(c.stays);
-            }
-            selection sel;
-            select_hot(p.params, n_cells, pinned, sel);
-            for (uint32_t r = sel.n_keep; r < n_cells; ++r) {
-                hot[sel.order[r]] = 0;
-            }
-        }
-        // cells without codes stay, too: those that pinned ones have displaced
-        for (uint32_t first = 0, i = 0; i < blocks.size(); first += blocks[i++].header.n_cells) {
-            const auto & h = blocks[i].header;
-            std::fill(hot.begin() + first, hot.begin() + first + h.n_before, 1);
-            std::fill(hot.begin() + first + h.n_before + h.n_groups*N_GROUP, hot.begin() + first + h.n_cells, 1);
-        }
-        const uint32_t n_hot = std::count(hot.begin(), hot.end(), 1);
-
-        uint64_t bytes = p.bytes();
-        for (size_t i = 0; i < p.layers.size(); ++i) {
-            auto & layer = p.layers[i];
-
-            const uint32_t n_come = i < (size_t) p.params.n_full_layers ? n_cells : n_hot;
-            const uint32_t n_need = p.layouts.padded(layer.res.n_used() + n_come);
-
-            bytes += n_need > layer.rows.capacity() ? layer.rows.bytes_for(n_need) - layer.rows.bytes() : 0;
-
-            const uint32_t * its = cells.data();
-            for (const auto & b : blocks) {
-                for_runs(its, b.header.n_cells, [&](size_t j, size_t n) {
-                    p.cold.attach(layer, its[j], n, b.in, b.layers[i].records_at + j*layer.record.bytes());
-                    return true;
-                });
-                its += b.header.n_cells;
-            }
-        }
-        if (!p.within_limit(bytes)) {
-            return (int32_t) REFREEKV_ERR_MEMORY;
-        }
-
-        std::vector<rows::host_rows> in(p.mover.n_threads());
-
-        const int32_t res = run_parallel(p.layers.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t thread) {
-            return open_layer(p.layers[i], cells, i < (uint32_t) p.params.n_full_layers ? all : hot, blocks, i, in[thread]);
-        });
-        if (res == REFREEKV_OK && n_hot < n_cells) {
-            p.pruned[seq_id] = n_cells - 1;
-        }
-        return res == REFREEKV_OK && !p.within_limit(p.bytes()) ? (int32_t) REFREEKV_ERR_MEMORY : res;
-    });
+    const int32_t status = guard([&]() { return open(seq_id, slots, blocks, n); });
 
     p.layouts.make_stale();
 
@@ -318,7 +272,84 @@ int64_t library::open(llama_seq_id seq_id, const std::vector<std::string> & path
     }
     p.update_layouts();
 
-    return status == REFREEKV_OK ? (int64_t) n_cells : status;
+    return status;
+}
+
+// which cells a pruning would keep, in the order of positions
+std::vector<uint8_t> library::kept(llama_seq_id seq_id, const std::vector<part> & blocks, uint32_t n) const {
+    std::vector<uint8_t> res(n, 1);
+    if (n < (uint32_t) std::max(0, p.params.n_min)) {
+        return res;
+    }
+    std::vector<uint8_t> pinned;
+    for (const auto & c : p.evictor.cells_of(seq_id)) {
+        pinned.push_back(c.stays);
+    }
+    selection sel;
+    select_hot(p.params, n, pinned, sel);
+    for (uint32_t r = sel.n_keep; r < n; ++r) {
+        res[sel.order[r]] = 0;
+    }
+    // those without codes stay, too: where cells are protected, others leave in their place
+    for (size_t i = 0, next = 0; i < blocks.size(); next += blocks[i++].n_cells) {
+        const uint32_t n_before = std::min(blocks[i].n_cells, blocks[i].of.header.n_before);
+
+        std::fill_n(res.begin() + next, n_before, 1);
+        std::fill(res.begin() + next + n_before + blocks[i].n_groups*N_GROUP, res.begin() + next + blocks[i].n_cells, 1);
+    }
+    return res;
+}
+
+int32_t library::open(llama_seq_id seq_id, const llama_kv_cache::slot_info & slots, const std::vector<part> & blocks, uint32_t n) {
+    std::vector<uint32_t> cells;
+    p.logical.for_batch(slots, [&](uint32_t cell) { cells.push_back(cell); });
+
+    const std::vector<uint8_t> all(n, 1);
+    const std::vector<uint8_t> hot = kept(seq_id, blocks, n);
+
+    const uint32_t n_hot = std::count(hot.begin(), hot.end(), 1);
+
+    const auto is_full = [&](size_t i) { return i < (size_t) p.params.n_full_layers; };
+
+    uint64_t bytes = p.bytes();
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        auto & layer = p.layers[i];
+
+        const uint32_t n_need = p.layouts.padded(layer.res.n_used() + (is_full(i) ? n : n_hot));
+
+        bytes += n_need > layer.rows.capacity() ? layer.rows.bytes_for(n_need) - layer.rows.bytes() : 0;
+    }
+    if (!p.within_limit(bytes)) {
+        return REFREEKV_ERR_MEMORY;
+    }
+
+    for (size_t i = 0; i < p.layers.size(); ++i) {
+        auto & layer = p.layers[i];
+
+        const uint32_t * its = cells.data();
+        for (const auto & b : blocks) {
+            for_runs(its, b.n_cells, [&](size_t j, size_t n_run) {
+                p.cold.attach(layer, its[j], n_run, b.of.in, b.of.layers[i].records_at + j*layer.record.bytes());
+                return true;
+            });
+            its += b.n_cells;
+        }
+    }
+
+    std::vector<rows::host_rows> in(p.mover.n_threads());
+
+    const int32_t status = run_parallel(p.layers.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t thread) {
+        return open_layer(p.layers[i], cells, is_full(i) ? all : hot, blocks, i, in[thread]);
+    });
+    if (status != REFREEKV_OK) {
+        return status;
+    }
+    if (n_hot < n) {
+        p.pruned[seq_id] = n - 1;
+    }
+    p.n_generation++;
+
+    return p.within_limit(p.bytes()) ? REFREEKV_OK : REFREEKV_ERR_MEMORY;
 }
 
 } // namespace refreekv

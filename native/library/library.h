@@ -21,17 +21,29 @@ public:
     // is no file
     int32_t write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_t n_before, const std::string & label, const std::string & path);
 
-    // The sequence becomes what these blocks have, from position 0 on. A refreekv_status or the number of positions. After an error, the
-    // sequence is empty, or what it was where the blocks do not fit
-    int64_t open(llama_seq_id seq_id, const std::vector<std::string> & paths);
+    // The sequence becomes what these blocks have of its first n positions. A refreekv_status. After an error, the sequence is empty, or
+    // what it was where the blocks do not fit
+    int32_t open(llama_seq_id seq_id, const std::vector<std::string> & paths, uint32_t n);
 
 private:
     parts & p;
 
+    // a block, and how many of its first cells are opened
+    struct part {
+        block    of;
+        uint32_t n_cells;
+        uint32_t n_groups; // that are whole
+    };
+
     block_layer form_of(const layer & layer) const;
+    bool        fits(const block & b, uint32_t first) const;
+
+    std::vector<uint8_t> kept(llama_seq_id seq_id, const std::vector<part> & blocks, uint32_t n) const;
+
+    int32_t open(llama_seq_id seq_id, const llama_kv_cache::slot_info & slots, const std::vector<part> & blocks, uint32_t n);
 
     int32_t write_layer(const layer & layer, const std::vector<uint32_t> & cells, const block & b, block_layer & l) const;
-    int32_t open_layer (layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<block> & blocks, size_t i_layer, rows::host_rows & in);
+    int32_t open_layer (layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<part> & blocks, size_t i_layer, rows::host_rows & in);
 };
 
 } // namespace refreekv

@@ -184,26 +184,28 @@ def library_check(path: Path, label: bytes | None) -> None:
     Raises:
         CacheStateError: it is damaged, has another label, or cannot be read.
     """
-    _check(
-        _lib.refreekv_library_check(os.fsencode(path), ffi.NULL if label is None else label, len(label or b""))
-    )
+    _check(_lib.refreekv_library_check(os.fsencode(path), ffi.NULL if label is None else label, len(label or b"")))
 
 
-def library_open(ctx: Any, seq_id: int, paths: Sequence[Path]) -> int:
-    """Have a sequence be what these blocks hold, as if their tokens had been read and pruned. Returns their number.
+def library_open(ctx: Any, seq_id: int, paths: Sequence[Path], n_tokens: int) -> None:
+    """Have a sequence be what these blocks hold of its first n_tokens, as if they had been read and pruned.
 
-    The blocks have to be checked before. Their rows are read where they are, when they are wanted.
+    The last block may have more of them. The blocks have to be checked before. Their rows are read where they are, when
+    they are wanted.
 
     Raises:
         CacheStateError: the blocks do not fit this context, or cannot be read.
         CacheMemoryError: no memory for it, or not within the limit. The sequence is empty then.
     """
     texts = [ffi.new("char[]", os.fsencode(path)) for path in paths]
-    return _check(_lib.refreekv_library_open(_context(ctx), seq_id, ffi.new("char *[]", texts), len(texts)))
+    _check(_lib.refreekv_library_open(_context(ctx), seq_id, ffi.new("char *[]", texts), len(texts), n_tokens))
 
 
 def fail_cold(n: int) -> None:
-    """Test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process; 0: none."""
+    """Test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process.
+
+    0: none.
+    """
     _lib.refreekv_fail_cold(n)
 
 

@@ -90,6 +90,7 @@ class KVStats:
         n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
             token: their codes stood for them.
         bytes_codes: codes of evicted rows, which decoding attends to.
+        n_opened: tokens that have been opened from the library (`kv_library`), and were not read.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -122,11 +123,12 @@ class KVStats:
     n_rows_read: int
     n_rows_left: int
     bytes_codes: int
+    n_opened: int
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
+    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0, n_opened: int = 0) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
         stats, layers = native.figures(ctx)
         buffers = tuple(
@@ -171,6 +173,7 @@ class KVStats:
             n_rows_read=stats.n_rows_read,
             n_rows_left=stats.n_rows_left,
             bytes_codes=stats.bytes_codes,
+            n_opened=n_opened,
             n_layouts=stats.n_layout,
             buffers=buffers,
         )
@@ -191,7 +194,8 @@ class KVStats:
             *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
         ]
         pruned = f"; pruned {_times(self.n_prunes)} in {self.prune_ms:.0f} ms" if self.n_prunes else ""
-        return f"process {_mib(memory.rss)} MiB{peak}: {', '.join(parts)}{pruned}"
+        opened = f"; {self.n_opened} tokens from the library" if self.n_opened else ""
+        return f"process {_mib(memory.rss)} MiB{peak}: {', '.join(parts)}{pruned}{opened}"
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"
