@@ -33,9 +33,6 @@ _CONTEXT_FIELDS = (
 
 
 class KeptSequence(PrunedSequence):
-    kv_library: Path | None
-    kv_library_limit: int
-
     _library: Library | None = None
     _start = b""  # key of all texts of this model, with these options
     _salt = b""  # what blocks that are not exact depend on besides
@@ -138,9 +135,11 @@ class KeptSequence(PrunedSequence):
         tokens = _upstream.tokens(self)[:n_tokens]
         blocks = blocks_of(self._start, self._salt, tokens, min(self._n_exact, n_tokens), self._n_before)
         missing = [block for block in blocks if not library.has(block)]
+        written: list[Block] = []
         try:
             for block in missing:
                 library.write(self.ctx, _SEQ_ID, block, self._n_before)
+                written.append(block)
             library.touch(blocks)
             if missing:
                 self._replace_tail(library, blocks)
@@ -148,6 +147,8 @@ class KeptSequence(PrunedSequence):
             if name:
                 library.name(name, blocks[-1])
         except (CacheStateError, CacheMemoryError, OSError) as error:
+            for block in written:  # a full disk needs the room
+                library.remove(block)
             if not self._warned:
                 self._warned = True
                 inform(f"the library could not be written, and is left as it was: {error}", verbose=self.verbose)

@@ -125,7 +125,9 @@ class Library:
         self.folder = folder
         self.limit = limit
         self.names = folder / "names"
-        self.names.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for each in (folder, self.names):
+            each.mkdir(mode=0o700, exist_ok=True)
         self._remove_left_behind()
 
     # -- blocks

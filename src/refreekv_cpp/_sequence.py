@@ -37,6 +37,8 @@ class PrunedSequence(Lifetime):
     kv_cold_limit: int | None
     kv_cold_type: ColdType | None
     kv_cold_state: bool
+    kv_library: Path | None
+    kv_library_limit: int
 
     _kv: KVOptions  # all of them, as the native part was made with them
     _prompt_next = False  # what is read next is the prompt of the generation that began last
