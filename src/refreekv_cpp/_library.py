@@ -234,6 +234,17 @@ class Library:
             _remove(path)
             n_bytes -= info.st_size
 
+    def n_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(info.st_size for _, info in self._files())
+
+    def clear(self) -> int:
+        """Remove all blocks. Returns their bytes."""
+        n_bytes = self.n_bytes()
+        for path, _ in self._files():
+            _remove(path)
+        return n_bytes
+
     # -- texts
 
     def name(self, name: str, block: Block) -> None:

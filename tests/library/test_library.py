@@ -34,7 +34,7 @@ def all_writes_work() -> Iterator[None]:
     native.fail_cold(0)
 
 
-# -- the same as after reading ------------------------------------------------------------------------------------------
+# -- the same as after reading ----------------
 
 
 @pytest.mark.parametrize("evicted", ["restore", "drop"])
@@ -159,7 +159,7 @@ def test_protected_tokens_stay(tiny_model: Path, tmp_path: Path) -> None:
     assert restore(llm) > 0
 
 
-# -- what it depends on -------------------------------------------------------------------------------------------------
+# -- what it depends on ----------------
 
 
 def test_texts_share_what_they_begin_with(tiny_model: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_answers_depend_on_the_policy_too(tiny_model: Path, tmp_path: Path) -> N
     assert other.n_tokens == len(TEXT) - (len(TEXT) - 4) % 256  # whole blocks of what was read before
 
 
-# -- damage -------------------------------------------------------------------------------------------------------------
+# -- damage ----------------
 
 
 def answer(llm: Llama) -> list[int]:
@@ -259,7 +259,7 @@ def test_what_is_damaged_is_read_again(tiny_model: Path, tmp_path: Path, damage:
     assert opened(tiny_model, tmp_path).n_tokens == len(TEXT)  # it was written anew
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files ----------------
 
 
 def test_nobody_else_can_read_it(tiny_model: Path, tmp_path: Path) -> None:
@@ -392,14 +392,14 @@ raise SystemExit(os.wait()[1])
     assert run(tiny_model, tmp_path, script) == 0
 
 
-# -- options ------------------------------------------------------------------------------------------------------------
+# -- options ----------------
 
 
 @pytest.mark.parametrize(
     "options", [{"kv_policy": "full"}, {"kv_policy": SnapKV()}, {"kv_evicted": "recompute"}, {"kv_policy": "paper"}]
 )
 def test_it_needs_codes_and_a_cold_store(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(PolicyError, match="kv_library: .* must be 'refreekv'"):
+    with pytest.raises(PolicyError, match=r"kv_library: .* must be 'refreekv'"):
         Llama(str(tiny_model), kv_library=tmp_path, **{"kv_policy": POLICY, **options})
 
 
