@@ -145,7 +145,6 @@ class KVOptions:
         _n_bytes,
         Union[str, int],
         "A cap on these files, such as 4GiB; what was not used for longest is removed.",
-        variable="REFREEKV_LIBRARY_LIMIT",
     )
     from_environment: bool = False
 

@@ -50,7 +50,15 @@ def test_usage_has_the_receipt_of_the_models_policy(client: openai.OpenAI) -> No
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
     assert answer.usage.completion_tokens == 4
     receipt = answer.usage.kv
-    assert receipt.keys() - {"memory"} == {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms"}
+    assert receipt.keys() - {"memory"} == {
+        "policy",
+        "n_tokens",
+        "budget",
+        "bytes",
+        "bytes_full",
+        "prune_ms",
+        "n_opened",
+    }
     assert receipt["policy"] == "streaming"
     assert receipt["n_tokens"] == answer.usage.total_tokens - 1  # the last one is not read
     assert 0.3 < receipt["budget"] < 0.6
@@ -99,9 +107,11 @@ def test_a_receipt_leads_with_the_memory_of_the_process() -> None:
         kv: int
 
     memory = Memory(rss=100, kv=7)
-    stats = SimpleNamespace(policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0, memory=memory)
+    stats: Any = SimpleNamespace(
+        policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0, n_opened=0, memory=memory
+    )
     llm: Any = SimpleNamespace(kv_stats=stats)
-    assert next(iter(kv_receipt(llm, prune_ms_before=1.0).items())) == ("memory", {"rss": 100, "kv": 7})
+    assert next(iter(kv_receipt(llm, before=stats).items())) == ("memory", {"rss": 100, "kv": 7})
 
 
 def test_tools(client: openai.OpenAI) -> None:

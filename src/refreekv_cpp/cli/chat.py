@@ -57,11 +57,13 @@ class Conversation:
     Attributes:
         history: its messages.
         documents: that the next question is about, and that are not in it yet.
+        name: in the library.
     """
 
     def __init__(self, system: str | None, session: str | None) -> None:
         self._session = Session(session) if session is not None else None
         self._system = system
+        self.name = f"session {session}" if session else ""
         self.documents: list[str] = []
         self.history: list[Any] = self._session.messages if self._session else []
         if not self.history:
@@ -128,4 +130,5 @@ def _turn(llm: Llama, conversation: Conversation, line: str, *, max_tokens: int,
     print()
     if answer:
         conversation.add(question, {"role": "assistant", "content": answer})
+        llm.keep_kv(conversation.name)
     common.print_receipt(llm)
