@@ -101,16 +101,20 @@ void cold_rows::forget(layer & g, const std::vector<uint32_t> & cells) {
     const size_t size = g.record.bytes();
 
     for_runs(cells, [&](size_t i, size_t n) {
-        const uint32_t first = cells[i];
+        const auto end = g.is_cold.begin() + cells[i] + n;
 
-        for (uint32_t cell = first; cell < first + n; ++cell) {
-            if (g.is_cold[cell] == OWN) {
-                n_bytes -= size;
-            } else if (g.is_cold[cell] == ATTACHED) {
-                n_attached--;
-                store->detach(place_of(g, cell), size);
+        for (auto it = g.is_cold.begin() + cells[i], next = it; it != end; it = next) {
+            const uint8_t where = *it;
+            next = std::find_if(it, end, [&](uint8_t other) { return other != where; });
+
+            const size_t n_same = next - it;
+            if (where == OWN) {
+                n_bytes -= n_same*size;
+            } else if (where == ATTACHED) {
+                n_attached -= n_same;
+                store->detach(place_of(g, it - g.is_cold.begin()), n_same*size);
             }
-            g.is_cold[cell] = 0;
+            std::fill(it, next, 0);
         }
         return true;
     });

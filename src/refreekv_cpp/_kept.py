@@ -82,7 +82,7 @@ class KeptSequence(PrunedSequence):
             return self._keep(name)
 
     def _prepare(self, prompt: Sequence[int], reset: bool) -> None:
-        if reset and self._library is not None:
+        if reset and self._library is not None and self.chat_handler is None:
             self._prune_due()
             self._open(self._library, prompt[:-1])
         super()._prepare(prompt, reset)
@@ -130,7 +130,7 @@ class KeptSequence(PrunedSequence):
 
     def _keep(self, name: str = "") -> int:
         library, n_tokens = self._library, self.n_tokens
-        if library is None or n_tokens < _N_MIN:
+        if library is None or n_tokens < _N_MIN or self.chat_handler is not None:
             return 0
         tokens = _upstream.tokens(self)[:n_tokens]
         blocks = blocks_of(self._start, self._salt, tokens, min(self._n_exact, n_tokens), self._n_before)

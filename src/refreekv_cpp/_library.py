@@ -182,15 +182,7 @@ class Library:
 
     def check(self, block: Block) -> bool:
         """Whether the block is there, and is what was written. One that is damaged is removed."""
-        path = self.path(block)
-        try:
-            native.library_check(path, block.label)
-        except CacheStateError as error:
-            if path.exists():
-                logger.warning("the library has a damaged block, which is removed: %s", error)
-                _remove(path)
-            return False
-        return True
+        return self._is_whole(self.path(block), block.label)
 
     def checked(self, blocks: Sequence[Block]) -> list[Block]:
         """Those before the first that is damaged or gone."""
@@ -308,12 +300,24 @@ class Library:
 
     # -- details
 
+    def _is_whole(self, path: Path, label: bytes | None) -> bool:
+        try:
+            native.library_check(path, label)
+        except CacheStateError as error:
+            if path.exists():
+                logger.warning("the library has a damaged block, which is removed: %s", error)
+                _remove(path)
+            return False
+        return True
+
     def _block(self, parent: bytes, key: bytes, first: int, salt: bytes) -> Block | None:
-        """The block of a file, by what that says; None: it cannot be read, or depends on something else."""
-        head = _read_head(self.folder / f"{parent.hex()}-{key.hex()}{_SUFFIX}")
+        """The block of a file, by what that says; None: it depends on something else, or is damaged."""
+        path = self.folder / f"{parent.hex()}-{key.hex()}{_SUFFIX}"
+        head = _read_head(path)
         for kind in (b"", salt):
             if head is not None and _key(parent, kind, np.array(head.tokens, dtype="<i4")) == key:
                 return Block(key, parent, first, head.tokens, exact=not kind)
+        self._is_whole(path, None)
         return None
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
