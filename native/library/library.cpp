@@ -119,11 +119,11 @@ int32_t library::write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_
     p.mover.synchronize();
     p.release_stale();
 
+    const auto & all = p.logical.table_of_seq(seq_id).seq_pos_get(seq_id);
+
     std::vector<uint32_t> cells;
-    for (const auto & [pos, cell] : p.logical.of_seq(seq_id)) {
-        if (pos >= first && (uint32_t) (pos - first) < n) {
-            cells.push_back(cell);
-        }
+    for (auto it = all.lower_bound({ first, 0 }); it != all.end() && (uint32_t) (it->first - first) < n; ++it) {
+        cells.push_back(p.logical.first_of(seq_id) + it->second);
     }
     if (cells.size() != n) {
         set_error("library: sequence %d does not have positions %d to %d", seq_id, first, first + (llama_pos) n - 1);
