@@ -217,14 +217,19 @@ class Library:
         _remove(self.path(block))
 
     def trim(self) -> None:
-        """Remove what was not used for longest, until the rest is within the limit."""
+        """Remove what was not used for longest, until the rest is within the limit; and names of what is gone."""
         files = sorted(self._files(), key=lambda file: file[1].st_mtime)
         n_bytes = sum(info.st_size for _, info in files)
+        kept = {path.stem.partition("-")[2] for path, _ in files}
         for path, info in files:
             if n_bytes <= self.limit:
-                return
+                break
             _remove(path)
+            kept.discard(path.stem.partition("-")[2])
             n_bytes -= info.st_size
+        for path, name in self._named():
+            if name["key"] not in kept:
+                _remove(path)
 
     def n_bytes(self) -> int:
         """Of all blocks."""

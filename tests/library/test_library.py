@@ -328,6 +328,17 @@ def test_a_full_disk(tiny_model: Path, tmp_path: Path, n: int) -> None:
     assert opened(tiny_model, tmp_path).n_tokens == len(TEXT)  # written after the answer
 
 
+def test_there_is_no_room_to_open_it(tiny_model: Path, tmp_path: Path) -> None:
+    write(tiny_model, tmp_path)
+    llm = opened(tiny_model, tmp_path, kv_memory_limit="140KiB")
+    assert llm.n_tokens == 0
+    assert native.stats(ctx_of(llm)).n_tokens == 0
+    llm.eval(TEXT[:50])
+    other = reader(tiny_model, None)
+    other.eval(TEXT[:50])
+    np.testing.assert_array_equal(feed(llm, MORE), feed(other, MORE))
+
+
 def test_the_library_keeps_to_its_limit(tiny_model: Path, tmp_path: Path) -> None:
     write(tiny_model, tmp_path)
     limit = sum(path.stat().st_size for path in files(tmp_path)) * 3 // 2
@@ -342,12 +353,12 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from books import TEXT, read, reader
-llm = read(reader(Path(sys.argv[1]), Path(sys.argv[2])))
+llm = read(reader(Path(sys.argv[1]), Path(sys.argv[2]), **eval(sys.argv[4])))
 """
 
 
-def child(model: Path, folder: Path, script: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD + script, str(model), str(folder), str(HELPERS)]
+def child(model: Path, folder: Path, script: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD + script, str(model), str(folder), str(HELPERS), repr(options)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -376,6 +387,20 @@ llm.keep_kv()
     llm = opened(tiny_model, tmp_path)
     assert llm.n_tokens == (4 + n * 256 if n else 0)
     assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no limits on files")
+def test_a_file_cannot_grow(tiny_model: Path, tmp_path: Path) -> None:
+    """A full disk, as the system says it: a write is refused, or is a part of what was to be written."""
+    script = """
+import resource
+from support import generate
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+print(llm.keep_kv(), len(generate(llm, TEXT)))
+"""
+    with child(tiny_model, tmp_path, script, kv_cold="memory") as process:
+        assert process.communicate(timeout=60)[0] == "0 6\n"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "names"]
 
 
 def test_two_processes_write_the_same(tiny_model: Path, tmp_path: Path) -> None:
