@@ -69,7 +69,7 @@ class KeptSequence(PrunedSequence):
         """Write what the cache holds to the library. Completions do this by themselves when they end.
 
         Args:
-            name: by which `refreekv library` lists the text.
+            name: by which `refreekv library` lists the text, also as it grows in this process.
 
         Returns:
             The tokens that the library has of it now; 0 where there is no library, or it could not be written.
@@ -161,7 +161,7 @@ class KeptSequence(PrunedSequence):
             block.parent == tail.parent and block.tokens[: len(tail.tokens)] == tail.tokens and block != tail
             for block in blocks
         ):
-            library.remove(tail)
+            library.replace(tail, blocks[-1])
         self._tail = None if is_whole(blocks[-1], self._n_before) else blocks[-1]
 
 

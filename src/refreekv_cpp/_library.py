@@ -192,10 +192,10 @@ class Library:
 
     def touch(self, blocks: Sequence[Block]) -> None:
         """They were used now. What comes later in a text is removed before what it needs."""
-        now = time.time()
+        now = time.time_ns()
         for i, block in enumerate(blocks):
             with contextlib.suppress(OSError):
-                os.utime(self.path(block), (now, now - i * 1e-3))
+                os.utime(self.path(block), ns=(now, now - i * 1000))
 
     def write(self, ctx: Any, seq_id: int, block: Block, n_before: int) -> None:
         """Write a block of what is in a cache.
@@ -215,6 +215,13 @@ class Library:
 
     def remove(self, block: Block) -> None:
         _remove(self.path(block))
+
+    def replace(self, block: Block, later: Block) -> None:
+        """Remove the end of a text, which ends later now; if it has a name, it keeps that."""
+        for _, name in self._named():
+            if name["key"] == block.key.hex():
+                self.name(name["name"], later)
+        self.remove(block)
 
     def trim(self) -> None:
         """Remove what was not used for longest, until the rest is within the limit; and names of what is gone."""

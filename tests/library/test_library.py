@@ -274,6 +274,17 @@ def test_what_is_damaged_is_read_again(tiny_model: Path, tmp_path: Path, damage:
 # -- files ----------------
 
 
+def test_a_name_follows_a_text_that_grows(tiny_model: Path, tmp_path: Path) -> None:
+    llm = read(reader(tiny_model, tmp_path))
+    llm.keep_kv("a text")
+    write(tiny_model, tmp_path, random_tokens(500, seed=6))
+    n_files = len(files(tmp_path))
+    llm.eval(MORE)
+    llm.keep_kv()
+    assert len(files(tmp_path)) == n_files  # one end took the place of the other
+    assert [(text.name, text.n_tokens) for text in llm._library.texts()] == [("a text", 1306), ("", 500)]
+
+
 def test_nobody_else_can_read_it(tiny_model: Path, tmp_path: Path) -> None:
     write(tiny_model, tmp_path / "new")
     if os.name != "nt":
