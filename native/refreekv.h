@@ -254,7 +254,25 @@ REFREEKV_API int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_se
 // within memory_limit. The sequence stays pruned then, though some layers may have been brought back.
 REFREEKV_API int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id);
 
-// test hook: let the n-th write to a cold store from now on fail, and all after it, in this process; 0: none
+// The library: what a cache has of a text, in files that are called blocks (native/library/block.h). A block is of neighbouring positions. The
+// caller knows by a label which text it is of, and with which options it was read.
+
+// NULL when sequences of this context can be written to a library and opened from it, else the reason why not
+REFREEKV_API const char * refreekv_library_refusal(struct llama_context * ctx);
+
+// Write n_tokens positions of a sequence from `first` on to a new file. Those before n_before stay exact when it is opened: the sinks. What
+// is there after an error is what was there before
+REFREEKV_API int32_t refreekv_library_write(struct llama_context * ctx, llama_seq_id seq_id, llama_pos first, int32_t n_tokens, int32_t n_before, const void * label, size_t n_label, const char * path);
+
+// REFREEKV_ERR_STATE: the file is not a block with this label, or what is in it is not what was written. label: NULL: any. Any thread
+REFREEKV_API int32_t refreekv_library_check(const char * path, const void * label, size_t n_label);
+
+// A sequence becomes what these blocks have of its first n_tokens positions, as if they had been read and pruned. The first block begins at
+// position 0, and of the last one a part may be left out. Rows that a pruning would have evicted stay in the files, which may be removed
+// meanwhile where the system allows that. The blocks have to be checked before. After an error, the sequence is empty, or what it was
+REFREEKV_API int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens);
+
+// test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_cold(int32_t n);
 
 // test hook: let the n-th allocation of rows from now on fail, and all after it, in this process; 0: none

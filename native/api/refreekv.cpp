@@ -207,6 +207,73 @@ int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id) {
     return refreekv::guard([&]() { return store->update.restore_seq(ctx, seq_id); });
 }
 
+const char * refreekv_library_refusal(struct llama_context * ctx) {
+    auto * store = refreekv::get_store(ctx);
+    if (!store) {
+        return "this context has no KV policy";
+    }
+    if (!dynamic_cast<llama_kv_cache *>(ctx->get_memory())) {
+        return "this model has layers with a sliding window or recurrent states beside its cache";
+    }
+    return store->books.refusal();
+}
+
+// nullptr after setting the error
+static refreekv::store * get_library(llama_context * ctx, llama_seq_id seq_id) {
+    const char * why = refreekv_library_refusal(ctx);
+    if (why) {
+        refreekv::set_error("library: %s", why);
+        return nullptr;
+    }
+    auto * store = refreekv::get_store(ctx);
+    if (!store->valid_seq(seq_id)) {
+        refreekv::set_error("library: there is no sequence %d in this context", seq_id);
+        return nullptr;
+    }
+    return store;
+}
+
+int32_t refreekv_library_write(struct llama_context * ctx, llama_seq_id seq_id, llama_pos first, int32_t n_tokens, int32_t n_before, const void * label, size_t n_label, const char * path) {
+    auto * store = get_library(ctx, seq_id);
+    if (!store) {
+        return REFREEKV_ERR_STATE;
+    }
+    if (first < 0 || n_tokens < 1 || n_before < 0 || n_before > n_tokens) {
+        refreekv::set_error("library: positions %d.., %d tokens, %d before the codes: must be 0 or more, 1 or more, and up to the tokens", first, n_tokens, n_before);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv::guard([&]() { return store->books.write(seq_id, first, n_tokens, n_before, std::string((const char *) label, n_label), path); });
+}
+
+int32_t refreekv_library_check(const char * path, const void * label, size_t n_label) {
+    refreekv::clear_error();
+
+    return refreekv::guard([&]() {
+        const auto b = refreekv::open_block(path);
+        if (label && b.label != std::string((const char *) label, n_label)) {
+            throw std::runtime_error(std::string(path) + ": a block of another text, or read with other options");
+        }
+        refreekv::check_sections(b, path);
+        return (int32_t) REFREEKV_OK;
+    });
+}
+
+int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens) {
+    auto * store = get_library(ctx, seq_id);
+    if (!store) {
+        return REFREEKV_ERR_STATE;
+    }
+    if (n_paths < 1 || n_tokens < 1) {
+        refreekv::set_error("library: %d blocks, %d tokens: must be 1 or more", n_paths, n_tokens);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv::guard([&]() {
+        const std::vector<std::string> list(paths, paths + n_paths);
+
+        return (int32_t) store->update.run_job(ctx, [&]() -> int64_t { return refreekv::guard([&]() { return store->books.open(seq_id, list, n_tokens); }); });
+    });
+}
+
 void refreekv_fail_cold(int32_t n) {
     refreekv::cold_failure.from(n);
 }

@@ -8,6 +8,7 @@
 #include "api/error.h"
 #include "cache/store.h"
 
+#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-model.h"
 
@@ -134,6 +135,25 @@ void cache::state_clear(llama_seq_id seq_id, uint32_t /*strm*/, const slot_info 
     }
     seq_rm(seq_id, -1, -1);
     store->state.clear_rows(sinfo);
+}
+
+// as state_read_meta() of upstream
+cache::slot_info cache::take_cells(llama_seq_id seq_id, uint32_t n) {
+    llama_batch_allocr balloc(hparams.n_pos_per_embd());
+
+    llama_ubatch ubatch = balloc.ubatch_reserve(n, 1);
+
+    ubatch.seq_id_unq[0] = seq_id;
+    for (uint32_t i = 0; i < n; ++i) {
+        ubatch.pos[i]      = i;
+        ubatch.n_seq_id[i] = 1;
+        ubatch.seq_id[i]   = &seq_id;
+    }
+    const auto res = n <= get_size() ? find_slot(ubatch, false) : slot_info {};
+    if (!res.empty()) {
+        apply_ubatch(res, ubatch);
+    }
+    return res;
 }
 
 // contexts

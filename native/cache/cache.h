@@ -61,6 +61,9 @@ public:
 
     using llama_kv_cache::state_clear;
 
+    // Cells for positions 0 to n - 1 of a sequence, which has none. Empty: there is no room for them
+    slot_info take_cells(llama_seq_id seq_id, uint32_t n);
+
 private:
     friend struct ::refreekv::parts;
 

@@ -35,7 +35,7 @@ struct layer {
 
     uint64_t             cold_place = 0; // of its records in the cold store, by cell (cold_rows)
     refreekv::record     record;         // the form of one of them
-    std::vector<uint8_t> is_cold;        // [n_cells] whether the cold store has the row of a cell
+    std::vector<uint8_t> is_cold;        // [n_cells] whether the cold store has the row of a cell, and where (cold_rows); 0: it has not
 
     std::unique_ptr<warm_cells> warm; // evicted cells that decoding goes on attending to; nullptr: it attends to none of them
 

@@ -120,7 +120,7 @@ void parts::release_stale() {
             layouts.make_stale();
         }
     }
-    if (cold.bytes() > 0) {
+    if (cold.any()) {
         std::vector<uint32_t> empty;
         for (uint32_t cell = 0; cell < logical.size(); ++cell) {
             if (logical.is_empty(cell)) {

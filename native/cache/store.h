@@ -9,6 +9,7 @@
 #include "cache/updates.h"
 #include "evict/evict.h"
 #include "graph/views.h"
+#include "library/library.h"
 #include "state/state.h"
 #include "tiers/restore.h"
 
@@ -53,6 +54,7 @@ public:
     sequences  seqs   { p, restore };
     updates    update { p, evict, restore };
     states     state  { p };
+    library    books  { p };
     inspection look   { p };
 
     //

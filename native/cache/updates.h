@@ -28,6 +28,9 @@ public:
     int64_t keep   (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);
     int64_t restore_seq(llama_context * lctx, llama_seq_id seq_id);
 
+    // any other work on the rows, in an update of its own; it returns a refreekv_status or a count
+    int64_t run_job(llama_context * lctx, std::function<int64_t()> && job);
+
     // sequences that a batch of several tokens added to; prune_read() prunes them (REFREEKV_NATIVE_PRUNE=tests)
     void note_read(const llama_ubatch & ubatch) { read.insert(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq); }
     void prune_read(llama_context * lctx);
@@ -41,7 +44,6 @@ private:
     int64_t                job_result = 0;
     std::set<llama_seq_id> read;
 
-    int64_t run_job (llama_context * lctx, std::function<int64_t()> && job);
     int64_t run_step(const turn::todo & todo); // a failure is counted, and the sequence goes on from what is there
 };
 

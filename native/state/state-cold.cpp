@@ -29,7 +29,7 @@ void write_cold(const parts & p, llama_io_write_i & io, const std::vector<uint32
     std::vector<std::vector<uint32_t>> rows(p.layers.size()); // indices of the list
 
     bool any = false;
-    for (uint32_t i_layer = 0; i_layer < p.layers.size() && p.params.cold_state && p.cold.bytes() > 0; ++i_layer) {
+    for (uint32_t i_layer = 0; i_layer < p.layers.size() && p.params.cold_state && p.cold.any(); ++i_layer) {
         const auto & layer = p.layers[i_layer];
         for (uint32_t i = 0; i < list.size(); ++i) {
             if (p.cold.has(layer, list[i]) && layer.res.slot(list[i]) < 0) {

@@ -86,26 +86,75 @@ void cold_rows::reset(std::vector<layer> & layers) {
         g.is_cold.assign(store ? n_cells : 0, 0);
         place += n_cells*(uint64_t) g.record.bytes();
     }
-    n_bytes = 0;
-    is_full = false;
+    n_bytes    = 0;
+    n_attached = 0;
+    is_full    = false;
     if (store) {
         store->clear();
     }
 }
 
 void cold_rows::forget(layer & g, const std::vector<uint32_t> & cells) {
-    if (n_bytes == 0) {
+    if (!any()) {
         return;
     }
-    for (uint32_t cell : cells) {
-        if (g.is_cold[cell]) {
-            g.is_cold[cell] = 0;
-            n_bytes -= g.record.bytes();
+    const size_t size = g.record.bytes();
+
+    for_runs(cells, [&](size_t i, size_t n) {
+        const auto end = g.is_cold.begin() + cells[i] + n;
+
+        for (auto it = g.is_cold.begin() + cells[i], next = it; it != end; it = next) {
+            const uint8_t where = *it;
+            next = std::find_if(it, end, [&](uint8_t other) { return other != where; });
+
+            const size_t n_same = next - it;
+            if (where == OWN) {
+                n_bytes -= n_same*size;
+            } else if (where == ATTACHED) {
+                n_attached -= n_same;
+                store->detach(place_of(g, it - g.is_cold.begin()), n_same*size);
+            }
+            std::fill(it, next, 0);
         }
-    }
-    if (n_bytes == 0) {
+        return true;
+    });
+    if (!any()) {
         store->clear();
     }
+}
+
+void cold_rows::forget_copies(layer & g, std::vector<uint32_t> cells) {
+    if (store->is_file()) {
+        return;
+    }
+    cells.erase(std::remove_if(cells.begin(), cells.end(), [&](uint32_t cell) { return g.is_cold[cell] != OWN; }), cells.end());
+    forget(g, cells);
+}
+
+void cold_rows::attach(layer & g, uint32_t cell, size_t n, const std::shared_ptr<const file> & in, uint64_t at) {
+    store->attach(place_of(g, cell), n*g.record.bytes(), in, at);
+    std::fill_n(g.is_cold.begin() + cell, n, ATTACHED);
+    n_attached += n;
+}
+
+void cold_rows::pack(const layer & g, size_t n, const uint8_t * k, const uint8_t * v, uint8_t * records) const {
+    std::vector<uint8_t> smaller[2];
+
+    const auto rows = [&](bool is_v) {
+        const uint8_t * src = is_v ? v : k;
+        if (type_of(g, is_v) == g.type(is_v)) {
+            return src;
+        }
+        smaller[is_v].resize(n*row_size(g, is_v));
+        convert(g.type(is_v), src, type_of(g, is_v), smaller[is_v].data(), n, g.n_embd(is_v));
+
+        return (const uint8_t *) smaller[is_v].data();
+    };
+    g.record.join(rows(false), rows(true), n, records);
+}
+
+bool cold_rows::read(const layer & g, uint32_t cell, size_t n, uint8_t * records) const {
+    return store->read(place_of(g, cell), records, n*g.record.bytes());
 }
 
 bool cold_rows::write(const layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v) {
@@ -113,22 +162,11 @@ bool cold_rows::write(const layer & g, uint32_t cell, size_t n, const uint8_t * 
     const size_t n_max = std::min(n, std::max<size_t>(1, PIECE/size));
 
     std::vector<uint8_t> records(n_max*size);
-    std::vector<uint8_t> smaller[2];
 
     for (size_t i = 0; i < n; i += n_max) {
         const size_t n_piece = std::min(n_max, n - i);
 
-        const auto rows = [&](bool is_v) {
-            const uint8_t * src = (is_v ? v : k) + i*g.row_size(is_v);
-            if (type_of(g, is_v) == g.type(is_v)) {
-                return src;
-            }
-            smaller[is_v].resize(n_max*row_size(g, is_v));
-            convert(g.type(is_v), src, type_of(g, is_v), smaller[is_v].data(), n_piece, g.n_embd(is_v));
-
-            return (const uint8_t *) smaller[is_v].data();
-        };
-        g.record.join(rows(false), rows(true), n_piece, records.data());
+        pack(g, n_piece, k + i*g.row_size(false), v + i*g.row_size(true), records.data());
 
         if (!store->write(place_of(g, cell + i), records.data(), n_piece*size)) {
             return false;
@@ -143,7 +181,7 @@ bool cold_rows::put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const
     const bool ok = (limit == 0 || n_bytes + more <= limit) && write(g, cell, n, k, v);
 
     if (ok) {
-        std::fill_n(g.is_cold.begin() + cell, n, 1);
+        std::fill_n(g.is_cold.begin() + cell, n, OWN);
         n_bytes += more;
     } else if (!is_full.exchange(true)) {
         LLAMA_LOG_WARN("refreekv: no room in the cold store (%" PRIu64 " MiB are there): what does not fit is lost\n", n_bytes >> 20);
@@ -158,6 +196,9 @@ bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const 
     const size_t n_max = std::max<size_t>(1, PIECE/size);
     const size_t n_gap = std::max<size_t>(1, GAP/size);
 
+    // a read of what lies between two cells fails where the store has no row there
+    const auto are_there = [&](uint32_t from, uint32_t to) { return std::find(g.is_cold.begin() + from, g.is_cold.begin() + to, 0) == g.is_cold.begin() + to; };
+
     refreekv::bytes records;
     refreekv::bytes rows  [2];
     refreekv::bytes larger[2]; // where the cold store's type is a smaller one than the cache's
@@ -170,7 +211,7 @@ bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const 
 
     for (size_t first = 0, last; first < cells.size(); first = last + 1) {
         last = first;
-        while (last + 1 < cells.size() && cells[last + 1] - cells[last] <= n_gap && cells[last + 1] - cells[first] < n_max) {
+        while (last + 1 < cells.size() && cells[last + 1] - cells[last] <= n_gap && cells[last + 1] - cells[first] < n_max && are_there(cells[last], cells[last + 1])) {
             ++last;
         }
         if (!store->read(place_of(g, cells[first]), records.data(), (cells[last] - cells[first] + 1)*size)) {
@@ -196,7 +237,7 @@ bool cold_rows::get(const layer & g, const std::vector<uint32_t> & cells, const 
 }
 
 void cold_rows::copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n) {
-    if (n_bytes == 0) {
+    if (!any()) {
         return;
     }
     std::vector<uint32_t> cells;

@@ -13,6 +13,7 @@ struct llama_hparams;
 namespace refreekv {
 
 class cold_store;
+class file;
 
 // The evicted rows that are kept in a cold store. It has a place for every cell of every layer, so nothing is looked up: a flag
 // per cell says whether its row is there. A row never changes while its cell is in use.
@@ -28,7 +29,8 @@ public:
     bool     exists() const { return store != nullptr; } // else what is evicted is gone
     bool     lost()   const { return is_full; }          // there was no room for a row
     bool     readable() const;                           // by this process
-    uint64_t bytes()  const { return n_bytes; }
+    uint64_t bytes()  const { return n_bytes; }          // of its own
+    bool     any()    const { return n_bytes + n_attached > 0; }
 
     bool has(const layer & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
 
@@ -37,6 +39,16 @@ public:
 
     // rows that nobody will ask for again
     void forget(layer & g, const std::vector<uint32_t> & cells);
+
+    // Rows that the cache holds again: in memory they would be there twice
+    void forget_copies(layer & g, std::vector<uint32_t> cells);
+
+    // The records of n neighbouring cells, which the store does not have, are in a file from `at` on (cold_store::attach). Throws std::bad_alloc
+    void attach(layer & g, uint32_t cell, size_t n, const std::shared_ptr<const file> & in, uint64_t at);
+
+    // the records of n neighbouring cells: made of rows as the cache has them; and those that the store has. false: it cannot be read
+    void pack(const layer & g, size_t n, const uint8_t * k, const uint8_t * v, uint8_t * records) const;
+    bool read(const layer & g, uint32_t cell, size_t n, uint8_t * records) const;
 
     // The rows of n neighbouring cells, as the cache has them. false: no room, and what comes later is lost, too
     bool put(layer & g, uint32_t cell, size_t n, const uint8_t * k, const uint8_t * v);
@@ -54,6 +66,8 @@ public:
     void copy(layer & g, uint32_t first_src, uint32_t first_dst, uint32_t n);
 
 private:
+    enum : uint8_t { OWN = 1, ATTACHED = 2 }; // layer::is_cold
+
     const llama_hparams & hparams;
 
     const bool     by_heads; // single heads are read (warm_cells)
@@ -64,6 +78,7 @@ private:
     std::unique_ptr<cold_store> store;
 
     std::atomic<uint64_t> n_bytes { 0 };
+    uint64_t              n_attached = 0; // rows
     std::atomic<bool>     is_full { false };
 
     size_t   row_size(const layer & g, bool v) const;

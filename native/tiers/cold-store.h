@@ -1,10 +1,12 @@
 #pragma once
 
 #include "cache/pages.h"
+#include "tiers/file.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -16,7 +18,7 @@ namespace refreekv {
 //
 // A process that was forked off from this one finds nothing in it, and writes nothing.
 //
-// The file is written and read, not mapped: a full disk or a file that was cut is an error then, and no signal.
+// Ranges of it can be those of other files (attach), which are read there and never written.
 class cold_store {
 public:
     cold_store(); // host memory
@@ -36,28 +38,44 @@ public:
     // false: they cannot be read (any more). Several threads may read at once
     bool read(uint64_t offset, void * data, size_t size) const { return readable() && get(offset, data, size); }
 
-    // try_read() does not wait for a disk. LATE: these bytes are not in memory; the operating system has been asked for them, so that
-    // they are there the next time. (Where the operating system has no such read, it waits.) It does not check readable(), which is a system
-    // call: callers check that once per batch. It is called from several threads
-    enum result { THERE, LATE, LOST };
+    // see file::try_read(). It does not check readable(), which is a system call: callers check that once per batch. It is called from
+    // several threads
+    bool         readable() const;
+    file::result try_read(uint64_t offset, void * data, size_t size) const;
 
-    bool   readable() const;
-    result try_read(uint64_t offset, void * data, size_t size) const;
+    // These bytes are those of a file from `at` on, where nothing is attached yet. The file stays open until all of its ranges are
+    // detached. No other thread may use the store meanwhile. attach() throws std::bad_alloc
+    void attach(uint64_t offset, size_t size, const std::shared_ptr<const file> & in, uint64_t at);
+    void detach(uint64_t offset, size_t size);
 
     // forget everything, and give its room back
     void clear();
 
-    bool is_file() const { return fd >= 0; }
+    bool is_file() const { return own != nullptr; }
 
 private:
-    int     fd    = -1;
-    int64_t owner = 0; // a process that was forked off has the same file, and must leave it alone
+    struct range {
+        size_t                      size;
+        std::shared_ptr<const file> in;
+        uint64_t                    at;
+    };
+
+    std::unique_ptr<file> own;
+    int64_t               owner = 0; // a process that was forked off has the same file, and must leave it alone
 
     std::map<uint64_t, pages_ptr> pages; // by offset/REFREEKV_COLD_PAGE
     std::mutex pages_mutex;
 
+    std::map<uint64_t, range> attached; // by offset; they do not overlap
+
     bool   get    (uint64_t offset, void * data, size_t size) const;
+    bool   get_own(uint64_t offset, void * data, size_t size) const;
     char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
+
+    // f(file, offset in it, destination, size) for the pieces of a range that lie in one place; file: nullptr: in this store's own. It
+    // stops where f returns false
+    template <typename F>
+    bool for_places(uint64_t offset, void * data, size_t size, F && f) const;
 };
 
 } // namespace refreekv

@@ -90,10 +90,8 @@ int64_t restoration::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p
         p.n_restores++;
         p.restore_us += ggml_time_us() - t_start;
 
-        if (p.cold.kind() == REFREEKV_COLD_MEMORY) {
-            for (uint32_t i = 0; i < p.layers.size(); ++i) {
-                p.cold.forget(p.layers[i], cells[i]); // in memory they would be there twice
-            }
+        for (uint32_t i = 0; i < p.layers.size() && p.cold.exists(); ++i) {
+            p.cold.forget_copies(p.layers[i], cells[i]);
         }
         p.warm.refresh(p.layers);
     }

@@ -197,6 +197,9 @@ uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t
     const size_t   part  = exact.record.head();
     const uint32_t n_gap = std::max<size_t>(1, GAP/size);
 
+    // a read of what lies between two cells fails where the store has no row there
+    const auto are_there = [&](uint32_t from, uint32_t to) { return std::find(exact.there + from, exact.there + to, 0) == exact.there + to; };
+
     thread_local std::vector<uint8_t> piece;
 
     if (!exact.readable) {
@@ -222,7 +225,7 @@ uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t
         do {
             const int64_t  i    = lowest_bit(cells);
             const uint32_t next = cell(block, i);
-            if (n > 0 && (next < first || next - first - behind[n - 1] > n_gap || next - first >= N_READ)) {
+            if (n > 0 && (next < first || next - first - behind[n - 1] > n_gap || next - first >= N_READ || !are_there(first + behind[n - 1], next))) {
                 break;
             }
             run |= 1ull << i;
@@ -234,8 +237,8 @@ uint64_t warm_cells::read(uint32_t block, uint64_t cells, uint32_t head, uint8_t
 
         const auto res = exact.store->try_read(exact.place + first*(uint64_t) size + head*part, piece.data(), behind[n - 1]*size + part);
 
-        if (res != cold_store::THERE) {
-            is_lost = is_lost || res == cold_store::LOST;
+        if (res != file::THERE) {
+            is_lost = is_lost || res == file::LOST;
             had &= ~run;
             continue;
         }

@@ -14,7 +14,7 @@ class MissingExtraError(RefreeKVError, ImportError):
 
 
 @contextmanager
-def needs_extra(extra: Literal["lab", "server"], what: str) -> Iterator[None]:
+def needs_extra(extra: Literal["lab", "pdf", "server"], what: str) -> Iterator[None]:
     """Around imports of modules that this extra brings; `what` needs them.
 
     Raises:

@@ -10,13 +10,13 @@ from typing import Any
 import llama_cpp
 
 from refreekv_cpp import _closed, _upstream
-from refreekv_cpp._sequence import PrunedSequence
+from refreekv_cpp._kept import KeptSequence
 from refreekv_cpp.errors import CacheStateError, ClosedError
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
-class Generations(PrunedSequence):
+class Generations(KeptSequence):
     _generation: object = None  # the one that began last; None: what it left in the cache has been changed
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -75,6 +75,7 @@ class Generations(PrunedSequence):
                 self._prompt_next = False
                 with suppress(ClosedError):
                     self._prune_due()
+                    self._keep()
 
     def reset(self) -> None:
         """As upstream's."""

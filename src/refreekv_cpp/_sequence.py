@@ -37,11 +37,14 @@ class PrunedSequence(Lifetime):
     kv_cold_limit: int | None
     kv_cold_type: ColdType | None
     kv_cold_state: bool
+    kv_library: Path | None
+    kv_library_limit: int
 
     _kv: KVOptions  # all of them, as the native part was made with them
     _prompt_next = False  # what is read next is the prompt of the generation that began last
     _chat_reads = False  # a chat handler is reading its prompt, with images, before that generation begins
     _n_limit_prunes = 0
+    _n_opened = 0  # tokens that came from a library so far
     _system: str | None = None  # message of the chat that is in the cache
 
     @property
@@ -55,7 +58,7 @@ class PrunedSequence(Lifetime):
             ClosedError: the Llama is closed.
         """
         with self._reading:
-            return KVStats.read(self.kv_policy.name, self.ctx, self._n_limit_prunes)
+            return KVStats.read(self.kv_policy.name, self.ctx, self._n_limit_prunes, self._n_opened)
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.

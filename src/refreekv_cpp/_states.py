@@ -97,6 +97,7 @@ class SavedStates(Generations):
 
     def _load_state(self, state: llama_cpp.LlamaState) -> None:
         self._generation = None
+        self._n_exact = 0  # nobody knows how it was read
         native.clear_error()
         try:
             with without_scores(self):

@@ -55,6 +55,12 @@ class Llama(SavedStates):
         kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.
             They are as large as the full cache's then; without, a conversation that goes on from one is read again.
             Default: True.
+        kv_library: a folder (True: one in the user's cache folder) where what was read is kept, so that it need not be
+            read again: before a prompt is read, the longest beginning of it that is known there is opened; when a
+            completion ends, what is new is written. See docs/library.md. It needs kv_policy="refreekv", and a model
+            whose whole cache can have it. Default: none.
+        kv_library_limit: a cap on the bytes in that folder, as a number or like "4GiB"; what was not used for longest
+            is removed. Default: "4GiB".
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
             that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
         kv_memory_limit: a cap on the bytes of K and V, and of codes, as a number or like "512MiB". With a policy that
@@ -91,6 +97,8 @@ class Llama(SavedStates):
         kv_cold_limit: int | str | None = None,
         kv_cold_type: ColdType | None = None,
         kv_cold_state: bool | None = None,
+        kv_library: bool | str | os.PathLike[str] | None = None,
+        kv_library_limit: int | str | None = None,
         **options: Any,
     ) -> None:
         kv = KVOptions.of(
@@ -104,6 +112,8 @@ class Llama(SavedStates):
             kv_cold_limit=kv_cold_limit,
             kv_cold_type=kv_cold_type,
             kv_cold_state=kv_cold_state,
+            kv_library=kv_library,
+            kv_library_limit=kv_library_limit,
         )
         _checks.check_names(options, more=OPTIONS, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
@@ -133,6 +143,7 @@ class Llama(SavedStates):
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
         self._loaded = True
+        self._open_library()
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
         with _closed.loading, native.next_context(self._kv.native_params()):

@@ -147,6 +147,15 @@ def choose(text: str, names: Sequence[str], wanted: str | None) -> list[str]:
     return files
 
 
+def shards(model: Path) -> list[Path]:
+    """The files of a model, of which this is the first or the only one."""
+    shard = _SHARD.fullmatch(model.name)
+    if not shard:
+        return [model]
+    names = (f"{shard['model']}-{i:05}-of-{shard['total']}.gguf" for i in range(1, int(shard["total"]) + 1))
+    return [path for name in names if (path := model.with_name(name)).is_file()] or [model]
+
+
 def _is_file(wanted: str, name: str) -> bool:
     return wanted.lower() in (name.lower(), name.rpartition("/")[2].lower())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -150,8 +151,61 @@ def restore(ctx: Any, seq_id: int) -> int:
     return _check(_lib.refreekv_restore(_context(ctx), seq_id))
 
 
+def library_refusal(ctx: Any) -> str | None:
+    """Why sequences of this context cannot be written to a library or opened from it; None: they can."""
+    why = _lib.refreekv_library_refusal(_context(ctx))
+    return None if why == ffi.NULL else ffi.string(why).decode()
+
+
+def library_write(ctx: Any, seq_id: int, first: int, n_tokens: int, n_before: int, label: bytes, path: Path) -> None:
+    """Write positions of a sequence from `first` on to a new file, a block of the library.
+
+    Args:
+        n_before: how many of them have no codes, because they are never evicted: the sinks.
+        label: by which `library_check` knows the block again.
+
+    Raises:
+        CacheStateError: the sequence does not have them, or the file cannot be made.
+        CacheMemoryError: the disk is full. There is no file then.
+    """
+    _check(
+        _lib.refreekv_library_write(
+            _context(ctx), seq_id, first, n_tokens, n_before, label, len(label), os.fsencode(path)
+        )
+    )
+
+
+def library_check(path: Path, label: bytes | None) -> None:
+    """Read a block of the library, and compare its checksums.
+
+    Args:
+        label: that it has to have; None: any.
+
+    Raises:
+        CacheStateError: it is damaged, has another label, or cannot be read.
+    """
+    _check(_lib.refreekv_library_check(os.fsencode(path), ffi.NULL if label is None else label, len(label or b"")))
+
+
+def library_open(ctx: Any, seq_id: int, paths: Sequence[Path], n_tokens: int) -> None:
+    """Have a sequence be what these blocks hold of its first n_tokens, as if they had been read and pruned.
+
+    The last block may have more of them. The blocks have to be checked before. Their rows are read where they are, when
+    they are wanted.
+
+    Raises:
+        CacheStateError: the blocks do not fit this context, or cannot be read.
+        CacheMemoryError: no memory for it, or not within the limit. The sequence is empty then.
+    """
+    texts = [ffi.new("char[]", os.fsencode(path)) for path in paths]
+    _check(_lib.refreekv_library_open(_context(ctx), seq_id, ffi.new("char *[]", texts), len(texts), n_tokens))
+
+
 def fail_cold(n: int) -> None:
-    """Test hook: let the n-th write to a cold store from now on fail, and all after it, in this process; 0: none."""
+    """Test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process.
+
+    0: none.
+    """
     _lib.refreekv_fail_cold(n)
 
 

@@ -45,6 +45,14 @@ def _path(name: str, value: Any) -> Path:
         raise PolicyError(str(error)) from None
 
 
+def _library(name: str, value: Any) -> Path | None:
+    """The folder; True is the one in the cache folder, False and None none."""
+    value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if value is True:
+        return cache_dir() / "library"
+    return None if value is None or value is False else _path(name, value).expanduser()
+
+
 def _n_bytes(name: str, value: Any) -> int:
     return parse_bytes(value, option=name)
 
@@ -72,6 +80,8 @@ class KVOptions:
         kv_elastic: memory follows the contents. `of` never leaves it None.
         kv_memory_limit: bytes of K and V; None: no limit.
         kv_cold_limit: bytes of evicted rows that are kept; None: no limit.
+        kv_library: the folder of the library; None: there is none.
+        kv_library_limit: bytes of its files.
         from_environment: the environment chose the policy, the program did not.
     """
 
@@ -123,6 +133,19 @@ class KVOptions:
     kv_cold_state: bool = _option(
         True, _one_of(True, False), bool, "Whether cached states (cache: true) have the evicted rows in them."
     )
+    kv_library: Path | None = _option(
+        None,
+        _library,
+        Union[str, bool, None],
+        "Keep what was read in files, and open it from there the next time: true (in the cache folder) or a folder.",
+        variable="REFREEKV_LIBRARY",
+    )
+    kv_library_limit: int = _option(
+        4 * 2**30,
+        _n_bytes,
+        Union[str, int],
+        "A cap on these files, such as 4GiB; what was not used for longest is removed.",
+    )
     from_environment: bool = False
 
     @classmethod
@@ -157,6 +180,11 @@ class KVOptions:
             raise PolicyError(
                 "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
             )
+        if options.kv_library is not None and not options.can_have_library:
+            raise PolicyError(
+                "kv_library: it has codes and exact rows of what is evicted; kv_policy must be 'refreekv' (with theta "
+                "above 0, and no other parameter of its rule), and kv_evicted 'restore' or 'drop'"
+            )
         return dataclasses.replace(options, kv_elastic=options.evicts or bool(options.kv_elastic))
 
     @property
@@ -164,8 +192,13 @@ class KVOptions:
         return not isinstance(self.kv_policy, Full)
 
     @property
-    def _has_cold(self) -> bool:
-        return self.evicts and self.kv_evicted in ("keep", "restore")
+    def can_have_library(self) -> bool:
+        policy = self.kv_policy.native_options() or {}
+        return policy.get("theta", 0) > 0 and policy.get("n_hot", 0) > 0 and self.kv_evicted != "recompute"
+
+    @property
+    def has_cold_store(self) -> bool:
+        return self.evicts and (self.kv_evicted in ("keep", "restore") or self.kv_library is not None)
 
     def public(self) -> dict[str, Any]:
         """The options by name."""
@@ -184,7 +217,7 @@ class KVOptions:
 
     def _cold_params(self) -> dict[str, Any]:
         """The fields of `refreekv_params` that say where evicted rows go."""
-        if not self._has_cold:
+        if not self.has_cold_store:
             return {}
         return {
             "cold": native.enum_value(f"COLD_{self.kv_cold}".upper()),
@@ -201,7 +234,7 @@ class KVOptions:
         Raises:
             PolicyError: `kv_cold_dir` is no folder that can be written.
         """
-        if not self._has_cold or self.kv_cold == "memory":
+        if not self.has_cold_store or self.kv_cold == "memory":
             return None
         if self.kv_cold_dir is not None:
             if not _can_write(self.kv_cold_dir):

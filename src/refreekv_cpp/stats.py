@@ -93,6 +93,7 @@ class KVStats:
         by_codes: the part of a head's attention that codes stood for: the mean over heads, layers and tokens so far.
         error_bound: with `ReFreeKV.max_error`, the part of a head's attention that codes misplaced at most: the largest
             over heads, layers and tokens so far. It is not computed without.
+        n_opened: tokens that have been opened from the library (`kv_library`), and were not read.
         n_layouts: distinct layouts among the layers: masks that a graph needs.
         buffers: where the memory of the model and the context lies.
     """
@@ -127,11 +128,12 @@ class KVStats:
     bytes_codes: int
     by_codes: float
     error_bound: float
+    n_opened: int
     n_layouts: int
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0) -> KVStats:
+    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0, n_opened: int = 0) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
         stats, layers = native.figures(ctx)
         buffers = tuple(
@@ -178,6 +180,7 @@ class KVStats:
             bytes_codes=stats.bytes_codes,
             by_codes=stats.by_codes,
             error_bound=stats.error_bound,
+            n_opened=n_opened,
             n_layouts=stats.n_layout,
             buffers=buffers,
         )
@@ -198,7 +201,8 @@ class KVStats:
             *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
         ]
         pruned = f"; pruned {_times(self.n_prunes)} in {self.prune_ms:.0f} ms" if self.n_prunes else ""
-        return f"process {_mib(memory.rss)} MiB{peak}: {', '.join(parts)}{pruned}"
+        opened = f"; {self.n_opened} tokens from the library" if self.n_opened else ""
+        return f"process {_mib(memory.rss)} MiB{peak}: {', '.join(parts)}{pruned}{opened}"
 
     def __repr__(self) -> str:
         kept = f"{min(self.cells_kept)}..{max(self.cells_kept)}" if self.cells_kept else "-"

@@ -60,7 +60,7 @@ def test_prompt_is_text_once(no_model: Path, tmp_path: Path) -> None:
     assert_one_error_line(refreekv("run", no_model, stdin=" \n"), "the prompt is empty")
     for words in ([""], ["Why", "is it"]):
         assert_one_error_line(refreekv("run", no_model, *words), repr(" ".join(words)), "must be written as --prompt")
-    assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--file", binary), "--prompt and --file")
+    assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--file", binary), "UTF-8", str(binary))
     assert_one_error_line(refreekv("run", no_model, "--prompt", "a", "--raw", "--system", "b"), "--system")
 
 

@@ -98,6 +98,8 @@ def test_llama_takes_and_has_each_option(tiny_model: Path) -> None:
         "kv_cold_limit": 2**20,
         "kv_cold_type": None,
         "kv_cold_state": True,
+        "kv_library": None,
+        "kv_library_limit": 4 * 2**30,
     }
 
 
@@ -115,4 +117,5 @@ def test_the_environment_says_some() -> None:
         "kv_policy": "REFREEKV_POLICY",
         "kv_evicted": "REFREEKV_EVICTED",
         "kv_memory_limit": "REFREEKV_MEMORY_LIMIT",
+        "kv_library": "REFREEKV_LIBRARY",
     }

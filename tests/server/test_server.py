@@ -50,7 +50,8 @@ def test_usage_has_the_receipt_of_the_models_policy(client: openai.OpenAI) -> No
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
     assert answer.usage.completion_tokens == 4
     receipt = answer.usage.kv
-    assert receipt.keys() - {"memory"} == {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms"}
+    figures = {"policy", "n_tokens", "budget", "bytes", "bytes_full", "prune_ms", "n_opened"}
+    assert receipt.keys() == {"memory", *figures}
     assert receipt["policy"] == "streaming"
     assert receipt["n_tokens"] == answer.usage.total_tokens - 1  # the last one is not read
     assert 0.3 < receipt["budget"] < 0.6
@@ -99,9 +100,11 @@ def test_a_receipt_leads_with_the_memory_of_the_process() -> None:
         kv: int
 
     memory = Memory(rss=100, kv=7)
-    stats = SimpleNamespace(policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0, memory=memory)
+    stats: Any = SimpleNamespace(
+        policy="full", n_tokens=5, budget=1.0, bytes=7, bytes_full=8, prune_ms=3.0, n_opened=0, memory=memory
+    )
     llm: Any = SimpleNamespace(kv_stats=stats)
-    assert next(iter(kv_receipt(llm, prune_ms_before=1.0).items())) == ("memory", {"rss": 100, "kv": 7})
+    assert next(iter(kv_receipt(llm, before=stats).items())) == ("memory", {"rss": 100, "kv": 7})
 
 
 def test_tools(client: openai.OpenAI) -> None:
@@ -316,9 +319,10 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
     settings = read_config_file(path)
     assert settings.port == 8001
     cold = {"kv_cold": "auto", "kv_cold_dir": None, "kv_cold_limit": None, "kv_cold_type": None, "kv_cold_state": True}
+    others = {"kv_evicted": "keep", "kv_elastic": None, **cold, "kv_library_limit": 4 * 2**30}
     assert [kv_settings(model) for model in settings.models] == [
-        {"kv_policy": "refreekv", "kv_evicted": "keep", "kv_elastic": None, "kv_memory_limit": 1000000, **cold},
-        {"kv_policy": "full", "kv_evicted": "keep", "kv_elastic": None, "kv_memory_limit": None, **cold},
+        {"kv_policy": "refreekv", "kv_memory_limit": 1000000, "kv_library": True, **others},
+        {"kv_policy": "full", "kv_memory_limit": None, "kv_library": False, **others},
     ]
     path.write_text("models: [")
     with pytest.raises(ValueError, match=r"config\.yaml: while parsing"):

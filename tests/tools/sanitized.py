@@ -21,7 +21,17 @@ import typer
 from native_build import ROOT, build
 
 # the tests that go through native/ most, and need neither a real model nor a second process
-TESTS = ["cache", "tiers", "evict", "graph", "kernels", "state", "llama/test_spans.py", "llama/test_images.py"]
+TESTS = [
+    "cache",
+    "tiers",
+    "evict",
+    "graph",
+    "kernels",
+    "library",
+    "state",
+    "llama/test_spans.py",
+    "llama/test_images.py",
+]
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
 

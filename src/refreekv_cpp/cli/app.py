@@ -13,11 +13,12 @@ import typer
 import typer.core
 
 import refreekv_cpp
-from refreekv_cpp.cli import common
+from refreekv_cpp.cli import common, library
 from refreekv_cpp.cli.chat import chat
 from refreekv_cpp.cli.demo import demo
 from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.plan import plan
+from refreekv_cpp.cli.read import read
 from refreekv_cpp.cli.run import run
 from refreekv_cpp.cli.serve import serve
 from refreekv_cpp.lab import COMMANDS as LABORATORY
@@ -40,8 +41,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(context_settings={"allow_extra_args": True})(run)  # it says how to write a prompt
-for command in (chat, demo, info, plan):
+for command in (chat, read, demo, info, plan):
     app.command()(command)
+app.add_typer(library.app, name="library")
 # its options are those of upstream's server, which parses them
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 for name, text in LABORATORY.items():

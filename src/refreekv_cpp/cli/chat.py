@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, SystemOption, TemperatureOption
-from refreekv_cpp.cli.options import LoadOptions, takes_options
+from refreekv_cpp.cli.documents import ask_about, read_document
+from refreekv_cpp.cli.options import ChatOptions, takes_options
+from refreekv_cpp.cli.sessions import Session
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.models import resolve
 
@@ -18,19 +23,67 @@ with contextlib.suppress(ImportError):  # Windows has none
 @takes_options
 def chat(
     model: ModelArgument,
-    options: LoadOptions,
+    options: ChatOptions,
+    file: Annotated[
+        list[Path] | None, typer.Option(help="A document to talk about: text, Markdown or PDF. Can be repeated.")
+    ] = None,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with the conversation of this name, or begin it.")
+    ] = None,
     system: SystemOption = None,
     max_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.2,
 ) -> None:
-    """Talk with the model. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D ends it."""
+    """Talk with the model. Ctrl-C stops an answer; /read FILE has the next question be about a document; /clear
+    forgets the conversation; /exit or Ctrl-D ends it."""
+    options = options.with_library()
+    conversation = Conversation(system, session)
+    for path in file or []:
+        conversation.documents.append(read_document(path))
     with contextlib.closing(options.load(resolve(model))) as llm:
-        history = common.messages(system)
+        if conversation.history and session:
+            common.print_note(f"session {session}: it has {len(conversation.history)} messages; /clear begins anew")
         while (line := _read_line()) not in (None, "/exit"):
             if line == "/clear":
-                history = common.messages(system)
+                conversation.clear()
+            elif line.partition(" ")[0] == "/read":
+                _read_file(conversation, line.partition(" ")[2].strip())
             elif line:
-                _turn(llm, history, line, max_tokens=max_tokens, temperature=temperature)
+                _turn(llm, conversation, line, max_tokens=max_tokens, temperature=temperature)
+
+
+class Conversation:
+    """
+    Attributes:
+        history: its messages.
+        documents: that the next question is about, and that are not in it yet.
+        name: in the library.
+    """
+
+    def __init__(self, system: str | None, session: str | None) -> None:
+        self._session = Session(session) if session is not None else None
+        self._system = system
+        self.name = f"session {session}" if session else ""
+        self.documents: list[str] = []
+        self.history: list[Any] = self._session.messages if self._session else []
+        if not self.history:
+            self.history = common.messages(system)
+        elif system is not None and self.history[: len(begun := common.messages(system))] != begun:
+            raise ValueError(f"--session {session} --system: the conversation has begun without this system message")
+
+    def add(self, *messages: Any) -> None:
+        self.history += messages
+        self.documents = []
+        self._write()
+
+    def clear(self) -> None:
+        self.history = common.messages(self._system)
+        self.documents = []
+        self._write()
+
+    def _write(self) -> None:
+        if self._session is not None:
+            self._session.write(self.history)
 
 
 def _read_line() -> str | None:
@@ -47,12 +100,24 @@ def _read_line() -> str | None:
         return ""
 
 
-def _turn(llm: Llama, history: list[Any], line: str, *, max_tokens: int, temperature: float) -> None:
+def _read_file(conversation: Conversation, name: str) -> None:
+    try:
+        if not name:
+            raise ValueError("/read: must be /read FILE")
+        conversation.documents.append(read_document(Path(name).expanduser()))
+    except (ValueError, OSError, ImportError) as error:
+        common.print_error(error)
+        return
+    common.print_note(f"{name}: the next question is about it")
+
+
+def _turn(llm: Llama, conversation: Conversation, line: str, *, max_tokens: int, temperature: float) -> None:
     """One question and its answer, which are added to the history."""
-    question = {"role": "user", "content": line}
+    question = {"role": "user", "content": ask_about(conversation.documents, line)}
     answer = ""
     try:
-        for piece in common.stream_chat(llm, [*history, question], max_tokens=max_tokens, temperature=temperature):
+        asked = [*conversation.history, question]
+        for piece in common.stream_chat(llm, asked, max_tokens=max_tokens, temperature=temperature):
             answer += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -64,5 +129,6 @@ def _turn(llm: Llama, history: list[Any], line: str, *, max_tokens: int, tempera
         return
     print()
     if answer:
-        history += [question, {"role": "assistant", "content": answer}]
+        conversation.add(question, {"role": "assistant", "content": answer})
+        llm.keep_kv(conversation.name)
     common.print_receipt(llm)

@@ -16,7 +16,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
 
 from refreekv_cpp import _option_text, fit
 from refreekv_cpp._option_text import LLAMA_OPTIONS, OBJECTS
@@ -168,6 +170,37 @@ class LoadOptions(MachineOptions):
     def load(self, model: Path) -> common.ReadingLlama:
         """The model, ready to read a prompt."""
         return common.load(model, self.llama_options(model))
+
+
+@dataclass(frozen=True)
+class ChatOptions(LoadOptions):
+    """... and whether what it reads is kept in the library."""
+
+    library: Annotated[
+        bool | None,
+        typer.Option(
+            "--library/--no-library",
+            help="Keep what was read in files (4 GiB at most), and open it from there the next time.",
+            show_default="on in a chat and with --file",
+        ),
+    ] = None
+
+    def llama_options(self, model: Path, **own: Any) -> dict[str, Any]:
+        """As `LoadOptions.llama_options`."""
+        options = super().llama_options(model, **own)
+        return {"kv_library": True, **options} if self.library else options
+
+    def with_library(self, wanted: bool = True, *, needed: bool = False) -> ChatOptions:
+        """With a library, unless the user has said something else, or the policy cannot have one.
+
+        Raises:
+            PolicyError: it is needed, and the policy cannot have one.
+        """
+        cache = {"kv_policy": self.kv_policy, "kv_evicted": self.kv_evicted}
+        if needed:
+            KVOptions.of(**cache, kv_library=True)
+        on = wanted if self.library is None else self.library
+        return dataclasses.replace(self, library=needed or (on and KVOptions.of(**cache).can_have_library))
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from refreekv_cpp._files import check_file
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, RawOption, SystemOption, TemperatureOption
-from refreekv_cpp.cli.options import LoadOptions, takes_options
+from refreekv_cpp.cli.documents import ask_about, read_document
+from refreekv_cpp.cli.options import ChatOptions, takes_options
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.models import resolve
 
@@ -20,10 +20,16 @@ from refreekv_cpp.models import resolve
 @takes_options
 def run(
     model: ModelArgument,
-    options: LoadOptions,
+    options: ChatOptions,
     context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="The prompt. Without it and --file: stdin.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A document (text, Markdown or PDF) that the prompt is about; without --prompt, the prompt. "
+            "Can be repeated."
+        ),
+    ] = None,
     system: SystemOption = None,
     max_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.2,
@@ -34,7 +40,8 @@ def run(
         raise ValueError(f"{' '.join(context.args)!r}: a prompt must be written as --prompt TEXT")
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
-    text = _read_prompt(prompt, file)
+    options = options.with_library(bool(file))
+    text = _read_prompt(prompt, file or [])
     with closing(options.load(resolve(model))) as llm:
         if raw:
             pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
@@ -47,28 +54,19 @@ def run(
         common.print_receipt(llm)
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None and file is not None:
-        raise ValueError("--prompt and --file: only one of them can be the prompt")
+def _read_prompt(prompt: str | None, files: list[Path]) -> str:
+    documents = [read_document(file) for file in files]
     if prompt is not None:
         text = prompt
-    elif file is not None:
-        text = _read_text(file)
+    elif documents:
+        *documents, text = documents
     elif sys.stdin is None or sys.stdin.isatty():  # None: the program was started with stdin closed
         raise ValueError("no prompt: use --prompt or --file, or pipe it in")
     else:
         text = sys.stdin.read()
     if not text.strip():
         raise ValueError("the prompt is empty")
-    return common.whole_text(text)
-
-
-def _read_text(file: Path) -> str:
-    check_file(file)
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+    return common.whole_text(ask_about(documents, text))
 
 
 def _stream_raw(llm: Llama, text: str, *, max_tokens: int, temperature: float) -> Iterator[str]:

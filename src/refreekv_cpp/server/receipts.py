@@ -12,14 +12,16 @@ import jinja2
 from refreekv_cpp.errors import CacheMemoryError
 from refreekv_cpp.server.errors import RequestError, describe, request_error
 from refreekv_cpp.server.models import CountingLlama, Interrupted
+from refreekv_cpp.stats import KVStats
 
 Chunk = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 
 
-def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
-    """The memory of the process, what the cache holds after a request, and the milliseconds that pruning took in it."""
+def kv_receipt(llm: CountingLlama, *, before: KVStats) -> dict[str, Any]:
+    """The memory of the process, and what the cache holds after a request; of the request itself, the milliseconds that
+    pruning took, and the tokens that came from the library and were not read."""
     stats = llm.kv_stats
     return {
         "memory": asdict(stats.memory),
@@ -28,7 +30,8 @@ def kv_receipt(llm: CountingLlama, *, prune_ms_before: float) -> dict[str, Any]:
         "budget": round(stats.budget, 4),
         "bytes": stats.bytes,
         "bytes_full": stats.bytes_full,
-        "prune_ms": round(stats.prune_ms - prune_ms_before, 3),
+        "prune_ms": round(stats.prune_ms - before.prune_ms, 3),
+        "n_opened": stats.n_opened - before.n_opened,
     }
 
 
@@ -43,7 +46,7 @@ def complete(
     Raises:
         RequestError: the request is not valid.
     """
-    prune_ms = llm.kv_stats.prune_ms
+    before = llm.kv_stats
     n_prompt, n_completion = llm.n_prompt, llm.n_completion
 
     def blame(error: Exception) -> Exception:
@@ -63,7 +66,7 @@ def complete(
     except Exception as error:
         raise blame(error) from None
     if isinstance(response, dict):
-        response["usage"]["kv"] = kv_receipt(llm, prune_ms_before=prune_ms)
+        response["usage"]["kv"] = kv_receipt(llm, before=before)
         return response
 
     def usage() -> dict[str, Any]:
@@ -72,7 +75,7 @@ def complete(
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "kv": kv_receipt(llm, prune_ms_before=prune_ms),
+            "kv": kv_receipt(llm, before=before),
         }
 
     return _stream(response, usage if include_usage else None, blame)

@@ -141,7 +141,10 @@ class ModelSettings(_WithKVOptions):
         return {**self._kv_options(), **(self.model_extra or {})}
 
     def _kv_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in OPTIONS if name in type(self).model_fields}
+        options = {name: getattr(self, name) for name in OPTIONS if name in type(self).model_fields}
+        if options["kv_library"] is None:  # on where that is possible
+            options["kv_library"] = KVOptions.of(**options).can_have_library and not self.logits_all
+        return options
 
 
 class ServerSettings(upstream.ServerSettings):

@@ -1,0 +1,47 @@
+"""Documents that a user names, which are read before a question about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from refreekv_cpp._extras import needs_extra
+from refreekv_cpp._files import check_file
+from refreekv_cpp.cli import common
+
+
+def read_document(path: Path) -> str:
+    """The text of a file: of a PDF, that of its pages; of any other file, what is in it.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no text in UTF-8, a PDF that cannot be read, or there is no text in it.
+        MissingExtraError: it is a PDF, and pypdf is not installed.
+    """
+    check_file(path)
+    text = _read_pdf(path) if path.suffix.lower() == ".pdf" else _read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: there is no text in it")
+    return common.whole_text(text)
+
+
+def ask_about(documents: Sequence[str], question: str) -> str:
+    """A message with documents and a question. The documents come first, so that other questions begin alike."""
+    return "\n\n".join([*(document.strip() for document in documents), question])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _read_pdf(path: Path) -> str:
+    with needs_extra("pdf", "a PDF"):
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    try:
+        return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
+    except PyPdfError as error:
+        raise ValueError(f"{path}: cannot be read as a PDF: {error}") from error

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from refreekv_cpp._library import Library, Text
+from refreekv_cpp._units import mebibytes
+from refreekv_cpp.cli import common
+from refreekv_cpp.options import KVOptions, read_option
+
+app = typer.Typer(help="Show what has been read and is kept, remove it, or check it.", invoke_without_command=True)
+
+_FolderOption = Annotated[
+    Path | None, typer.Option("--folder", help="Its folder, if it is not the one in the cache folder.")
+]
+_N_KEY = 12  # digits of a key that are shown
+
+
+def _library(folder: Path | None) -> Library:
+    return Library(read_option("kv_library", True if folder is None else folder), KVOptions.kv_library_limit)
+
+
+@app.callback()
+@common.user_errors()
+def show(context: typer.Context, folder: _FolderOption = None) -> None:
+    """Show the texts: name, tokens, bytes, last use. Texts that begin alike share what they have in common."""
+    if context.invoked_subcommand is not None:
+        return
+    library = _library(folder)
+    table = Table("name", "tokens", "size", "last used", "key")
+    texts = library.texts()
+    for text in texts:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(text.used))
+        table.add_row(text.name, str(text.n_tokens), mebibytes(text.n_bytes), used, text.key[:_N_KEY])
+    common.print_tables(table)
+    n_bytes = library.n_bytes()
+    common.print_note(f"{library.folder}: {len(texts)} texts, {mebibytes(n_bytes)} on disk")
+
+
+@app.command()
+@common.user_errors()
+def remove(
+    texts: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names or keys, or: all.", show_default=False)],
+    folder: _FolderOption = None,
+) -> None:
+    """Remove texts, but for what others begin with."""
+    library = _library(folder)
+    known = library.texts()
+    chosen: list[Text] = []
+    for wanted in texts:
+        found = [text for text in known if wanted in ("all", text.name) or text.key.startswith(wanted)]
+        if not found and wanted != "all":
+            raise ValueError(f"{wanted}: must be a name or a key that `refreekv library` lists, or all")
+        chosen += found
+    freed = sum(library.remove_text(text) for text in chosen)
+    if "all" in texts:
+        freed += library.clear()
+    common.print_note(f"{mebibytes(freed)} are free")
+
+
+@app.command()
+@common.user_errors()
+def check(folder: _FolderOption = None) -> None:
+    """Read all of it, and remove what is damaged."""
+    n_good, errors = _library(folder).check_all()
+    for error in errors:
+        common.print_error(error)
+    common.print_note(f"{n_good} blocks are whole, {len(errors)} were damaged and are removed")
+    if errors:
+        raise typer.Exit(1)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refreekv_cpp.cli import common
+from refreekv_cpp.cli.common import ModelArgument, SystemOption
+from refreekv_cpp.cli.documents import ask_about, read_document
+from refreekv_cpp.cli.options import ChatOptions, takes_options
+from refreekv_cpp.models import resolve
+
+
+@common.user_errors()
+@takes_options
+def read(
+    model: ModelArgument,
+    options: ChatOptions,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text, Markdown or PDF.", show_default=False)],
+    system: SystemOption = None,
+) -> None:
+    """Read documents, and keep them in the library: chat --file and run --file then open them at once.
+
+    They are found again by the same model with the same options and the same system message.
+    """
+    options = options.with_library(needed=True)
+    documents = [(path, read_document(path)) for path in files]
+    with closing(options.load(resolve(model))) as llm:
+        for path, document in documents:
+            # a chat about it begins like this
+            llm.create_chat_completion(common.messages(system, ask_about([document], "")), max_tokens=1, temperature=0)
+            if not (n_tokens := llm.keep_kv(path.name)):
+                raise ValueError(f"{path}: could not be kept in the library (refreekv --verbose says why)")
+            common.print_note(f"{path}: {n_tokens} tokens are in the library")

@@ -1,0 +1,59 @@
+"""Conversations with a name: their messages, in files of the cache folder.
+
+What the model has read of them is in the library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+from refreekv_cpp._cache_dir import cache_dir
+
+
+class Session:
+    """One of them.
+
+    Attributes:
+        messages: as `create_chat_completion` takes them; none where the conversation is new.
+
+    Raises:
+        ValueError: the name cannot be that of a file, or the file is damaged.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise ValueError(f"--session {name}: must be letters, digits, _, - and dots, at most 100 of them")
+        self.name = name
+        self.path = cache_dir() / "sessions" / f"{name}.json"
+        self.messages = self._read()
+
+    def _read(self) -> list[Any]:
+        if not self.path.exists():
+            return []
+        try:
+            messages = json.loads(self.path.read_text(encoding="utf-8"))
+            if all(isinstance(message["content"], str) and message["role"] for message in messages):
+                return list(messages)
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"--session {self.name}: {self.path} is damaged; remove it, or take another name")
+
+    def write(self, messages: list[Any]) -> None:
+        """
+        Raises:
+            OSError: it cannot be written. What was there stays.
+        """
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.name}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                json.dump(messages, file, ensure_ascii=False)
+            temporary.replace(self.path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
