@@ -1,0 +1,28 @@
+#pragma once
+
+#include "kernels/decode.h"
+
+struct ggml_context;
+struct ggml_tensor;
+
+namespace refreekv {
+
+class code_tensors;
+
+// Attention to the cells that a layer holds and to those that it has in codes, by ggml's operations, in the place of build_attn_mha's: one
+// soft-max over the scores of both.
+struct codes_call {
+    ggml_tensor * q;     // [n_embd_head_k, n_head, n_tokens] f32
+    ggml_tensor * k;     // [n_embd_head_k, n_head_kv, n_kv], what the layer holds
+    ggml_tensor * v;     // [n_embd_head_v, n_head_kv, n_kv], or [n_kv, n_head_kv, n_embd_head_v]
+    ggml_tensor * mask;  // [capacity of the codes + n_kv, n_tokens]
+    ggml_tensor * sinks; // [n_head] f32; nullptr: none
+
+    const decode_softmax & softmax;
+    const code_tensors &   codes;
+};
+
+// [n_embd_head_v*n_head, n_tokens] f32
+ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call);
+
+} // namespace refreekv
