@@ -22,7 +22,7 @@ code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     res.ctx.reset(ggml_init(params));
 
-    res.k = ggml_new_tensor_3d(res.ctx.get(), TYPE_K, n_k_padded(), n_blocks*N_CELLS, n_head_kv);
+    res.k = ggml_new_tensor_3d(res.ctx.get(), TYPE_K, padded(n_k), n_blocks*N_CELLS, n_head_kv);
     res.v = ggml_new_tensor_3d(res.ctx.get(), TYPE_V, n_blocks*N_CELLS, n_v, n_head_kv);
 
     ggml_format_name(res.k, "refreekv_codes_k_l%d", il);
@@ -47,7 +47,7 @@ void code_tensors::move_to(tensors && then, const std::vector<uint32_t> & order)
 
         get(0, from);
 
-        const size_t block_k = N_CELLS*line_k();
+        const size_t block_k = N_CELLS*line_k(n_k);
         const size_t block_v = line_v(1);
 
         for (size_t i = 0; i < order.size(); ++i) {
@@ -107,14 +107,14 @@ void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, i
     const auto to_k = ggml_get_type_traits(TYPE_K)->from_float_ref;
     const auto to_v = ggml_get_type_traits(TYPE_V)->from_float_ref;
 
-    const int64_t n_line = n_k_padded();
+    const int64_t n_line = padded(n_k);
 
     std::vector<float> line(std::max<int64_t>(n_line, N_CELLS), 0.0f);
 
     for (int64_t h = 0; h < n_head_kv; ++h) {
         for (int64_t c = 0; c < n; ++c) {
             std::copy_n(k + c*stride_k + h*n_k, n_k, line.data());
-            to_k(line.data(), to.k.data() + ((h*to.n + i)*N_CELLS + c)*line_k(), n_line);
+            to_k(line.data(), to.k.data() + ((h*to.n + i)*N_CELLS + c)*line_k(n_k), n_line);
         }
     }
 
@@ -129,18 +129,18 @@ void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, i
 }
 
 void code_tensors::set(uint32_t first, const blocks & from) {
-    const size_t piece_k = from.n*N_CELLS*line_k();
+    const size_t piece_k = from.n*N_CELLS*line_k(n_k);
     const size_t piece_v = line_v(from.n);
 
-    ggml_backend_tensor_set_2d(now.k, from.k.data(), first*N_CELLS*line_k(), piece_k, n_head_kv,     now.k->nb[2], piece_k);
+    ggml_backend_tensor_set_2d(now.k, from.k.data(), first*N_CELLS*line_k(n_k), piece_k, n_head_kv,     now.k->nb[2], piece_k);
     ggml_backend_tensor_set_2d(now.v, from.v.data(), line_v(first),          piece_v, n_head_kv*n_v, now.v->nb[1], piece_v);
 }
 
 void code_tensors::get(uint32_t first, blocks & to) const {
-    const size_t piece_k = to.n*N_CELLS*line_k();
+    const size_t piece_k = to.n*N_CELLS*line_k(n_k);
     const size_t piece_v = line_v(to.n);
 
-    ggml_backend_tensor_get_2d(now.k, to.k.data(), first*N_CELLS*line_k(), piece_k, n_head_kv,     now.k->nb[2], piece_k);
+    ggml_backend_tensor_get_2d(now.k, to.k.data(), first*N_CELLS*line_k(n_k), piece_k, n_head_kv,     now.k->nb[2], piece_k);
     ggml_backend_tensor_get_2d(now.v, to.v.data(), line_v(first),          piece_v, n_head_kv*n_v, now.v->nb[1], piece_v);
 }
 

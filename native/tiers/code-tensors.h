@@ -13,7 +13,7 @@ namespace refreekv {
 // attends to them with ggml's operations (graph/codes.h), and a backend needs no kernel of ours.
 //
 //   K  q8_0 [n_k, capacity, n_head_kv]  a line is a cell; n_k is rounded up to whole blocks of the type, with zeros
-//   V  q4_0 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
+//   V  q4_1 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
 //                                       weighted sum over the cells is a matrix product
 //
 // Each head is by itself, because some backends multiply with quantised matrices only where their lines lie behind each other.
@@ -21,7 +21,7 @@ namespace refreekv {
 class code_tensors {
 public:
     static constexpr ggml_type TYPE_K = GGML_TYPE_Q8_0;
-    static constexpr ggml_type TYPE_V = GGML_TYPE_Q4_0;
+    static constexpr ggml_type TYPE_V = GGML_TYPE_Q4_1;
 
     static constexpr uint32_t N_CELLS = 64; // of a block
 
@@ -65,7 +65,10 @@ public:
     int64_t n_heads() const { return n_head_kv; }
 
     // of one KV head in a block
-    size_t head_bytes(bool is_v) const { return is_v ? n_v*line_v(1) : N_CELLS*line_k(); }
+    size_t head_bytes(bool is_v) const { return is_v ? n_v*line_v(1) : N_CELLS*line_k(n_k); }
+
+    // K and V
+    static size_t head_bytes(int64_t n_k, int64_t n_v) { return N_CELLS*line_k(n_k) + n_v*line_v(1); }
 
 private:
     const ggml_backend_buffer_type_t buft;
@@ -82,10 +85,10 @@ private:
     };
     tensors now;
 
-    int64_t n_k_padded() const { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
+    static int64_t padded(int64_t n_k) { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
 
-    size_t line_k()                  const { return ggml_row_size(TYPE_K, n_k_padded()); }
-    size_t line_v(uint32_t n_blocks) const { return ggml_row_size(TYPE_V, n_blocks*N_CELLS); }
+    static size_t line_k(int64_t n_k)       { return ggml_row_size(TYPE_K, padded(n_k)); }
+    static size_t line_v(uint32_t n_blocks) { return ggml_row_size(TYPE_V, n_blocks*N_CELLS); }
 
     uint32_t n_room() const { return capacity()/N_CELLS; }
 
