@@ -4,14 +4,18 @@
 
 namespace refreekv {
 
+// Few cells are held. Of quantised ones not every backend multiplies with one head, or turns them round
+static ggml_tensor * as_numbers(ggml_context * ctx, ggml_tensor * rows) {
+    return ggml_is_quantized(rows->type) ? ggml_cast(ctx, rows, GGML_TYPE_F32) : rows;
+}
+
 // [n_kv, n_embd_head, n_head_kv], each line the numbers of a channel
 static ggml_tensor * by_channel(ggml_context * ctx, ggml_tensor * v) {
     if (v->nb[1] > v->nb[2]) {
         return ggml_permute(ctx, v, 0, 2, 1, 3); // it is transposed
     }
-    if (ggml_is_quantized(v->type)) {
-        v = ggml_cast(ctx, v, GGML_TYPE_F32);
-    }
+    v = as_numbers(ctx, v);
+
     return ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));
 }
 
@@ -38,7 +42,7 @@ ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call) {
     ggml_tensor * q_padded = n_embd == call.codes.k()->ne[0] ? q : ggml_pad(ctx, q, call.codes.k()->ne[0] - n_embd, 0, 0, 0);
 
     ggml_tensor * of_codes = ggml_mul_mat(ctx, call.codes.k(), q_padded);
-    ggml_tensor * of_kv    = ggml_mul_mat(ctx, ggml_permute(ctx, call.k, 0, 2, 1, 3), q);
+    ggml_tensor * of_kv    = ggml_mul_mat(ctx, ggml_permute(ctx, as_numbers(ctx, call.k), 0, 2, 1, 3), q);
 
     ggml_prec_set_acc(of_codes, GGML_PREC_F32);
     ggml_prec_set_acc(of_kv,    GGML_PREC_F32);
