@@ -34,7 +34,7 @@ parts::parts(cache & kv, const refreekv_params & params) :
     layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad),
     ring(params.n_window + 1, kv.n_seq_max),
     pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
-    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
+    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, mover, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
     turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
     const auto & hparams = kv.hparams;

@@ -113,6 +113,7 @@ public:
 
     // the same as tensors of the graph (graph/codes.h); nullptr: none
     const warm_cells * codes_of(uint32_t i_layer) const;
+    bool has_code_tensors() const { return p.warm.has_tensors(); } // or may have
 
     // nodes of the decoding graph that is being built; where the cache of a layer is
     void run_with_cache(ggml_tensor * node, uint32_t i_layer) const;

@@ -155,21 +155,23 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
     return REFREEKV_OK;
 }
 
-// cells that are about to leave
-void evictor::code(layer & layer, const std::vector<uint32_t> & cells) {
+// Cells that are about to leave. all: their rows, where they came to the host
+void evictor::code(layer & layer, const std::vector<uint32_t> & cells, const rows::host_rows * all) {
     std::vector<uint32_t> slots;
     for (uint32_t cell : cells) {
         slots.push_back(layer.res.slot(cell));
     }
 
     if (!mover.in_place(layer)) {
-        rows::host_rows all;
-        mover.read(layer, slots, all);
-
+        rows::host_rows own;
+        if (!all) {
+            mover.read(layer, slots, own);
+            all = &own;
+        }
         warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
             for (size_t i = 0; i < n; ++i) {
-                memcpy(rows_k + i*layer.row_size(false), all.k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
-                memcpy(rows_v + i*layer.row_size(true),  all.v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
+                memcpy(rows_k + i*layer.row_size(false), all->k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
+                memcpy(rows_v + i*layer.row_size(true),  all->v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
             }
         });
         return;
@@ -213,10 +215,12 @@ bool evictor::take_out(layer & layer, const std::vector<held> & list, const std:
         }
     }
 
-    transfer.put(layer, cells_out, memory.lane);
+    std::sort(cells_out.begin(), cells_out.end());
+
+    const auto * on_host = transfer.put(layer, cells_out, memory.lane);
 
     if (layer.warm) {
-        code(layer, cells_out);
+        code(layer, cells_out, on_host);
     }
 
     if (!mover.move(layer, slots, lay.padded(slots.size()))) {

@@ -2,6 +2,8 @@
 
 #include "kernels/decode.h"
 
+#include <cstdint>
+
 struct ggml_context;
 struct ggml_tensor;
 
@@ -21,6 +23,12 @@ struct codes_call {
     const decode_softmax & softmax;
     const code_tensors &   codes;
 };
+
+// A batch whose scores would take much memory is computed in parts, and in so many at most
+static const int64_t CODES_PARTS = 16;
+
+// nodes that the attention of a layer takes
+static const int64_t CODES_NODES = 32*CODES_PARTS;
 
 // [n_embd_head_v*n_head, n_tokens] f32
 ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call);

@@ -301,7 +301,7 @@ llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const l
 uint32_t graph_extra_nodes(llama_memory_i * mem) {
     const auto * store = store::of(mem);
 
-    return store ? 32*store->n_layers() : 0;
+    return store ? (32 + (store->has_code_tensors() ? CODES_NODES : 0))*store->n_layers() : 0;
 }
 
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <tuple>
 
 namespace refreekv {
 
@@ -65,6 +66,43 @@ void code_tensors::move_to(tensors && then, const std::vector<uint32_t> & order)
     }
 }
 
+bool code_tensors::copy_to(const tensors & then) const {
+    ggml_backend_t its = backend();
+    if (!its) {
+        return false;
+    }
+    ggml_init_params params = { ggml_tensor_overhead()*16 + ggml_graph_overhead(), nullptr, true };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    // n lines as 32-bit words, which a copy takes as they are
+    const auto words = [&](ggml_tensor * t, size_t bytes, int64_t n, size_t line) {
+        ggml_tensor * res = ggml_view_1d(ctx.get(), t, ggml_blck_size(t->type), 0);
+
+        res->type  = GGML_TYPE_I32;
+        res->ne[0] = bytes/sizeof(int32_t);
+        res->ne[1] = n;
+        res->nb[0] = sizeof(int32_t);
+        res->nb[1] = line;
+        res->nb[2] = res->nb[3] = line*n;
+
+        return res;
+    };
+
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+
+    for (const auto & [src, dst, n] : { std::tuple { now.k, then.k, n_head_kv }, std::tuple { now.v, then.v, n_head_kv*n_v } }) {
+        const size_t line_src = ggml_nbytes(src)/n;
+        const size_t line_dst = ggml_nbytes(dst)/n;
+
+        ggml_tensor * node = ggml_cpy(ctx.get(), words(src, line_src, n, line_src), words(dst, line_src, n, line_dst));
+        if (!ggml_backend_supports_op(its, node)) {
+            return false;
+        }
+        ggml_build_forward_expand(gf, node);
+    }
+    return ggml_backend_graph_compute(its, gf) == GGML_STATUS_SUCCESS;
+}
+
 void code_tensors::reserve(uint32_t n) {
     if (n <= n_room()) {
         return;
@@ -72,7 +110,13 @@ void code_tensors::reserve(uint32_t n) {
     std::vector<uint32_t> order(n_room());
     std::iota(order.begin(), order.end(), 0);
 
-    move_to(allocate(room_for(n, n_room() == 0)), order);
+    tensors then = allocate(room_for(n, n_room() == 0));
+
+    if (now.k && copy_to(then)) {
+        now = std::move(then);
+    } else {
+        move_to(std::move(then), order);
+    }
 }
 
 void code_tensors::arrange(const std::vector<uint32_t> & order) {

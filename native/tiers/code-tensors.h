@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
 
 namespace refreekv {
@@ -25,9 +27,9 @@ public:
 
     static constexpr uint32_t N_CELLS = 64; // of a block
 
-    // n_k, n_v: channels of a KV head
-    code_tensors(ggml_backend_buffer_type_t buft, int32_t il, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
-        buft(buft), il(il), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
+    // n_k, n_v: channels of a KV head. backend: that of the layer; nullptr: there is none yet
+    code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
+        buft(buft), backend(std::move(backend)), il(il), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
 
     // nullptr: there is no room for any
     ggml_tensor * k() const { return now.k; }
@@ -71,7 +73,9 @@ public:
     static size_t head_bytes(int64_t n_k, int64_t n_v) { return N_CELLS*line_k(n_k) + n_v*line_v(1); }
 
 private:
-    const ggml_backend_buffer_type_t buft;
+    const ggml_backend_buffer_type_t      buft;
+    const std::function<ggml_backend_t()> backend;
+
     const int32_t il;
     const int64_t n_head_kv;
     const int64_t n_k;
@@ -94,6 +98,9 @@ private:
 
     tensors allocate(uint32_t n_blocks) const;
     void move_to(tensors && then, const std::vector<uint32_t> & order);
+
+    // all of it to where there is more room, by a graph; false: the backend cannot do that
+    bool copy_to(const tensors & then) const;
 };
 
 } // namespace refreekv

@@ -63,7 +63,9 @@ void warm_tier::make(layer & layer) const {
     const int64_t n_v       = hparams.n_embd_head_v(layer.il);
 
     if (by_graph || !fits_kernel(layer)) {
-        layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, layer.il, n_head_kv, n_k, n_v));
+        const auto backend = [this, &layer]() { return mover.backend_of(layer); };
+
+        layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, n_head_kv, n_k, n_v));
         return;
     }
     layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, BITS_V);

@@ -3,6 +3,7 @@
 #include "refreekv.h"
 #include "cache/layer.h"
 #include "cache/logical-cells.h"
+#include "cache/row-mover.h"
 #include "tiers/cold-rows.h"
 
 #include <atomic>
@@ -20,8 +21,8 @@ namespace refreekv {
 class warm_tier {
 public:
     // Until it is opened there is no warm tier
-    warm_tier(const llama_hparams & hparams, const logical_cells & logical, const cold_rows & cold, std::atomic<uint64_t> & n_generation) :
-        hparams(hparams), logical(logical), cold(cold), n_generation(n_generation) {}
+    warm_tier(const llama_hparams & hparams, const logical_cells & logical, const row_mover & mover, const cold_rows & cold, std::atomic<uint64_t> & n_generation) :
+        hparams(hparams), logical(logical), mover(mover), cold(cold), n_generation(n_generation) {}
 
     // where the parameters ask for one, and these layers can have it
     void open(const refreekv_params & params, const std::vector<layer> & layers);
@@ -34,7 +35,7 @@ public:
     // the part of a head's attention at which a row is read from the cold store; 0: no row ever is
     float theta() const { return n_by_kernel > 0 ? share : 0.0f; }
 
-    // the layer's places in the cold store are known
+    // the layer's places in the cold store are known, and it stays where it is
     void make(layer & layer) const;
 
     // Codes of cells that are about to leave the cache, or have come from a state. rows(indices, n, k, v)
@@ -54,6 +55,7 @@ public:
 private:
     const llama_hparams &   hparams;
     const logical_cells &   logical;
+    const row_mover &       mover;
     const cold_rows &       cold;
     std::atomic<uint64_t> & n_generation;
 

@@ -176,6 +176,18 @@ def test_many_tokens_at_once_are_as_each_by_itself(tiny: Tiny, policy: Policy) -
         assert far(logits(llm), expected) < 0.01
 
 
+def test_a_batch_is_computed_in_parts_where_its_scores_take_much_memory(tmp_path: Path) -> None:
+    TinyModel(n_embd=64, n_head=16, n_head_kv=4).write(tmp_path / "model.gguf")
+    answers = []
+    for n_ubatch in (512, 64):
+        llm = load(tmp_path / "model.gguf", PRESET, codes=True, n_ctx=8192, n_batch=512, n_ubatch=n_ubatch)
+        llm.eval(random_tokens(7000))
+        llm.prune_kv()
+        llm.eval(random_tokens(512, seed=2))
+        answers.append(logits(llm))
+    assert far(*answers) < 0.01
+
+
 @pytest.mark.parametrize("kv_unified", [True, False])
 def test_two_sequences_see_their_own(tiny: Tiny, kv_unified: bool) -> None:
     answers = []
