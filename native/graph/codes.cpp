@@ -2,6 +2,8 @@
 
 #include "tiers/code-tensors.h"
 
+#include "ggml-cpp.h"
+
 #include <algorithm>
 
 namespace refreekv {
@@ -35,8 +37,8 @@ static ggml_tensor * capped(ggml_context * ctx, ggml_tensor * scores, const deco
 static ggml_tensor * attend(ggml_context * ctx, const codes_call & call, ggml_tensor * k, ggml_tensor * v, int64_t first, int64_t n_tokens) {
     const int64_t n_embd    = call.q->ne[0];
     const int64_t n_head    = call.q->ne[1];
-    const int64_t n_head_kv = call.codes.k()->ne[2];
-    const int64_t n_codes   = call.codes.k()->ne[1];
+    const int64_t n_head_kv = call.codes_k->ne[2];
+    const int64_t n_codes   = call.codes_k->ne[1];
     const int64_t n_kv      = call.mask->ne[0] - n_codes;
     const int64_t n_lines   = n_tokens*(n_head/n_head_kv); // of the heads that share a KV head: they read its cells once
 
@@ -47,9 +49,9 @@ static ggml_tensor * attend(ggml_context * ctx, const codes_call & call, ggml_te
     }
     q = ggml_reshape_3d(ctx, q, n_embd, n_lines, n_head_kv);
 
-    ggml_tensor * q_padded = n_embd == call.codes.k()->ne[0] ? q : ggml_pad(ctx, q, call.codes.k()->ne[0] - n_embd, 0, 0, 0);
+    ggml_tensor * q_padded = n_embd == call.codes_k->ne[0] ? q : ggml_pad(ctx, q, call.codes_k->ne[0] - n_embd, 0, 0, 0);
 
-    ggml_tensor * of_codes = ggml_mul_mat(ctx, call.codes.k(), q_padded);
+    ggml_tensor * of_codes = ggml_mul_mat(ctx, call.codes_k, q_padded);
     ggml_tensor * of_kv    = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), q);
 
     ggml_prec_set_acc(of_codes, GGML_PREC_F32);
@@ -68,7 +70,7 @@ static ggml_tensor * attend(ggml_context * ctx, const codes_call & call, ggml_te
         return ggml_view_3d(ctx, weights, n, n_lines, n_head_kv, line, line*n_lines, first*weights->nb[0]);
     };
 
-    ggml_tensor * res = ggml_add(ctx, ggml_mul_mat(ctx, call.codes.v(), part(0, n_codes)), ggml_mul_mat(ctx, v, part(n_codes, n_kv)));
+    ggml_tensor * res = ggml_add(ctx, ggml_mul_mat(ctx, call.codes_v, part(0, n_codes)), ggml_mul_mat(ctx, v, part(n_codes, n_kv)));
 
     res = ggml_reshape_3d(ctx, res, res->ne[0], n_tokens, n_head);
 
@@ -90,6 +92,33 @@ ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call) {
         res = res ? ggml_concat(ctx, res, its, 1) : its;
     }
     return res;
+}
+
+bool device_attends_to_codes(ggml_backend_dev_t device, int64_t n_head, int64_t n_head_kv, int64_t n_k, int64_t n_v, bool soft_cap) {
+    static const int64_t N_CELLS = 256;
+
+    ggml_init_params params = { ggml_tensor_overhead()*128 + 2*ggml_graph_overhead(), nullptr, true };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    const code_tensors::pair codes = code_tensors::make_tensors(ctx.get(), n_head_kv, n_k, n_v, N_CELLS);
+
+    for (int64_t n_tokens : { 1, 32 }) {
+        ggml_cgraph * gf = ggml_new_graph(ctx.get());
+
+        ggml_build_forward_expand(gf, attend_to_codes(ctx.get(), {
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_k, n_head, n_tokens),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, n_k, n_head_kv, N_CELLS),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, n_v, n_head_kv, N_CELLS),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 2*N_CELLS, n_tokens),
+            nullptr, { 1.0f, soft_cap ? 1.0f : 0.0f, 1.0f, 0.0f }, codes.k, codes.v,
+        }));
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!ggml_backend_dev_supports_op(device, ggml_graph_node(gf, i))) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 } // namespace refreekv

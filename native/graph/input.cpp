@@ -233,7 +233,9 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
 
         return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, nullptr, 0, call.kq_scale, call.il);
     }
-    ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, *store.codes_of(i_layer)->get_tensors() });
+    const auto & codes = *store.codes_of(i_layer)->get_tensors();
+
+    ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() });
 
     store.run_with_cache(cur, i_layer);
     ggml_build_forward_expand(graph.gf, cur);

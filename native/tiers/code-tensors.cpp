@@ -17,14 +17,17 @@ static uint32_t room_for(uint32_t n_blocks, bool first) {
     return GGML_PAD(first ? n_blocks : n_blocks + n_blocks/16, N_STEP);
 }
 
+code_tensors::pair code_tensors::make_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity) {
+    return { ggml_new_tensor_3d(ctx, TYPE_K, padded(n_k), capacity, n_head_kv), ggml_new_tensor_3d(ctx, TYPE_V, capacity, n_v, n_head_kv) };
+}
+
 code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
-    tensors res;
+    tensors res = {};
 
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     res.ctx.reset(ggml_init(params));
 
-    res.k = ggml_new_tensor_3d(res.ctx.get(), TYPE_K, padded(n_k), n_blocks*N_CELLS, n_head_kv);
-    res.v = ggml_new_tensor_3d(res.ctx.get(), TYPE_V, n_blocks*N_CELLS, n_v, n_head_kv);
+    static_cast<pair &>(res) = make_tensors(res.ctx.get(), n_head_kv, n_k, n_v, n_blocks*N_CELLS);
 
     ggml_format_name(res.k, "refreekv_codes_k_l%d", il);
     ggml_format_name(res.v, "refreekv_codes_v_l%d", il);
@@ -124,7 +127,7 @@ void code_tensors::arrange(const std::vector<uint32_t> & order) {
         now = {};
         return;
     }
-    tensors then;
+    tensors then = {};
     try {
         then = allocate(room_for(order.size(), false));
     } catch (const std::bad_alloc &) {

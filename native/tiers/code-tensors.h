@@ -31,6 +31,13 @@ public:
     code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
         buft(buft), backend(std::move(backend)), il(il), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
 
+    // tensors of the form above, without memory
+    struct pair {
+        ggml_tensor * k;
+        ggml_tensor * v;
+    };
+    static pair make_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity);
+
     // nullptr: there is no room for any
     ggml_tensor * k() const { return now.k; }
     ggml_tensor * v() const { return now.v; }
@@ -81,13 +88,11 @@ private:
     const int64_t n_k;
     const int64_t n_v;
 
-    struct tensors {
-        ggml_context_ptr ctx;
+    struct tensors : pair {
+        ggml_context_ptr        ctx;
         ggml_backend_buffer_ptr buf;
-        ggml_tensor * k = nullptr;
-        ggml_tensor * v = nullptr;
     };
-    tensors now;
+    tensors now = {};
 
     static int64_t padded(int64_t n_k) { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
 

@@ -1,5 +1,6 @@
 #include "tiers/warm-tier.h"
 
+#include "graph/codes.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
 
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 
 namespace refreekv {
 
@@ -37,16 +39,30 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     if (params.theta <= 0.0f) {
         return;
     }
+    std::string why;
+
     if (hparams.use_alibi) {
-        LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: attention with ALiBi is not supported\n");
+        why = "attention with ALiBi is not supported";
+    }
+    for (const auto & layer : layers) {
+        auto * device = ggml_backend_buft_get_device(layer.rows.get_shape().buft); // nullptr for plain host memory: the CPU
+
+        if (fits_kernel(layer) && !params.by_graph) {
+            n_by_kernel++;
+        } else if (!device || device_attends_to_codes(device, hparams.n_head(layer.il), hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.attn_soft_cap)) {
+            n_by_graph++;
+        } else {
+            why = std::string("device ") + ggml_backend_dev_name(device) + " lacks an operation for it";
+        }
+    }
+    if (!why.empty()) {
+        n_by_kernel = n_by_graph = 0;
+        LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why.c_str());
         return;
     }
     share    = params.theta;
     by_graph = params.by_graph;
 
-    for (const auto & layer : layers) {
-        (fits_kernel(layer) && !by_graph ? n_by_kernel : n_by_graph)++;
-    }
     if (n_by_graph > 0) {
         LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s), and read no exact rows of it\n",
                 n_by_graph, layers.size(), ggml_type_name(code_tensors::TYPE_K), ggml_type_name(code_tensors::TYPE_V));

@@ -352,6 +352,25 @@ def test_on_a_device(tiny: Tiny, device: FarDevice, cache: str) -> None:
     assert far(ours, full) < 0.05
 
 
+@pytest.mark.device
+def test_codes_stay_on_the_device(tiny: Tiny, device: FarDevice) -> None:
+    llm = load_and_read(tiny("gqa64"), ReFreeKV(), True, {"n_gpu_layers": -1, "n_ctx": 4096})
+    before = llm.kv_stats.bytes_codes
+    device.forget()
+    feed(llm, random_tokens(1500, seed=3))
+    assert llm.kv_stats.bytes_codes > 1.5 * before, "they did not grow"
+    assert not [crossing for crossing in device.to_host() if "codes" in crossing.name]
+    assert llm.kv_stats.bytes_bounced == 0
+
+
+@pytest.mark.device
+def test_a_device_without_the_operations_has_none(tiny: Tiny, device: FarDevice) -> None:
+    with device.without("CONCAT"):
+        llm = load_and_read(tiny("gqa64"), ReFreeKV(), True, {"n_gpu_layers": -1, "n_ctx": 4096})
+        assert llm.kv_stats.bytes_codes == 0
+        feed(llm, ANSWER)
+
+
 def load_and_read(path: Path, policy: Policy, prune: bool, options: dict[str, Any]) -> Llama:
     llm = load(path, policy, codes=True, **options)
     llm.eval(PROMPT)
