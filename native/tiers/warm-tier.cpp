@@ -97,6 +97,17 @@ void warm_tier::make(layer & layer) const {
     layer.warm->exact.there  = layer.is_cold.data();
 }
 
+float warm_tier::share_of_f16(const std::vector<layer> & layers) const {
+    uint64_t bytes     = 0; // of a block of codes in each layer
+    uint64_t bytes_f16 = 0;
+
+    for (const auto & layer : layers) {
+        bytes     += layer.warm ? layer.warm->block_bytes() : 0;
+        bytes_f16 += N_CELLS*hparams.n_head_kv(layer.il)*(hparams.n_embd_head_k(layer.il) + hparams.n_embd_head_v(layer.il))*sizeof(ggml_fp16_t);
+    }
+    return bytes_f16 > 0 ? (float) bytes/bytes_f16 : 0.0f;
+}
+
 // the codes of n rows of K or V, for the block that was added last
 void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const {
     const auto & view = layer.warm->view;

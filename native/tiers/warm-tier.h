@@ -35,6 +35,9 @@ public:
     // the part of a head's attention at which a row is read from the cold store; 0: no row ever is
     float theta() const { return n_by_kernel > 0 ? share : 0.0f; }
 
+    // bytes of codes over those of the same rows in f16; 0: there are none
+    float share_of_f16(const std::vector<layer> & layers) const;
+
     // the layer's places in the cold store are known, and it stays where it is
     void make(layer & layer) const;
 

@@ -129,6 +129,8 @@ def test_the_answer_is_near_the_full_caches(tmp_path: Path, shape: TinyModel, ca
     stats = llm.kv_stats
     assert stats.bytes_codes > 0
     assert stats.theta == stats.n_rows_read == 0
+    padded = -(-shape.n_embd_head // 32) * 32
+    assert stats.codes_share == pytest.approx((padded * 34 / 32 + shape.n_embd_head * 20 / 32) / (4 * shape.n_embd_head))
     assert stats.bytes_bounced == 0
 
 
