@@ -50,7 +50,13 @@ ggml_tensor * views::rows_from(ggml_context * ctx, ggml_tensor * rows, const lay
     }
     const int64_t n = layer.res.n_slots() - layers[lay.layer_of_shortest()].res.n_slots();
 
-    return ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1] - n, rows->nb[1], n*rows->nb[1]);
+    // no view, which would be a node between K's RoPE and its store: backends make one operation of these where they follow each other
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, rows->type, rows->ne[0], rows->ne[1] - n);
+
+    res->buffer = rows->buffer;
+    res->data   = (char *) rows->data + n*rows->nb[1];
+
+    return res;
 }
 
 ggml_tensor * views::get_k(ggml_context * ctx, uint32_t i_layer, bool reservation) {
