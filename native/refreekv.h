@@ -125,14 +125,14 @@ struct refreekv_params {
     int32_t turns;            // enum refreekv_turns
 
     float   theta;            // decoding goes on attending to what is evicted, by codes, and reads rows that get this part of a head's
-                              // attention or more from the cold store, if there is one; 0: what is evicted takes no part. This needs the cache in
-                              // host memory, and heads that the decode kernel takes
+                              // attention or more from the cold store, if there is one; 0: what is evicted takes no part. Rows are read where
+                              // the cache is in host memory and the heads are such that the decode kernel takes them. Not with ALiBi
 
     float   max_error;        // with theta: so many rows are read that codes misplace no more than this part of a head's attention; 0: theta
                               // alone says which are read
 
     bool    mask_only;        // debug: hide evicted cells instead of moving the kept ones
-    bool    by_graph;         // debug: move rows and look at attention with graphs, as on a device, where the host could do it
+    bool    by_graph;         // debug: move rows, look at attention and attend to codes with graphs, as on a device, where the host could do it
 };
 
 struct refreekv_stats {
@@ -154,7 +154,8 @@ struct refreekv_stats {
     int32_t  n_restores;
     int64_t  restore_us;  // of all restores
     int32_t  n_turns_failed; // prunings and restores that were to be done between batches (refreekv_turns), and failed: the sequence went on without
-    float    theta;       // what decoding goes by; 0: what is evicted takes no part
+    float    codes_share; // bytes of the codes of an evicted row over those that it has in f16; 0: what is evicted takes no part
+    float    theta;       // the part of a head's attention at which decoding reads an evicted row; 0: it reads none
     int64_t  n_rows_read; // evicted rows, of one KV head each, that it has read from the cold store
     int64_t  n_rows_left; // that it would have read, and for which their codes stood: the rows were not in memory, or were too many
     uint64_t bytes_codes; // of evicted rows

@@ -83,6 +83,7 @@ static refreekv_stats stats(const parts & p) {
     res.restore_us  = p.restore_us;
 
     res.theta       = p.warm.theta();
+    res.codes_share = p.warm.share_of_f16(p.layers);
 
     res.bytes_bounced = p.evictor.bytes_bounced();
 

@@ -38,6 +38,9 @@ public:
     llama_pos pos_of  (uint32_t cell)                 const { return table_of(cell).pos_get (index_of(cell)); }
     bool      shared  (uint32_t cell)                 const { return table_of(cell).seq_count(index_of(cell)) > 1; }
 
+    // whether a token of this sequence at this position may see it; for cells whose position no token of its batch has
+    bool seen_by(uint32_t cell, llama_seq_id s, llama_pos pos) const { return seq_has(cell, s) && pos_of(cell) <= pos; }
+
     // of the same stream and the same sequences
     bool alike(uint32_t a, uint32_t b) const {
         return a/stream_size() == b/stream_size() && table_of(a).seq_get_all(index_of(a)) == table_of(b).seq_get_all(index_of(b));

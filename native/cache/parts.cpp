@@ -34,7 +34,7 @@ parts::parts(cache & kv, const refreekv_params & params) :
     layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad),
     ring(params.n_window + 1, kv.n_seq_max),
     pruned(logical.n_seq_ids(), -1), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
-    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, cold, n_generation),
+    cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, mover, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
     turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
     const auto & hparams = kv.hparams;
@@ -65,11 +65,12 @@ parts::parts(cache & kv, const refreekv_params & params) :
     at_most(this->params.n_sink);
     at_most(this->params.n_hot);
 
-    if (warm.theta() == 0.0f || params.policy != REFREEKV_POLICY_REFREEKV) {
+    if (!warm.exists() || params.policy != REFREEKV_POLICY_REFREEKV) {
         this->params.n_hot = 0; // the policy decides
     }
-    if (warm.theta() > 0.0f) {
-        layouts.set_pad(128); // little is held, and padding is memory
+    if (warm.exists()) {
+        // little is held, and padding is memory. Flash attention on devices wants upstream's
+        layouts.set_pad(warm.has_tensors() ? 256 : 128);
         this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
     }
     for (auto & layer : layers) {
@@ -168,6 +169,9 @@ std::map<ggml_backend_buffer_type_t, size_t> parts::memory_breakdown() const {
 
     for (const auto & layer : layers) {
         res[layer.rows.get_shape().buft] += layer.rows.bytes();
+        if (layer.warm && layer.warm->get_tensors()) {
+            res[layer.warm->get_tensors()->buffer_type()] += layer.warm->get_tensors()->bytes();
+        }
     }
     for (const auto & [buft, size] : ring_breakdown()) {
         res[buft] += size;

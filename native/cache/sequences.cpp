@@ -54,7 +54,7 @@ bool sequences::for_removed(llama_seq_id seq_id, llama_pos p0, llama_pos p1, F &
 
 // whether queries see all cells: what layers do not hold is warm
 bool sequences::attends_to_all() const {
-    return p.warm.theta() > 0.0f && std::all_of(p.layers.begin(), p.layers.end(), [&](const layer & layer) {
+    return p.warm.exists() && std::all_of(p.layers.begin(), p.layers.end(), [&](const layer & layer) {
         return layer.res.n_visible() + (layer.warm ? layer.warm->n_cells() : 0) >= p.logical.n_used();
     });
 }

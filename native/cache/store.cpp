@@ -75,7 +75,15 @@ void store::run_on_host(ggml_tensor * node) const {
 }
 
 const warm_view * store::warm_of(uint32_t i_layer) const {
-    return p.layers[i_layer].warm ? &p.layers[i_layer].warm->view : nullptr;
+    const auto & warm = p.layers[i_layer].warm;
+
+    return warm && !warm->get_tensors() ? &warm->view : nullptr;
+}
+
+const warm_cells * store::codes_of(uint32_t i_layer) const {
+    const auto & warm = p.layers[i_layer].warm;
+
+    return warm && warm->n_places() > 0 ? warm.get() : nullptr;
 }
 
 void store::announce(llama_seq_id seq_id, int32_t n_tokens) {

@@ -110,8 +110,12 @@ public:
     // whether cells may be evicted: the cache is not the elastic full one
     bool evicts() const { return p.params.policy != REFREEKV_POLICY_ELASTIC; }
 
-    // the evicted cells of a layer that decoding goes on attending to; nullptr: none
+    // the evicted cells of a layer that decoding goes on attending to, by our kernel; nullptr: none
     const warm_view * warm_of(uint32_t i_layer) const;
+
+    // the same as tensors of the graph (graph/codes.h); nullptr: none
+    const warm_cells * codes_of(uint32_t i_layer) const;
+    bool has_code_tensors() const { return p.warm.has_tensors(); } // or may have
 
     // nodes of the decoding graph that is being built; where the cache of a layer is
     void run_with_cache(ggml_tensor * node, uint32_t i_layer) const;

@@ -10,6 +10,7 @@
 #include "llama-hparams.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace refreekv {
 
@@ -154,6 +155,41 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
     return REFREEKV_OK;
 }
 
+// Cells that are about to leave. all: their rows, where they came to the host
+void evictor::code(layer & layer, const std::vector<uint32_t> & cells, const rows::host_rows * all) {
+    std::vector<uint32_t> slots;
+    for (uint32_t cell : cells) {
+        slots.push_back(layer.res.slot(cell));
+    }
+
+    if (!mover.in_place(layer)) {
+        rows::host_rows own;
+        if (!all) {
+            mover.read(layer, slots, own);
+            all = &own;
+        }
+        warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+            for (size_t i = 0; i < n; ++i) {
+                memcpy(rows_k + i*layer.row_size(false), all->k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
+                memcpy(rows_v + i*layer.row_size(true),  all->v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
+            }
+        });
+        return;
+    }
+
+    const refreekv::row_bytes k(layer.rows.k(), false);
+    const refreekv::row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
+
+    warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
+        uint32_t from[REFREEKV_CODED_CELLS];
+        for (size_t i = 0; i < n; ++i) {
+            from[i] = slots[indices[i]];
+        }
+        k.get(from, n, rows_k);
+        v.get(from, n, rows_v);
+    });
+}
+
 bool evictor::take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory) {
     std::vector<uint8_t> out(layer.res.n_slots(), 0);
     for (size_t c = 0; c < list.size(); ++c) {
@@ -179,19 +215,13 @@ bool evictor::take_out(layer & layer, const std::vector<held> & list, const std:
         }
     }
 
-    transfer.put(layer, cells_out, memory.lane);
+    std::sort(cells_out.begin(), cells_out.end());
 
-    const refreekv::row_bytes k(layer.rows.k(), false);
-    const refreekv::row_bytes v(layer.rows.v(), layer.rows.get_shape().v_trans);
+    const auto * on_host = transfer.put(layer, cells_out, memory.lane);
 
-    warm.add(layer, cells_out, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
-        uint32_t from[REFREEKV_CODED_CELLS];
-        for (size_t i = 0; i < n; ++i) {
-            from[i] = layer.res.slot(cells_out[indices[i]]);
-        }
-        k.get(from, n, rows_k);
-        v.get(from, n, rows_v);
-    });
+    if (layer.warm) {
+        code(layer, cells_out, on_host);
+    }
 
     if (!mover.move(layer, slots, lay.padded(slots.size()))) {
         return false;

@@ -80,6 +80,8 @@ private:
 
     int32_t select(const layer & layer, llama_seq_id seq_id, const std::vector<held> & list, attention_scratch & memory, std::vector<uint8_t> & keep);
 
+    void code(layer & layer, const std::vector<uint32_t> & cells, const rows::host_rows * all);
+
     // false: no memory to move what stays
     bool take_out(layer & layer, const std::vector<held> & list, const std::vector<uint8_t> & keep, scratch & memory);
 };

@@ -3,8 +3,10 @@
 #include "api/error.h"
 #include "api/process.h"
 #include "cache/store.h"
+#include "graph/codes.h"
 #include "kernels/decode.h"
 #include "kernels/kernels.h"
+#include "tiers/warm-cells.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
@@ -25,6 +27,14 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, const char * 
 [[noreturn]] static void refuse(int il) {
     set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
     throw std::runtime_error(last_error());
+}
+
+static uint32_t n_codes(const warm_cells * codes) { return codes ? codes->n_places() : 0; }
+
+// whether the mask of a kind is that of these codes, too
+template <typename Kind>
+static bool shares_codes(const Kind & k, const warm_cells * codes) {
+    return k.codes == codes || (k.codes && codes && k.codes->alike(*codes));
 }
 
 graph_input & graph_input::of(const llm_graph_context & graph, const cache_context & mctx) {
@@ -50,7 +60,12 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
     // flash attention requires an f16 mask
     const auto type_mask = graph.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
 
-    if (!reservation && n_tokens == 1 && store.get_layouts().n_layouts() > 1) {
+    bool any_codes = false;
+    for (uint32_t i = 0; i < store.n_layers(); ++i) {
+        any_codes = any_codes || codes_of(i);
+    }
+
+    if (!reservation && n_tokens == 1 && store.get_layouts().n_layouts() > 1 && !any_codes) {
         tail_mask = new_input(ctx, type_mask, "attn_inp_kq_mask", store.get_layouts().n_kv(layout_of(store.get_layouts().layer_of_longest())), n_tokens);
         tail_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
     }
@@ -63,9 +78,10 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
             continue;
         }
 
-        const auto same = std::find_if(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout; });
+        const auto * codes = codes_of(i);
+        const auto   same  = std::find_if(kinds.begin(), kinds.end(), [&](const kind & k) { return k.layout == layout && shares_codes(k, codes); });
 
-        kind k = { i, layout, n_v_idxs, same == kinds.end() && !is_tail(layout), is_tail(layout) ? store.buft_of(i) : nullptr, nullptr, nullptr, nullptr };
+        kind k = { i, layout, n_v_idxs, codes, same == kinds.end() && !is_tail(layout), is_tail(layout) ? store.buft_of(i) : nullptr, nullptr, nullptr, nullptr };
 
         if (is_tail(layout)) {
             ggml_tensor * mask = tail_mask_for(ctx, i);
@@ -74,7 +90,7 @@ graph_input::graph_input(const llm_graph_context & graph, const cache_context & 
             k.mask   = ggml_view_2d(ctx, mask, store.get_layouts().n_kv(layout), n_tokens, mask->nb[1], store.get_layouts().tail_of(layout)*mask->nb[0]);
         } else if (same == kinds.end()) {
             k.k_idxs = new_input(ctx, GGML_TYPE_I64, "attn_inp_k_idxs", n_tokens);
-            k.mask   = new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store.get_views().worst_n_kv() : store.get_layouts().n_kv(layout), n_tokens);
+            k.mask   = new_input(ctx, type_mask, "attn_inp_kq_mask", reservation ? store.get_views().worst_n_kv() : n_codes(codes) + store.get_layouts().n_kv(layout), n_tokens);
         } else {
             k.k_idxs = same->k_idxs;
             k.mask   = same->mask;
@@ -99,13 +115,17 @@ uint32_t graph_input::layout_of(uint32_t i_layer) const {
     return reservation ? 0 : store.layout_of(i_layer);
 }
 
+const warm_cells * graph_input::codes_of(uint32_t i_layer) const {
+    return reservation ? nullptr : store.codes_of(i_layer);
+}
+
 bool graph_input::is_tail(uint32_t layout) const {
     return tail_mask && store.get_layouts().tail_of(layout) >= 0;
 }
 
 const graph_input::kind * graph_input::find(uint32_t i_layer) const {
     for (auto & k : kinds) {
-        if (k.layout == layout_of(i_layer) && k.n_v_idxs == store.get_views().n_v_idxs(i_layer) && (!k.buft || k.buft == store.buft_of(i_layer))) {
+        if (k.layout == layout_of(i_layer) && shares_codes(k, codes_of(i_layer)) && k.n_v_idxs == store.get_views().n_v_idxs(i_layer) && (!k.buft || k.buft == store.buft_of(i_layer))) {
             return &k;
         }
     }
@@ -167,7 +187,7 @@ bool graph_input::can_reuse(const llm_graph_params & params) {
     if (reservation || mctx->is_reservation() || generation != store.generation() || n_tokens != params.ubatch.n_tokens) {
         return false;
     }
-    return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == store.get_layouts().n_kv(k.layout); });
+    return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == n_codes(k.codes) + store.get_layouts().n_kv(k.layout); });
 }
 
 ggml_tensor * graph_input::attention(const llm_graph_context & graph, const attention_call & call) {
@@ -197,13 +217,30 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, ggml_get_rows(ctx, last, ring_src), ring_dst));
     }
 
-    if (ggml_tensor * own = decode(ctx, i_layer, call)) {
+    if (ggml_tensor * own = kind.codes ? nullptr : decode(ctx, i_layer, call)) {
         return own;
     }
     ggml_tensor * k = store.get_views().get_k(ctx, i_layer, reservation);
     ggml_tensor * v = store.get_views().get_v(ctx, i_layer, reservation);
 
-    return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, nullptr, 0, call.kq_scale, call.il);
+    if (!kind.codes) {
+        return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, nullptr, 0, call.kq_scale, call.il);
+    }
+    const auto * softmax = store.softmax_of(i_layer);
+
+    if (!softmax) { // to what the layer holds
+        ggml_tensor * mask = ggml_view_2d(ctx, kind.mask, kind.mask->ne[0] - n_codes(kind.codes), n_tokens, kind.mask->nb[1], n_codes(kind.codes)*kind.mask->nb[0]);
+
+        return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, nullptr, 0, call.kq_scale, call.il);
+    }
+    const auto & codes = *store.codes_of(i_layer)->get_tensors();
+
+    ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() });
+
+    store.run_with_cache(cur, i_layer);
+    ggml_build_forward_expand(graph.gf, cur);
+
+    return cur;
 }
 
 // the attention by our own kernel; nullptr: upstream's ops are to do it
@@ -266,7 +303,7 @@ llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const l
 uint32_t graph_extra_nodes(llama_memory_i * mem) {
     const auto * store = store::of(mem);
 
-    return store ? 32*store->n_layers() : 0;
+    return store ? (32 + (store->has_code_tensors() ? CODES_NODES : 0))*store->n_layers() : 0;
 }
 
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {

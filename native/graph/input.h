@@ -11,6 +11,8 @@
 
 namespace refreekv {
 
+class warm_cells;
+
 // What the graphs of a cache with a policy have beside upstream's inputs: a mask and indices per layout (and V indices per row
 // size, when V is transposed), and the two index tensors of the query ring. For single tokens layouts that end in the same way
 // share one mask and its indices, since each input of a graph on a device is a transfer of its own.
@@ -48,10 +50,11 @@ private:
         uint32_t i_layer; // one of them
         uint32_t layout;
         int64_t  n_v_idxs;
+        const warm_cells * codes; // like those of each of them; nullptr: they have none as tensors
         bool     first;   // of its layout: the others share its mask and K indices
         ggml_backend_buffer_type_t buft; // nullptr: any
 
-        ggml_tensor * mask;   // F32/F16 [n_kv, n_tokens]
+        ggml_tensor * mask;   // F32/F16 [n_codes + n_kv, n_tokens]
         ggml_tensor * k_idxs; // I64 [n_tokens]
         ggml_tensor * v_idxs; // I64 [n_tokens*n_v_idxs]
     };
@@ -71,6 +74,8 @@ private:
     bool is_tail(uint32_t layout) const;
 
     ggml_tensor * tail_mask_for(ggml_context * ctx, uint32_t i_layer);
+
+    const warm_cells * codes_of(uint32_t i_layer) const;
 
     const kind * find   (uint32_t i_layer) const;
     const kind & kind_of(uint32_t i_layer) const { return *find(i_layer); }

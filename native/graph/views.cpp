@@ -1,5 +1,7 @@
 #include "graph/views.h"
 
+#include "tiers/warm-cells.h"
+
 #include "llama-batch.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -48,7 +50,13 @@ ggml_tensor * views::rows_from(ggml_context * ctx, ggml_tensor * rows, const lay
     }
     const int64_t n = layer.res.n_slots() - layers[lay.layer_of_shortest()].res.n_slots();
 
-    return ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1] - n, rows->nb[1], n*rows->nb[1]);
+    // no view, which would be a node between K's RoPE and its store: backends make one operation of these where they follow each other
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, rows->type, rows->ne[0], rows->ne[1] - n);
+
+    res->buffer = rows->buffer;
+    res->data   = (char *) rows->data + n*rows->nb[1];
+
+    return res;
 }
 
 ggml_tensor * views::get_k(ggml_context * ctx, uint32_t i_layer, bool reservation) {
@@ -162,7 +170,7 @@ bool views::visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool
 
 // slot by slot where upstream goes cell by cell
 template <typename T>
-void views::fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_ubatch & ubatch, bool causal) const {
+void views::fill_mask(T * data, int64_t n_kv, int64_t stride, const layer & layer, const llama_ubatch & ubatch, bool causal) const {
     const T keep = llama_cast<T>(0.0f);
     const T drop = llama_cast<T>(-INFINITY);
 
@@ -185,7 +193,7 @@ void views::fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_u
         const llama_seq_id seq_id = ubatch.seq_id[i][0];
         const llama_pos    pos    = ubatch.pos[i];
 
-        T * row = data + i*n_kv;
+        T * row = data + i*stride;
 
         auto it = bases.find(seq_id);
         if (it == bases.end()) {
@@ -208,7 +216,7 @@ void views::fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_u
                 }
             }
         } else {
-            std::copy_n(data + it->second.i*n_kv, n_kv, row);
+            std::copy_n(data + it->second.i*stride, n_kv, row);
         }
 
         for (uint32_t s : it->second.open) {
@@ -219,15 +227,52 @@ void views::fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_u
     }
 }
 
+// of cells in codes: those of a block are seen by the same tokens
+template <typename T>
+void views::fill_codes_mask(T * data, int64_t stride, const warm_cells & warm, const llama_ubatch & ubatch) const {
+    const T keep = llama_cast<T>(0.0f);
+    const T drop = llama_cast<T>(-INFINITY);
+
+    const uint32_t n_blocks = warm.n_blocks();
+
+    std::vector<uint8_t> seen(n_blocks);
+    std::vector<uint8_t> before; // by the token before
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, data += stride) {
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            seen[b] = logical.seen_by(warm.first_cell(b), ubatch.seq_id[i][0], ubatch.pos[i]);
+        }
+        if (seen == before) {
+            std::copy_n(data - stride, warm.n_places(), data);
+            continue;
+        }
+        std::fill_n(data, warm.n_places(), drop);
+        for (uint32_t b = 0; b < n_blocks; ++b) {
+            for (uint64_t left = seen[b] ? warm.cells_there(b) : 0; left; left &= left - 1) {
+                data[b*code_tensors::N_CELLS + lowest_bit(left)] = keep;
+            }
+        }
+        before = seen;
+    }
+}
+
+template <typename T>
+void views::fill_masks(ggml_tensor * dst, const layer & layer, const llama_ubatch & ubatch, bool causal) const {
+    const int64_t n_codes = layer.warm ? layer.warm->n_places() : 0;
+
+    if (n_codes > 0) {
+        fill_codes_mask((T *) dst->data, dst->ne[0], *layer.warm, ubatch);
+    }
+    fill_mask((T *) dst->data + n_codes, dst->ne[0] - n_codes, dst->ne[0], layer, ubatch, causal);
+}
+
 void views::set_input_mask(ggml_tensor * dst, uint32_t i_layer, const llama_ubatch & ubatch, bool causal) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const auto & layer = layers[i_layer];
-
     if (dst->type == GGML_TYPE_F16) {
-        fill_mask((ggml_fp16_t *) dst->data, dst->ne[0], layer, ubatch, causal);
+        fill_masks<ggml_fp16_t>(dst, layers[i_layer], ubatch, causal);
     } else {
-        fill_mask((float       *) dst->data, dst->ne[0], layer, ubatch, causal);
+        fill_masks<float>(dst, layers[i_layer], ubatch, causal);
     }
 }
 

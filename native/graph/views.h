@@ -36,6 +36,7 @@ public:
 
     void set_input_k_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const;
     void set_input_v_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const;
+    // [n_codes + n_kv, n_tokens]: the room of the layer's codes (warm_cells), and its slots
     void set_input_mask  (ggml_tensor * dst, uint32_t i_layer, const llama_ubatch & ubatch, bool causal) const;
 
 private:
@@ -62,8 +63,13 @@ private:
     // those that indices count from
     ggml_tensor * rows_from(ggml_context * ctx, ggml_tensor * rows, const layer & layer, bool by_shortest) const;
 
+    // stride: numbers from one token's line to the next
     template <typename T>
-    void fill_mask(T * data, int64_t n_kv, const layer & layer, const llama_ubatch & ubatch, bool causal) const;
+    void fill_mask(T * data, int64_t n_kv, int64_t stride, const layer & layer, const llama_ubatch & ubatch, bool causal) const;
+    template <typename T>
+    void fill_codes_mask(T * data, int64_t stride, const warm_cells & warm, const llama_ubatch & ubatch) const;
+    template <typename T>
+    void fill_masks(ggml_tensor * dst, const layer & layer, const llama_ubatch & ubatch, bool causal) const;
 
     bool visible(uint32_t cell, const llama_ubatch & ubatch, uint32_t i, bool causal) const;
 };

@@ -20,16 +20,33 @@ static const uint32_t REFREEKV_NO_CELL    = UINT32_MAX;
 struct state_warm {
     uint32_t magic;
     uint32_t n_layers; // 0: there are no codes
-    uint32_t bits_k;
-    uint32_t bits_v;
 };
 
 // Before the blocks of a layer. A block: indices of the list of its 64 cells (or REFREEKV_NO_CELL), then of each KV head in turn the codes of
 // K and those of V
 struct state_warm_layer {
     uint32_t magic;
+    uint32_t kind; // of the codes (kind_of)
     uint32_t n_blocks;
 };
+
+static const uint32_t REFREEKV_TENSORS = 1u << 16;
+
+// which codes a layer has: those of our kernel, with so many bits, or tensors of these types
+static uint32_t kind_of(const warm_cells & its) {
+    return its.get_tensors() ? REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | code_tensors::TYPE_V : its.view.bits_k << 8 | its.view.bits_v;
+}
+
+// bytes of a block; 0: there is no such kind
+static size_t block_bytes(uint32_t kind, int64_t n_head_kv, int64_t n_k, int64_t n_v) {
+    const int k = kind >> 8 & 0xff;
+    const int v = kind      & 0xff;
+
+    if (kind == (REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | code_tensors::TYPE_V)) {
+        return n_head_kv*code_tensors::head_bytes(n_k, n_v);
+    }
+    return kind >> 16 || k < 1 || k > 8 || v < 1 || v > 8 ? 0 : n_head_kv*(codes_bytes(n_k, k) + codes_bytes(n_v, v));
+}
 
 void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32_t> & list) {
     std::unordered_map<uint32_t, uint32_t> index_of; // of a cell in the list
@@ -39,11 +56,7 @@ void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32
 
     const bool any = std::any_of(p.layers.begin(), p.layers.end(), [](const layer & layer) { return layer.warm && layer.warm->n_blocks() > 0; });
 
-    state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) p.layers.size() : 0, 0, 0 };
-    if (any) {
-        header.bits_k = p.layers.front().warm->view.bits_k;
-        header.bits_v = p.layers.front().warm->view.bits_v;
-    }
+    const state_warm header = { REFREEKV_STATE_WARM, any ? (uint32_t) p.layers.size() : 0 };
     io.write(&header, sizeof(header));
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
@@ -54,7 +67,7 @@ void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32
             std::vector<uint32_t> indices(REFREEKV_CODED_CELLS, REFREEKV_NO_CELL);
 
             bool has = false;
-            for (uint64_t left = its.view.there[b]; left; left &= left - 1) {
+            for (uint64_t left = its.cells_there(b); left; left &= left - 1) {
                 const int64_t i  = lowest_bit(left);
                 const auto    it = index_of.find(its.cell(b, i));
                 if (it != index_of.end()) {
@@ -67,15 +80,15 @@ void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32
             }
         }
 
-        const state_warm_layer info = { REFREEKV_STATE_WARM, (uint32_t) blocks.size() };
+        const state_warm_layer info = { REFREEKV_STATE_WARM, kind_of(its), (uint32_t) blocks.size() };
         io.write(&info, sizeof(info));
+
+        std::vector<uint8_t> codes(its.block_bytes());
 
         for (const auto & [b, indices] : blocks) {
             io.write(indices.data(), indices.size()*sizeof(indices[0]));
-            for (int64_t h = 0; h < its.view.n_head_kv; ++h) {
-                io.write(its.codes_of(b, h, false), its.head_bytes(false));
-                io.write(its.codes_of(b, h, true),  its.head_bytes(true));
-            }
+            its.get_codes(b, codes.data());
+            io.write(codes.data(), codes.size());
         }
     }
 }
@@ -86,14 +99,12 @@ bool read_warm(parts & p, llama_io_read_i & io, const std::vector<uint32_t> & li
     state_warm header;
     io.read(&header, sizeof(header));
 
-    const bool fits = header.n_layers == 0 || (header.n_layers == p.layers.size() && header.bits_k >= 1 && header.bits_k <= 8 && header.bits_v >= 1 && header.bits_v <= 8);
-
-    if (header.magic != REFREEKV_STATE_WARM || !fits) {
+    if (header.magic != REFREEKV_STATE_WARM || (header.n_layers != 0 && header.n_layers != p.layers.size())) {
         set_error("state: damaged, there are no codes behind its evicted rows");
         return false;
     }
 
-    std::vector<uint8_t> codes[2];
+    std::vector<uint8_t> codes;
 
     for (uint32_t i_layer = 0; i_layer < header.n_layers; ++i_layer) {
         auto & layer = p.layers[i_layer];
@@ -101,17 +112,18 @@ bool read_warm(parts & p, llama_io_read_i & io, const std::vector<uint32_t> & li
         state_warm_layer info;
         io.read(&info, sizeof(info));
 
-        if (info.magic != REFREEKV_STATE_WARM || info.n_blocks > list.size()) {
+        codes.resize(block_bytes(info.kind, p.hparams.n_head_kv(layer.il), p.hparams.n_embd_head_k(layer.il), p.hparams.n_embd_head_v(layer.il)));
+
+        if (info.magic != REFREEKV_STATE_WARM || info.n_blocks > list.size() || codes.empty()) {
             set_error("state: damaged, %u blocks of codes in layer %d", info.n_blocks, layer.il);
             return false;
         }
 
-        const int64_t n_head_kv = p.hparams.n_head_kv(layer.il);
+        const bool takes = layer.warm && kind_of(*layer.warm) == info.kind;
 
-        codes[0].resize(codes_bytes(p.hparams.n_embd_head_k(layer.il), header.bits_k));
-        codes[1].resize(codes_bytes(p.hparams.n_embd_head_v(layer.il), header.bits_v));
-
-        const bool takes = layer.warm && layer.warm->view.bits_k == (int) header.bits_k && layer.warm->view.bits_v == (int) header.bits_v;
+        if (takes) {
+            layer.warm->reserve(std::min<size_t>(info.n_blocks, list.size()/REFREEKV_CODED_CELLS + 1));
+        }
 
         for (uint32_t b = 0; b < info.n_blocks; ++b) {
             uint32_t cells[REFREEKV_CODED_CELLS];
@@ -140,19 +152,10 @@ bool read_warm(parts & p, llama_io_read_i & io, const std::vector<uint32_t> & li
             // cells of one block were neighbours; in this cache they may have come to lie far from each other
             const auto [lowest, highest] = std::minmax_element(std::begin(cells), std::end(cells));
             const bool adds = takes && warm_cells::may_share(*lowest, *highest);
+            io.read(codes.data(), codes.size());
             if (adds) {
                 layer.warm->add(cells, REFREEKV_CODED_CELLS, there);
-            }
-            for (int64_t h = 0; h < n_head_kv; ++h) {
-                for (bool v : { false, true }) {
-                    io.read(codes[v].data(), codes[v].size());
-                    if (adds) {
-                        memcpy(layer.warm->codes_of(h, v), codes[v].data(), codes[v].size());
-                    }
-                }
-            }
-            if (adds) {
-                layer.warm->note_steps();
+                layer.warm->set_codes(layer.warm->n_blocks() - 1, codes.data());
             }
         }
     }

@@ -14,7 +14,7 @@
 namespace refreekv {
 
 static const uint32_t REFREEKV_STATE_MAGIC   = 0x564b4652; // "RFKV"
-static const uint32_t REFREEKV_STATE_VERSION = 6;
+static const uint32_t REFREEKV_STATE_VERSION = 7;
 static const uint32_t REFREEKV_STATE_V       = 0x56564652; // "RFVV", between K and V: states have no checksum
 
 // f(tensor, offset, size) for the bytes of these slots, in this order. Consecutive slots are one piece; how the pieces fall

@@ -17,18 +17,19 @@ static const uint32_t N_THREADS = 4;
 
 static const size_t PIECE = 64 << 10; // bytes of rows that stay in the processor's cache on their way
 
-void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scratch) {
+const rows::host_rows * cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scratch) {
     if (!cold.exists()) {
-        return;
+        return nullptr;
     }
+    const size_t n_all = cells.size();
 
     // a row never changes: what came back from a file is still there
     cells.erase(std::remove_if(cells.begin(), cells.end(), [&](uint32_t cell) { return cold.has(layer, cell); }), cells.end());
-    std::sort(cells.begin(), cells.end());
 
     if (cells.empty()) {
-        return;
+        return nullptr;
     }
+    const bool all = cells.size() == n_all;
 
     std::vector<uint32_t> slots;
     for (uint32_t cell : cells) {
@@ -66,7 +67,7 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
         if (layer.warm) {
             finish(scratch);
         }
-        return;
+        return layer.warm && all ? &scratch.rows[1] : nullptr;
     }
 
     const refreekv::row_bytes k(layer.rows.k(), false);
@@ -90,6 +91,7 @@ void cold_transfer::put(layer & layer, std::vector<uint32_t> cells, lane & scrat
         }
         return true;
     });
+    return nullptr;
 }
 
 void cold_transfer::finish(lane & scratch) {

@@ -26,8 +26,9 @@ public:
         int32_t                  put_status = REFREEKV_OK; // of those that are done
     };
 
-    // rows that are about to be evicted
-    void put(layer & layer, std::vector<uint32_t> cells, lane & scratch);
+    // rows that are about to be evicted; cells ascend. Those of a layer with codes, where they came to the host for it, all of them: the
+    // codes are made of them. Else nullptr
+    const rows::host_rows * put(layer & layer, std::vector<uint32_t> cells, lane & scratch);
 
     // what is still on its way; put_status says how it went
     static void finish(lane & scratch);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 namespace refreekv {
 
@@ -13,8 +14,13 @@ static const size_t SLAB     = 16;      // blocks
 static const size_t GAP      = 2 << 10; // bytes: reading them costs less than another read would
 static const uint32_t N_READ = 16;      // neighbouring cells that one read covers at most
 
+warm_cells::warm_cells(std::unique_ptr<code_tensors> its) :
+    n_head_kv(its->n_heads()), bytes_k(its->head_bytes(false)), bytes_v(its->head_bytes(true)), tensors(std::move(its)) {
+    update_view();
+}
+
 warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
-    bytes_k(codes_bytes(n_k, bits_k)), bytes_v(codes_bytes(n_v, bits_v)) {
+    n_head_kv(n_head_kv), bytes_k(codes_bytes(n_k, bits_k)), bytes_v(codes_bytes(n_v, bits_v)) {
     largest_steps.assign(n_head_kv*n_k, 0.0f);
 
     view.largest_steps = largest_steps.data();
@@ -53,7 +59,16 @@ void warm_cells::clear() {
     codes_v.clear();
     slabs.clear();
     std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
+    if (tensors) {
+        tensors->arrange({});
+    }
     update_view();
+}
+
+void warm_cells::reserve(size_t n) {
+    if (tensors) {
+        tensors->reserve(blocks.size() + n);
+    }
 }
 
 void warm_cells::note_steps(uint32_t block) {
@@ -71,7 +86,9 @@ void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
     const size_t n_blocks = blocks.size();
     const size_t in_slab  = n_blocks % SLAB;
 
-    if (n_blocks == slabs.size()*SLAB) {
+    if (tensors) {
+        tensors->reserve(n_blocks + 1);
+    } else if (n_blocks == slabs.size()*SLAB) {
         auto slab = pages_alloc(SLAB*block_bytes());
         if (!slab) {
             throw std::bad_alloc();
@@ -87,23 +104,71 @@ void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
     for (size_t i = 0; i < n; ++i) {
         b.behind[i] = cells[i] - b.lowest;
     }
-    uint8_t * slab = (uint8_t *) slabs.back().get();
+    blocks.push_back(b);
+    there .push_back(there_bits);
+    if (!tensors) {
+        uint8_t * slab = (uint8_t *) slabs.back().get();
 
-    blocks .push_back(b);
-    there  .push_back(there_bits);
-    codes_k.push_back(slab + in_slab*bytes_k);
-    codes_v.push_back(slab + view.n_head_kv*view.next_head_k + in_slab*bytes_v);
+        codes_k.push_back(slab + in_slab*bytes_k);
+        codes_v.push_back(slab + view.n_head_kv*view.next_head_k + in_slab*bytes_v);
+    }
     update_view();
 }
 
-void warm_cells::copy_codes(size_t src, size_t dst) {
-    for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        memcpy(codes_k[dst] + h*view.next_head_k, codes_k[src] + h*view.next_head_k, bytes_k);
-        memcpy(codes_v[dst] + h*view.next_head_v, codes_v[src] + h*view.next_head_v, bytes_v);
+// in this order
+void warm_cells::copy_codes(const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst) {
+    if (tensors) {
+        tensors->copy(src, dst);
+        return;
+    }
+    for (size_t i = 0; i < src.size(); ++i) {
+        for (int64_t h = 0; h < n_head_kv && src[i] != dst[i]; ++h) {
+            memcpy(codes_k[dst[i]] + h*view.next_head_k, codes_k[src[i]] + h*view.next_head_k, bytes_k);
+            memcpy(codes_v[dst[i]] + h*view.next_head_v, codes_v[src[i]] + h*view.next_head_v, bytes_v);
+        }
     }
 }
 
+void warm_cells::get_codes(uint32_t block, uint8_t * dst) const {
+    code_tensors::blocks one;
+    if (tensors) {
+        one = tensors->make(1);
+        tensors->get(block, one);
+    }
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        for (bool v : { false, true }) {
+            memcpy(dst, tensors ? (v ? one.v : one.k).data() + h*head_bytes(v) : codes_of(block, h, v), head_bytes(v));
+            dst += head_bytes(v);
+        }
+    }
+}
+
+void warm_cells::set_codes(uint32_t block, const uint8_t * src) {
+    code_tensors::blocks one;
+    if (tensors) {
+        one = tensors->make(1);
+    }
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        for (bool v : { false, true }) {
+            memcpy(tensors ? (v ? one.v : one.k).data() + h*head_bytes(v) : (v ? codes_v : codes_k)[block] + h*(v ? view.next_head_v : view.next_head_k), src, head_bytes(v));
+            src += head_bytes(v);
+        }
+    }
+    if (tensors) {
+        tensors->set(block, one);
+    } else {
+        note_steps(block);
+    }
+}
+
+bool warm_cells::alike(const warm_cells & other) const {
+    return there == other.there && blocks == other.blocks && (!tensors || (other.tensors && tensors->capacity() == other.tensors->capacity()));
+}
+
 void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
+    std::vector<uint32_t> src;
+    std::vector<uint32_t> dst;
+
     for (size_t i = 0, n_blocks = blocks.size(); i < n_blocks; ++i) {
         if (blocks[i].lowest < first_src || blocks[i].lowest - first_src >= n) {
             continue;
@@ -112,9 +177,11 @@ void warm_cells::copy(uint32_t first_src, uint32_t first_dst, uint32_t n) {
         for (int64_t j = 0; j < 64; ++j) {
             cells[j] = cell(i, j) - first_src + first_dst;
         }
+        src.push_back(i);
+        dst.push_back(blocks.size());
         add(cells, 64, there[i]);
-        copy_codes(i, blocks.size() - 1);
     }
+    copy_codes(src, dst);
 }
 
 std::vector<uint8_t> warm_cells::cells(uint32_t n_cells) const {
@@ -146,14 +213,14 @@ void warm_cells::move_to_new(uint32_t block, uint64_t bits) {
     }
     try {
         add(cells, 64, bits);
-        copy_codes(block, blocks.size() - 1);
+        copy_codes({ block }, { n_blocks() - 1 });
     } catch (const std::bad_alloc &) {
         // what is hidden is lost; what another sequence sees would be wrong
     }
 }
 
 size_t warm_cells::bytes() const {
-    return blocks.size()*(block_bytes() + sizeof(block) + sizeof(there[0]) + 2*sizeof(codes_k[0]));
+    return (tensors ? tensors->bytes() : blocks.size()*(block_bytes() + 2*sizeof(codes_k[0]))) + blocks.size()*(sizeof(block) + sizeof(there[0]));
 }
 
 void warm_cells::drop_empty() {
@@ -161,27 +228,34 @@ void warm_cells::drop_empty() {
         return;
     }
 
-    size_t n = 0;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        if (there[i] == 0) {
-            continue;
+    std::vector<uint32_t> stay;
+    for (uint32_t i = 0; i < blocks.size(); ++i) {
+        if (there[i] != 0) {
+            blocks[stay.size()] = blocks[i];
+            there [stay.size()] = there[i];
+            stay.push_back(i);
         }
-        if (n < i) {
-            blocks[n] = blocks[i];
-            there [n] = there[i];
-            copy_codes(i, n);
-        }
-        n++;
     }
+    const size_t n = stay.size();
+
     blocks.resize(n);
     there .resize(n);
-    codes_k.resize(n);
-    codes_v.resize(n);
-    slabs .resize((n + SLAB - 1)/SLAB);
 
-    std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
-    for (uint32_t b = 0; b < n; ++b) {
-        note_steps(b);
+    if (tensors) {
+        tensors->arrange(stay);
+    } else {
+        std::vector<uint32_t> dst(n);
+        std::iota(dst.begin(), dst.end(), 0);
+        copy_codes(stay, dst);
+
+        codes_k.resize(n);
+        codes_v.resize(n);
+        slabs  .resize((n + SLAB - 1)/SLAB);
+
+        std::fill(largest_steps.begin(), largest_steps.end(), 0.0f);
+        for (uint32_t b = 0; b < n; ++b) {
+            note_steps(b);
+        }
     }
 
     blocks.shrink_to_fit();

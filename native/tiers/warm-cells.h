@@ -2,10 +2,13 @@
 
 #include "cache/pages.h"
 #include "kernels/warm.h"
+#include "tiers/code-tensors.h"
 #include "tiers/record.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace refreekv {
@@ -25,21 +28,31 @@ static inline int64_t lowest_bit(uint64_t x) {
 #endif
 }
 
-// The warm cells of one layer: cells that left the cache, and whose K and V are held in codes (kernels/codes.h), in blocks of 64 cells.
-// A block is freed once none of its cells is warm any more.
+// The warm cells of one layer: cells that left the cache, and whose K and V are held in codes, in blocks of 64 cells. A block is freed
+// once none of its cells is warm any more. The codes are
 //
-// The exact rows of warm cells are in the cold store. Decoding reads some of them (view.read), from several threads.
+// - those of our kernel (kernels/codes.h), in host memory. The exact rows of warm cells are in the cold store, and decoding reads some of
+//   them (view.read), from several threads;
+// - or tensors of the layer's backend (tiers/code-tensors.h), for ggml's operations. No exact rows are read.
 class warm_cells {
 public:
     // n_k, n_v: channels of a KV head. The caller sets what `view` has of the soft-max and theta, and `exact`
     warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v);
 
+    explicit warm_cells(std::unique_ptr<code_tensors> tensors);
+
+    // nullptr: the codes are those of our kernel
+    code_tensors * get_tensors() const { return tensors.get(); }
+
     warm_cells(const warm_cells &) = delete;
 
     void clear();
 
+    // room for n blocks more, so that they come at once. Throws std::bad_alloc
+    void reserve(size_t n);
+
     // Adds a block of at most 64 cells. Their numbers have to be less than 65536 apart. The caller then writes the codes (codes_of) and
-    // calls note_steps(). there: bit i: cell i is warm. Throws std::bad_alloc, and nothing has changed then
+    // calls note_steps(), or writes them to the tensors. there: bit i: cell i is warm. Throws std::bad_alloc, and nothing has changed then
     void add(const uint32_t * cells, size_t n, uint64_t there);
     void add(const uint32_t * cells, size_t n) { add(cells, n, ~0ull >> (64 - n)); }
 
@@ -49,6 +62,14 @@ public:
 
     const uint8_t * codes_of(uint32_t block, int64_t h_kv, bool is_v) const { return is_v ? codes_v[block] + h_kv*view.next_head_v : codes_k[block] + h_kv*view.next_head_k; }
     size_t head_bytes(bool is_v) const { return is_v ? bytes_v : bytes_k; } // of one KV head in a block
+    size_t block_bytes()         const { return n_head_kv*(bytes_k + bytes_v); }
+
+    // the codes of a block, head after head, those of K before those of V
+    void get_codes(uint32_t block, uint8_t * dst) const;
+    void set_codes(uint32_t block, const uint8_t * src);
+
+    // whether it has the same cells at the same places as another layer's
+    bool alike(const warm_cells & other) const;
 
     static bool may_share(uint32_t lowest, uint32_t highest) { return highest - lowest < 1 << 16; }
 
@@ -96,8 +117,12 @@ public:
         return any;
     }
 
+    // the places that a mask has for its tensors, used or not; 0: no cells of it are in tensors
+    uint32_t n_places()                      const { return tensors && !blocks.empty() ? tensors->capacity() : 0; }
+
     uint32_t n_blocks()                      const { return blocks.size(); }
     uint32_t n_cells()                       const; // that are warm
+    uint64_t cells_there(uint32_t block)     const { return there[block]; } // bit i: its cell i is warm
 
     std::vector<uint8_t> cells(uint32_t n_cells) const; // [n_cells] whether each is warm
     uint32_t cell(uint32_t block, int64_t i) const { return blocks[block].lowest + blocks[block].behind[i]; }
@@ -126,10 +151,15 @@ private:
     struct block {
         uint32_t lowest; // cell
         uint16_t behind[64];
+
+        bool operator==(const block & other) const { return lowest == other.lowest && std::equal(behind, behind + 64, other.behind); }
     };
 
-    const size_t bytes_k; // codes of one KV head in a block
-    const size_t bytes_v;
+    const int64_t n_head_kv;
+    const size_t  bytes_k; // codes of one KV head in a block
+    const size_t  bytes_v;
+
+    const std::unique_ptr<code_tensors> tensors;
 
     std::vector<block>              blocks;
     std::vector<float>              largest_steps; // [n_head_kv][n_k]
@@ -138,8 +168,7 @@ private:
     std::vector<uint8_t *>          codes_v;
     std::vector<pages_ptr> slabs;   // memory of codes: of some blocks the K of each KV head, and then the V
 
-    size_t block_bytes() const { return view.n_head_kv*(bytes_k + bytes_v); }
-    void copy_codes(size_t src, size_t dst);
+    void copy_codes(const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst);
     void move_to_new(uint32_t block, uint64_t cells);
     void note_steps(uint32_t block);
     void drop_empty();

@@ -1,5 +1,6 @@
 #include "tiers/warm-tier.h"
 
+#include "graph/codes.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
 
@@ -9,6 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <string>
 
 namespace refreekv {
 
@@ -17,9 +20,10 @@ static const int BITS_K = 4;
 static const int BITS_V = 2;
 
 static const size_t N_CELLS = REFREEKV_CODED_CELLS;
+static const size_t N_SENT  = 16; // blocks on their way to a device
 
-// why a layer can have no warm tier, or nullptr
-static const char * why_not(const llama_hparams & hparams, const layer & layer) {
+// whether our kernel can attend to codes of the layer's cells
+bool warm_tier::fits_kernel(const layer & layer) const {
     const auto * kernels = find_kernels();
 
     const int64_t n_k = hparams.n_embd_head_k(layer.il);
@@ -27,36 +31,42 @@ static const char * why_not(const llama_hparams & hparams, const layer & layer) 
 
     const auto whole = [](int64_t n, ggml_type type) { return n % ggml_blck_size(type) == 0; };
 
-    if (!ggml_backend_buft_is_host(layer.rows.get_shape().buft)) {
-        return "the cache is not in host memory";
-    }
-    if (hparams.use_alibi) {
-        return "attention with ALiBi is not supported";
-    }
-    if (!whole(n_k, layer.rows.get_shape().type_k) || !whole(n_v, layer.rows.get_shape().type_v)) {
-        return "heads are no whole blocks of the cache's type";
-    }
-    if (!kernels || hparams.n_gqa(layer.il) > REFREEKV_WARM_GQA || !kernels->codes_fit(n_k, BITS_K) || !kernels->codes_fit(n_v, BITS_V)) {
-        return "this build has no decode kernel for the model's heads";
-    }
-    return nullptr;
+    return ggml_backend_buft_is_host(layer.rows.get_shape().buft) && whole(n_k, layer.type(false)) && whole(n_v, layer.type(true)) &&
+           kernels && hparams.n_gqa(layer.il) <= REFREEKV_WARM_GQA && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
 }
 
 void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
     if (params.theta <= 0.0f) {
         return;
     }
+    std::string why;
 
-    const char * why = nullptr;
-
-    for (const auto & layer : layers) {
-        why = why ? why : why_not(hparams, layer);
+    if (hparams.use_alibi) {
+        why = "attention with ALiBi is not supported";
     }
-    if (why) {
-        LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why);
-    } else {
-        share     = params.theta;
-        max_error = params.max_error;
+    for (const auto & layer : layers) {
+        auto * device = ggml_backend_buft_get_device(layer.rows.get_shape().buft); // nullptr for plain host memory: the CPU
+
+        if (fits_kernel(layer) && !params.by_graph) {
+            n_by_kernel++;
+        } else if (!device || device_attends_to_codes(device, hparams.n_head(layer.il), hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.attn_soft_cap)) {
+            n_by_graph++;
+        } else {
+            why = std::string("device ") + ggml_backend_dev_name(device) + " lacks an operation for it";
+        }
+    }
+    if (!why.empty()) {
+        n_by_kernel = n_by_graph = 0;
+        LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why.c_str());
+        return;
+    }
+    share     = params.theta;
+    max_error = params.max_error;
+    by_graph  = params.by_graph;
+
+    if (n_by_graph > 0) {
+        LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s), and read no exact rows of it\n",
+                n_by_graph, layers.size(), ggml_type_name(code_tensors::TYPE_K), ggml_type_name(code_tensors::TYPE_V));
     }
 }
 
@@ -65,7 +75,17 @@ void warm_tier::make(layer & layer) const {
         return;
     }
 
-    layer.warm = std::make_unique<warm_cells>(hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), BITS_K, BITS_V);
+    const int64_t n_head_kv = hparams.n_head_kv(layer.il);
+    const int64_t n_k       = hparams.n_embd_head_k(layer.il);
+    const int64_t n_v       = hparams.n_embd_head_v(layer.il);
+
+    if (by_graph || !fits_kernel(layer)) {
+        const auto backend = [this, &layer]() { return mover.backend_of(layer); };
+
+        layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, n_head_kv, n_k, n_v));
+        return;
+    }
+    layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, BITS_V);
 
     layer.warm->view.softmax = &layer.softmax;
     layer.warm->view.theta     = cold.exists() ? share : INFINITY; // else there is nothing to read
@@ -79,19 +99,42 @@ void warm_tier::make(layer & layer) const {
     layer.warm->exact.there  = layer.is_cold.data();
 }
 
-// the codes of n rows of K or V, for the block that was added last. numbers: room for the rows
-void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const {
-    const auto & kernels = *find_kernels();
-    const auto & view    = layer.warm->view;
+float warm_tier::share_of_f16(const std::vector<layer> & layers) const {
+    uint64_t bytes     = 0; // of a block of codes in each layer
+    uint64_t bytes_f16 = 0;
 
-    const int64_t n_row  = layer.n_embd(is_v);
+    for (const auto & layer : layers) {
+        bytes     += layer.warm ? layer.warm->block_bytes() : 0;
+        bytes_f16 += N_CELLS*hparams.n_head_kv(layer.il)*(hparams.n_embd_head_k(layer.il) + hparams.n_embd_head_v(layer.il))*sizeof(ggml_fp16_t);
+    }
+    return bytes_f16 > 0 ? (float) bytes/bytes_f16 : 0.0f;
+}
+
+// the codes of n rows of K or V, for the block that was added last
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const {
+    const auto & view = layer.warm->view;
+
     const int64_t n_head = is_v ? view.n_v : view.n_k;
 
-    for (int64_t i = 0; i < n; ++i) {
-        kernels.to_float(layer.type(is_v), rows + i*layer.row_size(is_v), numbers + i*n_row, n_row);
-    }
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        kernels.encode(numbers + h*n_head, n_row, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
+        find_kernels()->encode(numbers + h*n_head, layer.n_embd(is_v), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
+    }
+}
+
+// n rows of K or V as numbers
+static void to_float(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) {
+    const auto *  kernels = find_kernels();
+    const int64_t n_row   = layer.n_embd(is_v);
+    const auto    type    = layer.type(is_v);
+
+    for (int64_t i = 0; i < n; ++i, rows += layer.row_size(is_v), numbers += n_row) {
+        if (kernels) {
+            kernels->to_float(type, rows, numbers, n_row);
+        } else if (type == GGML_TYPE_F32) {
+            memcpy(numbers, rows, n_row*sizeof(float));
+        } else {
+            ggml_get_type_traits(type)->to_float(rows, numbers, n_row);
+        }
     }
 }
 
@@ -115,36 +158,71 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
         it->cells.emplace_back(logical.pos_of(cells[i]), i);
     }
 
-    std::vector<uint8_t> rows_k(N_CELLS*layer.row_size(false));
-    std::vector<uint8_t> rows_v(N_CELLS*layer.row_size(true));
-    std::vector<float>   numbers(N_CELLS*std::max(layer.n_embd(false), layer.n_embd(true)));
+    // indices of the cells of each block
+    std::vector<std::vector<uint32_t>> blocks;
 
     for (auto & r : runs) {
         std::sort(r.cells.begin(), r.cells.end());
 
-        for (size_t first = 0, n; first < r.cells.size(); first += n) {
-            uint32_t indices [N_CELLS];
-            uint32_t of_block[N_CELLS];
+        uint32_t lowest  = UINT32_MAX;
+        uint32_t highest = 0;
 
-            uint32_t lowest  = UINT32_MAX;
-            uint32_t highest = 0;
+        for (size_t i = 0; i < r.cells.size(); ++i) {
+            const uint32_t index = r.cells[i].second;
 
-            for (n = 0; n < std::min(N_CELLS, r.cells.size() - first); ++n) {
-                indices [n] = r.cells[first + n].second;
-                of_block[n] = cells[indices[n]];
+            lowest  = std::min(lowest,  cells[index]);
+            highest = std::max(highest, cells[index]);
 
-                lowest  = std::min(lowest,  of_block[n]);
-                highest = std::max(highest, of_block[n]);
-                if (!warm_cells::may_share(lowest, highest)) {
-                    break;
-                }
+            if (i == 0 || blocks.back().size() == N_CELLS || !warm_cells::may_share(lowest, highest)) {
+                blocks.emplace_back();
+                lowest = highest = cells[index];
             }
-            rows(indices, n, rows_k.data(), rows_v.data());
+            blocks.back().push_back(index);
+        }
+    }
 
-            layer.warm->add(of_block, n);
-            encode(layer, false, n, rows_k.data(), numbers.data());
-            encode(layer, true,  n, rows_v.data(), numbers.data());
+    std::vector<uint8_t> rows_k(N_CELLS*layer.row_size(false));
+    std::vector<uint8_t> rows_v(N_CELLS*layer.row_size(true));
+    std::vector<float>   k(N_CELLS*layer.n_embd(false));
+    std::vector<float>   v(N_CELLS*layer.n_embd(true));
+
+    auto * tensors = layer.warm->get_tensors();
+
+    layer.warm->reserve(blocks.size());
+
+    // tensors get some at once: each transfer takes its time
+    code_tensors::blocks piece;
+    size_t               first = 0; // block of it
+
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        const size_t n = blocks[b].size();
+
+        if (tensors && b == first) {
+            piece = tensors->make(std::min<size_t>(blocks.size() - first, N_SENT));
+        }
+
+        uint32_t its[N_CELLS];
+        for (size_t i = 0; i < n; ++i) {
+            its[i] = cells[blocks[b][i]];
+        }
+        rows(blocks[b].data(), n, rows_k.data(), rows_v.data());
+
+        to_float(layer, false, n, rows_k.data(), k.data());
+        to_float(layer, true,  n, rows_v.data(), v.data());
+
+        layer.warm->add(its, n);
+
+        if (!tensors) {
+            encode(layer, false, n, k.data());
+            encode(layer, true,  n, v.data());
             layer.warm->note_steps();
+            continue;
+        }
+        tensors->encode(piece, b - first, n, k.data(), layer.n_embd(false), v.data(), layer.n_embd(true));
+
+        if (b + 1 == first + piece.n) {
+            tensors->set(layer.warm->n_blocks() - piece.n, piece);
+            first = b + 1;
         }
     }
     n_generation++;
@@ -173,8 +251,8 @@ void warm_tier::begin_batch(std::vector<layer> & layers, const llama_ubatch & ub
     const bool readable = share > 0.0f && cold.readable();
 
     for (auto & layer : layers) {
-        if (!layer.warm || layer.warm->n_blocks() == 0) {
-            continue;
+        if (!layer.warm || layer.warm->get_tensors() || layer.warm->n_blocks() == 0) {
+            continue; // of tensors the mask says it (graph/views.h)
         }
         auto & warm = *layer.warm;
 
@@ -190,7 +268,7 @@ void warm_tier::begin_batch(std::vector<layer> & layers, const llama_ubatch & ub
             const uint32_t cell = warm.first_cell(b);
 
             for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-                warm.visible[i*n_blocks + b] = logical.seq_has(cell, ubatch.seq_id[i][0]) && logical.pos_of(cell) <= ubatch.pos[i];
+                warm.visible[i*n_blocks + b] = logical.seen_by(cell, ubatch.seq_id[i][0], ubatch.pos[i]);
             }
         }
 

@@ -3,6 +3,7 @@
 #include "refreekv.h"
 #include "cache/layer.h"
 #include "cache/logical-cells.h"
+#include "cache/row-mover.h"
 #include "tiers/cold-rows.h"
 
 #include <atomic>
@@ -15,20 +16,29 @@ struct llama_ubatch;
 
 namespace refreekv {
 
-// The warm tier of a cache: what was evicted, and is held in codes so that decoding goes on attending to it.
+// The warm tier of a cache: what was evicted, and is held in codes so that decoding goes on attending to it. A layer in host memory has the
+// codes of our kernel, where that fits the model; any other has tensors (tiers/code-tensors.h).
 class warm_tier {
 public:
     // Until it is opened there is no warm tier
-    warm_tier(const llama_hparams & hparams, const logical_cells & logical, const cold_rows & cold, std::atomic<uint64_t> & n_generation) :
-        hparams(hparams), logical(logical), cold(cold), n_generation(n_generation) {}
+    warm_tier(const llama_hparams & hparams, const logical_cells & logical, const row_mover & mover, const cold_rows & cold, std::atomic<uint64_t> & n_generation) :
+        hparams(hparams), logical(logical), mover(mover), cold(cold), n_generation(n_generation) {}
 
     // where the parameters ask for one, and these layers can have it
     void open(const refreekv_params & params, const std::vector<layer> & layers);
 
-    // the part of a head's attention at which a row is read from the cold store; 0: there is no warm tier
-    float theta() const { return share; }
+    bool exists() const { return share > 0.0f; }
 
-    // the layer's places in the cold store are known
+    // whether some layer has tensors
+    bool has_tensors() const { return n_by_graph > 0; }
+
+    // the part of a head's attention at which a row is read from the cold store; 0: no row ever is
+    float theta() const { return n_by_kernel > 0 ? share : 0.0f; }
+
+    // bytes of codes over those of the same rows in f16; 0: there are none
+    float share_of_f16(const std::vector<layer> & layers) const;
+
+    // the layer's places in the cold store are known, and it stays where it is
     void make(layer & layer) const;
 
     // Codes of cells that are about to leave the cache, or have come from a state. rows(indices, n, k, v)
@@ -48,14 +58,20 @@ public:
 private:
     const llama_hparams &   hparams;
     const logical_cells &   logical;
+    const row_mover &       mover;
     const cold_rows &       cold;
     std::atomic<uint64_t> & n_generation;
 
-    float share          = 0.0f;
-    float max_error      = 0.0f;
-    bool  warned_of_lost = false;
+    float    share          = 0.0f; // theta; 0: there is no warm tier
+    float    max_error      = 0.0f;
+    bool     by_graph       = false; // tensors where our kernel could do it (debug)
+    uint32_t n_by_kernel    = 0; // layers
+    uint32_t n_by_graph     = 0;
+    bool     warned_of_lost = false;
 
-    void encode(const layer & layer, bool is_v, int64_t n, const uint8_t * rows, float * numbers) const;
+    bool fits_kernel(const layer & layer) const;
+
+    void encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const;
 };
 
 } // namespace refreekv

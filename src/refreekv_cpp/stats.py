@@ -85,7 +85,9 @@ class KVStats:
         cold_full: rows were lost that should have gone there, for want of room.
         n_restores: times that evicted rows were brought back.
         restore_ms: the time that took altogether, in milliseconds.
-        theta: the part of a head's attention at which decoding reads an evicted row; 0: what is evicted takes no part.
+        codes_share: bytes of the codes of an evicted row over those that it has in f16; 0: what is evicted takes no part
+            in attention.
+        theta: the part of a head's attention at which decoding reads an evicted row; 0: it reads none, as on a device.
         n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
         n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
             token: their codes stood for them.
@@ -122,6 +124,7 @@ class KVStats:
     cold_full: bool
     n_restores: int
     restore_ms: float
+    codes_share: float
     theta: float
     n_rows_read: int
     n_rows_left: int
@@ -174,6 +177,7 @@ class KVStats:
             cold_full=stats.cold_full,
             n_restores=stats.n_restores,
             restore_ms=stats.restore_us / 1000,
+            codes_share=stats.codes_share,
             theta=stats.theta,
             n_rows_read=stats.n_rows_read,
             n_rows_left=stats.n_rows_left,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import N_PROMPT, SCENARIOS, TABLE_POLICIES, answer
+from backends import CODES, N_PROMPT, SCENARIOS, TABLE_POLICIES, answer
 from far_device import FarDevice, compile_device, plugged_in
 from policies import POLICIES
 from support import CACHE_TYPES, ctx_of, feed, kept, load, logits
@@ -55,6 +55,7 @@ def on_device(path: Path, policy: str, **options: Any) -> Llama:
     [
         *((policy, "all layers") for policy in TABLE_POLICIES),
         *((policy, name) for policy in ("refreekv", "streaming") for name in SCENARIOS if name != "all layers"),
+        *((CODES, name) for name in SCENARIOS),
     ],
 )
 def test_it_answers_as_the_cpu(tiny: Tiny, library: Path, policy: str, name: str) -> None:

@@ -14,7 +14,7 @@ from policies import Debug, PythonStreaming
 from support import Sequences
 from tiny import TinyModel, random_tokens
 
-from refreekv_cpp import ReFreeKV, native
+from refreekv_cpp import PyramidKV, ReFreeKV, native
 from refreekv_cpp._llama_cpp import library_dir
 
 
@@ -120,3 +120,38 @@ def test_what_shares_a_mask_answers_as_what_has_its_own(tiny_model: Path, flash_
         return res
 
     np.testing.assert_allclose(answers(False), answers(True), atol=5e-3 if flash_attn else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "n_layouts"),
+    [
+        (Debug(policy=PyramidKV(budget=0.4, beta=2, n_min=0)), 3),
+        (Debug(policy=ReFreeKV(), by_graph=True, theta=0.003), 1),
+    ],
+    ids=["layouts that end alike", "codes"],
+)
+def test_k_is_stored_directly_behind_its_rope(tmp_path: Path, policy: Debug, n_layouts: int) -> None:
+    """Backends make one operation of the three, where nothing is between them."""
+    TinyModel().write(tmp_path / "model.gguf")
+    ggml = ctypes.CDLL(str(next(library_dir().glob("*ggml-base*"))))
+    ggml.ggml_op_desc.restype = ctypes.c_char_p
+    operations: list[str] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+    def watch(tensor: int, ask: bool, _: Any) -> bool:
+        if ask:
+            operations.append(ggml.ggml_op_desc(ctypes.c_void_p(tensor)).decode())
+        return False
+
+    callback = ctypes.cast(watch, llama_cpp.ggml_backend_sched_eval_callback)
+    sequences = Sequences(tmp_path / "model.gguf", policy, codes=True, cb_eval=callback, flash_attn_type=1)
+    sequences.read(0, random_tokens(1024))
+    assert native.prune(sequences.ctx, 0) > 0
+    stats = native.stats(sequences.ctx)
+    assert stats.n_layout == n_layouts
+    operations.clear()
+    sequences.read(0, [1])
+    sequences.close()
+
+    three = list(zip(operations, operations[1:], operations[2:], strict=False))
+    assert three.count(("ROPE", "VIEW", "SET_ROWS")) == stats.n_layer

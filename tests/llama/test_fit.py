@@ -138,7 +138,7 @@ def test_what_stays_is_known_of_a_fixed_budget_and_measured_of_the_default(tiny:
 @pytest.mark.parametrize("options", [{}, {"kv_evicted": "drop"}, QUANTISED], ids=["f16", "drop", "q8_0"])
 def test_codes_of_what_is_evicted_stay(tiny: Tiny, options: dict[str, Any]) -> None:
     needs = foreseen(tiny("gqa64"), 4096, 4000, kv_policy="refreekv", **options)
-    assert needs.codes
+    assert needs.codes_share
     llm = load(tiny("gqa64"), "refreekv", codes=True, n_ctx=4096, **options)
     llm.eval(random_tokens(4000))
     llm.prune_kv()
@@ -360,7 +360,7 @@ class Machine:
             whole=0,
             whole_f16=0,
             evicted=0,
-            codes=False,
+            codes_share=0.0,
             cold="",
             cold_dir=None,
             cold_share=1.0,

@@ -429,15 +429,6 @@ def test_there_are_codes_where_they_can_be(tiny: Callable[[str], Path]) -> None:
     feed(llm, ANSWER)
 
 
-def test_where_rows_are_moved_by_graphs(tiny: Callable[[str], Path]) -> None:
-    # as on a device, but for the memory: codes are made of rows that the host can see
-    llm = load(tiny("gqa64"), Debug(policy=POLICY, by_graph=True, theta=EVERY))
-    llm.eval(PROMPT)
-    llm.prune_kv()
-    full = feed(read(tiny("gqa64"), 0, prune=False), ANSWER)
-    assert_near(feed(llm, ANSWER), full, ERROR["f16"])
-
-
 def whole_state(sequences: Sequences) -> Any:
     size = llama_cpp.llama_state_get_size(sequences.ctx)
     buffer = (ctypes.c_uint8 * size)()

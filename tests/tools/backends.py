@@ -59,6 +59,7 @@ SCENARIOS = {
 }
 
 TABLE_POLICIES = ["full", "refreekv", "paper", "released-code", "streaming", "snapkv", "h2o", "pyramidkv", "top-p"]
+CODES = "refreekv, codes"
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,17 @@ class Answer:
 
 def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answer:
     """Read a prompt, prune, go on greedily."""
-    from policies import POLICIES
+    from policies import POLICIES, Debug
     from support import ctx_of, kept, load, logits
     from tiny import random_tokens
 
-    from refreekv_cpp import native
+    from refreekv_cpp import ReFreeKV, native
 
+    # as on a device on the CPU, too: there our kernel has codes of its own
+    by_codes = Debug(policy=ReFreeKV(), by_graph=True, theta=0.003)
+    chosen = by_codes if policy == CODES else POLICIES.get(policy, policy)
     defaults = {"kv_elastic": True, "n_gpu_layers": -1}
-    llm = load(model, POLICIES.get(policy, policy), **{**defaults, **scenario.options, **options})
+    llm = load(model, chosen, codes=policy == CODES, **{**defaults, **scenario.options, **options})
     evicts = policy != "full"
     llm.eval(random_tokens(N_PROMPT))
     rows = [logits(llm)]
@@ -193,7 +197,7 @@ def main(
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
     on_cpu: Annotated[bool, typer.Option("--on-cpu", hidden=True)] = False,
 ) -> None:
-    policies = policy or TABLE_POLICIES
+    policies = policy or [*TABLE_POLICIES, CODES]
     if out is not None:
         out.write_bytes(pickle.dumps(run_all(policies, rpc, {"n_ctx": n_ctx, **(ON_CPU if on_cpu else {})})))
         return

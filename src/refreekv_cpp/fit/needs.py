@@ -23,9 +23,6 @@ CONTEXT_STEP = 256
 _KEPT_BY_DEFAULT = (0.39, 0.66)
 # ... and with codes the cells that stay: 4 sinks, the last 64, and up to 63 more, since a block of codes has 64 cells
 _HOT_CELLS = (68, 131)
-# bytes of the codes of evicted rows over those that the rows have in f16: 4 bits for K and 2 for V, 4 bytes for each
-# channel of 64 cells, and the table of blocks
-_CODES_SHARE = 0.222
 
 # what a first prompt takes beside all that is counted: code of kernels that is read now, graphs, stacks, logits
 _FIRST_PROMPT_BYTES = 4 * 2**20
@@ -85,7 +82,8 @@ class Needs:
         whole: what those would be if nothing were evicted.
         whole_f16: what that would be in f16.
         evicted: bytes of the rows of K and V that are evicted, in the cache's type.
-        codes: decoding goes on attending to what is evicted, by codes.
+        codes_share: bytes of codes of evicted rows, by which decoding goes on attending to them, over those that the rows
+            have in f16; 0: it attends to none of them.
         cold: where evicted rows go, "memory", "file" or "" (nowhere).
         cold_dir: the folder of the file.
         cold_share: bytes of an evicted row in the cold store, over those that it has in the cache.
@@ -104,7 +102,7 @@ class Needs:
     whole: int
     whole_f16: int
     evicted: int
-    codes: bool
+    codes_share: float
     cold: str
     cold_dir: Path | None
     cold_share: float
@@ -144,7 +142,7 @@ class Needs:
             return share, share
         if not isinstance(self.policy, ReFreeKV) or self.policy != ReFreeKV(theta=self.policy.theta):
             return None
-        if self.codes:
+        if self.codes_share:
             least, most = (min(n / self.n_tokens, 1.0) for n in _HOT_CELLS)
             return least, most
         return _KEPT_BY_DEFAULT
@@ -152,7 +150,7 @@ class Needs:
     def settled(self, share: float) -> Needs:
         """After a pruning of the longest prompt that left this share of the rows of K and V."""
         kept = min(round(share * self.whole), self.prunable)
-        n_bytes = _CODES_SHARE * (1 - share) * self.whole_f16 if self.codes else 0.0
+        n_bytes = self.codes_share * (1 - share) * self.whole_f16
         return replace(self.with_cache(round(kept + n_bytes)), evicted=self.whole - kept)
 
     @property
@@ -194,7 +192,7 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
         whole=row_bytes * n_cells,
         whole_f16=row_numbers * 2 * n_cells,
         evicted=0,
-        codes=stats.theta > 0,
+        codes_share=stats.codes_share,
         cold={native.enum_value("COLD_MEMORY"): "memory", native.enum_value("COLD_FILE"): "file"}.get(stats.cold, ""),
         cold_dir=llm._kv.cold_folder(),
         cold_share=_cold_share(llm),

@@ -1,0 +1,111 @@
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace refreekv {
+
+// Codes of the warm cells of one layer in ggml's own types, as tensors on the backend that the layer's cache is on. So the decoding graph
+// attends to them with ggml's operations (graph/codes.h), and a backend needs no kernel of ours.
+//
+//   K  q8_0 [n_k, capacity, n_head_kv]  a line is a cell; n_k is rounded up to whole blocks of the type, with zeros
+//   V  q4_1 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
+//                                       weighted sum over the cells is a matrix product
+//
+// Each head is by itself, because some backends multiply with quantised matrices only where their lines lie behind each other.
+// Cells are in blocks of 64. Lines of the capacity that have no codes are zeros: they are masked, but have to be finite.
+class code_tensors {
+public:
+    static constexpr ggml_type TYPE_K = GGML_TYPE_Q8_0;
+    static constexpr ggml_type TYPE_V = GGML_TYPE_Q4_1;
+
+    static constexpr uint32_t N_CELLS = 64; // of a block
+
+    // n_k, n_v: channels of a KV head. backend: that of the layer; nullptr: there is none yet
+    code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
+        buft(buft), backend(std::move(backend)), il(il), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
+
+    // tensors of the form above, without memory
+    struct pair {
+        ggml_tensor * k;
+        ggml_tensor * v;
+    };
+    static pair make_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity);
+
+    // nullptr: there is no room for any
+    ggml_tensor * k() const { return now.k; }
+    ggml_tensor * v() const { return now.v; }
+
+    ggml_backend_buffer_type_t buffer_type() const { return buft; }
+
+    uint32_t capacity() const { return now.k ? now.k->ne[1] : 0; } // cells
+    size_t   bytes()    const { return now.buf ? ggml_backend_buffer_get_size(now.buf.get()) : 0; }
+
+    // Room for n blocks. Throws std::bad_alloc, and nothing has changed then
+    void reserve(uint32_t n);
+
+    // Block i gets the codes of block order[i], and there is room for these and not for many more. Where the memory for that cannot be
+    // had, they stay where there is more room
+    void arrange(const std::vector<uint32_t> & order);
+
+    // block dst[i] gets the codes of block src[i]
+    void copy(const std::vector<uint32_t> & src, const std::vector<uint32_t> & dst);
+
+    // Neighbouring blocks on their way from or to the host
+    struct blocks {
+        uint32_t n;
+        std::vector<uint8_t> k; // [n_head_kv][n][64] lines
+        std::vector<uint8_t> v; // [n_head_kv][n_v] lines of n*64 cells
+    };
+    blocks make(uint32_t n) const { return { n, std::vector<uint8_t>(n*n_head_kv*head_bytes(false)), std::vector<uint8_t>(n*n_head_kv*head_bytes(true)) }; }
+
+    // block i of them gets the codes of n cells. k, v: cell after cell, stride_k and stride_v numbers apart
+    void encode(blocks & to, uint32_t i, int64_t n, const float * k, int64_t stride_k, const float * v, int64_t stride_v) const;
+
+    void set(uint32_t first, const blocks & from);
+    void get(uint32_t first, blocks & to) const;
+
+    int64_t n_heads() const { return n_head_kv; }
+
+    // of one KV head in a block
+    size_t head_bytes(bool is_v) const { return is_v ? n_v*line_v(1) : N_CELLS*line_k(n_k); }
+
+    // K and V
+    static size_t head_bytes(int64_t n_k, int64_t n_v) { return N_CELLS*line_k(n_k) + n_v*line_v(1); }
+
+private:
+    const ggml_backend_buffer_type_t      buft;
+    const std::function<ggml_backend_t()> backend;
+
+    const int32_t il;
+    const int64_t n_head_kv;
+    const int64_t n_k;
+    const int64_t n_v;
+
+    struct tensors : pair {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+    };
+    tensors now = {};
+
+    static int64_t padded(int64_t n_k) { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
+
+    static size_t line_k(int64_t n_k)       { return ggml_row_size(TYPE_K, padded(n_k)); }
+    static size_t line_v(uint32_t n_blocks) { return ggml_row_size(TYPE_V, n_blocks*N_CELLS); }
+
+    uint32_t n_room() const { return capacity()/N_CELLS; }
+
+    tensors allocate(uint32_t n_blocks) const;
+    void move_to(tensors && then, const std::vector<uint32_t> & order);
+
+    // all of it to where there is more room, by a graph; false: the backend cannot do that
+    bool copy_to(const tensors & then) const;
+};
+
+} // namespace refreekv
