@@ -188,7 +188,7 @@ class PrunedSequence(Lifetime):
     def _restores(self) -> bool:
         """Whether the next prompt needs back what was evicted: not where the cache goes on attending to it by codes."""
         if self.kv_evicted == "keep":
-            return float(native.figures(self.ctx)[0].theta) == 0
+            return float(native.figures(self.ctx)[0].codes_share) == 0
         return self.kv_evicted != "drop"
 
     def _go_back(self, n_tokens: int) -> bool:
