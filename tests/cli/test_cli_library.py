@@ -107,6 +107,7 @@ def test_without_a_library(tiny_model: Path, document: Path, cache: Path) -> Non
     assert not (cache / "library").exists()
     result = refreekv("read", tiny_model, document, *_OPTIONS, "--kv-policy", "full")
     assert_one_error_line(result, "kv_library", "kv_policy must be 'refreekv'")
+    assert_one_error_line(refreekv("read", tiny_model, document, "--no-library"), "--no-library")
 
 
 def test_texts_are_removed_and_checked(tiny_model: Path, tmp_path: Path, cache: Path) -> None:

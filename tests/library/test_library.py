@@ -15,6 +15,7 @@ from books import MORE, POLICY, QUESTION, TEXT, files, opened, read, reader, wri
 from restoring import cache_of, restore
 from support import CACHE_TYPES, HELPERS, ctx_of, feed, generate, kept, logits
 from tiny import random_tokens
+from tiny_lora import write_lora
 
 from refreekv_cpp import Llama, PolicyError, ReFreeKV, SnapKV, native
 
@@ -201,6 +202,14 @@ def test_with_other_numbers_it_is_another_text(tiny_model: Path, tmp_path: Path,
 def test_with_another_model_it_is_another_text(tiny: Tiny, tmp_path: Path) -> None:
     write(tiny("gqa"), tmp_path)
     assert opened(tiny("mha"), tmp_path).n_tokens == 0
+
+
+def test_with_an_adapter_it_is_another_text(tiny_model: Path, tmp_path: Path) -> None:
+    write_lora(adapter := tmp_path / "adapter.gguf", tiny_model)
+    write(tiny_model, tmp_path / "library", lora_path=str(adapter))
+    assert opened(tiny_model, tmp_path / "library", lora_path=str(adapter)).n_tokens == len(TEXT)
+    assert opened(tiny_model, tmp_path / "library", lora_path=str(adapter), lora_scale=0.5).n_tokens == 0
+    assert opened(tiny_model, tmp_path / "library").n_tokens == 0
 
 
 def test_answers_depend_on_the_policy_too(tiny_model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def read(
 
     They are found again by the same model with the same options and the same system message.
     """
+    if options.library is False:
+        raise ValueError("--no-library: the library is where this command keeps documents")
     options = options.with_library(needed=True)
     documents = [(path, read_document(path)) for path in files]
     with closing(options.load(resolve(model))) as llm:
