@@ -19,8 +19,8 @@ static const int64_t CELLS = REFREEKV_CODED_CELLS;
 // A block that gets less than this of a line's attention adds nothing to it
 static const float NOTHING = 1e-5f;
 
-// of max_error is aimed at: once rows have been read, the sum of all weights is a little another
-static const float MARGIN = 0.75f;
+// what rounding takes of max_error
+static const float MARGIN = 0.99f;
 
 static const uint8_t * codes_k(const warm_view & warm, int64_t block, int64_t h_kv) {
     return warm.blocks_k[block] + h_kv*warm.next_head_k;
@@ -166,19 +166,22 @@ float warm_least(const warm_view & warm, int64_t token, const warm_judged & judg
         memcpy(&bits, &x, sizeof(bits));
         return bits >> 21;
     };
+    float least_sum = 1.0f; // of all weights, if those by codes are as small as they can be
     for (int64_t b = 0; b < warm.n_blocks; ++b) {
         if (!warm.visible[token*warm.n_blocks + b]) {
             continue;
         }
-        const float factor = expf(judged.tops[b] - lse)*judged.excess[b];
+        const float factor = expf(judged.tops[b] - lse);
         for (int64_t j = 0; j < CELLS; ++j) {
-            const float x = judged.weights[b*CELLS + j]*factor;
+            const float x = judged.weights[b*CELLS + j]*factor*judged.excess[b];
             bins[bin_of(x)] += x;
         }
+        least_sum -= judged.totals[b]*factor*(1.0f - 1.0f/(1.0f + judged.excess[b]));
     }
 
+    // once rows have been read, what is left is measured against the sum that there is then
     uint32_t bin  = 0;
-    float    left = warm.max_error*MARGIN;
+    float    left = warm.max_error*MARGIN*std::max(least_sum, 0.0f);
     while (bin < N_BINS && bins[bin] <= left) {
         left -= bins[bin++];
     }
@@ -278,7 +281,7 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
         int64_t       n = 0;
 
         for (int64_t i = 0; i < n_gqa; ++i) {
-            if (judged[i].totals[b]*factors[i] < NOTHING) {
+            if (judged[i].totals[b]*factors[i]*(1.0f + judged[i].excess[b]) < NOTHING) {
                 out[i][warm.n_v + WARM_EXCESS] += judged[i].totals[b]*factors[i]*judged[i].excess[b];
                 continue;
             }

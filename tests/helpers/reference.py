@@ -273,7 +273,7 @@ def rows_for_theta(estimate: Array, coded_cells: npt.NDArray[np.bool_], theta: f
 
 
 def rows_for_max_error(estimate: Array, excess: Array, theta: float, max_error: float) -> npt.NDArray[np.bool_]:
-    """As `rows_for_theta`, and as few more as leave no more than 3/4 of `max_error` of products with `excess`.
+    """As `rows_for_theta`, and as few more as leave no more than `max_error` of products with `excess`.
 
     Args:
         excess: e^bound - 1 of each logit, 0 for cells that are not in codes, [n, n_cells].
@@ -282,7 +282,8 @@ def rows_for_max_error(estimate: Array, excess: Array, theta: float, max_error: 
     read = (estimate >= theta) & (excess > 0)
     for head in range(len(product)):
         order = np.argsort(product[head])
-        read[head, order[np.cumsum(product[head, order]) > 0.75 * max_error]] = True
+        least_sum = (estimate[head] / (1 + excess[head])).sum()  # once rows have been read
+        read[head, order[np.cumsum(product[head, order]) > max_error * least_sum]] = True
     return (read & (excess > 0)).any(axis=0)
 
 
