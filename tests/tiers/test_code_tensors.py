@@ -19,7 +19,7 @@ from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
 
-from refreekv_cpp import CacheStateError, Llama, Policy, ReFreeKV, SnapKV, native
+from refreekv_cpp import CacheStateError, Llama, Policy, ReFreeKV, SnapKV, UnsupportedModelError, native
 
 Tiny = Callable[[str], Path]
 
@@ -62,9 +62,7 @@ def far(ours: npt.NDArray[np.float32], full: npt.NDArray[np.float32]) -> float:
 class ByTypes(reference.LlamaReference):
     """Codes of K are q8_0, line by line; those of V are q4_1, along 32 cells of a channel."""
 
-    def attention_to_warm(
-        self, layer: int, head: int, queries: npt.NDArray[Any], scale: float
-    ) -> npt.NDArray[Any]:
+    def attention_to_warm(self, layer: int, head: int, queries: npt.NDArray[Any], scale: float) -> npt.NDArray[Any]:
         gone = self.warm[layer][0]
         keys, values = self.keys[layer][:, head].copy(), self.values[layer][:, head].copy()
         keys[gone] = q8_0(keys[gone])
@@ -130,21 +128,23 @@ def test_the_answer_is_near_the_full_caches(tmp_path: Path, shape: TinyModel, ca
     assert stats.bytes_codes > 0
     assert stats.theta == stats.n_rows_read == 0
     padded = -(-shape.n_embd_head // 32) * 32
-    assert stats.codes_share == pytest.approx((padded * 34 / 32 + shape.n_embd_head * 20 / 32) / (4 * shape.n_embd_head))
+    assert stats.codes_share == pytest.approx(
+        (padded * 34 / 32 + shape.n_embd_head * 20 / 32) / (4 * shape.n_embd_head)
+    )
     assert stats.bytes_bounced == 0
 
 
-@pytest.mark.parametrize("flash_attn", [False, True])
-@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"], ids=["soft-cap, sliding windows", "sinks"])
-def test_other_kinds_of_attention(tiny: Tiny, kind: str, flash_attn: bool) -> None:
-    model = tiny(next(title for title in ARCHITECTURES if title.startswith(kind)))
-    options = {**F32, "flash_attn": flash_attn}
-    full, without, ours = (
-        feed(read(model, policy, prune=prune, **options), ANSWER)
-        for policy, prune in ((GONE, False), (GONE, True), (AsOnADevice(), True))
-    )
-    assert far(ours, full) < 0.02
-    assert far(ours, full) < 0.5 * far(without, full)
+@pytest.mark.parametrize("title", ARCHITECTURES)
+def test_other_kinds_of_attention(tiny: Tiny, title: str) -> None:
+    if "ALiBi" in title:
+        pytest.skip("has no codes")
+    options = {**F32, "flash_attn": True}
+    try:
+        full = feed(read(tiny(title), GONE, prune=False, **options), ANSWER)
+    except UnsupportedModelError:
+        pytest.skip("has no policy")
+    without, ours = (feed(read(tiny(title), policy, **options), ANSWER) for policy in (GONE, AsOnADevice()))
+    assert far(ours, full) < 0.2 * far(without, full)
 
 
 def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
@@ -160,7 +160,10 @@ def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
 def test_heads_that_do_not_fit_the_kernel_have_them_by_themselves(tmp_path: Path) -> None:
     TinyModel(n_embd=96, n_embd_head=24).write(tmp_path / "model.gguf")
     full, ours = (
-        feed(read(tmp_path / "model.gguf", Debug(policy=SnapKV(budget=512, n_min=0), theta=theta), prune=theta > 0), ANSWER)
+        feed(
+            read(tmp_path / "model.gguf", Debug(policy=SnapKV(budget=512, n_min=0), theta=theta), prune=theta > 0),
+            ANSWER,
+        )
         for theta in (0, 0.003)
     )
     assert 0 < far(ours, full) < 0.03

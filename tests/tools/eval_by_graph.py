@@ -1,6 +1,6 @@
 """`refreekv eval` on the CPU where `refreekv` attends to codes as on a device: by ggml's operations (docs/backends.md).
 
-    python tests/tools/eval_by_graph.py MODEL --data DIR --out RUN --policies refreekv [...]
+python tests/tools/eval_by_graph.py MODEL --data DIR --out RUN --policies refreekv [...]
 """
 
 from __future__ import annotations
