@@ -71,7 +71,11 @@ parts::parts(cache & kv, const refreekv_params & params) :
     if (warm.exists()) {
         // little is held, and padding is memory. Flash attention on devices wants upstream's
         layouts.set_pad(warm.has_tensors() ? 256 : 128);
-        this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
+
+        // where layers hold different cells they are to stay equal modulo the padding
+        if (!warm.has_tensors() || this->params.n_hot > 0) {
+            this->params.n_block = std::min<int32_t>(params.n_block, REFREEKV_CODED_CELLS);
+        }
     }
     for (auto & layer : layers) {
         warm.make(layer);

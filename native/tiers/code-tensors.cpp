@@ -115,7 +115,8 @@ void code_tensors::reserve(uint32_t n) {
 
     tensors then = allocate(room_for(n, n_room() == 0));
 
-    if (now.k && copy_to(then)) {
+    // layers in host memory grow beside each other, and a backend computes one graph at a time
+    if (now.k && !ggml_backend_buffer_is_host(now.buf.get()) && copy_to(then)) {
         now = std::move(then);
     } else {
         move_to(std::move(then), order);

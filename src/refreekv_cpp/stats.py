@@ -85,8 +85,8 @@ class KVStats:
         cold_full: rows were lost that should have gone there, for want of room.
         n_restores: times that evicted rows were brought back.
         restore_ms: the time that took altogether, in milliseconds.
-        codes_share: bytes of the codes of an evicted row over those that it has in f16; 0: what is evicted takes no part
-            in attention.
+        codes_share: bytes of the codes of an evicted row over those that it has in f16; 0: what is evicted takes no
+            part in attention.
         theta: the part of a head's attention at which decoding reads an evicted row; 0: it reads none, as on a device.
         n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
         n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one

@@ -19,12 +19,13 @@ from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
 
-from refreekv_cpp import CacheStateError, Llama, Policy, ReFreeKV, SnapKV, native
+from refreekv_cpp import CacheStateError, Llama, Policy, ReFreeKV, SnapKV, UnsupportedModelError, native
 
 Tiny = Callable[[str], Path]
 
 PROMPT = random_tokens(1024)
 ANSWER = random_tokens(8, seed=1)
+SNAPKV = SnapKV(budget=512, n_min=0)
 F32 = {"type_k": CACHE_TYPES["f32"], "type_v": CACHE_TYPES["f32"]}
 CACHES: dict[str, dict[str, Any]] = {
     "f32": F32,
@@ -38,7 +39,7 @@ CACHES: dict[str, dict[str, Any]] = {
 class AsOnADevice(Debug):
     """A policy with codes in tensors, though the cache is in host memory and the kernel fits."""
 
-    policy: Policy = SnapKV(budget=512, n_min=0)
+    policy: Policy = SNAPKV
     by_graph: bool = True
     theta: float = 0.003
 
@@ -62,9 +63,7 @@ def far(ours: npt.NDArray[np.float32], full: npt.NDArray[np.float32]) -> float:
 class ByTypes(reference.LlamaReference):
     """Codes of K are q8_0, line by line; those of V are q4_1, along 32 cells of a channel."""
 
-    def attention_to_warm(
-        self, layer: int, head: int, queries: npt.NDArray[Any], scale: float
-    ) -> npt.NDArray[Any]:
+    def attention_to_warm(self, layer: int, head: int, queries: npt.NDArray[Any], scale: float) -> npt.NDArray[Any]:
         gone = self.warm[layer][0]
         keys, values = self.keys[layer][:, head].copy(), self.values[layer][:, head].copy()
         keys[gone] = q8_0(keys[gone])
@@ -130,21 +129,22 @@ def test_the_answer_is_near_the_full_caches(tmp_path: Path, shape: TinyModel, ca
     assert stats.bytes_codes > 0
     assert stats.theta == stats.n_rows_read == 0
     padded = -(-shape.n_embd_head // 32) * 32
-    assert stats.codes_share == pytest.approx((padded * 34 / 32 + shape.n_embd_head * 20 / 32) / (4 * shape.n_embd_head))
+    n_bytes = (padded * 34 + shape.n_embd_head * 20) / 32
+    assert stats.codes_share == pytest.approx(n_bytes / (4 * shape.n_embd_head))
     assert stats.bytes_bounced == 0
 
 
-@pytest.mark.parametrize("flash_attn", [False, True])
-@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"], ids=["soft-cap, sliding windows", "sinks"])
-def test_other_kinds_of_attention(tiny: Tiny, kind: str, flash_attn: bool) -> None:
-    model = tiny(next(title for title in ARCHITECTURES if title.startswith(kind)))
-    options = {**F32, "flash_attn": flash_attn}
-    full, without, ours = (
-        feed(read(model, policy, prune=prune, **options), ANSWER)
-        for policy, prune in ((GONE, False), (GONE, True), (AsOnADevice(), True))
-    )
-    assert far(ours, full) < 0.02
-    assert far(ours, full) < 0.5 * far(without, full)
+@pytest.mark.parametrize("title", ARCHITECTURES)
+def test_other_kinds_of_attention(tiny: Tiny, title: str) -> None:
+    if "ALiBi" in title:
+        pytest.skip("has no codes")
+    options = {**F32, "flash_attn": True}
+    try:
+        full = feed(read(tiny(title), GONE, prune=False, **options), ANSWER)
+    except UnsupportedModelError:
+        pytest.skip("has no policy")
+    without, ours = (feed(read(tiny(title), policy, **options), ANSWER) for policy in (GONE, AsOnADevice()))
+    assert far(ours, full) < 0.2 * far(without, full)
 
 
 def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
@@ -160,7 +160,10 @@ def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
 def test_heads_that_do_not_fit_the_kernel_have_them_by_themselves(tmp_path: Path) -> None:
     TinyModel(n_embd=96, n_embd_head=24).write(tmp_path / "model.gguf")
     full, ours = (
-        feed(read(tmp_path / "model.gguf", Debug(policy=SnapKV(budget=512, n_min=0), theta=theta), prune=theta > 0), ANSWER)
+        feed(
+            read(tmp_path / "model.gguf", Debug(policy=SNAPKV, theta=theta), prune=theta > 0),
+            ANSWER,
+        )
         for theta in (0, 0.003)
     )
     assert 0 < far(ours, full) < 0.03
@@ -269,7 +272,7 @@ def test_going_back_and_pruning_again(tiny: Tiny) -> None:
     llm, full = read(tiny("gqa64"), **F32), read(tiny("gqa64"), prune=False, **F32)
     for each in (llm, full):
         each.n_tokens = 500
-        each.eval(random_tokens(400, seed=7))
+        each.eval(random_tokens(900, seed=7))
     assert llm.prune_kv() > 0
     assert far(feed(llm, ANSWER), feed(full, ANSWER)) < 0.03
 
@@ -284,7 +287,7 @@ def test_they_survive_saving_and_loading(tiny: Tiny, options: dict[str, Any]) ->
 
 
 def test_states_of_the_kernels_codes_are_coded_anew(tiny: Tiny) -> None:
-    by_kernel = Debug(policy=SnapKV(budget=512, n_min=0), theta=0.003)
+    by_kernel = Debug(policy=SNAPKV, theta=0.003)
     full = feed(read(tiny("gqa64"), prune=False), ANSWER)
     for source, target in ((AsOnADevice(), by_kernel), (by_kernel, AsOnADevice())):
         other = load(tiny("gqa64"), target, codes=True)
@@ -339,10 +342,7 @@ def device(library: Path) -> Iterator[FarDevice]:
 @pytest.mark.parametrize("cache", CACHES)
 def test_on_a_device(tiny: Tiny, device: FarDevice, cache: str) -> None:
     on_device = {"n_gpu_layers": -1, **CACHES[cache]}
-    full, without = (
-        feed(load_and_read(tiny("gqa64"), ReFreeKV(theta=0, n_hot=0), prune, on_device), ANSWER)
-        for prune in (False, True)
-    )
+    full = feed(load_and_read(tiny("gqa64"), ReFreeKV(theta=0, n_hot=0), False, on_device), ANSWER)
     llm = load_and_read(tiny("gqa64"), ReFreeKV(), True, on_device)
     stats = llm.kv_stats
     assert stats.theta == 0

@@ -82,7 +82,7 @@ class Needs:
         whole: what those would be if nothing were evicted.
         whole_f16: what that would be in f16.
         evicted: bytes of the rows of K and V that are evicted, in the cache's type.
-        codes_share: bytes of codes of evicted rows, by which decoding goes on attending to them, over those that the rows
+        codes_share: bytes of the codes by which decoding goes on attending to evicted rows, over those that the rows
             have in f16; 0: it attends to none of them.
         cold: where evicted rows go, "memory", "file" or "" (nowhere).
         cold_dir: the folder of the file.
