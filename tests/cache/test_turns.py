@@ -241,7 +241,7 @@ def test_bad_modes_are_refused(fields: dict[str, int], message: str) -> None:
 
 def test_a_short_question_is_read_by_a_whole_cache(tiny_model: Path) -> None:
     """`Llama` says what is a prompt: once ten tokens were taken for an answer, before which all was coded again."""
-    llm = load(tiny_model, EXACT, codes=True)
+    llm = load(tiny_model, EXACT, codes=True, kv_evicted="restore")
     tokens = random_tokens(900)
     first = llm.generate(tokens, temp=0.0)
     tokens += [next(first), next(first)]
