@@ -185,6 +185,12 @@ class KVOptions:
             raise PolicyError(
                 "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
             )
+        policy = options.kv_policy.native_options() or {}
+        if policy.get("max_error", 0) > 0 and options.evicts and not options.has_cold_store:
+            raise PolicyError(
+                f"kv_evicted={options.kv_evicted!r}: with max_error rows are read from the cold store; must be one of "
+                "'keep', 'restore'"
+            )
         if options.kv_library is not None and not options.can_have_library:
             raise PolicyError(
                 "kv_library: it has codes and exact rows of what is evicted; kv_policy must be 'refreekv' (with theta "
