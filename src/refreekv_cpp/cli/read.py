@@ -34,8 +34,11 @@ def read(
         if (reason := llm._library_refusal) is not None:
             raise ValueError(f"nothing can be kept in the library: {reason}")
         for path, document in documents:
-            # a chat about it begins like this
-            llm.create_chat_completion(common.messages(system, ask_about([document], "")), max_tokens=1, temperature=0)
+            messages = common.messages(system, ask_about([document], ""))  # a chat about it begins like this
+            try:
+                llm.create_chat_completion(messages, max_tokens=1, temperature=0)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             if llm.n_tokens < N_MIN:
                 common.print_note(f"{path}: {llm.n_tokens} tokens are read as quickly as they are opened, and not kept")
                 continue
