@@ -166,6 +166,8 @@ def check_path(name: str, value: Any) -> str:
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
+    if "\0" in path:
+        raise ValueError(f"{name}={value!r}: a path cannot have a null character in it")
     return path
 
 

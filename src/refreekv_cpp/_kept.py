@@ -13,7 +13,7 @@ from refreekv_cpp._sequence import _SEQ_ID, PrunedSequence
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError
 from refreekv_cpp.models import shards
 
-_N_MIN = 64  # tokens; a shorter text is read as quickly as it is opened
+N_MIN = 64  # tokens; a shorter text is read as quickly as it is opened
 _WORTHWHILE = 32  # one part in so many of a prefix has to be new, else the cache goes on from what it has
 
 # of llama_context_params: what the numbers in a cache depend on
@@ -40,6 +40,7 @@ class KeptSequence(PrunedSequence):
     _n_exact = 0  # leading tokens in the cache that were read while nothing was evicted
     _tail: Block | None = None  # the last block that was written, if more is to be in it
     _warned = False  # that the library could not be written
+    _library_refusal: str | None = None  # why there is no library although one was asked for
 
     def _open_library(self) -> None:
         """After the model has been loaded."""
@@ -51,13 +52,14 @@ class KeptSequence(PrunedSequence):
             reason = "a chat handler may read images"
         elif _upstream.keeps_all_logits(self):
             reason = "logits_all=True (or a draft model) needs the logits of all tokens"
+        if reason is None:
+            try:
+                self._library = Library(folder, self._kv.kv_library_limit)
+            except OSError as error:
+                reason = str(error)
         if reason is not None:
+            self._library_refusal = reason
             inform(f"kv_library is not used: {reason}", verbose=self.verbose)
-            return
-        try:
-            self._library = Library(folder, self._kv.kv_library_limit)
-        except OSError as error:
-            inform(f"kv_library is not used: {error}", verbose=self.verbose)
             return
         policy = self.kv_policy.native_options() or {}
         self._n_before = policy["n_sink"]
@@ -72,11 +74,15 @@ class KeptSequence(PrunedSequence):
             name: by which `refreekv library` lists the text, also as it grows in this process.
 
         Returns:
-            The tokens that the library has of it now; 0 where there is no library, or it could not be written.
+            The tokens that the library has of it now; 0 where there is no library, or it could not be written. They are
+            fewer than the cache holds where `kv_library_limit` has no room for all.
 
         Raises:
             ClosedError: the Llama is closed.
+            TypeError: the name is no text.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"keep_kv({name!r}): the name must be text")
         with self._using:
             self._prune_due()
             return self._keep(name)
@@ -99,9 +105,10 @@ class KeptSequence(PrunedSequence):
         n_common = self.longest_token_prefix(_upstream.tokens(self), prompt)
 
         def is_worthwhile(n_tokens: int) -> bool:
-            return n_tokens >= _N_MIN and n_tokens - n_common > n_tokens // _WORTHWHILE
+            return n_tokens >= N_MIN and n_tokens - n_common > n_tokens // _WORTHWHILE
 
-        found, n_tokens = library.find(self._start, self._salt, prompt, self._n_before)
+        # a prompt that is too long for the context is refused later
+        found, n_tokens = library.find(self._start, self._salt, prompt[: self.n_ctx()], self._n_before)
         if not is_worthwhile(n_tokens):
             return
         blocks = library.checked(found)
@@ -130,18 +137,27 @@ class KeptSequence(PrunedSequence):
 
     def _keep(self, name: str = "") -> int:
         library, n_tokens = self._library, self.n_tokens
-        if library is None or n_tokens < _N_MIN or self.chat_handler is not None:
+        if library is None or n_tokens < N_MIN or self.chat_handler is not None:
             return 0
         tokens = _upstream.tokens(self)[:n_tokens]
         blocks = blocks_of(self._start, self._salt, tokens, min(self._n_exact, n_tokens), self._n_before)
-        missing = [block for block in blocks if not library.has(block)]
         written: list[Block] = []
+        n_bytes = 0  # of this text
         try:
-            for block in missing:
-                library.write(self.ctx, _SEQ_ID, block, self._n_before)
-                written.append(block)
+            for i, block in enumerate(blocks):
+                if not library.has(block):
+                    library.write(self.ctx, _SEQ_ID, block, self._n_before)
+                    written.append(block)
+                n_bytes += library.size(block)
+                if n_bytes > library.limit:
+                    if block in written:
+                        library.remove(written.pop())
+                    blocks = blocks[:i]
+                    break
+            if not blocks:
+                raise CacheMemoryError(f"kv_library_limit={library.limit}: there is no room for one block")
             library.touch(blocks)
-            if missing:
+            if written:
                 self._replace_tail(library, blocks)
                 library.trim()
             if name:
@@ -153,7 +169,7 @@ class KeptSequence(PrunedSequence):
                 self._warned = True
                 inform(f"the library could not be written, and is left as it was: {error}", verbose=self.verbose)
             return 0
-        return n_tokens
+        return sum(len(block.tokens) for block in blocks)
 
     def _replace_tail(self, library: Library, blocks: Sequence[Block]) -> None:
         """The last block that this Llama has written is of no use once one with more tokens has its place."""

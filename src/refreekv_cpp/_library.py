@@ -16,9 +16,11 @@ damaged, which its checksums tell.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import struct
@@ -41,6 +43,9 @@ N_BLOCK = 256  # tokens, without the sinks
 _KEY_BYTES = 20
 _SUFFIX = ".block"
 _TEMPORARY = ".tmp"
+# a folder may have files of others in it: copies that a program has made of a block, or anything
+_BLOCK_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.block")
+_TEMPORARY_NAME = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{8}\.tmp")
 _LEFT_BEHIND = 3600.0  # seconds after which a temporary file of another machine is
 _N_SAMPLES, _SAMPLE, _HEAD = 256, 16 << 10, 8 << 20  # of a file, in bytes
 
@@ -149,7 +154,7 @@ class Library:
             n_before: the tokens that the first block has more than the others: the sinks.
         """
         children: dict[str, list[str]] = {}
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in self._paths():
             parent, _, key = path.stem.partition("-")
             children.setdefault(parent, []).append(key)
 
@@ -181,7 +186,7 @@ class Library:
         return max(found, key=lambda blocks_and_length: blocks_and_length[1])
 
     def check(self, block: Block) -> bool:
-        """Whether the block is there, and is what was written. One that is damaged is removed."""
+        """Whether the block can be read, and is what was written. One that is damaged is removed."""
         return self._is_whole(self.path(block), block.label)
 
     def checked(self, blocks: Sequence[Block]) -> list[Block]:
@@ -212,6 +217,13 @@ class Library:
             temporary.replace(self.path(block))
         finally:
             _remove(temporary)
+
+    def size(self, block: Block) -> int:
+        """Bytes of its file; 0: it is gone."""
+        try:
+            return self.path(block).stat().st_size
+        except OSError:
+            return 0
 
     def remove(self, block: Block) -> None:
         _remove(self.path(block))
@@ -254,10 +266,14 @@ class Library:
     def name(self, name: str, block: Block) -> None:
         """Give a name to the text that ends with a block, in place of another text that had it."""
         temporary = self.names / f".{_this_host()}-{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}"
-        path = self.names / f"{hashed(name.encode()).hex()}.json"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump({"name": name, "key": block.key.hex()}, file)
-        temporary.replace(path)
+        # the name of a file may be no text, which Python reads as lone surrogates
+        path = self.names / f"{hashed(name.encode('utf-8', 'surrogatepass')).hex()}.json"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                json.dump({"name": name, "key": block.key.hex()}, file)
+            temporary.replace(path)
+        finally:
+            _remove(temporary)
 
     def texts(self) -> list[Text]:
         """All, the one that was used last first. A text that another one begins with is listed if it has a name."""
@@ -296,7 +312,8 @@ class Library:
         return freed
 
     def check_all(self) -> tuple[int, list[str]]:
-        """Read all blocks. Returns how many are whole, and what is wrong with the others, which are removed."""
+        """Read all blocks. Returns how many are whole, and what is wrong with the others. Those that are damaged are
+        removed, those that cannot be opened are not."""
         n_good, errors = 0, []
         for path, _ in self._files():
             try:
@@ -307,7 +324,8 @@ class Library:
                 n_good += 1
             except CacheStateError as error:
                 errors.append(str(error))
-                _remove(path)
+                if not _is_of_the_system(error):
+                    _remove(path)
         return n_good, errors
 
     # -- details
@@ -316,7 +334,7 @@ class Library:
         try:
             native.library_check(path, label)
         except CacheStateError as error:
-            if path.exists():
+            if not _is_of_the_system(error):
                 logger.warning("the library has a damaged block, which is removed: %s", error)
                 _remove(path)
             return False
@@ -333,9 +351,12 @@ class Library:
         return None
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in self._paths():
             with contextlib.suppress(OSError):
                 yield path, path.stat()
+
+    def _paths(self) -> Iterator[Path]:
+        return (path for path in self.folder.glob(f"*{_SUFFIX}") if _BLOCK_NAME.fullmatch(path.name))
 
     def _named(self) -> Iterator[tuple[Path, dict[str, str]]]:
         for path in self.names.glob("*.json"):
@@ -346,10 +367,11 @@ class Library:
     def _remove_left_behind(self) -> None:
         """Temporary files of processes that have died."""
         for path in [*self.folder.glob(f".*{_TEMPORARY}"), *self.names.glob(f".*{_TEMPORARY}")]:
-            host, _, rest = path.name[1:].rpartition("-")[0].rpartition("-")
-            with contextlib.suppress(OSError, ValueError):
+            if (name := _TEMPORARY_NAME.fullmatch(path.name)) is None:
+                continue
+            with contextlib.suppress(OSError, OverflowError):
                 old = time.time() - path.stat().st_mtime > _LEFT_BEHIND
-                if old or (host == _this_host() and not psutil.pid_exists(int(rest))):
+                if old or (name["host"] == _this_host() and not psutil.pid_exists(int(name["pid"]))):
                     _remove(path)
 
 
@@ -404,6 +426,11 @@ def _n_tokens(blocks: Sequence[Block]) -> int:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # it is gone already, or in use where the system does not allow that
         path.unlink()
+
+
+def _is_of_the_system(error: CacheStateError) -> bool:
+    """Whether a block could not be opened (too many open files, say), which says nothing of what is in it."""
+    return str(error).rpartition(": ")[2] in {os.strerror(number) for number in errno.errorcode}
 
 
 def _this_host() -> str:

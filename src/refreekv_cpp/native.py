@@ -47,7 +47,7 @@ Positions = npt.NDArray[np.int32]
 def last_error() -> str:
     """What the last failing call of this thread said, "" when none failed."""
     text: bytes = ffi.string(_lib.refreekv_last_error())
-    return text.decode()
+    return text.decode(errors="replace")  # paths may be no text
 
 
 def clear_error() -> None:

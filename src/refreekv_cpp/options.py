@@ -50,7 +50,12 @@ def _library(name: str, value: Any) -> Path | None:
     value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
     if value is True:
         return cache_dir() / "library"
-    return None if value is None or value is False else _path(name, value).expanduser()
+    if value is None or value is False:
+        return None
+    try:
+        return _path(name, value).expanduser()
+    except RuntimeError as error:  # ~ of a user who is not there
+        raise PolicyError(f"{name}={value!r}: {error}") from None
 
 
 def _n_bytes(name: str, value: Any) -> int:
@@ -180,10 +185,16 @@ class KVOptions:
             raise PolicyError(
                 "kv_memory_limit: upstream's cache is allocated at load; add kv_elastic=True or an evicting kv_policy"
             )
+        policy = options.kv_policy.native_options() or {}
+        if policy.get("max_error", 0) > 0 and options.evicts and not options.has_cold_store:
+            raise PolicyError(
+                f"kv_evicted={options.kv_evicted!r}: with max_error rows are read from the cold store; must be one of "
+                "'keep', 'restore'"
+            )
         if options.kv_library is not None and not options.can_have_library:
             raise PolicyError(
                 "kv_library: it has codes and exact rows of what is evicted; kv_policy must be 'refreekv' (with theta "
-                "above 0, and no other parameter of its rule), and kv_evicted 'restore' or 'drop'"
+                "above 0, and no other parameter of its rule), and kv_evicted 'keep', 'restore' or 'drop'"
             )
         return dataclasses.replace(options, kv_elastic=options.evicts or bool(options.kv_elastic))
 

@@ -136,9 +136,61 @@ def test_texts_are_removed_and_checked(tiny_model: Path, tmp_path: Path, cache: 
     assert list(library.glob("*.block")) == []
 
 
+def test_the_folder_may_come_before_the_command(tiny_model: Path, tmp_path: Path, cache: Path, document: Path) -> None:
+    refreekv("read", tiny_model, document, *_OPTIONS)
+    (tmp_path / "other").mkdir()
+    assert refreekv("library", "--folder", tmp_path / "other", "remove", "all").exit_code == 0
+    assert "document.md" in refreekv("library").stdout
+    for command in ([], ["check"], ["remove", "all"]):
+        assert_one_error_line(refreekv("library", "--folder", tmp_path / "none", *command), "there is no such folder")
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_what_was_named_is_removed(tiny_model: Path, cache: Path, document: Path) -> None:
+    refreekv("read", tiny_model, document, *_OPTIONS)
+    before = sorted((cache / "library").glob("*.block"))
+    key = max(before, key=lambda path: path.stat().st_mtime).stem.partition("-")[2]
+    for wanted in ("", key[0], key[:11]):
+        assert_one_error_line(refreekv("library", "remove", wanted), "must be a name or a key")
+    assert sorted((cache / "library").glob("*.block")) == before
+
+
+def test_documents_that_cannot_be_kept(tiny: Any, tiny_model: Path, document: Path) -> None:
+    (short := document.with_name("short.txt")).write_text("x")
+    result = refreekv("read", tiny_model, short, document, *_OPTIONS)
+    assert result.exit_code == 0
+    assert f"{short}: " in result.stderr
+    assert "not kept" in result.stderr
+    assert f"{document}: 1" in result.stderr
+    result = refreekv("read", tiny_model, document, "--n-ctx", "512", "--gpu-layers", "0")
+    assert_one_error_line(result, f"{document}: Requested tokens", "exceed context window of 512")
+    result = refreekv("read", tiny("gemma3 (sliding window)"), document, *_OPTIONS)
+    assert_one_error_line(result, "nothing can be kept in the library: this model has layers with a sliding window")
+
+
+def test_a_chat_goes_on_after_a_file_that_is_not_there(tiny_model: Path, cache: Path) -> None:
+    result = refreekv("chat", tiny_model, *_SHORT, stdin="/read ~nobody-of-this-name/a.txt\nWhere?\n")
+    assert result.exit_code == 0
+    assert "home directory" in result.stderr
+    assert "tokens" in result.stderr
+    cache.mkdir(exist_ok=True)
+    (cache / "sessions").write_text("")  # no folder
+    result = refreekv("chat", tiny_model, *_SHORT, "--session", "a", stdin="Where?\nWhy?\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("the session could not be written") == 2
+
+
+def test_a_name_of_a_conversation_is_that_of_a_file(tiny_model: Path) -> None:
+    result = refreekv("chat", tiny_model, "--session", "\u5b57" * 100)
+    assert_one_error_line(result, "must be letters, digits, _, - and dots, at most 200 bytes")
+    Session("\u5b57" * 66).write([])
+
+
 def test_documents_come_before_the_question(document: Path) -> None:
     assert ask_about(["a\n", " b"], "c?") == "a\n\nb\n\nc?"
     assert ask_about([], "c?") == "c?"
+    document.write_text("a", encoding="utf-8-sig")  # as Windows writes it
+    assert read_document(document) == "a"
     (empty := document.with_name("empty.txt")).write_text(" \n")
     with pytest.raises(ValueError, match="there is no text in it"):
         read_document(empty)

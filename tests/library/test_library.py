@@ -368,6 +368,74 @@ def test_the_library_keeps_to_its_limit(tiny_model: Path, tmp_path: Path) -> Non
     assert 0 < opened(tiny_model, tmp_path).n_tokens < len(TEXT)  # its end went first
 
 
+def test_a_text_that_is_larger_than_the_limit(tiny_model: Path, tmp_path: Path) -> None:
+    write(tiny_model, tmp_path / "whole")
+    limit = sum(path.stat().st_size for path in files(tmp_path / "whole")) // 2
+    llm = read(reader(tiny_model, tmp_path / "part", kv_library_limit=limit))
+    n_kept = llm.keep_kv("part")
+    assert 0 < n_kept < len(TEXT)
+    assert [(text.name, text.n_tokens) for text in llm._library.texts()] == [("part", n_kept)]
+    assert opened(tiny_model, tmp_path / "part").n_tokens == n_kept
+    llm = read(reader(tiny_model, tmp_path / "none", kv_library_limit=1))
+    assert llm.keep_kv("none") == 0
+    assert list((tmp_path / "none").rglob("*")) == [tmp_path / "none" / "names"]
+
+
+def test_files_of_others_in_the_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """Copies that a program has made of blocks are not read, and nothing but our own files is removed."""
+    write(tiny_model, tmp_path)
+    others = [tmp_path / ".notes.tmp", tmp_path / ".a-b-c.tmp", tmp_path / "a.block"]
+    others += [path.with_name(f"{path.stem} (copy).block") for path in files(tmp_path)]
+    for path in others:
+        path.write_text("x")
+        os.utime(path, (0, 0))
+    llm = reader(tiny_model, tmp_path, kv_library_limit=1)
+    assert answer(llm) == answer(read(reader(tiny_model, tmp_path / "other")))
+    assert llm.kv_stats.n_opened == len(TEXT)
+    llm._library.trim()
+    llm._library.check_all()
+    llm._library.clear()
+    assert files(tmp_path) == sorted(path for path in others if path.suffix == ".block")
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no limits on open files")
+def test_a_block_that_cannot_be_opened_is_not_damaged(tiny_model: Path, tmp_path: Path) -> None:
+    import resource
+
+    write(tiny_model, tmp_path)
+    llm = reader(tiny_model, tmp_path)
+    before = files(tmp_path)
+    blocks, _ = llm._library.find(llm._start, llm._salt, TEXT, llm._n_before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # none can be opened
+    try:
+        good = [llm._library.check(block) for block in blocks]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert good == [False] * len(blocks)
+    assert files(tmp_path) == before
+    assert llm._library.checked(blocks) == blocks
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text")
+def test_names_that_are_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    llm = read(reader(tiny_model, folder))
+    assert llm.keep_kv(os.fsdecode(b"a \xff")) == len(TEXT)
+    assert [text.name for text in llm._library.texts()] == ["a \udcff"]
+    for path in files(folder):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert opened(tiny_model, folder).n_tokens == 0
+
+
+def test_a_prompt_longer_than_the_context(tiny_model: Path, tmp_path: Path) -> None:
+    write(tiny_model, tmp_path)
+    llm = opened(tiny_model, tmp_path, n_ctx=512)
+    assert llm.n_tokens == 512
+
+
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
@@ -464,4 +532,17 @@ def test_a_model_that_cannot_have_it_is_run_without(tiny: Tiny, tmp_path: Path, 
     llm = reader(tiny("gemma3 (sliding window)"), tmp_path, verbose=True)
     assert "kv_library is not used: this model has layers with a sliding window" in capsys.readouterr().err
     assert llm.keep_kv() == 0
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["", "a\0b", "~nobody-of-this-name/library", 5])
+def test_a_folder_that_cannot_be(tiny_model: Path, folder: Any) -> None:
+    with pytest.raises(PolicyError, match="kv_library="):
+        Llama(str(tiny_model), kv_policy=POLICY, kv_library=folder)
+
+
+def test_a_name_is_text(tiny_model: Path, tmp_path: Path) -> None:
+    llm = read(reader(tiny_model, tmp_path))
+    with pytest.raises(TypeError, match="must be text"):
+        llm.keep_kv(5)
     assert files(tmp_path) == []

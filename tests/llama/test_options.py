@@ -119,3 +119,10 @@ def test_the_environment_says_some() -> None:
         "kv_memory_limit": "REFREEKV_MEMORY_LIMIT",
         "kv_library": "REFREEKV_LIBRARY",
     }
+
+
+@pytest.mark.parametrize("evicted", ["drop", "recompute"])
+def test_max_error_needs_rows_to_read(evicted: str) -> None:
+    with pytest.raises(PolicyError, match=r"max_error .* must be one of 'keep', 'restore'"):
+        KVOptions.of(kv_policy="refreekv:max_error=0.1", kv_evicted=evicted)
+    KVOptions.of(kv_policy="refreekv:max_error=0.1")

@@ -82,8 +82,12 @@ class Conversation:
         self._write()
 
     def _write(self) -> None:
-        if self._session is not None:
+        if self._session is None:
+            return
+        try:
             self._session.write(self.history)
+        except OSError as error:  # the next answer may find room
+            common.print_error(f"the session could not be written: {error}")
 
 
 def _read_line() -> str | None:
@@ -105,7 +109,7 @@ def _read_file(conversation: Conversation, name: str) -> None:
         if not name:
             raise ValueError("/read: must be /read FILE")
         conversation.documents.append(read_document(Path(name).expanduser()))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         common.print_error(error)
         return
     common.print_note(f"{name}: the next question is about it")

@@ -32,7 +32,7 @@ def ask_about(documents: Sequence[str], question: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
 
@@ -40,8 +40,9 @@ def _read_text(path: Path) -> str:
 def _read_pdf(path: Path) -> str:
     with needs_extra("pdf", "a PDF"):
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     try:
         return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
-    except PyPdfError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file it can be any: KeyError, RecursionError, DependencyError, ...
         raise ValueError(f"{path}: cannot be read as a PDF: {error}") from error

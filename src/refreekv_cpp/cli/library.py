@@ -20,7 +20,11 @@ _FolderOption = Annotated[
 _N_KEY = 12  # digits of a key that are shown
 
 
-def _library(folder: Path | None) -> Library:
+def _library(context: typer.Context, folder: Path | None) -> Library:
+    """... whether --folder came after the command or before it."""
+    folder = folder or context.obj
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--folder {folder}: there is no such folder")
     return Library(read_option("kv_library", True if folder is None else folder), KVOptions.kv_library_limit)
 
 
@@ -28,9 +32,10 @@ def _library(folder: Path | None) -> Library:
 @common.user_errors()
 def show(context: typer.Context, folder: _FolderOption = None) -> None:
     """Show the texts: name, tokens, bytes, last use. Texts that begin alike share what they have in common."""
+    context.obj = folder
     if context.invoked_subcommand is not None:
         return
-    library = _library(folder)
+    library = _library(context, folder)
     table = Table("name", "tokens", "size", "last used", "key")
     texts = library.texts()
     for text in texts:
@@ -44,15 +49,16 @@ def show(context: typer.Context, folder: _FolderOption = None) -> None:
 @app.command()
 @common.user_errors()
 def remove(
+    context: typer.Context,
     texts: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names or keys, or: all.", show_default=False)],
     folder: _FolderOption = None,
 ) -> None:
     """Remove texts, but for what others begin with."""
-    library = _library(folder)
+    library = _library(context, folder)
     known = library.texts()
     chosen: list[Text] = []
     for wanted in texts:
-        found = [text for text in known if wanted in ("all", text.name) or text.key.startswith(wanted)]
+        found = [text for text in known if wanted == "all" or _is_called(text, wanted)]
         if not found and wanted != "all":
             raise ValueError(f"{wanted}: must be a name or a key that `refreekv library` lists, or all")
         chosen += found
@@ -64,11 +70,16 @@ def remove(
 
 @app.command()
 @common.user_errors()
-def check(folder: _FolderOption = None) -> None:
+def check(context: typer.Context, folder: _FolderOption = None) -> None:
     """Read all of it, and remove what is damaged."""
-    n_good, errors = _library(folder).check_all()
+    n_good, errors = _library(context, folder).check_all()
     for error in errors:
         common.print_error(error)
-    common.print_note(f"{n_good} blocks are whole, {len(errors)} were damaged and are removed")
+    common.print_note(f"{n_good} blocks are whole, {len(errors)} are not; those that were damaged are removed")
     if errors:
         raise typer.Exit(1)
+
+
+def _is_called(text: Text, wanted: str) -> bool:
+    """By its name, or by as many digits of its key as are shown: fewer could be a name, or another text's."""
+    return wanted != "" and (wanted == text.name or (len(wanted) >= _N_KEY and text.key.startswith(wanted)))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from refreekv_cpp._kept import N_MIN
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument, SystemOption
 from refreekv_cpp.cli.documents import ask_about, read_document
@@ -30,9 +31,17 @@ def read(
     options = options.with_library(needed=True)
     documents = [(path, read_document(path)) for path in files]
     with closing(options.load(resolve(model))) as llm:
+        if (reason := llm._library_refusal) is not None:
+            raise ValueError(f"nothing can be kept in the library: {reason}")
         for path, document in documents:
-            # a chat about it begins like this
-            llm.create_chat_completion(common.messages(system, ask_about([document], "")), max_tokens=1, temperature=0)
+            messages = common.messages(system, ask_about([document], ""))  # a chat about it begins like this
+            try:
+                llm.create_chat_completion(messages, max_tokens=1, temperature=0)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if llm.n_tokens < N_MIN:
+                common.print_note(f"{path}: {llm.n_tokens} tokens are read as quickly as they are opened, and not kept")
+                continue
             if not (n_tokens := llm.keep_kv(path.name)):
                 raise ValueError(f"{path}: could not be kept in the library (refreekv --verbose says why)")
             common.print_note(f"{path}: {n_tokens} tokens are in the library")

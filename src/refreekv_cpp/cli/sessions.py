@@ -14,6 +14,8 @@ from typing import Any
 
 from refreekv_cpp._cache_dir import cache_dir
 
+_N_BYTES = 200  # of a name: those of files have 255 at most, and .json or a temporary ending is added
+
 
 class Session:
     """One of them.
@@ -27,8 +29,10 @@ class Session:
     """
 
     def __init__(self, name: str) -> None:
-        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-            raise ValueError(f"--session {name}: must be letters, digits, _, - and dots, at most 100 of them")
+        if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > _N_BYTES:
+            raise ValueError(
+                f"--session {name}: must be letters, digits, _, - and dots, at most {_N_BYTES} bytes in UTF-8"
+            )
         self.name = name
         self.path = cache_dir() / "sessions" / f"{name}.json"
         self.messages = self._read()
