@@ -1,5 +1,6 @@
 #include "tiers/warm-tier.h"
 
+#include "api/error.h"
 #include "graph/codes.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 namespace refreekv {
@@ -54,6 +56,10 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
         } else {
             why = std::string("device ") + ggml_backend_dev_name(device) + " lacks an operation for it";
         }
+    }
+    if (params.max_error > 0.0f && (n_by_graph > 0 || !why.empty())) {
+        set_error("max_error reads exact rows, which needs the cache in host memory, heads that the CPU's kernel fits, and attention without ALiBi");
+        throw std::runtime_error(last_error());
     }
     if (!why.empty()) {
         n_by_kernel = n_by_graph = 0;

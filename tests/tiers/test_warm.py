@@ -176,6 +176,11 @@ def test_no_head_misplaces_more_than_max_error(tiny: Callable[[str], Path], mode
     assert 0 < other.kv_stats.error_bound <= max_error
 
 
+def test_max_error_is_refused_where_no_row_can_be_read(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="max_error reads exact rows"):
+        load(tiny("gqa64"), Debug(policy=POLICY, theta=0.003, max_error=0.1, by_graph=True))
+
+
 def test_what_codes_stand_for_is_counted(tiny: Callable[[str], Path]) -> None:
     shares = []
     for theta in (NONE, 0.01, 0.001, EVERY):
