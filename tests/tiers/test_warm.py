@@ -623,3 +623,18 @@ def test_cells_that_cannot_leave_are_not_tried_with_every_token(tiny: Callable[[
     reused = llama_cpp.llama_perf_context(ctx_of(llm)).n_reused
     feed(llm, random_tokens(40, seed=3))
     assert llama_cpp.llama_perf_context(ctx_of(llm)).n_reused >= reused + 38
+
+
+@pytest.mark.parametrize("max_error", [0.0, 0.01])
+def test_numbers_that_are_none_stay_where_they_are(tiny: Callable[[str], Path], max_error: float) -> None:
+    """... as codes may be, in a state that is damaged."""
+    llm = load(tiny("gqa64"), ReFreeKV(max_error=max_error), codes=True)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    feed(llm, ANSWER)
+    state = llm.save_state()
+    damaged = bytearray(state.llama_state)
+    damaged[-7000:] = b"\xff\xff" * 3500  # of the last block of the last layer
+    state.llama_state = bytes(damaged)
+    llm.load_state(state)
+    feed(llm, ANSWER)
