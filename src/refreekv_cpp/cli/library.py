@@ -52,7 +52,8 @@ def remove(
     known = library.texts()
     chosen: list[Text] = []
     for wanted in texts:
-        found = [text for text in known if wanted in ("all", text.name) or text.key.startswith(wanted)]
+        named = [text for text in known if wanted and wanted in ("all", text.name)]
+        found = named or [text for text in known if len(wanted) >= _N_KEY and text.key.startswith(wanted)]
         if not found and wanted != "all":
             raise ValueError(f"{wanted}: must be a name or a key that `refreekv library` lists, or all")
         chosen += found
