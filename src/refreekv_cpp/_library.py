@@ -307,7 +307,8 @@ class Library:
                 n_good += 1
             except CacheStateError as error:
                 errors.append(str(error))
-                _remove(path)
+                if _can_be_opened(path):
+                    _remove(path)
         return n_good, errors
 
     # -- details
@@ -316,7 +317,7 @@ class Library:
         try:
             native.library_check(path, label)
         except CacheStateError as error:
-            if path.exists():
+            if _can_be_opened(path):
                 logger.warning("the library has a damaged block, which is removed: %s", error)
                 _remove(path)
             return False
@@ -399,6 +400,15 @@ def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _n_tokens(blocks: Sequence[Block]) -> int:
     return blocks[-1].first + len(blocks[-1].tokens) if blocks else 0
+
+
+def _can_be_opened(path: Path) -> bool:
+    """False: it is gone, or what is wrong is not the file, such as too many open ones."""
+    try:
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:
