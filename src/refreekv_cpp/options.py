@@ -183,7 +183,7 @@ class KVOptions:
         if options.kv_library is not None and not options.can_have_library:
             raise PolicyError(
                 "kv_library: it has codes and exact rows of what is evicted; kv_policy must be 'refreekv' (with theta "
-                "above 0, and no other parameter of its rule), and kv_evicted 'restore' or 'drop'"
+                "above 0, and no other parameter of its rule), and kv_evicted 'keep', 'restore' or 'drop'"
             )
         return dataclasses.replace(options, kv_elastic=options.evicts or bool(options.kv_elastic))
 
