@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from policies import Debug, PythonStreaming
-from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
+from support import CACHE_TYPES, Sequences, ctx_of, feed, generate, kept, load, logits
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
 
@@ -638,3 +638,14 @@ def test_numbers_that_are_none_stay_where_they_are(tiny: Callable[[str], Path], 
     state.llama_state = bytes(damaged)
     llm.load_state(state)
     feed(llm, ANSWER)
+
+
+def test_a_state_with_neither_codes_nor_rows_is_read_again(tiny: Callable[[str], Path]) -> None:
+    source = load(tiny("gqa64"), ReFreeKV(), kv_cold_state=False)
+    source.eval(PROMPT)
+    assert source.prune_kv() > 0
+    fresh, llm = (load(tiny("gqa64"), ReFreeKV(), codes=True) for _ in range(2))
+    llm.load_state(source.save_state())
+    prompt = [*PROMPT, *random_tokens(30, seed=3)]
+    assert generate(llm, prompt) == generate(fresh, prompt)
+    np.testing.assert_array_equal(logits(llm), logits(fresh))
