@@ -164,7 +164,7 @@ float warm_least(const warm_view & warm, int64_t token, const warm_judged & judg
     const auto bin_of = [](float x) {
         uint32_t bits;
         memcpy(&bits, &x, sizeof(bits));
-        return bits >> 21;
+        return std::min<uint32_t>(bits >> 21, N_BINS - 1); // NaN may have a sign
     };
     float least_sum = 1.0f; // of all weights, if those by codes are as small as they can be
     for (int64_t b = 0; b < warm.n_blocks; ++b) {

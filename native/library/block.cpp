@@ -91,7 +91,9 @@ block open_block(const std::string & path) {
     if (!res.in->read(0, &bytes[0], bytes.size()) || !res.in->read(bytes.size(), &sum, sizeof(sum)) || sum != checksum(bytes.data(), bytes.size())) {
         throw damaged("damaged: the checksum of its head is wrong");
     }
-    memcpy(&h, bytes.data(), sizeof(h));
+    if (memcmp(&h, bytes.data(), sizeof(h)) != 0) {
+        throw damaged("somebody writes to it");
+    }
     res.label.assign(bytes, sizeof(h), h.n_label);
     memcpy(res.layers.data(), bytes.data() + sizeof(h) + h.n_label, h.n_layers*sizeof(block_layer));
 

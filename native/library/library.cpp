@@ -24,6 +24,9 @@ const char * library::refusal() const {
     if (p.params.n_hot == 0 || p.params.mask_only || p.warm.theta() == 0.0f) {
         return "decoding does not attend to codes of what is evicted, or attention decides what is";
     }
+    if (p.warm.has_tensors()) {
+        return "a part of the cache is not in host memory";
+    }
     if (p.hparams.n_pos_per_embd() > 1) {
         return "positions of this model have several dimensions";
     }

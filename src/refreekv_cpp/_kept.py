@@ -124,10 +124,12 @@ class KeptSequence(PrunedSequence):
             for start, end in spans.resolve(self.kv_protect, self, self._system):
                 native.protect(self.ctx, _SEQ_ID, start, end)
             native.library_open(self.ctx, _SEQ_ID, [library.path(block) for block in blocks], n_tokens)
-        except (CacheStateError, CacheMemoryError) as error:
-            inform(f"{error}; the prompt is read", verbose=self.verbose)
+        except BaseException as error:  # it may be empty now
             self.reset()
             _upstream.cut(self, 0)
+            if not isinstance(error, (CacheStateError, CacheMemoryError)):
+                raise
+            inform(f"{error}; the prompt is read", verbose=self.verbose)
             return
         _upstream.forget_logits(self)
         library.touch(blocks)

@@ -16,7 +16,6 @@ damaged, which its checksums tell.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ import psutil
 
 from refreekv_cpp import native
 from refreekv_cpp._log import logger
-from refreekv_cpp.errors import CacheStateError
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError
 
 VERSION = 1  # of the keys; that of the files is in native/library/block.cpp
 N_BLOCK = 256  # tokens, without the sinks
@@ -324,7 +323,7 @@ class Library:
                 n_good += 1
             except CacheStateError as error:
                 errors.append(str(error))
-                if not _is_of_the_system(error):
+                if _can_be_opened(path):
                     _remove(path)
         return n_good, errors
 
@@ -334,9 +333,11 @@ class Library:
         try:
             native.library_check(path, label)
         except CacheStateError as error:
-            if not _is_of_the_system(error):
+            if _can_be_opened(path):
                 logger.warning("the library has a damaged block, which is removed: %s", error)
                 _remove(path)
+            return False
+        except CacheMemoryError:
             return False
         return True
 
@@ -347,7 +348,8 @@ class Library:
         for kind in (b"", salt):
             if head is not None and _key(parent, kind, np.array(head.tokens, dtype="<i4")) == key:
                 return Block(key, parent, first, head.tokens, exact=not kind)
-        self._is_whole(path, None)
+        if head is None or (head.parent, head.key) != (parent.hex(), key.hex()):
+            self._is_whole(path, None)
         return None
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -423,14 +425,18 @@ def _n_tokens(blocks: Sequence[Block]) -> int:
     return blocks[-1].first + len(blocks[-1].tokens) if blocks else 0
 
 
+def _can_be_opened(path: Path) -> bool:
+    """False: it is gone, or what is wrong is not the file, such as too many open ones."""
+    try:
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True
+
+
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # it is gone already, or in use where the system does not allow that
         path.unlink()
-
-
-def _is_of_the_system(error: CacheStateError) -> bool:
-    """Whether a block could not be opened (too many open files, say), which says nothing of what is in it."""
-    return str(error).rpartition(": ")[2] in {os.strerror(number) for number in errno.errorcode}
 
 
 def _this_host() -> str:

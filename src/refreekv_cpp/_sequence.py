@@ -186,9 +186,12 @@ class PrunedSequence(Lifetime):
             self._go_back(n_usable)
 
     def _restores(self) -> bool:
-        """Whether the next prompt needs back what was evicted: not where the cache goes on attending to it by codes."""
+        """Whether the next prompt needs back what was evicted: not where the cache goes on attending to it by codes.
+
+        A state that was loaded may have brought none.
+        """
         if self.kv_evicted == "keep":
-            return float(native.figures(self.ctx)[0].codes_share) == 0
+            return int(native.figures(self.ctx)[0].bytes_codes) == 0
         return self.kv_evicted != "drop"
 
     def _go_back(self, n_tokens: int) -> bool:

@@ -15,7 +15,7 @@ from policies import POLICIES
 from support import CACHE_TYPES, ctx_of, feed, kept, load, logits
 from tiny import random_tokens
 
-from refreekv_cpp import Llama, native
+from refreekv_cpp import Llama, ReFreeKV, native
 
 pytestmark = pytest.mark.device
 
@@ -164,3 +164,11 @@ def test_without_a_kernel_the_host_does_it_and_counts(
     assert bounced > 0, what_comes
     assert found_kept == expected_kept
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_library_needs_all_layers_in_host_memory(tiny: Tiny, device: FarDevice, tmp_path: Path) -> None:
+    llm = load(tiny("gqa64"), ReFreeKV(), codes=True, kv_library=tmp_path, n_gpu_layers=3)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    assert native.library_refusal(ctx_of(llm)) == "a part of the cache is not in host memory"
+    assert llm.keep_kv() == 0

@@ -14,6 +14,7 @@ from tiny import N_SPECIAL
 
 from refreekv_cpp import Llama
 from refreekv_cpp._cache_dir import VARIABLE
+from refreekv_cpp._library import Library
 from refreekv_cpp.cli.documents import ask_about, read_document
 from refreekv_cpp.cli.sessions import Session
 
@@ -132,6 +133,12 @@ def test_texts_are_removed_and_checked(tiny_model: Path, tmp_path: Path, cache: 
     assert "a.txt" not in listed
     assert "b.txt" in listed
     assert_one_error_line(refreekv("library", "remove", "a.txt"), "a.txt: must be a name or a key")
+    text = next(text for text in Library(library, 2**30).texts() if text.name == "b.txt")
+    for wanted in ("", text.key[0]):
+        assert_one_error_line(refreekv("library", "remove", wanted), "must be a name or a key")
+    assert "b.txt" in refreekv("library").stdout
+    assert refreekv("library", "remove", text.key[:12]).exit_code == 0
+    assert "b.txt" not in refreekv("library").stdout
     assert refreekv("library", "remove", "all").exit_code == 0
     assert list(library.glob("*.block")) == []
 

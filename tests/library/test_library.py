@@ -348,6 +348,39 @@ def test_a_full_disk(tiny_model: Path, tmp_path: Path, n: int) -> None:
     assert opened(tiny_model, tmp_path).n_tokens == len(TEXT)  # written after the answer
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such limit")
+def test_what_cannot_be_opened_now_is_not_removed(tiny_model: Path, tmp_path: Path) -> None:
+    import resource
+
+    write(tiny_model, tmp_path, TEXT[:300])
+    before = files(tmp_path)
+    llm = reader(tiny_model, tmp_path)
+    blocks, _ = llm._library.find(llm._start, llm._salt, TEXT[:300], llm._n_before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        whole = llm._library.check(blocks[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not whole
+    assert files(tmp_path) == before
+
+
+def test_an_interrupted_opening_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    write(tiny_model, tmp_path)
+    llm = reader(tiny_model, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "library_open", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm._open(llm._library, TEXT)
+    assert llm.n_tokens == 0
+
+
 def test_there_is_no_room_to_open_it(tiny_model: Path, tmp_path: Path) -> None:
     write(tiny_model, tmp_path)
     llm = opened(tiny_model, tmp_path, kv_memory_limit="140KiB")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from policies import Debug, PythonStreaming
-from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load, logits
+from support import CACHE_TYPES, Sequences, ctx_of, feed, generate, kept, load, logits
 from tiny import TinyModel, random_tokens
 from tiny_architectures import ARCHITECTURES, Architecture
 
@@ -628,3 +628,29 @@ def test_cells_that_cannot_leave_are_not_tried_with_every_token(tiny: Callable[[
     reused = llama_cpp.llama_perf_context(ctx_of(llm)).n_reused
     feed(llm, random_tokens(40, seed=3))
     assert llama_cpp.llama_perf_context(ctx_of(llm)).n_reused >= reused + 38
+
+
+@pytest.mark.parametrize("max_error", [0.0, 0.01])
+def test_numbers_that_are_none_stay_where_they_are(tiny: Callable[[str], Path], max_error: float) -> None:
+    """... as codes may be, in a state that is damaged."""
+    llm = load(tiny("gqa64"), ReFreeKV(max_error=max_error), codes=True)
+    llm.eval(PROMPT)
+    llm.prune_kv()
+    feed(llm, ANSWER)
+    state = llm.save_state()
+    damaged = bytearray(state.llama_state)
+    damaged[-7000:] = b"\xff\xff" * 3500  # of the last block of the last layer
+    state.llama_state = bytes(damaged)
+    llm.load_state(state)
+    feed(llm, ANSWER)
+
+
+def test_a_state_with_neither_codes_nor_rows_is_read_again(tiny: Callable[[str], Path]) -> None:
+    source = load(tiny("gqa64"), ReFreeKV(), kv_cold_state=False)
+    source.eval(PROMPT)
+    assert source.prune_kv() > 0
+    fresh, llm = (load(tiny("gqa64"), ReFreeKV(), codes=True) for _ in range(2))
+    llm.load_state(source.save_state())
+    prompt = [*PROMPT, *random_tokens(30, seed=3)]
+    assert generate(llm, prompt) == generate(fresh, prompt)
+    np.testing.assert_array_equal(logits(llm), logits(fresh))

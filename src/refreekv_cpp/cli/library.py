@@ -58,7 +58,8 @@ def remove(
     known = library.texts()
     chosen: list[Text] = []
     for wanted in texts:
-        found = [text for text in known if wanted == "all" or _is_called(text, wanted)]
+        named = [text for text in known if wanted and wanted in ("all", text.name)]
+        found = named or [text for text in known if len(wanted) >= _N_KEY and text.key.startswith(wanted)]
         if not found and wanted != "all":
             raise ValueError(f"{wanted}: must be a name or a key that `refreekv library` lists, or all")
         chosen += found
@@ -78,8 +79,3 @@ def check(context: typer.Context, folder: _FolderOption = None) -> None:
     common.print_note(f"{n_good} blocks are whole, {len(errors)} are not; those that were damaged are removed")
     if errors:
         raise typer.Exit(1)
-
-
-def _is_called(text: Text, wanted: str) -> bool:
-    """By its name, or by as many digits of its key as are shown: fewer could be a name, or another text's."""
-    return wanted != "" and (wanted == text.name or (len(wanted) >= _N_KEY and text.key.startswith(wanted)))
