@@ -85,9 +85,9 @@ struct warm_judged {
 // First pass: the weights of a span of blocks, within each block. q, out: of the n_gqa heads of the KV head
 void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * out);
 
-// Only with max_error. A weight by codes, of a logit that is off by b at most, is off by its e^b - 1 fold at most, so no more of a line's
-// attention is misplaced than the sum of these products. Returns the least product that is read, so that those of the other rows add up to
-// less than max_error
+// Only with max_error. Where a logit by codes is off by b at most, its weight is off by at most (e^b - 1) times itself. The sum of these
+// products bounds the part of a line's attention that codes misplace. Returns the least product whose row has to be read, so that the products
+// of all rows that are not read add up to less than max_error
 float warm_least(const warm_view & warm, int64_t token, const warm_judged & judged, float lse);
 
 // numbers behind the weighted sum of V, all relative to e^lse

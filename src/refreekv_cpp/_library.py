@@ -6,7 +6,7 @@ changes.
 
 Blocks are of two kinds. An *exact* one was read while nothing before it was evicted: it depends on nothing else. The
 others, of answers and of what follows them, were computed with codes in the place of what was evicted; their keys have
-the options of the policy in them, too, and nothing exact follows them.
+the options of the policy in them, too, and no block behind one of these is exact.
 
 Any number of processes may use a folder at once. A block is written to a temporary file, which is then renamed; whoever
 reads one checks it first, and holds the file open. Nothing waits for the disk (fsync): after a power cut a block may be

@@ -204,6 +204,21 @@ def test_closing_while_another_thread_generates(tiny_model: Path, policy: str) -
     assert raised
 
 
+@pytest.mark.parametrize("policy", ["refreekv", "full"])
+def test_closing_lets_no_further_step_begin(tiny_model: Path, policy: str) -> None:
+    llm = load(tiny_model, policy)
+    generation = llm.generate(PROMPT)
+    next(generation)
+    with llm._using:  # `close` waits for it, as for a step that is being computed
+        closing = threading.Thread(target=llm.close)
+        closing.start()
+        with pytest.raises(ClosedError):
+            for _ in itertools.islice(generation, 1500):
+                pass
+    closing.join(60)
+    assert not closing.is_alive()
+
+
 def test_a_chat_that_is_none_keeps_no_other_thread_waiting(tiny_model: Path) -> None:
     llm = load(tiny_model, "refreekv")
     for messages in (5, [5]):
