@@ -98,6 +98,20 @@ def test_the_less_is_kept_the_worse_it_scores(finished: Path, mode: str) -> None
     assert hardly_any > 100 * quantised
 
 
+def test_a_cache_of_few_bits_with_an_exact_end(model: Path, finished: Path, tmp_path: Path) -> None:
+    whole, end, none = "full@q4_0+100000", "full@q4_0+256", "full@q4_0+0"
+    evaluate(model, tmp_path / "out", *MADE_UP, "--policies", f"{whole},{end},{none}")
+    assert mean_kl(tmp_path / "out", whole, "seen") < 1e-6
+    assert 1e-6 < mean_kl(tmp_path / "out", end, "seen") < mean_kl(tmp_path / "out", none, "seen")
+    parts = {
+        cache: [r["bytes"] / r["bytes_reference"] for r in read_records(tmp_path / "out") if r["cache"] == cache]
+        for cache in (whole, end, none)
+    }
+    assert parts[none] == pytest.approx([18 / 64] * 6)
+    assert parts[whole] == pytest.approx([1] * 6)
+    assert all(18 / 64 < part < 1 for part in parts[end])
+
+
 def test_cost_stands_beside_quality(finished: Path) -> None:
     by_cache = {record["cache"]: record for record in read_records(finished) if record["mode"] == "seen"}
     assert by_cache["full@q8_0"]["bytes"] == pytest.approx(by_cache["full"]["bytes"] * 34 / 64, rel=0.02)

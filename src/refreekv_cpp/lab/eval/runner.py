@@ -181,7 +181,7 @@ def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer)
         "n_tokens": stats.n_tokens,
         "budget": stats.budget,
         "cells_kept": list(stats.cells_kept),
-        "bytes": stats.bytes + stats.bytes_codes,
+        "bytes": turn.n_bytes,
         "bytes_reference": reference.stats.bytes,
         "greedy": fidelity(said.logits, answer.logits, said.tokens),
         "real": fidelity(said.real_logits, answer.real_logits, turn.real),

@@ -29,6 +29,7 @@ class Session:
     def __init__(
         self, model: Path, spec: Spec, *, n_ctx: int, n_threads: int | None, flash_attn: bool, **others: Any
     ) -> None:
+        self._rounding = spec.rounding
         options = {
             **others,
             "n_ctx": -(-n_ctx // 256) * 256,
@@ -52,6 +53,14 @@ class Session:
     def stats(self) -> KVStats:
         return self.llm.kv_stats
 
+    @property
+    def n_bytes(self) -> float:
+        """Of K, V and codes; of a rounded cache what it would have."""
+        stats = self.stats
+        return (stats.bytes + stats.bytes_codes) * (
+            self._rounding.part_of_bytes(self.n_tokens) if self._rounding else 1
+        )
+
     def forget(self) -> None:
         self.llm.reset()
 
@@ -59,11 +68,12 @@ class Session:
         return self.llm.save_state()
 
     def take_over(self, state: llama_cpp.LlamaState) -> Logits:
-        """What a full cache of the same type has read counts as read here, and the policy may judge it.
+        """What a full cache of the same type has read counts as read here (rounded, where the cache is), and the policy
+        may judge it.
 
         The last tokens are read again, since no state holds their queries. Returns the last logits: [n_vocab].
         """
-        self.llm.load_state(state)
+        self.llm.load_state(self._rounding.of(state) if self._rounding else state)
         tokens = state.input_ids[: state.n_tokens].tolist()
         n_tokens = len(tokens) - 1
         self.llm.n_tokens = (

@@ -7,7 +7,8 @@ from typing import Any
 
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError
-from refreekv_cpp.policies import Policy, as_policy
+from refreekv_cpp.lab.eval.rounding import Rounding
+from refreekv_cpp.policies import Full, Policy, as_policy
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Spec:
     Attributes:
         text: what was written, and the name in reports.
         cache_type: of both, or that of K and that of V with a slash between them.
+        rounding: of the prompt's cells before the last ones, which are of `cache_type`.
     """
 
     text: str
     policy: Policy
     cache_type: str
+    rounding: Rounding | None = None
 
     def llama_options(self) -> dict[str, Any]:
         """For `Llama`. A quantised cache needs flash attention (llama.cpp stores V transposed without it)."""
@@ -50,12 +53,19 @@ def parse_specs(text: str) -> list[Spec]:
 def parse_spec(text: str) -> Spec:
     """POLICY[@TYPE] or POLICY[@TYPE_K/TYPE_V]: a policy as `as_policy` takes it, and the types of K and V.
 
+    `full@TYPE+N`: the last N tokens of the prompt are exact (f16), and those before them of this type.
+
     Raises:
         PolicyError: as `parse_specs`.
     """
     policy, at, cache_type = text.partition("@")
+    cache_type, plus, n_exact = cache_type.partition("+")
     if at and not all(name in CACHE_TYPES for name in _types(cache_type)):
         raise PolicyError(f"{text!r}: the type must be one of {', '.join(CACHE_TYPES)}")
+    if plus:
+        if not isinstance(as_policy(policy), Full) or cache_type not in Rounding.TYPES or not n_exact.isdecimal():
+            raise PolicyError(f"{text!r}: must be full@TYPE+N, with a type of {', '.join(Rounding.TYPES)} and N tokens")
+        return Spec(text, Full(), "f16", Rounding(cache_type, int(n_exact)))
     return Spec(text, as_policy(policy), cache_type or "f16")
 
 

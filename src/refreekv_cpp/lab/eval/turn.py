@@ -93,7 +93,7 @@ class Turn:
                 self.states[part] = session.save()
             if part == mode:
                 session.prune()
-        self.stats = session.stats
+        self.stats, self.n_bytes = session.stats, session.n_bytes
         self.prune_s = (self.stats.prune_ms - prune_ms) / 1000
         # None: another cache has read the prompt
         self.prefill_s = time.perf_counter() - start - self.prune_s if source is None else None
