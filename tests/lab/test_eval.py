@@ -112,6 +112,17 @@ def test_a_cache_of_few_bits_with_an_exact_end(model: Path, finished: Path, tmp_
     assert all(18 / 64 < part < 1 for part in parts[end])
 
 
+def test_the_kernel_of_pruned_caches_reads_the_full_one(model: Path, tmp_path: Path) -> None:
+    unpruned, pruned = "refreekv:n_min=9999", "refreekv:n_min=0"
+    for name in ("kernel", "stock"):
+        same = ["--same-kernel"] if name == "kernel" else []
+        evaluate(model, tmp_path / name, *MADE_UP, "--policies", f"{unpruned},{pruned}", *same)
+    assert mean_kl(tmp_path / "kernel", "full", "seen") == 0
+    # the last token was read in another batch
+    assert mean_kl(tmp_path / "kernel", unpruned, "seen") < mean_kl(tmp_path / "stock", unpruned, "seen") / 10
+    assert mean_kl(tmp_path / "kernel", pruned, "seen") > 0
+
+
 def test_cost_stands_beside_quality(finished: Path) -> None:
     by_cache = {record["cache"]: record for record in read_records(finished) if record["mode"] == "seen"}
     assert by_cache["full@q8_0"]["bytes"] == pytest.approx(by_cache["full"]["bytes"] * 34 / 64, rel=0.02)

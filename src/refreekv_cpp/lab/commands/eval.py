@@ -55,9 +55,15 @@ def evaluate(
     kv_memory_limit: MemoryLimitOption = None,
     template: Annotated[bool, typer.Option(help="Use the model's chat template for questions.")] = True,
     flash_attn: Annotated[bool, typer.Option(help="Use flash attention for caches that do not need it.")] = False,
+    same_kernel: Annotated[
+        bool,
+        typer.Option(
+            help="Have the kernel of pruned caches attend to the full cache too, so that its rounding is theirs."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn: items, made-up texts, intervals.")] = 0,
 ) -> None:
-    specs = parse_specs(policies)
+    specs = parse_specs(policies, same_kernel=same_kernel)
     if question not in _MODES:
         raise ValueError(f"--question {question}: must be one of {', '.join(_MODES)}")
     names = list(GENERATORS) if generators is None and data is None else _names(generators or "")
@@ -88,6 +94,7 @@ def evaluate(
         n_gpu_layers=machine.n_gpu_layers(path, n_ctx=max_tokens + continuation, kv_policy="full"),
         kv_memory_limit=None if kv_memory_limit is None else parse_bytes(kv_memory_limit, option="--kv-memory-limit"),
         options=machine.others,
+        same_kernel=same_kernel,
         template=template,
         seed=seed,
     )

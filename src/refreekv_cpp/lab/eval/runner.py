@@ -87,7 +87,7 @@ class Run:
         # who reads a prompt for all caches of its type; a list that goes on must not depend on what was done before
         self._sources: dict[str, Spec] = {}
         for spec in specs:
-            if isinstance(spec.policy, Full):
+            if self._is_full(spec):
                 self._sources.setdefault(spec.cache_type, spec)
 
     def go(self, working: Callable[[str], None], done: Callable[[Job], None]) -> None:
@@ -121,7 +121,10 @@ class Run:
                     self._run_item(task, jobs, sessions, working, lambda job, record: _write(out, record, job, done))
 
     def _limit_of(self, spec: Spec) -> int | None:
-        return None if isinstance(spec.policy, Full) else self.settings.kv_memory_limit
+        return None if self._is_full(spec) else self.settings.kv_memory_limit
+
+    def _is_full(self, spec: Spec) -> bool:
+        return spec == self.specs[0] or isinstance(spec.policy, Full)
 
     def _run_item(
         self,

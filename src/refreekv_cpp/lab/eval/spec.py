@@ -8,7 +8,7 @@ from typing import Any
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.lab.eval.rounding import Rounding
-from refreekv_cpp.policies import Full, Policy, as_policy
+from refreekv_cpp.policies import Full, Policy, ReFreeKV, as_policy
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,23 @@ class Spec:
 
 
 REFERENCE = "full"
+_NEVER = 2**31 - 1  # tokens from which on a prompt is pruned
 
 
-def parse_specs(text: str) -> list[Spec]:
+def parse_specs(text: str, *, same_kernel: bool = False) -> list[Spec]:
     """The caches in a list separated by commas; `full` comes first, whether it is named or not.
+
+    Args:
+        same_kernel: have the kernel of pruned caches attend to `full` too. Its sums are rounded as theirs are then.
 
     Raises:
         PolicyError: one of them is no policy, or its parameters or its type are not valid.
     """
     names = [name.strip() for name in text.split(",")]
-    return [parse_spec(name) for name in dict.fromkeys([REFERENCE, *names])]
+    first, *others = [parse_spec(name) for name in dict.fromkeys([REFERENCE, *names])]
+    if same_kernel:
+        first = Spec(REFERENCE, ReFreeKV(n_min=_NEVER), "f16")
+    return [first, *others]
 
 
 def parse_spec(text: str) -> Spec:

@@ -26,6 +26,7 @@ class Settings:
         flash_attn: of caches that are not quantised.
         kv_memory_limit: of caches with a policy, in bytes; they read the prompt themselves then.
         options: further ones of `Llama`.
+        same_kernel: the full cache is attended to by the kernel of pruned caches.
         template: whether the model's chat template is used.
         seed: items were drawn and made with it, intervals are.
     """
@@ -37,6 +38,7 @@ class Settings:
     n_gpu_layers: int = 0
     kv_memory_limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    same_kernel: bool = False
     template: bool = True
     seed: int = 0
 
