@@ -28,19 +28,21 @@ _N_ROTATED = 64
 class Rounding:
     """
     Attributes:
-        cache_type: of the rounded cells, K and V; a block of it has 32 numbers.
+        type_k, type_v: of the rounded cells; a block of each has 32 numbers.
         n_exact: so many tokens at the end of the prompt stay as they are. Those of the answer do, too.
     """
 
     TYPES: ClassVar = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
-    cache_type: str
+    type_k: str
+    type_v: str
     n_exact: int
 
     def part_of_bytes(self, n_tokens: int) -> float:
         """What the cache would take, as a part of the same in f16."""
         n_exact = min(self.n_exact, n_tokens)
-        return (n_exact + (n_tokens - n_exact) * _bytes_of(self.cache_type) / 2) / n_tokens
+        part = (_bytes_of(self.type_k) + _bytes_of(self.type_v)) / 4
+        return (n_exact + (n_tokens - n_exact) * part) / n_tokens
 
     def of(self, state: llama_cpp.LlamaState) -> llama_cpp.LlamaState:
         """A copy of the state of a full cache in f16 (kv_elastic), rounded.
@@ -62,21 +64,24 @@ class Rounding:
             index = np.frombuffer(data, np.uint32, n_held, at)
             rounded = index < n_held - self.n_exact
             at += index.nbytes
-            at = self._round(data, at, rounded, n_embd_k, transposed=False)
+            at = _round(data, at, rounded, n_embd_k, self.type_k, transposed=False)
             if data[at : at + len(_MAGIC_V)] != _MAGIC_V:
                 raise ValueError("the state is damaged")
-            at = self._round(data, at + len(_MAGIC_V), rounded, n_embd_v, transposed=bool(v_trans))
+            at = _round(data, at + len(_MAGIC_V), rounded, n_embd_v, self.type_v, transposed=bool(v_trans))
         other = copy.copy(state)
         other.llama_state = bytes(data)
         return other
 
-    def _round(self, data: bytearray, at: int, rounded: npt.NDArray[np.bool_], n_embd: int, *, transposed: bool) -> int:
-        """In place. Returns where what follows begins."""
-        rows = np.frombuffer(data, np.float16, len(rounded) * n_embd, at)  # of the bytearray: what is written is in it
-        rows = rows.reshape(n_embd, len(rounded)).T if transposed else rows.reshape(len(rounded), n_embd)
-        if rounded.any():
-            rows[rounded] = _rotate(_quantised(_rotate(rows[rounded].astype(np.float32)), self.cache_type))
-        return at + rows.nbytes
+
+def _round(
+    data: bytearray, at: int, rounded: npt.NDArray[np.bool_], n_embd: int, cache_type: str, *, transposed: bool
+) -> int:
+    """In place. Returns where what follows begins."""
+    rows = np.frombuffer(data, np.float16, len(rounded) * n_embd, at)  # of the bytearray: what is written is in it
+    rows = rows.reshape(n_embd, len(rounded)).T if transposed else rows.reshape(len(rounded), n_embd)
+    if rounded.any():
+        rows[rounded] = _rotate(_quantised(_rotate(rows[rounded].astype(np.float32)), cache_type))
+    return at + rows.nbytes
 
 
 def _quantised(rows: Floats, cache_type: str) -> Floats:

@@ -67,12 +67,13 @@ def parse_spec(text: str) -> Spec:
     """
     policy, at, cache_type = text.partition("@")
     cache_type, plus, n_exact = cache_type.partition("+")
-    if at and not all(name in CACHE_TYPES for name in _types(cache_type)):
-        raise PolicyError(f"{text!r}: the type must be one of {', '.join(CACHE_TYPES)}")
+    types = _types(cache_type)
     if plus:
-        if not isinstance(as_policy(policy), Full) or cache_type not in Rounding.TYPES or not n_exact.isdecimal():
+        if not isinstance(as_policy(policy), Full) or not set(types) <= set(Rounding.TYPES) or not n_exact.isdecimal():
             raise PolicyError(f"{text!r}: must be full@TYPE+N, with a type of {', '.join(Rounding.TYPES)} and N tokens")
-        return Spec(text, Full(), "f16", Rounding(cache_type, int(n_exact)))
+        return Spec(text, Full(), "f16", Rounding(*types, int(n_exact)))
+    if at and not all(name in CACHE_TYPES for name in types):
+        raise PolicyError(f"{text!r}: the type must be one of {', '.join(CACHE_TYPES)}")
     return Spec(text, as_policy(policy), cache_type or "f16")
 
 
