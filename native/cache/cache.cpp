@@ -61,7 +61,7 @@ cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches
 }
 
 bool cache::get_can_shift() const {
-    return false;
+    return llama_kv_cache::get_can_shift() && store->seqs.can_shift();
 }
 
 // sequences
@@ -94,12 +94,20 @@ void cache::seq_keep(llama_seq_id seq_id) {
     llama_kv_cache::seq_keep(seq_id);
 }
 
-void cache::seq_add(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, llama_pos /*shift*/) {
-    store->seqs.refuse_shift("seq_add", seq_id);
+void cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    const auto publish = store->publish_later();
+
+    if (store->seqs.shift("seq_add", seq_id, p0, p1, [shift](llama_pos pos) { return pos + shift; })) {
+        llama_kv_cache::seq_add(seq_id, p0, p1, shift);
+    }
 }
 
-void cache::seq_div(llama_seq_id seq_id, llama_pos /*p0*/, llama_pos /*p1*/, int /*d*/) {
-    store->seqs.refuse_shift("seq_div", seq_id);
+void cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    const auto publish = store->publish_later();
+
+    if (store->seqs.shift("seq_div", seq_id, p0, p1, [d](llama_pos pos) { return pos / d; })) {
+        llama_kv_cache::seq_div(seq_id, p0, p1, d);
+    }
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> cache::memory_breakdown() const {
@@ -109,6 +117,9 @@ std::map<ggml_backend_buffer_type_t, size_t> cache::memory_breakdown() const {
 // states
 
 void cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (get_has_shift()) {
+        throw std::runtime_error("positions have changed (seq_add, seq_div): decode a batch before the state is saved");
+    }
     write_by_value by_value(io);
 
     llama_kv_cache::state_write(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? by_value : io, seq_id, flags);
@@ -162,7 +173,7 @@ cache_context::cache_context(cache & owner) : llama_kv_cache_context(&owner), ow
 
 cache_context::cache_context(cache & owner, llama_context * lctx, stream_copy_info sc_info) :
     llama_kv_cache_context(&owner, lctx, false, std::move(sc_info)), owner(owner) {
-    if (owner.get_store().update.begin(lctx)) {
+    if (owner.get_store().update.begin(lctx) || owner.get_has_shift()) {
         status = LLAMA_MEMORY_STATUS_SUCCESS;
     }
 }
@@ -181,6 +192,7 @@ const cache_context * cache_context::of(const llama_memory_context_i * mctx) {
 
 bool cache_context::apply() {
     if (ubatches.empty()) {
+        owner.turn_keys(lctx);
         return owner.get_store().update.run(lctx);
     }
     if (!llama_kv_cache_context::apply()) {
@@ -213,6 +225,10 @@ void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool)
 
 bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return cache::of(mem)->get_store().seqs.may_remove(seq_id, p0, p1);
+}
+
+bool refused_shift(llama_memory_t mem) {
+    return cache::of(mem)->get_store().seqs.refused_to_shift();
 }
 
 bool refused_seq_cp(llama_memory_t mem) {

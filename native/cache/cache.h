@@ -61,6 +61,9 @@ public:
 
     using llama_kv_cache::state_clear;
 
+    // turns the keys of cells whose positions have changed; throws std::runtime_error
+    void turn_keys(llama_context * lctx);
+
     // Cells for positions 0 to n - 1 of a sequence, which has none. Empty: there is no room for them
     slot_info take_cells(llama_seq_id seq_id, uint32_t n);
 
@@ -70,6 +73,8 @@ private:
     std::shared_ptr<refreekv::store> store; // never nullptr; shared only so that its type may be incomplete here
 
     void make_store();
+
+    ggml_cgraph * build_turn(llm_graph_result * res, llama_context * lctx) const;
 
     void state_write_data(llama_io_write_i & io, const cell_ranges_t & cr) const override;
     bool state_read_data (llama_io_read_i & io, uint32_t strm, uint32_t cell_count, const slot_info & sinfo) override;

@@ -29,12 +29,19 @@ public:
         }
     }
 
-    // refused by the cache, which says why
     void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override {
         part(*this).seq_add(seq_id, p0, p1, shift);
+
+        if (!refused_shift(this)) {
+            other(*this).seq_add(seq_id, p0, p1, shift);
+        }
     }
     void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override {
         part(*this).seq_div(seq_id, p0, p1, d);
+
+        if (!refused_shift(this)) {
+            other(*this).seq_div(seq_id, p0, p1, d);
+        }
     }
 
     void state_read(llama_io_read_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override {
@@ -59,6 +66,7 @@ private:
 // of the cache with a policy in a memory
 bool may_seq_rm    (llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 bool refused_seq_cp(llama_memory_t mem); // the last one
+bool refused_shift (llama_memory_t mem);
 
 // hook of llama_model::create_memory: a memory that can have a policy, and has it if one was asked for
 template <typename Memory, typename... Args>

@@ -251,8 +251,78 @@ void sequences::keep(llama_seq_id seq_id) {
     p.idle_rows     = true;
 }
 
-void sequences::refuse_shift(const char * op, llama_seq_id seq_id) const {
-    set_error("%s: positions of sequence %d cannot change: a context with a KV policy does not shift (llama_memory_can_shift is false)", op, seq_id);
+bool sequences::can_shift() const {
+    // codes of cells whose rows are gone would keep the old positions
+    const bool codes_only = p.warm.exists() && !p.cold.exists();
+
+    // ggml cannot turn keys in bf16
+    return !codes_only && std::none_of(p.layers.begin(), p.layers.end(), [](const layer & layer) { return layer.type(false) == GGML_TYPE_BF16; });
+}
+
+bool sequences::may_shift(const char * op, llama_seq_id seq_id) {
+    if (!p.valid_seq(seq_id)) {
+        set_error("%s: there is no sequence %d", op, seq_id);
+        return false;
+    }
+    if (!p.kv.get_can_shift()) {
+        set_error("%s: positions of sequence %d cannot change: llama_memory_can_shift is false for this context", op, seq_id);
+        return false;
+    }
+    for (llama_seq_id s = 0; s < p.logical.n_seq_ids(); ++s) {
+        if (p.pruned[s] < 0 || p.logical.stream_of(s) != p.logical.stream_of(seq_id)) {
+            continue;
+        }
+        const auto cells = p.logical.of_seq(s);
+        if (s != seq_id && std::none_of(cells.begin(), cells.end(), [&](const placed & c) { return p.logical.seq_has(c.cell, seq_id); })) {
+            continue;
+        }
+        // without a cold store what was evicted is gone, and nothing has to be turned
+        if (p.cold.exists() && restore.run(s) < 0) {
+            const std::string why = last_error();
+            set_error("%s: positions of sequence %d cannot change: the cache was pruned at position %d (%s)", op, seq_id, p.pruned[s], why.c_str());
+            return false;
+        }
+        if (s != seq_id && p.pruned[s] >= 0) {
+            set_error("%s: positions of sequence %d cannot change: sequence %d was pruned and shares cells with it", op, seq_id, s);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_pos p1, const position_fn & to) {
+    refused_shift = !may_shift(op, seq_id);
+    if (refused_shift) {
+        return false;
+    }
+    const auto moved = [&](llama_pos pos) {
+        return pos < std::max(p0, 0) || (p1 >= 0 && pos >= p1) ? pos : to(pos);
+    };
+
+    std::vector<uint32_t> cells;
+    for (const auto & [pos, cell] : p.logical.of_seq(seq_id)) {
+        if (moved(pos) != pos) {
+            cells.push_back(cell);
+        }
+    }
+    for (auto & layer : p.layers) {
+        p.cold.forget(layer, cells);
+    }
+
+    if (p.pruned[seq_id] >= 0) {
+        p.pruned[seq_id] = std::max(-1, moved(p.pruned[seq_id]));
+    }
+    for (auto & [start, end] : p.spans[seq_id]) {
+        end   = end > start ? moved(end - 1) + 1 : moved(end);
+        start = moved(start);
+    }
+    p.ring.forget(seq_id); // its queries were turned by their old positions
+    p.turn.shift(seq_id);
+
+    p.stale_slots = true; // upstream removes what gets a position below 0
+    p.layouts.make_stale();
+
+    return true;
 }
 
 } // namespace refreekv

@@ -88,6 +88,8 @@ public:
 
     uint32_t n_layers() const { return p.layers.size(); }
 
+    const layer & get_layer(uint32_t i_layer) const { return p.layers[i_layer]; }
+
     // of the model's layer il: whether it has a cache, and its place among those that have
     bool     has_layer(int32_t il) const { return p.il_to_layer.count(il) > 0; }
     uint32_t layer_of (int32_t il) const { return p.il_to_layer.at(il); }

@@ -58,6 +58,7 @@ public:
 
     void note_pruned(llama_seq_id seq_id) { seqs[seq_id].due = false; }
     void forget     (llama_seq_id seq_id) { seqs[seq_id] = {}; }
+    void shift      (llama_seq_id seq_id) { seqs[seq_id].pruned_at = -1; }
     void copy       (llama_seq_id src, llama_seq_id dst);
 
 private:

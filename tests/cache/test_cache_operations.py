@@ -148,27 +148,6 @@ def test_a_layer_with_nothing_left_is_passed_over(tiny_model: Path, policy: Poli
     assert kept(llm)[1] == []
 
 
-# -- positions ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("was_pruned", [False, True])
-def test_positions_cannot_be_changed(tiny_model: Path, was_pruned: bool) -> None:
-    llm = load(tiny_model, POLICY)
-    llm.eval(PROMPT)
-    if was_pruned:
-        llm.prune_kv()
-    before = kept(llm)
-    assert not llama_cpp.llama_memory_can_shift(memory_of(llm))
-
-    llama_cpp.llama_memory_seq_add(memory_of(llm), 0, 10, -1, -5)
-    assert "seq_add" in native.last_error()
-    llama_cpp.llama_memory_seq_div(memory_of(llm), 0, 10, -1, 2)
-    assert "seq_div" in native.last_error()
-
-    assert kept(llm) == before
-    assert llama_cpp.llama_memory_seq_pos_max(memory_of(llm), 0) == N_PROMPT - 1
-
-
 # -- several sequences -------------------------------------------------------------------------------------------------
 
 

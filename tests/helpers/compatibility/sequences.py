@@ -121,7 +121,7 @@ for table, unified in TABLES.items():
 
 @check("seq_add (context shift)")
 def shift(run: Run) -> None:
-    sequences = run.sequences()
+    sequences = run.sequences(cold={"cold": native.enum_value("COLD_MEMORY")})
     sequences.read(0, PROMPT)
     run.prune(sequences, 0)
     llama_cpp.llama_memory_seq_add(sequences.memory, 0, 0, -1, 5)
@@ -129,3 +129,8 @@ def shift(run: Run) -> None:
         assert sequences.n_tokens(0) == len(PROMPT)
         raise Refused(f"llama_memory_can_shift is False: {native.last_error()}")
     assert sequences.n_tokens(0) == len(PROMPT) + 5
+    there = run.sequences(cold={"cold": native.enum_value("COLD_MEMORY")})
+    there.read(0, PROMPT)
+    run.prune(there, 0)
+    # attention looks at distances alone
+    assert_alike(sequences.read(0, MORE), there.read(0, MORE))
