@@ -49,20 +49,23 @@ class Checkpoints:
         ctx: a llama_context of llama_cpp.
         seq_id: the sequence.
         swa_full: layers with a window have room for the whole context, as the context was made.
+
+    Attributes:
+        is_hybrid: there are recurrent layers.
     """
 
     def __init__(self, ctx: Any, seq_id: int, *, swa_full: bool) -> None:
         model = llama_cpp.llama_get_model(ctx)
         self._ctx = ctx
         self._seq_id = seq_id
-        self._is_hybrid = bool(llama_cpp.llama_model_is_hybrid(model))
+        self.is_hybrid = bool(llama_cpp.llama_model_is_hybrid(model))
         self._n_swa = 0 if swa_full else int(llama_cpp.llama_model_n_swa(model))
         self._all: list[_Checkpoint] = []  # the one that was made or used last is the last one
 
     @property
     def are_needed(self) -> bool:
         """Whether there are layers whose cache cannot be cut at any position."""
-        return self._is_hybrid or self._n_swa > 0
+        return self.is_hybrid or self._n_swa > 0
 
     @property
     def n_bytes(self) -> int:
@@ -73,7 +76,7 @@ class Checkpoints:
         if n_tokens == 0:
             return True
         memory = llama_cpp.llama_get_memory(self._ctx)
-        if self._is_hybrid:
+        if self.is_hybrid:
             return bool(llama_cpp.llama_memory_seq_pos_max(memory, self._seq_id) + 1 == n_tokens)
         first = llama_cpp.llama_memory_seq_pos_min(memory, self._seq_id)  # of the layers with a window
         return bool(0 <= first <= max(0, n_tokens - self._n_swa))

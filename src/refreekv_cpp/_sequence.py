@@ -188,6 +188,8 @@ class PrunedSequence(Lifetime):
     def _parts(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """The tokens; those of a prompt in batches, with checkpoints before some of them."""
         if self._checkpoints is None or not self._prompt_end:
+            if self._checkpoints is not None and self._checkpoints.is_hybrid and len(tokens) > 1:
+                self._checkpoints.take(_upstream.token_array(self))  # a draft, which may be refused
             yield tokens
             return
         n_taken = -STEP

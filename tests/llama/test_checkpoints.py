@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from support import load, logits
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from support import generate, load, logits
 from tiny import random_tokens
 
-from refreekv_cpp import Llama, ReFreeKV, _upstream
+from refreekv_cpp import Llama, ReFreeKV, _checkpoints, _upstream
 from refreekv_cpp._checkpoints import N_REQUEST
 
 Tiny = Callable[[str], Path]
@@ -64,14 +66,17 @@ def answer(llm: Llama, prompt: list[int]) -> Answer:
     return Answer(tokens, behind, n_read)
 
 
-def assert_as_if_read(path: Path, prompt: list[int], actual: Answer, **options: Any) -> None:
-    """The answer is that of a Llama that has read the whole prompt."""
+def assert_as_if_read(path: Path, prompt: list[int], actual: Answer, *, tokens: bool = True, **options: Any) -> None:
+    """The answer is that of a Llama that has read the whole prompt.
+
+    tokens: compare these, too.
+    """
     llm = opened(path, **options)
     expected = answer(llm, prompt)
     llm.close()
     assert expected.n_read == len(prompt)
     assert np.abs(actual.logits - expected.logits).max() < 0.01 * expected.logits.std()
-    assert actual.tokens == expected.tokens
+    assert not tokens or actual.tokens == expected.tokens
 
 
 @pytest.mark.parametrize("evicted", ["keep", "restore"])
@@ -101,3 +106,104 @@ def test_a_conversation_goes_back(tiny: Tiny, name: str, evicted: str) -> None:
     assert llm.kv_stats.n_prunes >= 2
     for prompt, actual in ((turn, second), (edited, third), (part, fourth)):
         assert_as_if_read(path, prompt, actual, kv_evicted=evicted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_program_sets_the_number_of_tokens_back(tiny: Tiny, name: str) -> None:
+    """Recurrent layers could not be rewound, so the next batch was refused; windows were read without their rows."""
+    llm = opened(tiny(name))
+    first = answer(llm, PROMPT)
+    turn = [*PROMPT, *first.tokens, *random_tokens(300, seed=3)[1:]]
+    answer(llm, turn)
+    llm.n_tokens = len(PROMPT) + 2
+    with counted(llm) as batches:
+        llm.eval(OTHER)
+    assert len(OTHER) <= sum(batches) <= len(OTHER) + N_REQUEST + 2
+    read = [*PROMPT, *first.tokens[:2], *OTHER]
+    assert llm.n_tokens == len(read)
+    assert_as_if_read(tiny(name), read, Answer([], logits(llm), 0), tokens=False)
+
+
+def test_drafts_are_refused_by_recurrent_layers_as_well(tiny: Tiny) -> None:
+    """The first draft that was not what the model says ended the generation: llama_decode returned -1."""
+    alone = opened(tiny(HYBRID))
+    drafting = opened(tiny(HYBRID), draft_model=LlamaPromptLookupDecoding(num_pred_tokens=5), logits_all=True)
+    with counted(drafting) as batches:
+        assert generate(drafting, PROMPT, 30) == generate(alone, PROMPT, 30)
+    assert sum(batches) < len(PROMPT) + 300
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_conversations_in_a_cache_of_states(tiny: Tiny, name: str) -> None:
+    """Each goes on, and back, from what was read of it."""
+    llm = opened(tiny(name))
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    prompts = [random_tokens(700, seed=seed) for seed in (5, 6)]
+    for _ in range(2):
+        for i, prompt in enumerate(prompts):
+            with counted(llm) as batches:
+                text = llm.create_completion(prompt, max_tokens=N_ANSWER, temperature=0.0)["choices"][0]["text"]
+            prompts[i] = [*prompt, *llm.tokenize(text.encode(), add_bos=False), *QUESTION]
+    assert sum(batches) <= len(QUESTION) + 3 * N_ANSWER + N_REQUEST
+    with counted(llm) as batches:  # the other one's, with another question
+        llm.create_completion([*prompts[0][:-40], *OTHER], max_tokens=1, temperature=0.0)
+    assert sum(batches) <= len(OTHER) + len(QUESTION) + 3 * N_ANSWER
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_state_goes_on_and_back(tiny: Tiny, name: str) -> None:
+    llm = opened(tiny(name))
+    first = answer(llm, PROMPT)
+    state = llm.save_state()
+    read = llm.input_ids[: llm.n_tokens].tolist()
+    other = opened(tiny(name))
+    other.load_state(state)
+    second = answer(other, [*read, *QUESTION])
+    assert second.n_read == len(QUESTION)
+    assert_as_if_read(tiny(name), [*read, *QUESTION], second)
+    other.load_state(state)
+    again = answer(other, PROMPT)  # a state has no checkpoints
+    assert again.tokens == first.tokens
+    assert_as_if_read(tiny(name), PROMPT, again)
+    llm.load_state(state)
+    assert answer(llm, PROMPT).n_read <= N_REQUEST  # but this process has them
+
+
+def test_windows_take_no_memory_for_the_context_unless_it_is_asked_for(tiny: Tiny) -> None:
+    path = tiny(WINDOWED)
+    few, more = (opened(path, n_ctx=n_ctx).kv_stats.bytes_other for n_ctx in (1024, 8192))
+    assert few == more == opened(path, n_ctx=8192, swa_full=None).kv_stats.bytes_other
+    assert opened(path, n_ctx=8192, swa_full=True).kv_stats.bytes_other > 4 * few
+    full = load(path, "full", n_ctx=8192)
+    assert full.context_params.swa_full
+    assert full.kv_stats.bytes_other > 4 * few
+
+
+def test_checkpoints_are_bounded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = opened(tiny(WINDOWED))
+    prompt = PROMPT
+    for seed in range(20):
+        prompt = [*prompt, *answer(llm, prompt).tokens, *random_tokens(9, seed=seed)[1:]]
+    stats = llm.kv_stats
+    assert stats.memory.checkpoints == stats.bytes_checkpoints > 0
+    assert "checkpoints" in stats.receipt()
+    taken = sorted(len(checkpoint.tokens) for checkpoint in llm._checkpoints._all)
+    assert len(taken) == _checkpoints.N_MOST
+    assert taken[0] < len(PROMPT)  # the beginning is not forgotten, and
+    assert len([at for at in taken if at > len(PROMPT) + 140]) > 10  # most are of the last turns
+
+    monkeypatch.setattr(_checkpoints, "BYTES_MOST", stats.bytes_checkpoints // 4)
+    answer(llm, prompt)
+    assert llm.kv_stats.bytes_checkpoints <= stats.bytes_checkpoints // 4
+    monkeypatch.setattr(_checkpoints, "BYTES_MOST", 1)
+    answer(llm, random_tokens(600, seed=9))
+    assert len(llm._checkpoints._all) == _checkpoints.N_ALWAYS
+    assert answer(llm, random_tokens(600, seed=9)).n_read <= N_REQUEST
+
+
+def test_a_long_prompt_has_checkpoints_inside(tiny: Tiny) -> None:
+    llm = opened(tiny(HYBRID), n_ctx=8192)
+    prompt = random_tokens(6000)
+    answer(llm, prompt)
+    assert [len(checkpoint.tokens) for checkpoint in llm._checkpoints._all] == [2048, 4096, 5888, 5996]
+    assert answer(llm, [*prompt[:4500], *OTHER]).n_read == 4500 - 4096 + len(OTHER)
