@@ -32,8 +32,8 @@ MODELS = [WINDOWED, "gpt-oss (attention sinks, sliding window, experts)", HYBRID
 # every evicted row is read while decoding, so that an answer is that of whoever reads the whole prompt
 EXACT = ReFreeKV(theta=1e-12, n_min=0)
 PROMPT = random_tokens(1000)
-QUESTION = random_tokens(41, seed=1)[1:]
-OTHER = random_tokens(31, seed=2)[1:]
+QUESTION = random_tokens(201, seed=1)[1:]
+OTHER = random_tokens(171, seed=2)[1:]
 N_ANSWER = 6
 
 
@@ -146,7 +146,7 @@ def test_two_conversations_in_a_cache_of_states(tiny: Tiny, name: str) -> None:
             prompts[i] = [*prompt, *llm.tokenize(text.encode(), add_bos=False), *QUESTION]
     assert sum(batches) <= len(QUESTION) + 3 * N_ANSWER + N_REQUEST
     with counted(llm) as batches:  # the other one's, with another question
-        llm.create_completion([*prompts[0][:-40], *OTHER], max_tokens=1, temperature=0.0)
+        llm.create_completion([*prompts[0][: -len(QUESTION)], *OTHER], max_tokens=1, temperature=0.0)
     assert sum(batches) <= len(OTHER) + len(QUESTION) + 3 * N_ANSWER
 
 
