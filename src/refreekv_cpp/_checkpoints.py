@@ -1,16 +1,18 @@
 """What recurrent layers and layers with a sliding window held at earlier positions of a sequence.
 
 The cache of a layer that sees everything can be cut at any position. A recurrent state cannot: it is that of the last
-token alone. Nor can a window whose rows before that position have been overwritten. So a copy of these layers is kept at
-positions where a later prompt is likely to differ, and going back means to load one, to cut the rest of the cache, and
-to read the tokens between.
+token alone. Nor can a window whose rows before that position have been overwritten. So a copy of these layers is kept
+at positions where a later prompt is likely to differ, and going back means to load one, to cut the rest of the cache,
+and to read the tokens between.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from dataclasses import dataclass
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import IO, Any
 
 import llama_cpp
 import numpy as np
@@ -29,10 +31,23 @@ N_REQUEST = 4
 _PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
-@dataclass(frozen=True, eq=False)
 class _Checkpoint:
-    tokens: Tokens  # all that had been read
-    state: bytes
+    """The state behind some tokens, which are all that had been read: in a file without a name, else in memory."""
+
+    def __init__(self, tokens: Tokens, state: memoryview, folder: Path | None) -> None:
+        self.tokens = tokens
+        self.n_bytes = len(state)
+        self.file: IO[bytes] | None = None
+        self.state = b""
+        try:
+            if folder is not None:
+                self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+                self.file.write(state)
+                self.file.flush()
+                return
+        except OSError:  # the disk is full
+            self._close()
+        self.state = bytes(state)
 
     @property
     def n_tokens(self) -> int:
@@ -40,6 +55,28 @@ class _Checkpoint:
 
     def begins(self, read: Tokens) -> bool:
         return np.array_equal(self.tokens, read[: self.n_tokens])
+
+    def read(self) -> ctypes.Array[ctypes.c_uint8]:
+        """
+        Raises:
+            OSError: the file cannot be read any more.
+        """
+        data = (ctypes.c_uint8 * self.n_bytes)()
+        if self.file is None:
+            memoryview(data).cast("B")[:] = self.state
+        else:
+            self.file.seek(0)
+            if self.file.readinto(data) != self.n_bytes:  # type: ignore[attr-defined]
+                raise OSError("the file is shorter than it was")
+        return data
+
+    def _close(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # it may try to write once more
+                self.file.close()
+            self.file = None
+
+    __del__ = _close
 
 
 class Checkpoints:
@@ -49,15 +86,17 @@ class Checkpoints:
         ctx: a llama_context of llama_cpp.
         seq_id: the sequence.
         swa_full: layers with a window have room for the whole context, as the context was made.
+        folder: of files for them; None: they are in memory.
 
     Attributes:
         is_hybrid: there are recurrent layers.
     """
 
-    def __init__(self, ctx: Any, seq_id: int, *, swa_full: bool) -> None:
+    def __init__(self, ctx: Any, seq_id: int, *, swa_full: bool, folder: Path | None) -> None:
         model = llama_cpp.llama_get_model(ctx)
         self._ctx = ctx
         self._seq_id = seq_id
+        self._folder = folder
         self.is_hybrid = bool(llama_cpp.llama_model_is_hybrid(model))
         self._n_swa = 0 if swa_full else int(llama_cpp.llama_model_n_swa(model))
         self._all: list[_Checkpoint] = []  # the one that was made or used last is the last one
@@ -69,6 +108,10 @@ class Checkpoints:
 
     @property
     def n_bytes(self) -> int:
+        return sum(checkpoint.n_bytes for checkpoint in self._all)
+
+    @property
+    def n_bytes_in_memory(self) -> int:
         return sum(len(checkpoint.state) for checkpoint in self._all)
 
     def can_cut(self, n_tokens: int) -> bool:
@@ -93,14 +136,16 @@ class Checkpoints:
         return found[-1].n_tokens if found else 0
 
     def load(self, read: Tokens) -> bool:
-        """Have these layers hold what they did behind these tokens. False: there is no such checkpoint."""
+        """Have these layers hold what they did behind these tokens. False: there is no such checkpoint (any more)."""
         for checkpoint in self._of(read)[-1:]:
             if checkpoint.n_tokens == len(read):
-                size = len(checkpoint.state)
-                data = (ctypes.c_uint8 * size).from_buffer_copy(checkpoint.state)
                 self._use(checkpoint)
-                n_read = llama_cpp.llama_state_seq_set_data_ext(self._ctx, data, size, self._seq_id, _PARTIAL)
-                return int(n_read) == size
+                try:
+                    data = checkpoint.read()
+                except OSError:
+                    return False
+                n_read = llama_cpp.llama_state_seq_set_data_ext(self._ctx, data, len(data), self._seq_id, _PARTIAL)
+                return int(n_read) == len(data)
         return False
 
     def take(self, read: Tokens) -> None:
@@ -115,7 +160,7 @@ class Checkpoints:
         data = (ctypes.c_uint8 * size)()
         n_written = llama_cpp.llama_state_seq_get_data_ext(self._ctx, data, size, self._seq_id, _PARTIAL)
         if n_written:
-            self._all = [*self._all, _Checkpoint(read.copy(), bytes(memoryview(data)[:n_written]))]
+            self._all = [*self._all, _Checkpoint(read.copy(), memoryview(data)[:n_written], self._folder)]
             self._trim(read)
 
     def forget_read_again(self, read: Tokens, n_before: int) -> None:

@@ -52,8 +52,11 @@ class PrunedSequence(Lifetime):
 
     def _make_checkpoints(self) -> None:
         """After the model has been loaded."""
-        checkpoints = Checkpoints(self.ctx, _SEQ_ID, swa_full=self.context_params.swa_full)
-        if self._kv.evicts and checkpoints.are_needed:
+        if not self._kv.evicts:
+            return
+        folder = self._kv.cold_folder() if self.kv_stats.cold == "file" else None
+        checkpoints = Checkpoints(self.ctx, _SEQ_ID, swa_full=self.context_params.swa_full, folder=folder)
+        if checkpoints.are_needed:
             self._checkpoints = checkpoints
 
     @property
@@ -67,13 +70,14 @@ class PrunedSequence(Lifetime):
             ClosedError: the Llama is closed.
         """
         with self._reading:
-            bytes_checkpoints = 0 if self._checkpoints is None else self._checkpoints.n_bytes
+            checkpoints = self._checkpoints
             return KVStats.read(
                 self.kv_policy.name,
                 self.ctx,
                 n_limit_prunes=self._n_limit_prunes,
                 n_opened=self._n_opened,
-                bytes_checkpoints=bytes_checkpoints,
+                bytes_checkpoints=0 if checkpoints is None else checkpoints.n_bytes,
+                bytes_checkpoints_in_memory=0 if checkpoints is None else checkpoints.n_bytes_in_memory,
             )
 
     def prune_kv(self) -> int:
@@ -254,20 +258,21 @@ class PrunedSequence(Lifetime):
 
     def _nearest(self, n_tokens: int) -> int:
         """The last position, n_tokens or before, that `_go_back` can go back to."""
-        return n_tokens if self._checkpoints is None else self._checkpoints.nearest(_upstream.token_array(self), n_tokens)
+        return (
+            n_tokens if self._checkpoints is None else self._checkpoints.nearest(_upstream.token_array(self), n_tokens)
+        )
 
     def _go_back(self, n_tokens: int) -> bool:
         """Remove what lies behind these tokens, which brings back what was evicted of them. False: it was refused."""
-        checkpoint = None if self._checkpoints is None or self._checkpoints.can_cut(n_tokens) else self._checkpoints
+        loaded = None if self._checkpoints is None or self._checkpoints.can_cut(n_tokens) else self._checkpoints
         native.clear_error()
-        # recurrent layers refuse without a reason
-        if not _upstream.cut(self, n_tokens) and (checkpoint is None or native.last_error()):
+        # recurrent layers refuse without a reason; where the others have one, nothing has changed
+        if not _upstream.cut(self, n_tokens) and (loaded is None or native.last_error()):
             return False
-        if checkpoint is not None:
-            if not checkpoint.load(_upstream.token_array(self)[:n_tokens]) or not _upstream.cut(self, n_tokens):
-                self.reset()
-                _upstream.clear(self)
-                return False
+        if loaded and not (loaded.load(_upstream.token_array(self)[:n_tokens]) and _upstream.cut(self, n_tokens)):
+            self.reset()
+            _upstream.clear(self)
+            return False
         self.n_tokens = n_tokens
         _upstream.forget_logits(self)  # they are not those of the last token that is left
         return True

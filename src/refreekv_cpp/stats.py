@@ -42,7 +42,7 @@ class ProcessMemory:
         codes: of evicted rows, which decoding attends to.
         rings: the last queries, which an evicting policy judges by.
         other: the rest of the context: layers with a sliding window, recurrent states.
-        checkpoints: copies of these at earlier positions, so that the sequence can go back to them.
+        checkpoints: copies of these at earlier positions that are in memory, and not where the cold store is.
     """
 
     rss: int
@@ -73,8 +73,8 @@ class KVStats:
         bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
-        bytes_checkpoints: copies of these at earlier positions of the sequence, in host memory, so that it can go back to
-            them (docs/turns.md).
+        bytes_checkpoints: copies of these at earlier positions of the sequence, so that it can go back to them
+            (docs/turns.md): in files beside the cold store where that is a file, else in memory.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
         bytes_read: what prunings so far have read back from the layers' backends: scores and sums, no keys or values.
@@ -142,7 +142,14 @@ class KVStats:
 
     @classmethod
     def read(
-        cls, policy: str, ctx: Any, *, n_limit_prunes: int = 0, n_opened: int = 0, bytes_checkpoints: int = 0
+        cls,
+        policy: str,
+        ctx: Any,
+        *,
+        n_limit_prunes: int = 0,
+        n_opened: int = 0,
+        bytes_checkpoints: int = 0,
+        bytes_checkpoints_in_memory: int = 0,
     ) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
         stats, layers = native.figures(ctx)
@@ -160,7 +167,7 @@ class KVStats:
                 codes=stats.bytes_codes,
                 rings=stats.bytes_ring,
                 other=stats.bytes_other,
-                checkpoints=bytes_checkpoints,
+                checkpoints=bytes_checkpoints_in_memory,
             ),
             policy=policy,
             n_tokens=stats.n_tokens,
