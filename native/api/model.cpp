@@ -36,9 +36,6 @@ std::string why_not(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return name + ": recurrent memory, there is no KV cache to prune";
     }
-    if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return name + ": hybrid memory with sliding windows is not supported yet";
-    }
     if (!has_full_attention(model)) {
         return name + ": every attention layer has a sliding window, there is nothing to prune";
     }

@@ -4,11 +4,12 @@ the next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from refreekv_cpp import _chat, _upstream, native, spans
+from refreekv_cpp._checkpoints import N_REQUEST, STEP, Checkpoints
 from refreekv_cpp._lifetime import Lifetime
 from refreekv_cpp._log import inform
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError
@@ -44,8 +45,19 @@ class PrunedSequence(Lifetime):
     _prompt_next = False  # what is read next is the prompt of the generation that began last
     _chat_reads = False  # a chat handler is reading its prompt, with images, before that generation begins
     _n_limit_prunes = 0
+    _checkpoints: Checkpoints | None = None  # of layers whose cache cannot be cut anywhere; None: there are none
+    _prompt_end = 0  # position behind the prompt that is being read; 0: none is
     _n_opened = 0  # tokens that came from a library so far
     _system: str | None = None  # message of the chat that is in the cache
+
+    def _make_checkpoints(self) -> None:
+        """After the model has been loaded."""
+        if not self._kv.evicts:
+            return
+        folder = self._kv.cold_folder() if self.kv_stats.cold == "file" else None
+        checkpoints = Checkpoints(self.ctx, _SEQ_ID, swa_full=self.context_params.swa_full, folder=folder)
+        if checkpoints.are_needed:
+            self._checkpoints = checkpoints
 
     @property
     def kv_stats(self) -> KVStats:
@@ -58,7 +70,15 @@ class PrunedSequence(Lifetime):
             ClosedError: the Llama is closed.
         """
         with self._reading:
-            return KVStats.read(self.kv_policy.name, self.ctx, self._n_limit_prunes, self._n_opened)
+            checkpoints = self._checkpoints
+            return KVStats.read(
+                self.kv_policy.name,
+                self.ctx,
+                n_limit_prunes=self._n_limit_prunes,
+                n_opened=self._n_opened,
+                bytes_checkpoints=0 if checkpoints is None else checkpoints.n_bytes,
+                bytes_checkpoints_in_memory=0 if checkpoints is None else checkpoints.n_bytes_in_memory,
+            )
 
     def prune_kv(self) -> int:
         """Apply the policy to what has been read so far. Returns the cells evicted, over all layers.
@@ -109,6 +129,7 @@ class PrunedSequence(Lifetime):
         self._prune_due()
         if self._prompt_next or _chat.system() is not None:  # what comes is not a caller's own `eval`
             self._system = _chat.system()
+        self._rewind()
         pruned_pos = native.pruned_pos(self.ctx, _SEQ_ID)
         # removing the rest brings back what was evicted of it, where that was kept
         if 0 < self.n_tokens <= pruned_pos and not _upstream.cut(self, self.n_tokens):
@@ -119,6 +140,7 @@ class PrunedSequence(Lifetime):
         if self._prompt_next:
             _upstream.cut(self, self.n_tokens)  # as upstream's eval; an emptied sequence has no turn
             native.prompt(self.ctx, _SEQ_ID, len(tokens))
+            self._prompt_end = self.n_tokens + len(tokens)
         elif self._chat_reads and self._kv.evicts:
             native.prompt(self.ctx, _SEQ_ID, self.n_ctx())  # more of it follows
         try:
@@ -131,6 +153,19 @@ class PrunedSequence(Lifetime):
             raise
         finally:
             self._prompt_next = False
+            self._prompt_end = 0
+
+    def _rewind(self) -> None:
+        """Where `n_tokens` was set back, and the cache cannot be cut there, go back further and read the rest again."""
+        n_tokens = self.n_tokens
+        if self._checkpoints is None or self._checkpoints.can_cut(n_tokens):
+            return
+        rest = _upstream.tokens(self)
+        n_there = self._nearest(n_tokens)
+        if not self._go_back(n_there):
+            raise CacheStateError(f"n_tokens={n_tokens}: the cache cannot go back to it; reset()")
+        if n_there < n_tokens:
+            self._eval(rest[n_there:])
 
     def _prune_due(self) -> None:
         """Prune a prompt that was read and is not pruned yet. The first token of its answer did not wait for this."""
@@ -141,7 +176,11 @@ class PrunedSequence(Lifetime):
         if len(tokens) > self.n_batch:
             native.expect(self.ctx, len(tokens))
         try:
-            super().eval(tokens)
+            for part in self._parts(tokens):
+                n_before = self.n_tokens
+                super().eval(part)
+                if self._checkpoints is not None:
+                    self._checkpoints.forget_read_again(_upstream.token_array(self), n_before)
         except RuntimeError as error:
             if reason := native.last_error():
                 raise CacheMemoryError(reason) from error
@@ -149,6 +188,24 @@ class PrunedSequence(Lifetime):
         finally:
             if len(tokens) > self.n_batch:
                 native.expect(self.ctx, 0)  # what is left of it will not come
+
+    def _parts(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The tokens; those of a prompt in batches, with checkpoints before some of them."""
+        if self._checkpoints is None or not self._prompt_end:
+            if self._checkpoints is not None and self._checkpoints.is_hybrid and len(tokens) > 1:
+                self._checkpoints.take(_upstream.token_array(self))  # a draft, which may be refused
+            yield tokens
+            return
+        n_taken = -STEP
+        n_last = self._prompt_end - N_REQUEST
+        while tokens:
+            at = self.n_tokens
+            if at - n_taken >= STEP or at >= n_last - self.n_batch:
+                self._checkpoints.take(_upstream.token_array(self))
+                n_taken = at
+            n = n_last - at if at < n_last < at + self.n_batch else self.n_batch
+            yield tokens[:n]
+            tokens = tokens[n:]
 
     def _eval_within(self, tokens: Sequence[int], limit: int) -> None:
         """Batch by batch; one that does not fit is tried again after a pruning of what has been read."""
@@ -179,11 +236,16 @@ class PrunedSequence(Lifetime):
         n_usable = native.usable_prefix(self.ctx, _SEQ_ID, n_common, len(prompt))
         whole = native.pruned_pos(self.ctx, _SEQ_ID) < 0
         # if the prompt is the one that was read last, nothing has to be restored: its logits are still there
-        if not whole and self._restores() and list(prompt) != read:
-            if not self._restore(n_usable):
+        is_last = list(prompt) == read
+        if not whole and self._restores() and not is_last:
+            if not self._restore(self._nearest(n_usable)):
                 self.reset()
-        elif n_usable < n_common and (whole or self.kv_evicted != "drop"):
-            self._go_back(n_usable)
+            return
+        n_tokens = n_usable if whole or self.kv_evicted != "drop" else n_common
+        if n_tokens < n_common or not is_last or not _upstream.has_logits(self):
+            n_tokens = self._nearest(n_tokens)
+        if n_tokens < n_common and not self._go_back(n_tokens) and self._checkpoints is not None:
+            self.reset()
 
     def _restores(self) -> bool:
         """Whether the next prompt needs back what was evicted: not where the cache goes on attending to it by codes.
@@ -194,9 +256,22 @@ class PrunedSequence(Lifetime):
             return int(native.figures(self.ctx)[0].bytes_codes) == 0
         return self.kv_evicted != "drop"
 
+    def _nearest(self, n_tokens: int) -> int:
+        """The last position, n_tokens or before, that `_go_back` can go back to."""
+        return (
+            n_tokens if self._checkpoints is None else self._checkpoints.nearest(_upstream.token_array(self), n_tokens)
+        )
+
     def _go_back(self, n_tokens: int) -> bool:
         """Remove what lies behind these tokens, which brings back what was evicted of them. False: it was refused."""
-        if not _upstream.cut(self, n_tokens):
+        loaded = None if self._checkpoints is None or self._checkpoints.can_cut(n_tokens) else self._checkpoints
+        native.clear_error()
+        # recurrent layers refuse without a reason; where the others have one, nothing has changed
+        if not _upstream.cut(self, n_tokens) and (loaded is None or native.last_error()):
+            return False
+        if loaded and not (loaded.load(_upstream.token_array(self)[:n_tokens]) and _upstream.cut(self, n_tokens)):
+            self.reset()
+            _upstream.clear(self)
             return False
         self.n_tokens = n_tokens
         _upstream.forget_logits(self)  # they are not those of the last token that is left

@@ -93,6 +93,12 @@ def tokens(llm: llama_cpp.Llama) -> list[int]:
     return read
 
 
+def token_array(llm: llama_cpp.Llama) -> npt.NDArray[np.intc]:
+    """The same, where they are: the next tokens that it reads may overwrite them."""
+    read: npt.NDArray[np.intc] = llm._input_ids
+    return read
+
+
 def keeps_all_logits(llm: llama_cpp.Llama) -> bool:
     """Whether it keeps the logits of every token (logits_all=True, or a draft model)."""
     return llm._logits_all
@@ -106,6 +112,11 @@ def cut(llm: llama_cpp.Llama, n_tokens: int) -> bool:
 def clear(llm: llama_cpp.Llama) -> None:
     """Empty its cache."""
     llm._ctx.kv_cache_clear()
+
+
+def has_logits(llm: llama_cpp.Llama) -> bool:
+    """Whether the context has the logits of its last token."""
+    return not llm._requires_eval
 
 
 def forget_logits(llm: llama_cpp.Llama) -> None:

@@ -134,8 +134,11 @@ class Llama(SavedStates):
         self._kv = kv
         vars(self).update(kv.public())
         self._make_locks()
+        chosen: dict[str, Any] = {"flash_attn": _flash_attn.resolve(options, evicts=kv.evicts)}
+        if kv.evicts and options.get("swa_full") is None:
+            chosen["swa_full"] = False  # checkpoints go back where the windows cannot
         try:
-            self._load(model_path, {**options, "flash_attn": _flash_attn.resolve(options, evicts=kv.evicts)})
+            self._load(model_path, {**options, **chosen})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
@@ -143,6 +146,7 @@ class Llama(SavedStates):
             Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
             return
         self._loaded = True
+        self._make_checkpoints()
         self._open_library()
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class ProcessMemory:
         codes: of evicted rows, which decoding attends to.
         rings: the last queries, which an evicting policy judges by.
         other: the rest of the context: layers with a sliding window, recurrent states.
+        checkpoints: copies of these at earlier positions that are in memory, and not where the cold store is.
     """
 
     rss: int
@@ -52,6 +53,7 @@ class ProcessMemory:
     codes: int
     rings: int
     other: int
+    checkpoints: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class KVStats:
         bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
+        bytes_checkpoints: copies of these at earlier positions of the sequence, so that it can go back to them
+            (docs/turns.md): in files beside the cold store where that is a file, else in memory.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
         bytes_read: what prunings so far have read back from the layers' backends: scores and sums, no keys or values.
@@ -111,6 +115,7 @@ class KVStats:
     bytes_kept: int
     bytes_ring: int
     bytes_other: int
+    bytes_checkpoints: int
     bytes_full: int
     bytes_freed: int
     bytes_read: int
@@ -136,7 +141,16 @@ class KVStats:
     buffers: tuple[Buffer, ...]
 
     @classmethod
-    def read(cls, policy: str, ctx: Any, n_limit_prunes: int = 0, n_opened: int = 0) -> KVStats:
+    def read(
+        cls,
+        policy: str,
+        ctx: Any,
+        *,
+        n_limit_prunes: int = 0,
+        n_opened: int = 0,
+        bytes_checkpoints: int = 0,
+        bytes_checkpoints_in_memory: int = 0,
+    ) -> KVStats:
         """The figures of a llama_context, from any thread. The other arguments are what only its `Llama` knows."""
         stats, layers = native.figures(ctx)
         buffers = tuple(
@@ -153,6 +167,7 @@ class KVStats:
                 codes=stats.bytes_codes,
                 rings=stats.bytes_ring,
                 other=stats.bytes_other,
+                checkpoints=bytes_checkpoints_in_memory,
             ),
             policy=policy,
             n_tokens=stats.n_tokens,
@@ -164,6 +179,7 @@ class KVStats:
             bytes_kept=bytes_kept,
             bytes_ring=stats.bytes_ring,
             bytes_other=stats.bytes_other,
+            bytes_checkpoints=bytes_checkpoints,
             bytes_full=stats.bytes_full,
             bytes_freed=stats.bytes_freed,
             bytes_read=stats.bytes_read,
@@ -196,7 +212,7 @@ class KVStats:
         """One line for a person, in MiB: the process, and what of it the model and the cache have."""
         memory = self.memory
         peak = "" if memory.rss_peak is None else f" (peak {_mib(memory.rss_peak)})"
-        small = {name: _mib(getattr(memory, name)) for name in ("codes", "rings", "other")}
+        small = {name: _mib(getattr(memory, name)) for name in ("codes", "rings", "other", "checkpoints")}
         parts = [
             f"weights {_mib(memory.weights)}",
             f"compute {_mib(memory.compute)}",

@@ -253,6 +253,7 @@ _LIST = [
     Architecture("granitehybrid", "hybrid", {**_SSM, **_EVERY_OTHER}),
     Architecture("falcon-h1", "hybrid", _SSM),
     Architecture("lfm2", "hybrid", {**_EVERY_OTHER, "shortconv.l_cache": 3}),
+    Architecture("lfm2", "hybrid, all of it sliding window", {**_WINDOW, **_EVERY_OTHER, "shortconv.l_cache": 3}),
 ]
 
 # it has embeddings, and no text to complete
