@@ -42,9 +42,6 @@ std::string why_not(const llama_model & model) {
     if (!has_full_attention(model)) {
         return name + ": every attention layer has a sliding window, there is nothing to prune";
     }
-    if (hparams.n_layer_kv_from_start >= 0 && hparams.n_layer_kv_from_start < (int32_t) hparams.n_layer()) {
-        return name + ": layers that share the K and V of another layer are not supported yet";
-    }
     if (hparams.is_mla()) {
         return name + ": multi-head latent attention (MLA) is not supported yet";
     }
@@ -83,8 +80,6 @@ std::string why_not(const llama_model & model) {
         case LLM_ARCH_GEMMA4_ASSISTANT:
         case LLM_ARCH_EAGLE3:
             return name + ": a draft model that reads another context's cache";
-        case LLM_ARCH_GROK:
-            return name + ": attention logits with a scaling of their own are not supported yet";
         default:
             return "";
     }

@@ -33,8 +33,10 @@ bool warm_tier::fits_kernel(const layer & layer) const {
 
     const auto whole = [](int64_t n, ggml_type type) { return n % ggml_blck_size(type) == 0; };
 
+    const bool few_heads = std::all_of(layer.readers.begin(), layer.readers.end(), [&](const reader & r) { return hparams.n_gqa(r.il) <= REFREEKV_WARM_GQA; });
+
     return ggml_backend_buft_is_host(layer.rows.get_shape().buft) && whole(n_k, layer.type(false)) && whole(n_v, layer.type(true)) &&
-           kernels && hparams.n_gqa(layer.il) <= REFREEKV_WARM_GQA && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
+           kernels && few_heads && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
 }
 
 void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
