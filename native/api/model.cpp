@@ -42,9 +42,6 @@ std::string why_not(const llama_model & model) {
     if (!has_full_attention(model)) {
         return name + ": every attention layer has a sliding window, there is nothing to prune";
     }
-    if (hparams.is_mla()) {
-        return name + ": multi-head latent attention (MLA) is not supported yet";
-    }
     if (!hparams.causal_attn) {
         return name + ": attention is not causal, there is no prompt to prune after";
     }
@@ -74,9 +71,6 @@ std::string why_not(const llama_model & model) {
         case LLM_ARCH_HY_V4:
         case LLM_ARCH_DFLASH:
             return name + ": sparse attention with an index of its own is not supported";
-        case LLM_ARCH_BAILINGMOE3:
-        case LLM_ARCH_KIMI_K3:
-            return name + ": a cache of keys without values is not supported yet";
         case LLM_ARCH_GEMMA4_ASSISTANT:
         case LLM_ARCH_EAGLE3:
             return name + ": a draft model that reads another context's cache";

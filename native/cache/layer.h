@@ -47,6 +47,9 @@ struct layer {
 
     std::unique_ptr<warm_cells> warm; // evicted cells that decoding goes on attending to; nullptr: it attends to none of them
 
+    // false: V is the beginning of K, and has no rows (multi-head latent attention)
+    bool has_v() const { return rows.get_shape().n_embd_v > 0; }
+
     // of its rows; v: V, else K
     ggml_type type    (bool v) const { return v ? rows.get_shape().type_v : rows.get_shape().type_k; }
     int64_t   n_embd  (bool v) const { return v ? rows.get_shape().n_embd_v : rows.get_shape().n_embd_k; }

@@ -50,10 +50,11 @@ parts::parts(cache & kv, const refreekv_params & params) :
 
         by_buft[buft].push_back(layers.size());
 
-        if (!layer.v) {
-            throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
-        }
-        const rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
+        // multi-head latent attention: V is the beginning of K
+        const ggml_type type_v   = layer.v ? layer.v->type : layer.k->type;
+        const int64_t   n_embd_v = layer.v ? layer.v->ne[0] : 0;
+
+        const rows::shape shape = { buft, layer.k->type, type_v, layer.k->ne[0], n_embd_v, layer.v && kv.v_trans, layouts.padded(logical.size()) };
 
         layers.emplace_back((int32_t) layer.il, shape, layer.k->buffer);
         layers.back().res.reset(logical.size());

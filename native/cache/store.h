@@ -94,6 +94,8 @@ public:
     uint32_t reader_of(int32_t il) const { return p.readers.at(il).second; }
     uint32_t n_readers()           const { return p.readers.size(); }
 
+    bool has_v(uint32_t i_layer) const { return p.layers[i_layer].has_v(); } // false: V is a part of K
+
     const refreekv::layouts & get_layouts() const { return p.layouts; }
 
     refreekv::views & get_views() { return views; }
@@ -148,7 +150,7 @@ public:
     std::map<ggml_backend_buffer_type_t, size_t> ring_breakdown()   const { return p.ring_breakdown(); }
 
 private:
-    refreekv::views views { p.hparams, p.v_trans, p.layers, p.logical, p.layouts };
+    refreekv::views views { p.hparams, p.layers, p.logical, p.layouts };
 };
 
 } // namespace refreekv

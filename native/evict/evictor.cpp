@@ -186,7 +186,9 @@ void evictor::code(layer & layer, const std::vector<uint32_t> & cells, const row
         warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
             for (size_t i = 0; i < n; ++i) {
                 memcpy(rows_k + i*layer.row_size(false), all->k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
-                memcpy(rows_v + i*layer.row_size(true),  all->v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
+                if (layer.has_v()) {
+                    memcpy(rows_v + i*layer.row_size(true), all->v.data() + indices[i]*layer.row_size(true), layer.row_size(true));
+                }
             }
         });
         return;

@@ -189,6 +189,17 @@ bool graph_input::can_reuse(const llm_graph_params & params) {
     return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == n_codes(k.codes) + store.get_layouts().n_kv(k.layout); });
 }
 
+// From the latent numbers of each head to its own, as at the end of build_attn_mha: [n_v*n_head, n_tokens] -> [n_out*n_head, n_tokens]
+static ggml_tensor * decompress(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * v_mla) {
+    const int64_t n_tokens = cur->ne[1];
+    const int64_t n_head   = cur->ne[0]/v_mla->ne[0];
+
+    cur = ggml_reshape_3d(ctx, cur, v_mla->ne[0], n_head, n_tokens);
+    cur = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3));
+
+    return ggml_cont_2d(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3), cur->ne[0]*n_head, n_tokens);
+}
+
 ggml_tensor * graph_input::attention(const llm_graph_context & graph, const attention_call & call) {
     if (!store.has_layer(call.il)) {
         refuse(call.il, "attention to the cache of another context");
@@ -199,6 +210,10 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
 
     const uint32_t i_layer = store.layer_of(call.il);
     const auto &   kind    = kind_of(i_layer);
+
+    if (!store.has_v(i_layer) && (graph.hparams.n_head_kv(call.il) != 1 || call.v_cur->ne[0] != graph.hparams.n_embd_head_v(call.il))) {
+        refuse(call.il, "keys without values that are not those of multi-head latent attention");
+    }
 
     ggml_context * ctx  = graph.ctx0;
     ggml_tensor  * ring = store.ring_of(call.il);
@@ -214,7 +229,7 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
     if (call.k_cur) {
         ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind.k_idxs, i_layer, reservation, tail_idxs && kind.k_idxs == tail_idxs));
     }
-    if (call.v_cur) {
+    if (call.v_cur && store.has_v(i_layer)) {
         ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
     }
 
@@ -225,30 +240,36 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, ggml_get_rows(ctx, last, ring_src), ring_dst));
     }
 
+    const auto finish = [&](ggml_tensor * cur) {
+        cur = call.v_mla ? decompress(ctx, cur, call.v_mla) : cur;
+
+        ggml_build_forward_expand(graph.gf, cur);
+        return cur;
+    };
+
     if (ggml_tensor * own = kind.codes ? nullptr : decode(ctx, i_layer, call)) {
-        return own;
+        return finish(own);
     }
     ggml_tensor * k = store.get_views().get_k(ctx, i_layer, reservation);
     ggml_tensor * v = store.get_views().get_v(ctx, i_layer, reservation);
 
     if (!kind.codes) {
-        return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, nullptr, 0, call.kq_scale, call.il);
+        return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, call.v_mla, 0, call.kq_scale, call.il);
     }
     const auto * softmax = store.softmax_of(call.il);
 
     if (!softmax) { // to what the layer holds
         ggml_tensor * mask = ggml_view_2d(ctx, kind.mask, kind.mask->ne[0] - n_codes(kind.codes), n_tokens, kind.mask->nb[1], n_codes(kind.codes)*kind.mask->nb[0]);
 
-        return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, nullptr, 0, call.kq_scale, call.il);
+        return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, call.v_mla, 0, call.kq_scale, call.il);
     }
     const auto & codes = *store.codes_of(i_layer)->get_tensors();
 
     ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() });
 
     store.run_with_cache(cur, i_layer);
-    ggml_build_forward_expand(graph.gf, cur);
 
-    return cur;
+    return finish(cur);
 }
 
 // the attention by our own kernel; nullptr: upstream's ops are to do it
