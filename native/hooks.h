@@ -16,8 +16,6 @@ struct llama_model;
 struct llm_graph_context;
 
 class llama_kv_cache_context;
-class llm_graph_input_attn_kv;
-class llm_graph_input_attn_kv_iswa;
 
 namespace refreekv {
 
@@ -28,10 +26,11 @@ llama_memory_i * create_memory(const llama_model & model, const llama_memory_par
 // one call of llm_graph_context::build_attn
 struct attention_call {
     ggml_tensor * q_cur; // [n_embd_head, n_head,    n_tokens], after RoPE and rotation
-    ggml_tensor * k_cur; // [n_embd_head, n_head_kv, n_tokens]
+    ggml_tensor * k_cur; // [n_embd_head, n_head_kv, n_tokens]; nullptr, as v_cur: the layer reads what another one has stored
     ggml_tensor * v_cur; // [n_embd_head, n_head_kv, n_tokens]
     ggml_tensor * kq_b;
     ggml_tensor * sinks;
+    ggml_tensor * v_mla; // [n_embd_head_v, n_embd_out, n_head] what the attention of each head is multiplied with; nullptr: nothing
     float         kq_scale;
     int           il;
 };
@@ -39,10 +38,6 @@ struct attention_call {
 // llm_graph_context::build_attn: store K and V, and the attention to the cache, as build_attn_mha returns it; nullptr: the
 // cache has no policy
 ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, const attention_call & call);
-
-// llm_graph_context::build_attn for iSWA: the input for the other build_attn; nullptr: the layer has a window, or its cache has no
-// policy
-llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const llm_graph_input_attn_kv_iswa & inp, const ggml_tensor * k_cur, int il);
 
 // llama_context::graph_max_nodes: nodes that a graph may have beyond upstream's
 uint32_t graph_extra_nodes(llama_memory_i * mem);

@@ -191,10 +191,12 @@ struct refreekv_layer_info {
     int32_t  n_head;      // query heads
     int32_t  n_head_kv;
     int32_t  n_embd_head;
+    int32_t  n_readers;   // layers of the model that attend to its cells, itself among them
     int32_t  n_kept;      // cells held
     int32_t  n_capacity;  // cells there is room for
     int32_t  layout;      // layers with equal layout share mask and indices
     uint64_t row_bytes;   // K and V of one cell
+    uint32_t row_numbers; // in them. Where V is a part of K (MLA) it does not count
     float    kq_scale;    // of the attention logits; 0 before the first decode
 };
 
@@ -307,7 +309,8 @@ REFREEKV_API int32_t refreekv_read_queries(struct llama_context * ctx, llama_seq
 REFREEKV_API int32_t refreekv_read_keys   (struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, llama_pos * pos, int32_t n_max);
 
 // what a policy would look at: the attention of the queries in the ring to the cells that a layer holds,
-// out[(h*n_rows + r)*n_cells + j], rows oldest first, cells in position order (refreekv_get_kept has their positions).
+// out[(h*n_rows + r)*n_cells + j], rows oldest first, cells in position order (refreekv_get_kept has their positions). The heads of
+// layers that share the cells come behind the layer's own; refreekv_read_queries has the layer's own only.
 // Sets shape to n_head, n_rows, n_cells; writes nothing when n_max, the room in floats, is less than their product.
 REFREEKV_API int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, float * out, uint64_t n_max, int32_t * shape);
 

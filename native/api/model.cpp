@@ -33,37 +33,7 @@ std::string why_not(const llama_model & model) {
 
     const std::string name = llm_arch_name(model.arch);
 
-    if (llm_arch_is_recurrent(model.arch)) {
-        return name + ": recurrent memory, there is no KV cache to prune";
-    }
-    if (!has_full_attention(model)) {
-        return name + ": every attention layer has a sliding window, there is nothing to prune";
-    }
-    if (hparams.n_layer_kv_from_start >= 0 && hparams.n_layer_kv_from_start < (int32_t) hparams.n_layer()) {
-        return name + ": layers that share the K and V of another layer are not supported yet";
-    }
-    if (hparams.is_mla()) {
-        return name + ": multi-head latent attention (MLA) is not supported yet";
-    }
-    if (!hparams.causal_attn) {
-        return name + ": attention is not causal, there is no prompt to prune after";
-    }
-
-    if (hparams.router_layer >= 0) {
-        return name + ": attention to control tokens selects its adapters, none of it may be evicted";
-    }
-
     switch (model.arch) {
-        case LLM_ARCH_DREAM:
-        case LLM_ARCH_LLADA:
-        case LLM_ARCH_LLADA_MOE:
-        case LLM_ARCH_RND1:
-            return name + ": diffusion model, it has no KV cache";
-        case LLM_ARCH_T5:
-        case LLM_ARCH_T5ENCODER:
-            return name + ": encoder-decoder models and relative position bias are not supported";
-        case LLM_ARCH_WAVTOKENIZER_DEC:
-            return name + ": it has no KV cache";
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_GLM5_NEXT:
@@ -73,18 +43,39 @@ std::string why_not(const llama_model & model) {
         case LLM_ARCH_DEEPSEEK32:
         case LLM_ARCH_HY_V4:
         case LLM_ARCH_DFLASH:
-            return name + ": sparse attention with an index of its own is not supported";
-        case LLM_ARCH_BAILINGMOE3:
-        case LLM_ARCH_KIMI_K3:
-            return name + ": a cache of keys without values is not supported yet";
+            return name + ": trained sparse attention: an index of its own chooses the cells that each token attends to, and must find all of them";
+        case LLM_ARCH_DREAM:
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+            return name + ": diffusion model, it has no KV cache";
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
+            return name + ": encoder-decoder models, whose attention has a bias by relative positions, are not supported";
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+            return name + ": it has no KV cache";
         case LLM_ARCH_GEMMA4_ASSISTANT:
         case LLM_ARCH_EAGLE3:
             return name + ": a draft model that reads another context's cache";
-        case LLM_ARCH_GROK:
-            return name + ": attention logits with a scaling of their own are not supported yet";
         default:
-            return "";
+            break;
     }
+
+    if (llm_arch_is_recurrent(model.arch)) {
+        return name + ": recurrent memory, there is no KV cache to prune";
+    }
+    if (!has_full_attention(model)) {
+        return name + ": every attention layer has a sliding window, there is nothing to prune";
+    }
+    if (!hparams.causal_attn) {
+        return name + ": attention is not causal, there is no prompt to prune after";
+    }
+
+    if (hparams.router_layer >= 0) {
+        return name + ": attention to control tokens selects its adapters, none of it may be evicted";
+    }
+
+    return "";
 }
 
 [[noreturn]] static void refuse(const std::string & why) {
@@ -100,7 +91,7 @@ static std::string why_not(const llama_model & model, const llama_memory_params 
         return "contexts of draft heads (MTP) cannot have a KV policy";
     }
     if (why.empty() && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        return "split_mode tensor splits the rows of the cache, which cannot have a KV policy yet; split_mode must be one of layer, row and none";
+        return "split_mode tensor divides each row of the cache between devices; with a KV policy split_mode must be one of none (0), layer (1) and row (2)";
     }
     return why;
 }

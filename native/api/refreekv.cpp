@@ -17,7 +17,7 @@
 #include <algorithm>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 13;
+static const int32_t REFREEKV_ABI_VERSION = 14;
 
 int32_t refreekv_abi_version(void) {
     return REFREEKV_ABI_VERSION;

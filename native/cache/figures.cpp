@@ -8,6 +8,7 @@
 #include "llama-context.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <map>
 #include <new>
 
@@ -16,6 +17,12 @@ namespace refreekv {
 // what is protected in a cache without a policy, too
 struct any_cache : llama_kv_cache {
     static const std::vector<kv_layer> & layers_of(const llama_kv_cache & kv) { return kv.*(&any_cache::layers); }
+
+    static int32_t n_readers(const llama_kv_cache & kv, int32_t i_layer) {
+        const auto & ids = kv.*(&any_cache::map_layer_ids);
+
+        return std::count_if(ids.begin(), ids.end(), [=](const auto & id) { return id.second == i_layer; });
+    }
 };
 
 static uint32_t n_tokens(const llama_kv_cache & kv) {
@@ -49,6 +56,10 @@ refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams) {
     return res;
 }
 
+static uint32_t row_numbers(const llama_hparams & hparams, uint32_t il, bool has_v) {
+    return hparams.n_head_kv(il)*(hparams.n_embd_head_k(il) + (has_v ? hparams.n_embd_head_v(il) : 0));
+}
+
 refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer) {
     const auto * kv    = cache::part_of(mem);
     const auto & layer = any_cache::layers_of(*kv)[i_layer];
@@ -59,8 +70,10 @@ refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams
     res.n_head      = hparams.n_head(layer.il);
     res.n_head_kv   = hparams.n_head_kv(layer.il);
     res.n_embd_head = hparams.n_embd_head_k(layer.il);
+    res.n_readers   = any_cache::n_readers(*kv, i_layer);
     res.n_capacity  = kv->get_size()*kv->get_n_stream();
     res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
+    res.row_numbers = row_numbers(hparams, layer.il, layer.v);
     res.n_kept      = n_tokens(*kv);
 
     return res;
@@ -134,10 +147,12 @@ static refreekv_layer_info layer_info(const parts & p, uint32_t i_layer) {
     res.n_head      = p.hparams.n_head(layer.il);
     res.n_head_kv   = p.hparams.n_head_kv(layer.il);
     res.n_embd_head = p.hparams.n_embd_head_k(layer.il);
+    res.n_readers   = layer.readers.size();
     res.n_kept      = n_kept;
     res.n_capacity  = layer.rows.capacity();
     res.layout      = layer.layout;
     res.row_bytes   = layer.rows.row_bytes();
+    res.row_numbers = row_numbers(p.hparams, layer.il, layer.has_v());
     res.kq_scale    = layer.kq_scale;
 
     return res;

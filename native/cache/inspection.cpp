@@ -34,7 +34,7 @@ int32_t inspection::read_queries(llama_seq_id seq_id, uint32_t i_layer, float * 
 
     p.ring.rows(seq_id, p.logical.table_of_seq(seq_id).seq_pos_max(seq_id), p.params.n_window, 1, rows, row_pos);
 
-    const auto * t = p.layers[i_layer].ring;
+    const auto * t = p.layers[i_layer].readers[0].ring;
     if (!t) {
         return 0;
     }
@@ -67,8 +67,10 @@ int32_t inspection::read_attention(llama_context * lctx, llama_seq_id seq_id, ui
     const auto & layer = p.layers[i_layer];
     const auto   list  = p.evictor.held_by(layer, p.evictor.cells_of(seq_id));
 
-    if (list.empty() || !layer.ring) {
-        set_error("read_attention: layer %d has no %s of sequence %d", layer.il, layer.ring ? "cells" : "queries", seq_id);
+    const bool has_rings = layer.readers[0].ring;
+
+    if (list.empty() || !has_rings) {
+        set_error("read_attention: layer %d has no %s of sequence %d", layer.il, has_rings ? "cells" : "queries", seq_id);
         return REFREEKV_ERR_STATE;
     }
 

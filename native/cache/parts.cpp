@@ -49,16 +49,17 @@ parts::parts(cache & kv, const refreekv_params & params) :
         auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
 
         by_buft[buft].push_back(layers.size());
-        il_to_layer[layer.il] = layers.size();
 
-        if (!layer.v) {
-            throw std::runtime_error("refreekv: a cache of keys without values cannot have a KV policy");
-        }
-        const rows::shape shape = { buft, layer.k->type, layer.v->type, layer.k->ne[0], layer.v->ne[0], kv.v_trans, layouts.padded(logical.size()) };
+        // multi-head latent attention: V is the beginning of K
+        const ggml_type type_v   = layer.v ? layer.v->type : layer.k->type;
+        const int64_t   n_embd_v = layer.v ? layer.v->ne[0] : 0;
+
+        const rows::shape shape = { buft, layer.k->type, type_v, layer.k->ne[0], n_embd_v, layer.v && kv.v_trans, layouts.padded(logical.size()) };
 
         layers.emplace_back((int32_t) layer.il, shape, layer.k->buffer);
         layers.back().res.reset(logical.size());
     }
+    add_readers();
     cold.reset(layers);
     warm.open(params, layers);
     const auto at_most = [&](int32_t & n) { n = std::min<int64_t>(n, logical.size()); };
@@ -86,15 +87,19 @@ parts::parts(cache & kv, const refreekv_params & params) :
             break;
         }
 
-        ggml_init_params ip = { ids.size()*ggml_tensor_overhead(), nullptr, true };
+        size_t n_readers = 0;
+        for (uint32_t i : ids) {
+            n_readers += layers[i].readers.size();
+        }
+        ggml_init_params ip = { n_readers*ggml_tensor_overhead(), nullptr, true };
 
         ggml_context_ptr ctx { ggml_init(ip) };
 
         for (uint32_t i : ids) {
-            const int32_t il = layers[i].il;
-
-            layers[i].ring = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, (int64_t) hparams.n_embd_head_k(il)*hparams.n_head(il), ring.n_rows());
-            ggml_format_name(layers[i].ring, "refreekv_ring_l%d", il);
+            for (auto & r : layers[i].readers) {
+                r.ring = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, (int64_t) hparams.n_embd_head_k(r.il)*hparams.n_head(r.il), ring.n_rows());
+                ggml_format_name(r.ring, "refreekv_ring_l%d", r.il);
+            }
         }
 
         ggml_backend_buffer_ptr buf { kv.model.hparams.no_alloc ? no_storage(ctx.get(), buft).release() : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
@@ -107,6 +112,28 @@ parts::parts(cache & kv, const refreekv_params & params) :
     }
 
     update_layouts();
+}
+
+// which layers of the model attend to the cells of each layer
+void parts::add_readers() {
+    std::map<int32_t, uint32_t> owners;
+    for (uint32_t i = 0; i < layers.size(); ++i) {
+        owners [layers[i].il] = i;
+        readers[layers[i].il] = { i, 0 };
+    }
+    for (int32_t il = 0; il < (int32_t) hparams.n_layer_all; ++il) {
+        const auto it = kv.map_layer_ids.find(il);
+        if (it == kv.map_layer_ids.end() || readers.count(il) > 0) {
+            continue;
+        }
+        const auto owner = owners.find(kv.layers[it->second].il);
+        if (owner != owners.end()) {
+            auto & its = layers[owner->second].readers;
+
+            readers[il] = { owner->second, (uint32_t) its.size() };
+            its.push_back({ il });
+        }
+    }
 }
 
 bool parts::update_layouts() {

@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <map>
+#include <utility>
 #include <vector>
 
 namespace refreekv {
@@ -34,7 +35,7 @@ struct parts {
     refreekv_params params;
 
     std::vector<layer>          layers;
-    std::map<int32_t, uint32_t> il_to_layer;
+    std::map<int32_t, std::pair<uint32_t, uint32_t>> readers; // by layer of the model: the layer that has its cells, and its place among the readers
     refreekv::layouts           layouts;
 
     query_ring ring; // n_window + 1 queries, so that the window is whole after a token was decoded and removed
@@ -66,6 +67,8 @@ struct parts {
     int64_t  n_restores     = 0;
     int64_t  restore_us     = 0;
     int32_t  n_turns_failed = 0;
+
+    void add_readers();
 
     bool valid_seq(llama_seq_id seq_id) const;
 

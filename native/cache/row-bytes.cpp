@@ -58,13 +58,13 @@ static void for_slots(const uint32_t * slots, size_t n_slots, F && f) {
 }
 
 row_bytes::row_bytes(const ggml_tensor * t, bool trans, void * base) :
-    base((uint8_t *) base), part(trans ? t->nb[0] : t->nb[1]), n_parts(trans ? t->ne[1] : 1), line(t->nb[1]) {
+    base((uint8_t *) base), part(!t ? 0 : trans ? t->nb[0] : t->nb[1]), n_parts(t && trans ? t->ne[1] : 1), line(t ? t->nb[1] : 0) {
 }
 
 void row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
     if (trans()) {
         transpose(base, part, line, n_parts, slots, n, dst, [](auto & ours, auto & theirs) { theirs = ours; });
-    } else {
+    } else if (part > 0) {
         for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(dst + i*part, at(slots[i]), n_run*part); });
     }
 }
@@ -72,7 +72,7 @@ void row_bytes::get(const uint32_t * slots, size_t n, uint8_t * dst) const {
 void row_bytes::set(const uint32_t * slots, size_t n, const uint8_t * src) {
     if (trans()) {
         transpose(base, part, line, n_parts, slots, n, const_cast<uint8_t *>(src), [](auto & ours, auto & theirs) { ours = theirs; });
-    } else {
+    } else if (part > 0) {
         for_slots(slots, n, [&](size_t i, size_t n_run) { memcpy(at(slots[i]), src + i*part, n_run*part); });
     }
 }

@@ -13,8 +13,8 @@ namespace refreekv {
 // in each line of a V that is transposed.
 class row_bytes {
 public:
-    // trans: cells lie along the first dimension
-    row_bytes(const ggml_tensor * t, bool trans) : refreekv::row_bytes(t, trans, t->data) {}
+    // trans: cells lie along the first dimension. t: nullptr: rows of no bytes
+    row_bytes(const ggml_tensor * t, bool trans) : refreekv::row_bytes(t, trans, t ? t->data : nullptr) {}
 
     // base: a copy of all its bytes
     row_bytes(const ggml_tensor * t, bool trans, void * base);

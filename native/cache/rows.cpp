@@ -26,14 +26,18 @@ static void copy_host(const refreekv::row_bytes & src, refreekv::row_bytes dst, 
 }
 
 size_t rows::bytes() const {
-    return region_k ? region_k->bytes() + region_v->bytes() : buf ? ggml_backend_buffer_get_size(buf.get()) : 0;
+    if (region_k) {
+        return region_k->bytes() + (region_v ? region_v->bytes() : 0);
+    }
+    return buf ? ggml_backend_buffer_get_size(buf.get()) : 0;
 }
 
 size_t rows::bytes_for(uint32_t capacity) {
     if (!has_regions()) {
         return capacity*row_bytes();
     }
-    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k) + behind_k) + region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v) + behind_v);
+    return region_k->bytes_for(capacity*ggml_row_size(s.type_k, s.n_embd_k) + behind_k) +
+        (region_v ? region_v->bytes_for(capacity*ggml_row_size(s.type_v, s.n_embd_v) + behind_v) : 0);
 }
 
 size_t rows::row_bytes() const {
@@ -46,16 +50,19 @@ rows::layout rows::make_layout(uint32_t capacity) const {
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     res.ctx.reset(ggml_init(params));
 
+    const size_t align = ggml_backend_buft_get_alignment(s.buft);
+
     res.k = ggml_new_tensor_2d(res.ctx.get(), s.type_k, s.n_embd_k, capacity);
+    ggml_format_name(res.k, "refreekv_k_l%d", il);
+    res.size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.k), align);
+
+    if (s.n_embd_v == 0) {
+        return res;
+    }
     res.v = s.v_trans ? ggml_new_tensor_2d(res.ctx.get(), s.type_v, capacity, s.n_embd_v)
                       : ggml_new_tensor_2d(res.ctx.get(), s.type_v, s.n_embd_v, capacity);
 
-    ggml_format_name(res.k, "refreekv_k_l%d", il);
     ggml_format_name(res.v, "refreekv_v_l%d", il);
-
-    const size_t align = ggml_backend_buft_get_alignment(s.buft);
-
-    res.size_k = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.k), align);
     res.size_v = GGML_PAD(ggml_backend_buft_get_alloc_size(s.buft, res.v), align);
 
     return res;
@@ -66,12 +73,12 @@ bool rows::has_regions() {
         const layout most = make_layout(s.max_cells);
 
         behind_k = most.size_k - ggml_nbytes(most.k);
-        behind_v = most.size_v - ggml_nbytes(most.v);
+        behind_v = most.v ? most.size_v - ggml_nbytes(most.v) : 0;
 
         region_k = region::make(s.buft, most.size_k);
-        region_v = region::make(s.buft, most.size_v);
+        region_v = most.v ? region::make(s.buft, most.size_v) : nullptr;
 
-        if (!region_k || !region_v) {
+        if (!region_k || (most.v && !region_v)) {
             region_k.reset();
             region_v.reset();
             no_regions = true;
@@ -86,7 +93,7 @@ bool rows::resize_regions(size_t size_k, size_t size_v) {
     if (!region_k->resize(size_k)) {
         return false;
     }
-    if (!region_v->resize(size_v)) {
+    if (region_v && !region_v->resize(size_v)) {
         region_k->resize(before);
         return false;
     }
@@ -124,7 +131,9 @@ bool rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bo
         return false;
     }
     place_tensor(then.k, region_k->buffer(), region_k->base());
-    place_tensor(then.v, region_v->buffer(), region_v->base());
+    if (then.v) {
+        place_tensor(then.v, region_v->buffer(), region_v->base());
+    }
 
     move(then, slots, backend, force_graph, in);
 
@@ -134,7 +143,9 @@ bool rows::move_in_place(const std::vector<uint32_t> & slots, layout && then, bo
     now = std::move(then);
 
     init_tensor(now.k);
-    init_tensor(now.v);
+    if (now.v) {
+        init_tensor(now.v);
+    }
 
     return true;
 }
@@ -153,10 +164,12 @@ bool rows::move_to_new(const std::vector<uint32_t> & slots, layout && then, ggml
     char * base = (char *) ggml_backend_buffer_get_base(to.get());
 
     place_tensor(then.k, to.get(), base);
-    place_tensor(then.v, to.get(), base + then.size_k);
-
     init_tensor(then.k);
-    init_tensor(then.v);
+
+    if (then.v) {
+        place_tensor(then.v, to.get(), base + then.size_k);
+        init_tensor(then.v);
+    }
 
     move(then, slots, backend, force_graph, in);
 
@@ -171,8 +184,9 @@ size_t rows::spare_bytes(const layout & then, const std::vector<uint32_t> & slot
     if (!now.k) {
         return 0;
     }
-    return std::max(refreekv::row_bytes(then.k, false)    .spare(refreekv::row_bytes(now.k, false),     slots),
-                    refreekv::row_bytes(then.v, s.v_trans).spare(refreekv::row_bytes(now.v, s.v_trans), slots));
+    const size_t of_k = refreekv::row_bytes(then.k, false).spare(refreekv::row_bytes(now.k, false), slots);
+
+    return then.v ? std::max(of_k, refreekv::row_bytes(then.v, s.v_trans).spare(refreekv::row_bytes(now.v, s.v_trans), slots)) : of_k;
 }
 
 void rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in) {
@@ -181,8 +195,10 @@ void rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_b
     if (any) {
         spare.resize(has_regions() && ggml_backend_buffer_is_host(then.k->buffer) ? spare_bytes(then, slots) : 0); // before anything has moved
 
-        move(now.k, then.k, false,     slots, backend, force_graph, in.k);
-        move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+        move(now.k, then.k, false, slots, backend, force_graph, in.k);
+        if (then.v) {
+            move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+        }
 
         spare = {};
     }
@@ -258,8 +274,10 @@ void rows::read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slo
 }
 
 void rows::read(const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, host_rows & out) {
-    read(now.k, false,     slots, backend, force_graph, out.k);
-    read(now.v, s.v_trans, slots, backend, force_graph, out.v);
+    read(now.k, false, slots, backend, force_graph, out.k);
+    if (now.v) {
+        read(now.v, s.v_trans, slots, backend, force_graph, out.v);
+    }
 }
 
 void rows::clear() {

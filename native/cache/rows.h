@@ -18,7 +18,8 @@ namespace refreekv {
 // free.
 //
 //   K  [n_embd_k, capacity]
-//   V  [n_embd_v, capacity], or transposed [capacity, n_embd_v] (upstream's layout without flash attention)
+//   V  [n_embd_v, capacity], or transposed [capacity, n_embd_v] (upstream's layout without flash attention); n_embd_v = 0: there is none,
+//      and V is the beginning of K (multi-head latent attention)
 //
 // Rows move as bytes, so every cache type keeps its exact contents. On a device its backend gathers them, and what stays never
 // comes to the host. Where the backend lacks a kernel for that, all rows go through host memory; bytes_bounced() counts them.
@@ -38,7 +39,7 @@ public:
     rows(const shape & s, int32_t il) : s(s), il(il) {}
 
     ggml_tensor * k() const { return now.k; }
-    ggml_tensor * v() const { return now.v; }
+    ggml_tensor * v() const { return now.v; } // nullptr: there is none
 
     uint32_t capacity() const { return n_cap; }
     size_t   bytes()    const;              // as the allocator has them

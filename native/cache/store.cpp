@@ -4,6 +4,7 @@
 
 #include "llama-batch.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 
@@ -46,24 +47,33 @@ void store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
     }
 }
 
-void store::note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known) {
-    auto & layer = p.layers[i_layer];
+bool store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known) {
+    auto & layer  = p.layers[layer_of(il)];
+    auto & reader = layer.readers[reader_of(il)];
 
+    if (reader_of(il) > 0 && kq_scale != layer.kq_scale) {
+        return false;
+    }
+    reader.sinks   = sinks;
+    reader.known   = known;
     layer.kq_scale = kq_scale;
-    layer.sinks    = sinks;
-    layer.known    = known;
 
-    const float cap        = p.hparams.attn_soft_cap ? p.hparams.f_attn_logit_softcapping : 0.0f;
+    const bool  is_grok    = p.model.arch == LLM_ARCH_GROK; // without flash attention, which upstream refuses for it
+    const float cap        = is_grok || p.hparams.attn_soft_cap ? p.hparams.f_attn_logit_softcapping : 0.0f;
     const bool  flash_attn = !p.v_trans;
 
     // build_attn_mha scales the logits after their cap, flash attention before
-    layer.softmax = { cap > 0.0f ? (flash_attn ? kq_scale : 1.0f)/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, p.hparams.f_max_alibi_bias };
+    const float before = is_grok ? p.hparams.f_attn_out_scale : flash_attn ? kq_scale : 1.0f;
+
+    layer.softmax = { cap > 0.0f ? before/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, p.hparams.f_max_alibi_bias };
+
+    return true;
 }
 
-const decode_softmax * store::softmax_of(uint32_t i_layer) const {
-    const auto & layer = p.layers[i_layer];
+const decode_softmax * store::softmax_of(int32_t il) const {
+    const auto & layer = p.layers[layer_of(il)];
 
-    return layer.known ? &layer.softmax : nullptr;
+    return layer.readers[reader_of(il)].known ? &layer.softmax : nullptr;
 }
 
 void store::run_with_cache(ggml_tensor * node, uint32_t i_layer) const {

@@ -90,9 +90,13 @@ public:
 
     const layer & get_layer(uint32_t i_layer) const { return p.layers[i_layer]; }
 
-    // of the model's layer il: whether it has a cache, and its place among those that have
-    bool     has_layer(int32_t il) const { return p.il_to_layer.count(il) > 0; }
-    uint32_t layer_of (int32_t il) const { return p.il_to_layer.at(il); }
+    // of the model's layer il: whether it attends to a cache, the layer that has it, and its place among those that attend to it
+    bool     has_layer(int32_t il) const { return p.readers.count(il) > 0; }
+    uint32_t layer_of (int32_t il) const { return p.readers.at(il).first; }
+    uint32_t reader_of(int32_t il) const { return p.readers.at(il).second; }
+    uint32_t n_readers()           const { return p.readers.size(); }
+
+    bool has_v(uint32_t i_layer) const { return p.layers[i_layer].has_v(); } // false: V is a part of K
 
     const refreekv::layouts & get_layouts() const { return p.layouts; }
 
@@ -100,14 +104,14 @@ public:
 
     const query_ring & get_ring() const { return p.ring; }
     bool has_rings() const { return !p.ring_bufs.empty(); }
-    ggml_tensor * ring_of(uint32_t i_layer) const { return p.layers[i_layer].ring; }
+    ggml_tensor * ring_of(int32_t il) const { return p.layers[layer_of(il)].readers[reader_of(il)].ring; }
 
-    // what the eviction graph has to know of a layer's attention, seen when the decoding graph is built;
-    // known: it is of the kind that the eviction graph computes
-    void note_attention(uint32_t i_layer, float kq_scale, ggml_tensor * sinks, bool known);
+    // what the eviction graph has to know of the attention of the model's layer il, seen when the decoding graph is built;
+    // known: it is of the kind that the eviction graph computes. false: another layer, whose cells it shares, has other scales
+    bool note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool known);
 
-    // nullptr: the attention of the layer is not of that kind
-    const decode_softmax * softmax_of(uint32_t i_layer) const;
+    // nullptr: the attention of the model's layer il is not of that kind
+    const decode_softmax * softmax_of(int32_t il) const;
 
     // whether cells may be evicted: the cache is not the elastic full one
     bool evicts() const { return p.params.policy != REFREEKV_POLICY_ELASTIC; }
@@ -148,7 +152,7 @@ public:
     std::map<ggml_backend_buffer_type_t, size_t> ring_breakdown()   const { return p.ring_breakdown(); }
 
 private:
-    refreekv::views views { p.hparams, p.v_trans, p.layers, p.logical, p.layouts };
+    refreekv::views views { p.hparams, p.layers, p.logical, p.layouts };
 };
 
 } // namespace refreekv

@@ -106,7 +106,7 @@ int64_t updates::prune(llama_context * lctx, llama_seq_id seq_id) {
 }
 
 int64_t updates::keep(llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos) {
-    if (p.il_to_layer.find(il) == p.il_to_layer.end()) {
+    if (std::none_of(p.layers.begin(), p.layers.end(), [il](const layer & l) { return l.il == il; })) {
         set_error("keep: layer %d has no KV cache", il);
         return REFREEKV_ERR_ARGUMENT;
     }

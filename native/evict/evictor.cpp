@@ -3,6 +3,7 @@
 #include "api/error.h"
 #include "cache/row-bytes.h"
 #include "evict/attention-host.h"
+#include "evict/attention-joined.h"
 #include "kernels/codes.h"
 #include "kernels/kernels.h"
 #include "policies/policy.h"
@@ -106,7 +107,7 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
         set_error("layer %d: no backend of this context holds its cache", layer.il);
         return REFREEKV_ERR_COMPUTE;
     }
-    if (!layer.known) {
+    if (std::any_of(layer.readers.begin(), layer.readers.end(), [](const reader & r) { return !r.known; })) {
         set_error("layer %d: attention with a bias or queries of its own kind cannot be judged; kv_policy must be \"full\", or one that does not look at attention such as \"streaming\"", layer.il);
         return REFREEKV_ERR_STATE;
     }
@@ -121,32 +122,46 @@ int32_t evictor::look(const layer & layer, llama_seq_id seq_id, const std::vecto
     }
 
     in.k           = layer.rows.k();
-    in.ring        = layer.ring;
     in.n_embd_head = hparams.n_embd_head_k(layer.il);
     in.n_head_kv   = hparams.n_head_kv(layer.il);
-    in.n_gqa       = hparams.n_gqa(layer.il);
     in.n_kv        = layer.res.n_slots();
     in.use_alibi   = hparams.use_alibi;
-    in.max_bias    = hparams.f_max_alibi_bias;
-    in.soft_cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-    in.pre_scale   = hparams.attn_soft_cap ? 1.0f/hparams.f_attn_logit_softcapping : 1.0f;
-    in.post_scale  = layer.kq_scale;
-
-    if (layer.sinks) {
-        in.sinks.resize(in.n_head_kv*in.n_gqa);
-        ggml_backend_tensor_get(layer.sinks, in.sinks.data(), 0, in.sinks.size()*sizeof(float));
-    }
+    in.max_bias    = layer.softmax.max_bias;
+    in.soft_cap    = layer.softmax.soft_cap;
+    in.pre_scale   = layer.softmax.pre_scale;
+    in.post_scale  = layer.softmax.post_scale;
 
     for (const auto & c : list) {
         in.slots.push_back(c.slot);
         in.pos  .push_back(c.pos);
     }
 
-    if (const auto * kernels = find_kernels(); kernels && !params.by_graph) {
-        attn = kernels->make_attention(in, memory);
-    }
-    if (!attn) {
-        attn = std::make_unique<attention_graph>(std::move(in), memory);
+    const auto of = [this, &memory, in](const reader & r) -> std::unique_ptr<refreekv::attention> {
+        attention_inputs its = in;
+
+        its.ring  = r.ring;
+        its.n_gqa = hparams.n_gqa(r.il);
+
+        if (r.sinks) {
+            its.sinks.resize(its.n_head_kv*its.n_gqa);
+            ggml_backend_tensor_get(r.sinks, its.sinks.data(), 0, its.sinks.size()*sizeof(float));
+        }
+        if (const auto * kernels = find_kernels(); kernels && !params.by_graph) {
+            if (auto res = kernels->make_attention(its, memory)) {
+                return res;
+            }
+        }
+        return std::make_unique<attention_graph>(std::move(its), memory);
+    };
+
+    if (layer.readers.size() == 1) {
+        attn = of(layer.readers[0]);
+    } else {
+        std::vector<attention_joined::part> parts;
+        for (const auto & r : layer.readers) {
+            parts.push_back([of, &r]() { return of(r); });
+        }
+        attn = std::make_unique<attention_joined>(std::move(parts));
     }
 
     attn->i_layer = &layer - layers.data();
@@ -171,7 +186,9 @@ void evictor::code(layer & layer, const std::vector<uint32_t> & cells, const row
         warm.add(layer, cells, [&](const uint32_t * indices, size_t n, uint8_t * rows_k, uint8_t * rows_v) {
             for (size_t i = 0; i < n; ++i) {
                 memcpy(rows_k + i*layer.row_size(false), all->k.data() + indices[i]*layer.row_size(false), layer.row_size(false));
-                memcpy(rows_v + i*layer.row_size(true),  all->v.data() + indices[i]*layer.row_size(true),  layer.row_size(true));
+                if (layer.has_v()) {
+                    memcpy(rows_v + i*layer.row_size(true), all->v.data() + indices[i]*layer.row_size(true), layer.row_size(true));
+                }
             }
         });
         return;

@@ -10,7 +10,6 @@
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
-#include "llama-kv-cache-iswa.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -24,8 +23,8 @@ static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, const char * 
     return t;
 }
 
-[[noreturn]] static void refuse(int il) {
-    set_error("layer %d: attention with a bias, or to another layer's cache, cannot have a KV policy", il);
+[[noreturn]] static void refuse(int il, const char * why) {
+    set_error("layer %d: %s cannot have a KV policy", il, why);
     throw std::runtime_error(last_error());
 }
 
@@ -39,7 +38,7 @@ static bool shares_codes(const Kind & k, const warm_cells * codes) {
 
 graph_input & graph_input::of(const llm_graph_context & graph, const cache_context & mctx) {
     for (const auto & inp : graph.res->inputs) {
-        if (auto * own = dynamic_cast<graph_input *>(inp.get())) {
+        if (auto * own = dynamic_cast<graph_input *>(inp.get()); own && &own->store == &mctx.get_store()) {
             return *own;
         }
     }
@@ -190,25 +189,49 @@ bool graph_input::can_reuse(const llm_graph_params & params) {
     return std::all_of(kinds.begin(), kinds.end(), [&](const kind & k) { return k.mask->ne[0] == n_codes(k.codes) + store.get_layouts().n_kv(k.layout); });
 }
 
+// From the latent numbers of each head to its own, as at the end of build_attn_mha: [n_v*n_head, n_tokens] -> [n_out*n_head, n_tokens]
+static ggml_tensor * decompress(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * v_mla) {
+    const int64_t n_tokens = cur->ne[1];
+    const int64_t n_head   = cur->ne[0]/v_mla->ne[0];
+
+    cur = ggml_reshape_3d(ctx, cur, v_mla->ne[0], n_head, n_tokens);
+    cur = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3));
+
+    return ggml_cont_2d(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3), cur->ne[0]*n_head, n_tokens);
+}
+
 ggml_tensor * graph_input::attention(const llm_graph_context & graph, const attention_call & call) {
-    if (!store.has_layer(call.il) || call.kq_b) {
-        refuse(call.il);
+    if (!store.has_layer(call.il)) {
+        refuse(call.il, "attention to the cache of another context");
+    }
+    if (call.kq_b) {
+        refuse(call.il, "attention with a bias");
     }
 
     const uint32_t i_layer = store.layer_of(call.il);
     const auto &   kind    = kind_of(i_layer);
 
+    if (!store.has_v(i_layer) && (graph.hparams.n_head_kv(call.il) != 1 || call.v_cur->ne[0] != graph.hparams.n_embd_head_v(call.il))) {
+        refuse(call.il, "keys without values that are not those of multi-head latent attention");
+    }
+
     ggml_context * ctx  = graph.ctx0;
-    ggml_tensor  * ring = store.ring_of(i_layer);
+    ggml_tensor  * ring = store.ring_of(call.il);
     ggml_tensor  * q    = call.q_cur;
 
     const bool known = ggml_nelements(q) == (int64_t) graph.hparams.n_embd_head_k(call.il)*graph.hparams.n_head(call.il)*q->ne[2];
 
-    store.note_attention(i_layer, call.kq_scale, call.sinks, known);
+    if (!store.note_attention(call.il, call.kq_scale, call.sinks, known)) {
+        refuse(call.il, "attention to the K and V of another layer, with another scale than that layer's,");
+    }
 
     // K directly behind its RoPE: backends make one operation of both
-    ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind.k_idxs, i_layer, reservation, tail_idxs && kind.k_idxs == tail_idxs));
-    ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
+    if (call.k_cur) {
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind.k_idxs, i_layer, reservation, tail_idxs && kind.k_idxs == tail_idxs));
+    }
+    if (call.v_cur && store.has_v(i_layer)) {
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
+    }
 
     if (ring && known) {
         ggml_tensor * last = ggml_is_contiguous(q) ? ggml_reshape_2d(ctx, q, ring->ne[0], q->ne[2])
@@ -217,35 +240,41 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, ggml_get_rows(ctx, last, ring_src), ring_dst));
     }
 
+    const auto finish = [&](ggml_tensor * cur) {
+        cur = call.v_mla ? decompress(ctx, cur, call.v_mla) : cur;
+
+        ggml_build_forward_expand(graph.gf, cur);
+        return cur;
+    };
+
     if (ggml_tensor * own = kind.codes ? nullptr : decode(ctx, i_layer, call)) {
-        return own;
+        return finish(own);
     }
     ggml_tensor * k = store.get_views().get_k(ctx, i_layer, reservation);
     ggml_tensor * v = store.get_views().get_v(ctx, i_layer, reservation);
 
     if (!kind.codes) {
-        return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, nullptr, 0, call.kq_scale, call.il);
+        return graph.build_attn_mha(q, k, v, nullptr, kind.mask, call.sinks, call.v_mla, 0, call.kq_scale, call.il);
     }
-    const auto * softmax = store.softmax_of(i_layer);
+    const auto * softmax = store.softmax_of(call.il);
 
     if (!softmax) { // to what the layer holds
         ggml_tensor * mask = ggml_view_2d(ctx, kind.mask, kind.mask->ne[0] - n_codes(kind.codes), n_tokens, kind.mask->nb[1], n_codes(kind.codes)*kind.mask->nb[0]);
 
-        return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, nullptr, 0, call.kq_scale, call.il);
+        return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, call.v_mla, 0, call.kq_scale, call.il);
     }
     const auto & codes = *store.codes_of(i_layer)->get_tensors();
 
     ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() });
 
     store.run_with_cache(cur, i_layer);
-    ggml_build_forward_expand(graph.gf, cur);
 
-    return cur;
+    return finish(cur);
 }
 
 // the attention by our own kernel; nullptr: upstream's ops are to do it
 ggml_tensor * graph_input::decode(ggml_context * ctx, uint32_t i_layer, const attention_call & attn) {
-    const auto * softmax = decodes ? store.softmax_of(i_layer) : nullptr;
+    const auto * softmax = decodes ? store.softmax_of(attn.il) : nullptr;
     if (!softmax) {
         return nullptr;
     }
@@ -270,16 +299,6 @@ ggml_tensor * graph_input::decode(ggml_context * ctx, uint32_t i_layer, const at
     return cur;
 }
 
-llm_graph_input_attn_kv * graph_input::base_of(const llm_graph_input_attn_kv_iswa & inp) {
-    if (!base) {
-        base = std::make_unique<llm_graph_input_attn_kv>(inp.hparams, inp.cparams, inp.mctx->get_base());
-
-        base->self_k_rot = inp.self_k_rot;
-        base->self_v_rot = inp.self_v_rot;
-    }
-    return base.get();
-}
-
 // hooks
 
 ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, const attention_call & call) {
@@ -290,20 +309,11 @@ ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_c
     return own ? graph_input::of(graph, *own).attention(graph, call) : nullptr;
 }
 
-llm_graph_input_attn_kv * input_of_base(const llm_graph_context & graph, const llm_graph_input_attn_kv_iswa & inp, const ggml_tensor * k_cur, int il) {
-    const auto * own = graph.hparams.is_swa(il) ? nullptr : cache_context::of(inp.mctx->get_base());
-
-    if (own && !k_cur) {
-        refuse(il);
-    }
-    return own ? graph_input::of(graph, *own).base_of(inp) : nullptr;
-}
-
 // Views of rows and masks, their indices, the ring, and what our kernel has for upstream's operations: well below 32 a layer.
 uint32_t graph_extra_nodes(llama_memory_i * mem) {
     const auto * store = store::of(mem);
 
-    return store ? (32 + (store->has_code_tensors() ? CODES_NODES : 0))*store->n_layers() : 0;
+    return store ? (32 + (store->has_code_tensors() ? CODES_NODES : 0))*store->n_readers() : 0;
 }
 
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes) {

@@ -6,7 +6,6 @@
 #include "llama-graph.h"
 
 #include <map>
-#include <memory>
 #include <vector>
 
 namespace refreekv {
@@ -30,9 +29,6 @@ public:
 
     // store K and V, copy the last queries into the ring, and attend to the cache
     ggml_tensor * attention(const llm_graph_context & graph, const attention_call & call);
-
-    // upstream's input of the layers without a window, by themselves
-    llm_graph_input_attn_kv * base_of(const llm_graph_input_attn_kv_iswa & inp);
 
 private:
     refreekv::store &      store;
@@ -68,8 +64,6 @@ private:
 
     ggml_tensor * ring_src = nullptr; // I32 [n_copy]
     ggml_tensor * ring_dst = nullptr; // I64 [n_copy]
-
-    std::unique_ptr<llm_graph_input_attn_kv> base;
 
     bool is_tail(uint32_t layout) const;
 

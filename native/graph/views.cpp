@@ -26,10 +26,13 @@ const views::worst_rows & views::worst_of(const layer & layer) {
         const auto & shape = layer.rows.get_shape();
 
         res.k = ggml_new_tensor_2d(res.ctx.get(), shape.type_k, shape.n_embd_k, worst_n_kv());
+        res.k->buffer = layer.no_memory;
+        if (!layer.has_v()) {
+            return res;
+        }
         res.v = shape.v_trans ? ggml_new_tensor_2d(res.ctx.get(), shape.type_v, worst_n_kv(), shape.n_embd_v)
                               : ggml_new_tensor_2d(res.ctx.get(), shape.type_v, shape.n_embd_v, worst_n_kv());
 
-        res.k->buffer = layer.no_memory;
         res.v->buffer = layer.no_memory;
     }
 
@@ -79,9 +82,14 @@ ggml_tensor * views::get_v(ggml_context * ctx, uint32_t i_layer, bool reservatio
     const int64_t n_embd_head = hparams.n_embd_head_v(layer.il);
     const int64_t n_kv        = reservation ? worst_n_kv() : lay.n_kv(layer.layout);
 
+    if (!layer.has_v()) {
+        ggml_tensor * k = get_k(ctx, i_layer, reservation);
+
+        return ggml_view_4d(ctx, k, n_embd_head, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
+    }
     ggml_tensor * v = rows_v(layer, reservation);
 
-    if (!v_trans) {
+    if (!layer.rows.get_shape().v_trans) {
         return ggml_view_4d(ctx, v, n_embd_head, n_head_kv, n_kv, 1,
                 ggml_row_size(v->type, n_embd_head), v->nb[1], v->nb[1]*n_kv, 0);
     }
@@ -107,7 +115,7 @@ ggml_tensor * views::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor 
     const int64_t n_embd   = v_cur->ne[0]*v_cur->ne[1];
     const int64_t n_tokens = v_cur->ne[2];
 
-    if (!v_trans) {
+    if (!layer.rows.get_shape().v_trans) {
         return ggml_set_rows(ctx, rows_from(ctx, v, layer, by_shortest), ggml_view_2d(ctx, v_cur, n_embd, n_tokens, v_cur->nb[2], 0), v_idxs);
     }
 
@@ -127,7 +135,9 @@ ggml_tensor * views::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor 
 }
 
 int64_t views::n_v_idxs(uint32_t i_layer) const {
-    return v_trans ? layers[i_layer].rows.get_shape().n_embd_v : 1;
+    const auto & shape = layers[i_layer].rows.get_shape();
+
+    return shape.v_trans ? shape.n_embd_v : 1;
 }
 
 void views::set_input_k_idxs(ggml_tensor * dst, uint32_t i_layer, const llama_kv_cache::slot_info & sinfo) const {

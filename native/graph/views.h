@@ -19,8 +19,8 @@ namespace refreekv {
 // reservation: the shapes of the worst case, without memory.
 class views {
 public:
-    views(const llama_hparams & hparams, bool v_trans, const std::vector<layer> & layers, const logical_cells & logical, const layouts & lay) :
-        hparams(hparams), v_trans(v_trans), layers(layers), logical(logical), lay(lay) {}
+    views(const llama_hparams & hparams, const std::vector<layer> & layers, const logical_cells & logical, const layouts & lay) :
+        hparams(hparams), layers(layers), logical(logical), lay(lay) {}
 
     uint32_t worst_n_kv() const { return logical.size(); }
 
@@ -41,7 +41,6 @@ public:
 
 private:
     const llama_hparams &      hparams;
-    const bool                 v_trans;
     const std::vector<layer> & layers;
     const logical_cells &      logical;
     const layouts &            lay;

@@ -137,10 +137,12 @@ void warm_judge(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_g
 // a row takes part as it is: out[i] of the n_gqa heads
 static void attend_row(const warm_view & warm, const uint8_t * row, int64_t n_gqa, const float * const * q, const float * lse, float * memory, float * const * out) {
     float * k = memory;
-    float * v = k + warm.n_k;
+    float * v = warm.v_in_k ? k : k + warm.n_k;
 
     to_float(warm.type_k, (const char *) row, k, warm.n_k);
-    to_float(warm.type_v, (const char *) row + ggml_row_size(warm.type_k, warm.n_k), v, warm.n_v);
+    if (!warm.v_in_k) {
+        to_float(warm.type_v, (const char *) row + ggml_row_size(warm.type_k, warm.n_k), v, warm.n_v);
+    }
 
     for (int64_t i = 0; i < n_gqa; ++i) {
         lanes dot = {};
@@ -207,7 +209,7 @@ static uint64_t peaks_of(const warm_judged * judged, int64_t block, int64_t n_gq
 }
 
 void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_gqa, int64_t span, const float * const * q, const warm_judged * judged, const float * lse, const float * least, float * const * out) {
-    const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + ggml_row_size(warm.type_v, warm.n_v);
+    const size_t row_bytes = ggml_row_size(warm.type_k, warm.n_k) + (warm.v_in_k ? 0 : ggml_row_size(warm.type_v, warm.n_v));
 
     thread_local std::vector<float>   scratch;
     thread_local std::vector<uint8_t> rows;

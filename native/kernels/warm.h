@@ -50,6 +50,8 @@ struct warm_view {
     const uint64_t *        there;   // [n_blocks] bit i: cell i is warm
     const uint8_t *         visible; // [n_tokens][n_blocks] whether a token of the batch may see a block's cells
 
+    bool v_in_k; // V of a cell is the beginning of its K: its exact rows are K alone. Codes are of both
+
     // Exact K and V of some cells of a block (bit i: its cell i) in one KV head: cell after cell, K and then V, in these types. Returns
     // those that could be had without waiting for a disk; rows has only them. From several threads
     ggml_type type_k;
@@ -60,7 +62,7 @@ struct warm_view {
     warm_counts * counts;
 };
 
-static const int64_t REFREEKV_WARM_GQA = 64; // query heads that share a KV head, at most
+static const int64_t REFREEKV_WARM_GQA = 128; // query heads that share a KV head, at most
 
 // blocks that one thread takes at a time, for one KV head
 static const int64_t REFREEKV_WARM_SPAN = 8;

@@ -38,6 +38,9 @@ static void for_k(const refreekv::rows & rows, const std::vector<uint32_t> & slo
 // line by line when it is transposed
 template <typename F>
 static void for_v(const refreekv::rows & rows, const std::vector<uint32_t> & slots, F && f) {
+    if (!rows.v()) {
+        return; // it is a part of K
+    }
     if (!rows.get_shape().v_trans) {
         for_pieces(rows.v(), slots, 0, rows.v()->nb[1], f);
         return;

@@ -43,7 +43,7 @@ int32_t cold_rows::kind() const {
 
 // the cache's type, unless a smaller one was asked for that its rows are whole blocks of
 ggml_type cold_rows::type_of(const layer & g, bool v) const {
-    if (type < 0 || ggml_is_quantized(g.type(v))) {
+    if (type < 0 || ggml_is_quantized(g.type(v)) || (v && !g.has_v())) {
         return g.type(v);
     }
     // where single heads are read, each is whole blocks
@@ -76,7 +76,7 @@ void cold_rows::reset(std::vector<layer> & layers) {
     for (auto & g : layers) {
         // 0 where a head is no whole number of blocks of its type
         const auto head = [&](bool v) {
-            const int64_t n = v ? hparams.n_embd_head_v(g.il) : hparams.n_embd_head_k(g.il);
+            const int64_t n = !v ? hparams.n_embd_head_k(g.il) : g.has_v() ? hparams.n_embd_head_v(g.il) : 0;
 
             return n % ggml_blck_size(type_of(g, v)) == 0 ? ggml_row_size(type_of(g, v), n) : 0;
         };

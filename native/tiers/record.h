@@ -7,7 +7,7 @@
 namespace refreekv {
 
 // The row of one cell in the cold store, as bytes: K and V of each KV head are beside each other, so that one read fetches what one
-// head wants. At the end are the bytes that a row has beyond its heads, since upstream may pad V.
+// head wants (without V where that is a part of K). At the end are the bytes that a row has beyond its heads, since upstream may pad V.
 struct record {
     size_t row_k   = 0; // bytes of the whole row of K
     size_t row_v   = 0;
@@ -21,16 +21,20 @@ struct record {
     // records of n rows of K and of V
     void join(const uint8_t * k, const uint8_t * v, size_t n, uint8_t * records) const {
         for_pieces(n, [&](size_t at_k, size_t at_v, size_t at, size_t n_k, size_t n_v) {
-            memcpy(records + at,       k + at_k, n_k);
-            memcpy(records + at + n_k, v + at_v, n_v);
+            memcpy(records + at, k + at_k, n_k);
+            if (n_v > 0) {
+                memcpy(records + at + n_k, v + at_v, n_v);
+            }
         });
     }
 
     // and back
     void split(const uint8_t * records, size_t n, uint8_t * k, uint8_t * v) const {
         for_pieces(n, [&](size_t at_k, size_t at_v, size_t at, size_t n_k, size_t n_v) {
-            memcpy(k + at_k, records + at,       n_k);
-            memcpy(v + at_v, records + at + n_k, n_v);
+            memcpy(k + at_k, records + at, n_k);
+            if (n_v > 0) {
+                memcpy(v + at_v, records + at + n_k, n_v);
+            }
         });
     }
 

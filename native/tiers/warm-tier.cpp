@@ -33,8 +33,10 @@ bool warm_tier::fits_kernel(const layer & layer) const {
 
     const auto whole = [](int64_t n, ggml_type type) { return n % ggml_blck_size(type) == 0; };
 
+    const bool few_heads = std::all_of(layer.readers.begin(), layer.readers.end(), [&](const reader & r) { return hparams.n_gqa(r.il) <= REFREEKV_WARM_GQA; });
+
     return ggml_backend_buft_is_host(layer.rows.get_shape().buft) && whole(n_k, layer.type(false)) && whole(n_v, layer.type(true)) &&
-           kernels && hparams.n_gqa(layer.il) <= REFREEKV_WARM_GQA && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
+           kernels && few_heads && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
 }
 
 void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
@@ -93,6 +95,7 @@ void warm_tier::make(layer & layer) const {
     }
     layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, BITS_V);
 
+    layer.warm->view.v_in_k  = !layer.has_v();
     layer.warm->view.softmax = &layer.softmax;
     layer.warm->view.theta     = cold.exists() ? share : INFINITY; // else there is nothing to read
     layer.warm->view.max_error = cold.exists() ? max_error : 0.0f;
@@ -111,19 +114,19 @@ float warm_tier::share_of_f16(const std::vector<layer> & layers) const {
 
     for (const auto & layer : layers) {
         bytes     += layer.warm ? layer.warm->block_bytes() : 0;
-        bytes_f16 += N_CELLS*hparams.n_head_kv(layer.il)*(hparams.n_embd_head_k(layer.il) + hparams.n_embd_head_v(layer.il))*sizeof(ggml_fp16_t);
+        bytes_f16 += N_CELLS*hparams.n_head_kv(layer.il)*(hparams.n_embd_head_k(layer.il) + (layer.has_v() ? hparams.n_embd_head_v(layer.il) : 0))*sizeof(ggml_fp16_t);
     }
     return bytes_f16 > 0 ? (float) bytes/bytes_f16 : 0.0f;
 }
 
-// the codes of n rows of K or V, for the block that was added last
-void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const {
+// the codes of n rows of K or V, stride numbers apart, for the block that was added last
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers, int64_t stride) const {
     const auto & view = layer.warm->view;
 
     const int64_t n_head = is_v ? view.n_v : view.n_k;
 
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        find_kernels()->encode(numbers + h*n_head, layer.n_embd(is_v), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
+        find_kernels()->encode(numbers + h*n_head, stride, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
     }
 }
 
@@ -192,6 +195,9 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
     std::vector<float>   k(N_CELLS*layer.n_embd(false));
     std::vector<float>   v(N_CELLS*layer.n_embd(true));
 
+    const float * of_v     = layer.has_v() ? v.data() : k.data();
+    const int64_t stride_v = layer.n_embd(layer.has_v());
+
     auto * tensors = layer.warm->get_tensors();
 
     layer.warm->reserve(blocks.size());
@@ -214,17 +220,19 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
         rows(blocks[b].data(), n, rows_k.data(), rows_v.data());
 
         to_float(layer, false, n, rows_k.data(), k.data());
-        to_float(layer, true,  n, rows_v.data(), v.data());
+        if (layer.has_v()) {
+            to_float(layer, true, n, rows_v.data(), v.data());
+        }
 
         layer.warm->add(its, n);
 
         if (!tensors) {
-            encode(layer, false, n, k.data());
-            encode(layer, true,  n, v.data());
+            encode(layer, false, n, k.data(), layer.n_embd(false));
+            encode(layer, true,  n, of_v, stride_v);
             layer.warm->note_steps();
             continue;
         }
-        tensors->encode(piece, b - first, n, k.data(), layer.n_embd(false), v.data(), layer.n_embd(true));
+        tensors->encode(piece, b - first, n, k.data(), layer.n_embd(false), of_v, stride_v);
 
         if (b + 1 == first + piece.n) {
             tensors->set(layer.warm->n_blocks() - piece.n, piece);

@@ -150,6 +150,12 @@ class Llama(SavedStates):
         self._open_library()
 
     def _load(self, model_path: str, options: dict[str, Any]) -> None:
+        if self._kv.native_params() is not None and options.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
+            raise UnsupportedModelError(
+                f"split_mode={options['split_mode']} (tensor): must be one of 0 (none), 1 (layer) and 2 (row) "
+                "with a kv_policy or kv_elastic, since it divides each row of the cache between devices; "
+                'kv_policy="full" runs it'
+            )
         with _closed.loading, native.next_context(self._kv.native_params()):
             try:
                 _closed.before_fork(self)

@@ -17,7 +17,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 13
+_ABI_VERSION = 14
 
 _lib: Any = ffi.dlopen(library._name)
 

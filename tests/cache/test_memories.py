@@ -26,7 +26,8 @@ WINDOWED = "gemma2 (soft-cap, sliding window)"
 SINKS = "gpt-oss (attention sinks, sliding window, experts)"
 HYBRID = "jamba (hybrid)"
 GEMMA4 = "gemma4 (sliding window)"
-COMPOSITE = [WINDOWED, SINKS, HYBRID, "lfm2 (hybrid)", GEMMA4]
+SHARED = "gemma4 (E2B: layers that share K and V)"
+COMPOSITE = [WINDOWED, SINKS, HYBRID, "lfm2 (hybrid)", GEMMA4, SHARED]
 
 Tiny = Callable[[str], Path]
 

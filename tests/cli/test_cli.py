@@ -93,6 +93,23 @@ def test_info_of_quantised_cache(tiny: Callable[[str], Path]) -> None:
     assert "1.06 KiB" in result.stdout  # 4 layers, K and V, 2 heads of 64 values, 34 bytes for 32
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "per_token"),
+    [
+        ("gemma4 (E2B: layers that share K and V)", "2 of 8, and 2 that share their K and V", "0.25 KiB"),
+        ("deepseek2 (MLA, experts)", "4 of 4", "0.38 KiB"),  # 4 layers, one row of 48 values for K and V
+    ],
+)
+def test_info_of_shared_and_latent_rows(tiny: Callable[[str], Path], name: str, attention: str, per_token: str) -> None:
+    result = refreekv("info", tiny(name))
+    assert result.exit_code == 0
+    lines = [line.strip("│ ").split("│") for line in result.stdout.splitlines() if "│" in line]
+    shown = {name.strip(): value.strip() for name, value in lines}
+    assert shown["attention layers"] == attention
+    assert shown["KV cache per token"] == per_token
+    assert shown["KV policies"] == "yes"
+
+
 # a context is as long as llama.cpp rounds it up to
 @pytest.mark.parametrize("n_ctx", ["200", "256"])
 def test_run_too_long(tiny_model: Path, n_ctx: str) -> None:

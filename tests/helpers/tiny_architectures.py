@@ -56,6 +56,28 @@ _GEMMA4 = {
     "attention.value_length_swa": _N_EMBD // _N_HEAD,
     "embedding_length_per_layer_input": 0,
 }
+# layers 5 and 7 read what layer 3 has stored, 4 and 6 what layer 2 has
+_GEMMA4_E2B = {
+    **_WINDOW,
+    **_GEMMA4,
+    "block_count": 8,
+    "attention.sliding_window_pattern": [True, False] * 4,
+    "attention.shared_kv_layers": 4,
+    "embedding_length_per_layer_input": 16,
+}
+# llama.cpp has it that the first 20 layers store K and V, and that every fifth layer has no window
+_GEMMA3N = {
+    **_WINDOW,
+    "block_count": 30,
+    "embedding_length": 32,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "attention.sliding_window_pattern": ([True] * 4 + [False]) * 6,
+    "embedding_length_per_layer_input": 16,
+    "altup.num_inputs": 4,
+    "altup.active_idx": 0,
+    "activation_sparsity_scale": [0.0] * 30,
+}
 # every other layer has attention, the others have none
 _EVERY_OTHER = {"attention.head_count_kv": [0, 2] * (N_LAYER // 2)}
 
@@ -211,6 +233,8 @@ _LIST = [
     Architecture("gemma3", "sliding window", {**_WINDOW, "block_count": 6}),
     Architecture("gemma3", "all of it sliding window", _WINDOW),
     Architecture("gemma4", "sliding window", {**_WINDOW, **_GEMMA4}, rope_factors=True, unscaled=True),
+    Architecture("gemma4", "E2B: layers that share K and V", _GEMMA4_E2B, rope_factors=True, unscaled=True),
+    Architecture("gemma3n", "layers that share K and V", _GEMMA3N, unscaled=True),
     Architecture("phi2"),
     Architecture("phi3"),
     Architecture("gpt2", "learned positions", {"attention.head_count_kv": _N_HEAD}),
@@ -240,11 +264,11 @@ _LIST = [
             "attention.head_count_kv": 1,
             "attention.q_lora_rank": 32,
             "attention.kv_lora_rank": 32,
-            "attention.key_length": 40,
+            "attention.key_length": 48,
             "attention.value_length": 32,
-            "attention.key_length_mla": 24,
+            "attention.key_length_mla": 32,
             "attention.value_length_mla": 16,
-            "rope.dimension_count": 8,
+            "rope.dimension_count": 16,
         },
     ),
     Architecture("mamba", "recurrent", _SSM),

@@ -26,7 +26,9 @@ Measured = tuple[int, int, int]
 QUANTISED = {"type_k": CACHE_TYPES["q8_0"], "type_v": CACHE_TYPES["q4_0"], "flash_attn": True}
 WINDOWED = "gemma2 (soft-cap, sliding window)"
 HYBRIDS = ["jamba (hybrid)", "lfm2 (hybrid)"]
-MODELS = ["gqa", "mha", WINDOWED, *HYBRIDS]
+SHARED = "gemma4 (E2B: layers that share K and V)"
+MLA = "deepseek2 (MLA, experts)"
+MODELS = ["gqa", "mha", WINDOWED, *HYBRIDS, SHARED, MLA]
 
 MIB = 2**20
 
@@ -78,7 +80,7 @@ def test_options_count(tiny: Tiny, name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, QUANTISED], ids=str)
-@pytest.mark.parametrize("name", ["gqa64", WINDOWED, *HYBRIDS])
+@pytest.mark.parametrize("name", ["gqa64", WINDOWED, *HYBRIDS, SHARED, MLA])
 def test_a_policy_holds_the_whole_prompt_while_it_is_read(tiny: Tiny, name: str, options: dict[str, Any]) -> None:
     if options and name != "gqa64":
         pytest.skip("heads of 16 numbers are no whole blocks")
@@ -90,6 +92,18 @@ def test_a_policy_holds_the_whole_prompt_while_it_is_read(tiny: Tiny, name: str,
     stats = native.stats(ctx_of(llm))  # as it is, where kv_stats may prune
     assert needs.prunable == stats.bytes == stats.bytes_full
     assert needs.context - needs.prunable == stats.bytes_ring + stats.bytes_other
+
+
+@pytest.mark.parametrize(("name", "per_token"), [(SHARED, 2 * 2 * 2 * 16 * 2), (MLA, 4 * 48 * 2)])
+def test_cells_that_layers_share_and_values_within_keys_count_once(tiny: Tiny, name: str, per_token: int) -> None:
+    """Of Gemma 4 E2B two layers with K and V of two heads; of MLA four layers with one latent row, which is K and V."""
+    needs = foreseen(tiny(name), 4096, kv_policy="refreekv")
+    assert needs.whole == needs.whole_f16 == 4096 * per_token
+    llm = load(tiny(name), "refreekv", codes=True, n_ctx=4096)
+    llm.eval(random_tokens(4000))
+    assert llm.prune_kv() > 0
+    _, most = needs.kept() or (0, 0)
+    assert llm.kv_stats.bytes + llm.kv_stats.bytes_codes <= 1.1 * needs.settled(most).prunable
 
 
 def test_a_shorter_prompt_needs_less_of_a_cache_that_grows(tiny: Tiny) -> None:

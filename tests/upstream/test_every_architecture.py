@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from architecture_models import FOLDER, build_program, write_models
 from architecture_outputs import WAYS
-from native_build import ROOT, build, stock_environment
-from tiny_architectures import ARCHITECTURES
+from native_build import ROOT, stock_environment
 
 pytestmark = pytest.mark.stock
-
-FOLDER = ROOT / "build" / "stock"
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tiny: Callable[[str], Path]) -> Iterator[Runs]:
-    # not all of upstream's tests, which take minutes
-    definitions = ["REFREEKV_STOCK=ON", "REFREEKV_UPSTREAM_TESTS=ON"]
-    build(FOLDER, definitions, ["llama", "mtmd", "refreekv_architectures"])
+    build_program()
     with tempfile.TemporaryDirectory() as folder:  # 1 GB
         yield _run(Path(folder), tiny)
 
@@ -82,20 +77,7 @@ def _run(folder: Path, tiny: Callable[[str], Path]) -> Runs:
     for name in ("models", "stock", "elastic"):
         (folder / name).mkdir()
     models = folder / "models"
-    log = subprocess.run(
-        [str(FOLDER / "bin" / "refreekv_architectures"), "-s", "1234", "-o", str(models)],
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ).stdout
-    saved, left_out = (len(re.findall(text, log)) for text in (r": Saving \S+ model", r" is unsupported, skipping"))
-    assert saved == len(list(models.iterdir()))
-
-    theirs = {path.stem.rpartition("-")[0] for path in models.iterdir()}
-    for title, architecture in ARCHITECTURES.items():
-        if architecture.name not in theirs:
-            (models / f"{title}.gguf").symlink_to(tiny(title))
+    n_saved, left_out = write_models(models, tiny)
 
     environments = {"stock": stock_environment(FOLDER / "bin"), "elastic": dict(os.environ)}
     script = str(ROOT / "tests" / "helpers" / "architecture_outputs.py")
@@ -107,7 +89,7 @@ def _run(folder: Path, tiny: Callable[[str], Path]) -> Runs:
     ]
     assert [program.wait() for program in programs] == [0, 0]
     names = sorted(path.stem for path in models.iterdir())
-    return Runs(names, saved + left_out, Run(folder / "stock"), Run(folder / "elastic"))
+    return Runs(names, n_saved + len(left_out), Run(folder / "stock"), Run(folder / "elastic"))
 
 
 def test_most_architectures_of_upstream_are_compared(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,9 @@ def _cache_rows(llm: fit.Unallocated, cache: Cache | None) -> Iterator[tuple[str
         yield "layers", f"{n_layer}, none with a KV cache"
         return
     if cache.layers:
-        yield "attention layers", f"{len(cache.layers)} of {n_layer}"
+        n_more = sum(layer.n_readers - 1 for layer in cache.layers)
+        more = f", and {n_more} that share their K and V" if n_more else ""
+        yield "attention layers", f"{len(cache.layers)} of {n_layer}{more}"
         yield "heads", _range(layer.n_head for layer in cache.layers)
         yield "KV heads", _range(layer.n_head_kv for layer in cache.layers)
         yield "head size", _range(layer.n_embd_head for layer in cache.layers)
