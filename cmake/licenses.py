@@ -9,6 +9,7 @@ from pathlib import Path
 SOURCES = {
     "llama-cpp-python": "LICENSE.md",
     "llama.cpp": "vendor/llama.cpp/LICENSE",
+    "cpp-httplib": "vendor/llama.cpp/vendor/cpp-httplib/LICENSE",
     "llamafile": "vendor/llama.cpp/ggml/src/ggml-cpu/llamafile/sgemm.cpp",
     "nlohmann-json": "vendor/llama.cpp/licenses/LICENSE-jsonhpp",
     "miniaudio": "vendor/llama.cpp/vendor/miniaudio/miniaudio.h",
@@ -22,7 +23,6 @@ SOURCES = {
 
 # folders of llama.cpp's vendor/ with source files and without one of these licences
 OTHER_FOLDERS = (
-    "cpp-httplib",  # is not compiled
     "hash",  # llama.cpp's own; the libraries in it have folders of their own
     "nlohmann",  # its licence is in llama.cpp's licenses/
 )

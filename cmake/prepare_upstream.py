@@ -34,8 +34,11 @@ from upstream_pin import PIN_FILE, read_pin
 PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
 
 # what the build reads of vendor/llama.cpp
-NEEDED = ["CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor"]
-NEEDED_BY_TESTS = ["common", "tests"]
+NEEDED = [
+    *("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "scripts/ui-assets.cmake", "src"),
+    *("tools/mtmd", "tools/server", "tools/ui", "vendor"),
+]
+NEEDED_BY_TESTS = ["tests"]
 
 # and of the rest of the sdist
 PYTHON = ["llama_cpp", "LICENSE.md", "PKG-INFO"]

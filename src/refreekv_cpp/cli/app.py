@@ -20,7 +20,7 @@ from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.plan import plan
 from refreekv_cpp.cli.read import read
 from refreekv_cpp.cli.run import run
-from refreekv_cpp.cli.serve import serve
+from refreekv_cpp.cli.serve import ServeCommand, serve
 from refreekv_cpp.lab import COMMANDS as LABORATORY
 
 
@@ -44,8 +44,8 @@ app.command(context_settings={"allow_extra_args": True})(run)  # it says how to 
 for command in (chat, read, demo, info, plan):
     app.command()(command)
 app.add_typer(library.app, name="library")
-# its options are those of upstream's server, which parses them
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+# other options are those of llama-server, which parses them
+app.command(cls=ServeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 for name, text in LABORATORY.items():
     app.command(name, cls=LaterCommand, help=text, rich_help_panel="Laboratory")(lambda: None)
 

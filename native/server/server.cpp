@@ -1,0 +1,346 @@
+#include "server/server.h"
+
+#include "chat.h"
+#include "log.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+namespace refreekv::server {
+
+// options
+
+enum class evicted { KEEP, RESTORE, RECOMPUTE, DROP };
+
+static refreekv_params g_params;
+static std::string     g_cold_dir;
+static evicted         g_evicted        = evicted::DROP;
+static bool            g_protect_system = false;
+
+static std::vector<std::pair<llama_pos, llama_pos>> g_protect;
+
+template <typename T>
+static bool set_field(const std::map<std::string, T refreekv_params::*> & fields, refreekv_params & params, const std::string & name, const common_json & value) {
+    const auto it = fields.find(name);
+    if (it == fields.end()) {
+        return false;
+    }
+    params.*(it->second) = value.get<T>();
+
+    return true;
+}
+
+#define FIELD(name) { #name, &refreekv_params::name }
+
+static bool set_param(refreekv_params & params, const std::string & name, const common_json & value) {
+    return
+        set_field<int32_t>({
+            FIELD(policy), FIELD(ranking), FIELD(rows), FIELD(measure), FIELD(pooling), FIELD(n_window), FIELD(window_step), FIELD(n_sink),
+            FIELD(n_recent), FIELD(n_hot), FIELD(n_full_layers), FIELD(n_pool), FIELD(n_block), FIELD(n_min), FIELD(beta), FIELD(cold), FIELD(cold_type),
+        }, params, name, value) ||
+        set_field<float>   ({ FIELD(threshold), FIELD(mass_floor), FIELD(top_p), FIELD(theta), FIELD(max_error) }, params, name, value) ||
+        set_field<double>  ({ FIELD(budget) }, params, name, value) ||
+        set_field<uint64_t>({ FIELD(memory_limit), FIELD(cold_limit) }, params, name, value) ||
+        set_field<bool>    ({ FIELD(sinks_in_measure), FIELD(cold_state) }, params, name, value);
+}
+
+#undef FIELD
+
+static void read_options(const std::string & text) {
+    const std::map<std::string, evicted> kinds = {
+        { "keep", evicted::KEEP }, { "restore", evicted::RESTORE }, { "recompute", evicted::RECOMPUTE }, { "drop", evicted::DROP },
+    };
+
+    g_params         = refreekv_params_default();
+    g_evicted        = evicted::DROP;
+    g_protect_system = false;
+    g_protect.clear();
+
+    const auto options = common_json::parse(text);
+
+    for (const auto & [name, value] : options.items()) {
+        if (name == "evicted") {
+            const auto it = kinds.find(value.get<std::string>());
+            if (it == kinds.end()) {
+                throw std::invalid_argument("evicted must be one of keep, restore, recompute, drop");
+            }
+            g_evicted = it->second;
+        } else if (name == "cold_dir") {
+            g_cold_dir        = value.get<std::string>();
+            g_params.cold_dir = g_cold_dir.c_str();
+        } else if (name == "protect" && value.is_string() && value.get<std::string>() == "system") {
+            g_protect_system = true;
+        } else if (name == "protect" && value.is_array()) {
+            for (size_t i = 0; i < value.size(); ++i) {
+                g_protect.emplace_back(value.at(i).at(0).get<int32_t>(), value.at(i).at(1).get<int32_t>());
+            }
+        } else if (!set_param(g_params, name, value)) {
+            throw std::invalid_argument("there is no option " + name);
+        }
+    }
+    // the cache prunes by itself; what comes back before a prompt is decided by begin_prompt()
+    g_params.turns = g_params.policy == REFREEKV_POLICY_ELASTIC ? REFREEKV_TURNS_NONE : REFREEKV_TURNS_DROP;
+}
+
+bool set_policy(const std::string & text) {
+    if (text.empty()) {
+        return true;
+    }
+    try {
+        read_options(text);
+    } catch (const std::exception & err) {
+        LOG_ERR("--kv-policy %s: %s\n", text.c_str(), err.what());
+        return false;
+    }
+    return refreekv_next_context(&g_params) == REFREEKV_OK; // which logs what is wrong
+}
+
+// turns
+
+static bool has_policy(llama_context * ctx) {
+    return refreekv_pruned_pos(ctx, 0) >= -1;
+}
+
+// whether a prompt needs back what was evicted: not where the cache goes on attending to it by codes
+static bool restores(llama_context * ctx) {
+    refreekv_stats stats = {};
+    refreekv_get_stats(ctx, &stats, nullptr, 0);
+
+    return g_evicted == evicted::RESTORE || (g_evicted == evicted::KEEP && stats.bytes_codes == 0);
+}
+
+static void forget_figures(llama_seq_id seq_id);
+
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts, const common_chat_msg_spans & messages) {
+    if (!has_policy(ctx)) {
+        return n_past;
+    }
+    auto *     mem    = llama_get_memory(ctx);
+    const bool pruned = refreekv_pruned_pos(ctx, seq_id) >= 0;
+
+    if (pruned && g_evicted == evicted::RECOMPUTE) {
+        n_past = p_past = 0;
+    }
+    if (!pruned || g_evicted != evicted::DROP) {
+        const int32_t n_usable = refreekv_usable_prefix(ctx, seq_id, n_past, n_prompt);
+        if (n_usable >= 0 && n_usable < n_past) {
+            // a memory that has lost the beginning, such as layers with a window, cannot go back
+            n_past = p_past = in_parts && llama_memory_seq_pos_min(mem, seq_id) == 0 ? n_usable : 0;
+        }
+    }
+    if (!llama_memory_seq_rm(mem, seq_id, p_past, -1) || (pruned && n_past > 0 && restores(ctx) && refreekv_restore(ctx, seq_id) < 0)) {
+        LOG_INF("slot %d: what was evicted cannot be had back, the prompt is read from its start\n", seq_id);
+        llama_memory_seq_rm(mem, seq_id, -1, -1);
+        n_past = 0;
+    }
+
+    if (g_protect_system) {
+        for (const auto & span : messages.spans) {
+            if (span.role == COMMON_CHAT_ROLE_SYSTEM) {
+                refreekv_protect(ctx, seq_id, span.pos, span.pos + span.len);
+            }
+        }
+    }
+    for (const auto & [start, end] : g_protect) {
+        refreekv_protect(ctx, seq_id, start, end);
+    }
+    refreekv_prompt(ctx, seq_id, n_prompt - n_past);
+    forget_figures(seq_id);
+
+    return n_past;
+}
+
+void end_turn(llama_context * ctx, llama_seq_id seq_id) {
+    if (!has_policy(ctx)) {
+        return;
+    }
+    if (refreekv_is_due(ctx, seq_id) > 0 && g_params.policy != REFREEKV_POLICY_ELASTIC) {
+        refreekv_prune(ctx, seq_id);
+    }
+    refreekv_prompt(ctx, seq_id, -1); // one that was given up
+    note_decoded(ctx);
+}
+
+bool make_room(llama_context * ctx) {
+    if (!has_policy(ctx) || g_params.memory_limit == 0 || g_params.policy == REFREEKV_POLICY_ELASTIC) {
+        return false;
+    }
+    bool res = false;
+    for (llama_seq_id s = 0; s < (llama_seq_id) llama_n_seq_max(ctx); ++s) {
+        if (llama_memory_seq_pos_max(llama_get_memory(ctx), s) > refreekv_pruned_pos(ctx, s)) {
+            res |= refreekv_prune(ctx, s) > 0;
+        }
+    }
+    return res;
+}
+
+// figures
+
+struct sequence {
+    llama_pos            pos_max  = -1;
+    llama_pos            pruned   = -1;
+    llama_pos            noted_at = -1; // its last position when `kept` was written down; each token since is in all layers
+    std::vector<int32_t> kept;          // [n_layers]
+    double               prune_ms = 0.0;
+};
+
+struct figures {
+    refreekv_stats                   stats = {};
+    std::vector<refreekv_layer_info> layers; // empty: no policy
+    std::vector<sequence>            seqs;   // [n_seq_max]
+};
+
+static std::mutex g_mutex;
+static figures    g_figures;
+
+static void forget_figures(llama_seq_id seq_id) {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    if (seq_id < (llama_seq_id) g_figures.seqs.size()) {
+        g_figures.seqs[seq_id] = {};
+    }
+}
+
+void note_decoded(llama_context * ctx) {
+    if (!has_policy(ctx)) {
+        return;
+    }
+    std::lock_guard<std::mutex> lock(g_mutex);
+    auto & f = g_figures;
+
+    const int64_t prune_us = f.stats.prune_us;
+
+    f.layers.resize(std::max(0, refreekv_get_stats(ctx, &f.stats, nullptr, 0)));
+    refreekv_get_stats(ctx, &f.stats, f.layers.data(), f.layers.size());
+    f.seqs.resize(llama_n_seq_max(ctx));
+
+    std::vector<sequence *> pruned; // since the batch before
+    for (llama_seq_id s = 0; s < (llama_seq_id) f.seqs.size(); ++s) {
+        auto & seq = f.seqs[s];
+
+        const llama_pos pos = refreekv_pruned_pos(ctx, s);
+        if (pos > seq.pruned) {
+            pruned.push_back(&seq);
+        }
+        const llama_pos pos_max = llama_memory_seq_pos_max(llama_get_memory(ctx), s);
+        if (pos != seq.pruned || seq.kept.empty() || pos_max < seq.noted_at) {
+            seq.kept.resize(f.layers.size());
+            for (size_t i = 0; i < f.layers.size(); ++i) {
+                seq.kept[i] = refreekv_get_kept(ctx, s, i, nullptr, 0);
+            }
+            seq.noted_at = pos_max;
+        }
+        seq.pruned  = pos;
+        seq.pos_max = pos_max;
+    }
+    for (auto * seq : pruned) {
+        seq->prune_ms += (f.stats.prune_us - prune_us)/1000.0/pruned.size();
+    }
+}
+
+// of a layer, now
+static int32_t n_kept(const sequence & seq, size_t i_layer) {
+    return seq.kept[i_layer] + seq.pos_max - seq.noted_at;
+}
+
+static receipt make_receipt(const figures & f, llama_seq_id seq_id) {
+    receipt res;
+
+    if (f.layers.empty() || seq_id >= (llama_seq_id) f.seqs.size() || f.seqs[seq_id].kept.size() != f.layers.size()) {
+        return res;
+    }
+    const auto & seq = f.seqs[seq_id];
+
+    int64_t n_cells = 0;
+    res.n_tokens = seq.pos_max + 1;
+    res.prune_ms = seq.prune_ms;
+    for (size_t i = 0; i < f.layers.size(); ++i) {
+        n_cells        += n_kept(seq, i);
+        res.bytes_kept += n_kept(seq, i)*f.layers[i].row_bytes;
+        res.bytes_full += res.n_tokens*f.layers[i].row_bytes;
+    }
+    res.cells_kept = n_cells/f.layers.size();
+
+    return res;
+}
+
+receipt get_receipt(llama_seq_id seq_id) {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    return make_receipt(g_figures, seq_id);
+}
+
+static common_json to_json(const receipt & r) {
+    return {
+        { "n_tokens",   r.n_tokens   },
+        { "cells_kept", r.cells_kept },
+        { "bytes_kept", r.bytes_kept },
+        { "bytes_full", r.bytes_full },
+        { "prune_ms",   r.prune_ms   },
+    };
+}
+
+void receipt::add_to(common_json & json) const {
+    if (n_tokens >= 0) {
+        json["kv"] = to_json(*this);
+    }
+}
+
+void add_to_slot(common_json & json, llama_seq_id seq_id) {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    const auto r = make_receipt(g_figures, seq_id);
+    if (r.n_tokens < 0) {
+        return;
+    }
+    auto kv     = to_json(r);
+    auto layers = common_json::array();
+    for (size_t i = 0; i < g_figures.layers.size(); ++i) {
+        const int32_t n = n_kept(g_figures.seqs[seq_id], i);
+
+        layers.push_back({
+            { "layer",        g_figures.layers[i].il },
+            { "cells_kept",   n },
+            { "cells_evicted", r.n_tokens - n },
+        });
+    }
+    kv["layers"] = layers;
+    json["kv"] = kv;
+}
+
+std::vector<metric> get_counters() {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    const auto & s = g_figures.stats;
+    if (g_figures.layers.empty()) {
+        return {};
+    }
+    return {
+        { "kv_prunes_total",          "Prunings of the KV cache",                             (double) s.n_prunes   },
+        { "kv_prune_seconds_total",   "Time spent pruning the KV cache",                      s.prune_us/1e6        },
+        { "kv_restores_total",        "Times that evicted rows were brought back",            (double) s.n_restores },
+        { "kv_restore_seconds_total", "Time spent bringing them back",                        s.restore_us/1e6      },
+        { "kv_rows_read_total",       "Evicted rows that decoding read from the cold store",  (double) s.n_rows_read },
+        { "kv_turns_failed_total",    "Prunings that were due and failed",                    (double) s.n_turns_failed },
+    };
+}
+
+std::vector<metric> get_gauges() {
+    std::lock_guard<std::mutex> lock(g_mutex);
+
+    const auto & s = g_figures.stats;
+    if (g_figures.layers.empty()) {
+        return {};
+    }
+    return {
+        { "kv_tokens",      "Tokens in the KV cache, all slots",                        (double) s.n_tokens    },
+        { "kv_bytes",       "K and V in memory, as allocated",                          (double) s.bytes       },
+        { "kv_bytes_full",  "What the full KV cache of these tokens would take",        (double) s.bytes_full  },
+        { "kv_bytes_codes", "Codes of evicted rows",                                    (double) s.bytes_codes },
+        { "kv_bytes_cold",  "Evicted rows in the cold store",                           (double) s.bytes_cold  },
+    };
+}
+
+} // namespace refreekv::server

@@ -1,0 +1,69 @@
+#pragma once
+
+#include "refreekv.h"
+
+#include "json.h"
+
+#include <string>
+#include <vector>
+
+// What the patched sources of llama-server call (patches/0009-server.patch). It is part of that program, not of the library, and knows the
+// cache by its C API alone. All of it belongs to the one context that the server generates with.
+//
+// But for the receipts, which are snapshots that any thread may read, the thread of the server's main loop calls it, and never while a
+// batch is being decoded.
+
+struct common_chat_msg_spans;
+
+namespace refreekv::server {
+
+// The policy of the context that is created next, from the text of --kv-policy: a JSON object with fields of refreekv_params by their
+// names, and two of the server's own:
+//
+//   evicted: "keep", "restore", "recompute" or "drop", as kv_evicted of Llama
+//   protect: "system", or a list of [start, end] positions
+//
+// "": none is set, which leaves it to the environment. False after logging what is wrong
+bool set_policy(const std::string & text);
+
+// A prompt of n_prompt tokens is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what
+// lies behind, brings back what was evicted of the rest where the next prompt needs it, and announces the prompt. Returns how many tokens
+// of the sequence are left: n_past, or fewer where they have to be read again. in_parts: tokens and positions are the same, so that it can
+// be any number of them
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts, const common_chat_msg_spans & messages);
+
+// the slot is done with its request, or was told to stop: a pruning that is due is done now
+void end_turn(llama_context * ctx, llama_seq_id seq_id);
+
+// A batch found no room. With a memory_limit, sequences are pruned as far as they were read. Whether that gave back any
+bool make_room(llama_context * ctx);
+
+// after each batch: takes the snapshot
+void note_decoded(llama_context * ctx);
+
+// of one request
+struct receipt {
+    int32_t  n_tokens   = -1; // of the slot's sequence; -1: the context has no policy
+    int32_t  cells_kept =  0; // of it in the cache, the mean of the layers
+    uint64_t bytes_kept =  0; // what they take
+    uint64_t bytes_full =  0; // what all of them would take
+    double   prune_ms   =  0.0;
+
+    void add_to(common_json & json) const;
+};
+
+receipt get_receipt(llama_seq_id seq_id);
+
+// the same and what each layer holds, for /slots
+void add_to_slot(common_json & json, llama_seq_id seq_id);
+
+// the whole cache, for /metrics
+struct metric {
+    std::string name;
+    std::string description;
+    double      value;
+};
+std::vector<metric> get_counters();
+std::vector<metric> get_gauges();
+
+} // namespace refreekv::server
