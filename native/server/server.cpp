@@ -8,6 +8,14 @@
 #include <mutex>
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <unistd.h>
+
+#include <fstream>
+#elif defined(__APPLE__)
+#include <mach/mach.h>
+#endif
+
 namespace refreekv::server {
 
 // options
@@ -327,6 +335,26 @@ std::vector<metric> get_counters() {
     };
 }
 
+// of memory, in this process now; 0: the platform does not say
+static double resident_bytes() {
+#if defined(__linux__)
+    std::ifstream statm("/proc/self/statm");
+
+    int64_t n_pages = 0;
+    int64_t n_resident = 0;
+    if (statm >> n_pages >> n_resident) {
+        return (double) n_resident*sysconf(_SC_PAGESIZE);
+    }
+#elif defined(__APPLE__)
+    mach_task_basic_info info;
+    mach_msg_type_number_t n = MACH_TASK_BASIC_INFO_COUNT;
+    if (task_info(mach_task_self(), MACH_TASK_BASIC_INFO, (task_info_t) &info, &n) == KERN_SUCCESS) {
+        return (double) info.resident_size;
+    }
+#endif
+    return 0.0;
+}
+
 std::vector<metric> get_gauges() {
     std::lock_guard<std::mutex> lock(g_mutex);
 
@@ -340,6 +368,7 @@ std::vector<metric> get_gauges() {
         { "kv_bytes_full",  "What the full KV cache of these tokens would take",        (double) s.bytes_full  },
         { "kv_bytes_codes", "Codes of evicted rows",                                    (double) s.bytes_codes },
         { "kv_bytes_cold",  "Evicted rows in the cold store",                           (double) s.bytes_cold  },
+        { "process_resident_bytes", "Memory of this process, resident now",             resident_bytes()       },
     };
 }
 

@@ -57,6 +57,9 @@ receipt get_receipt(llama_seq_id seq_id);
 // the same and what each layer holds, for /slots
 void add_to_slot(common_json & json, llama_seq_id seq_id);
 
+// native/server/cache.html: draws what /slots and /metrics say
+std::string page();
+
 // the whole cache, for /metrics
 struct metric {
     std::string name;
