@@ -86,25 +86,25 @@ class Checkpoints:
         ctx: a llama_context of llama_cpp.
         seq_id: the sequence.
         swa_full: layers with a window have room for the whole context, as the context was made.
-        folder: of files for them; None: they are in memory.
 
     Attributes:
         is_hybrid: there are recurrent layers.
+        folder: of files for them; None: they are in memory.
     """
 
-    def __init__(self, ctx: Any, seq_id: int, *, swa_full: bool, folder: Path | None) -> None:
+    def __init__(self, ctx: Any, seq_id: int, *, swa_full: bool) -> None:
         model = llama_cpp.llama_get_model(ctx)
         self._ctx = ctx
         self._seq_id = seq_id
-        self._folder = folder
+        self.folder: Path | None = None
         self.is_hybrid = bool(llama_cpp.llama_model_is_hybrid(model))
         self._n_swa = 0 if swa_full else int(llama_cpp.llama_model_n_swa(model))
         self._all: list[_Checkpoint] = []  # the one that was made or used last is the last one
 
     @property
     def are_needed(self) -> bool:
-        """Whether there are layers whose cache cannot be cut at any position."""
-        return self.is_hybrid or self._n_swa > 0
+        """Whether there are layers whose cache cannot be cut at any position. A vocabulary alone has no layers."""
+        return bool(llama_cpp.llama_get_memory(self._ctx)) and (self.is_hybrid or self._n_swa > 0)
 
     @property
     def n_bytes(self) -> int:
@@ -160,7 +160,7 @@ class Checkpoints:
         data = (ctypes.c_uint8 * size)()
         n_written = llama_cpp.llama_state_seq_get_data_ext(self._ctx, data, size, self._seq_id, _PARTIAL)
         if n_written:
-            self._all = [*self._all, _Checkpoint(read.copy(), memoryview(data)[:n_written], self._folder)]
+            self._all = [*self._all, _Checkpoint(read.copy(), memoryview(data)[:n_written], self.folder)]
             self._trim(read)
 
     def forget_read_again(self, read: Tokens, n_before: int) -> None:

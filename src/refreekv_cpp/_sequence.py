@@ -52,12 +52,10 @@ class PrunedSequence(Lifetime):
 
     def _make_checkpoints(self) -> None:
         """After the model has been loaded."""
-        if not self._kv.evicts:
-            return
-        folder = self._kv.cold_folder() if self.kv_stats.cold == "file" else None
-        checkpoints = Checkpoints(self.ctx, _SEQ_ID, swa_full=self.context_params.swa_full, folder=folder)
-        if checkpoints.are_needed:
+        checkpoints = Checkpoints(self.ctx, _SEQ_ID, swa_full=self.context_params.swa_full)
+        if self._kv.evicts and checkpoints.are_needed:
             self._checkpoints = checkpoints
+            checkpoints.folder = self._kv.cold_folder() if self.kv_stats.cold == "file" else None
 
     @property
     def kv_stats(self) -> KVStats:

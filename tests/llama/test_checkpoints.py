@@ -240,3 +240,8 @@ def test_a_full_disk_and_a_file_that_cannot_be_read(
 
 def no_room(**_: Any) -> None:
     raise OSError(errno.ENOSPC, "no space left on device")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_vocabulary_alone_needs_none(tiny: Tiny, name: str) -> None:
+    assert opened(tiny(name), vocab_only=True).n_vocab() > 0

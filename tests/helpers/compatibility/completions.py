@@ -10,6 +10,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support import feed, logits
+from tiny import random_tokens
 from tiny_lora import merge_lora, write_lora
 
 from compatibility.check import PROMPT, TEXT, Refused, Run, check, printable
@@ -85,6 +86,20 @@ def second_turn(run: Run) -> None:
         llm.create_chat_completion(history, **options)["choices"]
         == (fresh.create_chat_completion(history, **options)["choices"])
     )
+
+
+def register_going_back(what: str, model: str) -> None:
+    @check(f"an answer once more, another end of the prompt ({what})")
+    def going_back(run: Run) -> None:
+        options = {**GREEDY, "logits_processor": printable()}
+        llm = run.load(model, kv_evicted="restore")
+        for prompt in (PROMPT, PROMPT, [*PROMPT[:650], *random_tokens(90, seed=1)[1:]]):
+            fresh = run.load(model, kv_evicted="restore")
+            assert llm(prompt, **options)["choices"] == fresh(prompt, **options)["choices"]
+
+
+for what, model in (("hybrid", "jamba (hybrid)"), ("sliding window", "gemma3 (sliding window)")):
+    register_going_back(what, model)
 
 
 @check("streaming, completion and chat")
