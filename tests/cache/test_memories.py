@@ -113,7 +113,7 @@ def test_a_copy_without_room_leaves_the_target_empty_everywhere(tiny: Tiny, name
     assert "no room for a copy" in native.last_error()
     assert llama_cpp.llama_memory_seq_pos_max(sequences.memory, 1) == -1
     expected = Sequences(tiny(name), POLICY, kv_unified=False).read(1, MORE)
-    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=1e-4)
+    np.testing.assert_allclose(sequences.read(1, MORE), expected, atol=5e-4)
 
 
 @pytest.mark.parametrize("name", COMPOSITE)

@@ -51,7 +51,7 @@ def error(actual: Logits, expected: Logits) -> float:
 
 
 def usual_error(actual: Logits, expected: Logits) -> float:
-    """... of the median token: Gemma 4 and 3n do not scale their logits, and may make a thousandth of a millionth."""
+    """... of the median token."""
     return float(np.median(np.abs(actual - expected).max(axis=1)) / expected.std())
 
 
@@ -81,8 +81,10 @@ def test_what_is_evicted_is_what_is_masked(tiny: Tiny, name: str, flash_attn: bo
         logits.append(feed(llm, MORE))
     moved, masked = logits
     # in f16, which is what flash attention adds up in, by cell
-    assert usual_error(moved, masked) < (1e-2 if options["flash_attn"] else 1e-5)
-    assert error(moved, masked) < (5e-2 if options["flash_attn"] else 5e-3)
+    # 30 layers with a GELU from a table in f16 make thousandths of the rounding of sums
+    usual, most = (1e-2, 5e-2) if options["flash_attn"] else (2e-3, 1e-2) if name == SHARED_3N else (1e-5, 5e-4)
+    assert usual_error(moved, masked) < usual
+    assert error(moved, masked) < most
     whole = load(tiny(name), "full", **options)
     whole.eval(PROMPT)
     assert error(feed(whole, MORE), masked) > (0.05 if name != GROK else 2e-3)

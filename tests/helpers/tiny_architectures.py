@@ -56,14 +56,14 @@ _GEMMA4 = {
     "attention.value_length_swa": _N_EMBD // _N_HEAD,
     "embedding_length_per_layer_input": 0,
 }
-# layers 5 and 7 read what layer 3 has stored, 4 and 6 what layer 2 has
+# Layers 5 and 7 read what layer 3 has stored, 4 and 6 what layer 2 has. Without an input per layer, which has nothing to
+# do with the cache, and whose GELU (from a table, in f16) makes thousandths of the rounding of sums.
 _GEMMA4_E2B = {
     **_WINDOW,
     **_GEMMA4,
     "block_count": 8,
     "attention.sliding_window_pattern": [True, False] * 4,
     "attention.shared_kv_layers": 4,
-    "embedding_length_per_layer_input": 16,
 }
 # llama.cpp has it that the first 20 layers store K and V, and that every fifth layer has no window
 _GEMMA3N = {
@@ -91,7 +91,8 @@ class Architecture:
         keys: metadata, without the architecture's prefix.
         rope_factors: it needs factors of RoPE's frequencies.
         shapes: of its tensors, by name; llama.cpp is not asked then.
-        unscaled: it does not divide attention logits by the root of the head size, so the norm of its queries is small.
+        calm: what the norm of its queries is divided by. Some models do not divide attention logits by the root of the
+            head size, and with random weights such logits make much of little.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Architecture:
     keys: Mapping[str, Any] = field(default_factory=dict)
     rope_factors: bool = False
     shapes: Mapping[str, tuple[int, ...]] | None = None
-    unscaled: bool = False
+    calm: float = 1
 
     @property
     def title(self) -> str:
@@ -112,8 +113,8 @@ class Architecture:
         shapes = self.shapes or self._shapes(metadata)
         weights = {name: _weights(name, shape, rng) for name, shape in shapes.items()}
         for name in weights:
-            if self.unscaled and "attn_q_norm" in name:
-                weights[name] /= 4
+            if "attn_q_norm" in name:
+                weights[name] /= np.float32(self.calm)
         self._write(path, weights)
         metadata.unlink()
 
@@ -232,9 +233,9 @@ _LIST = [
     Architecture("gemma3", "without a window"),
     Architecture("gemma3", "sliding window", {**_WINDOW, "block_count": 6}),
     Architecture("gemma3", "all of it sliding window", _WINDOW),
-    Architecture("gemma4", "sliding window", {**_WINDOW, **_GEMMA4}, rope_factors=True, unscaled=True),
-    Architecture("gemma4", "E2B: layers that share K and V", _GEMMA4_E2B, rope_factors=True, unscaled=True),
-    Architecture("gemma3n", "layers that share K and V", _GEMMA3N, unscaled=True),
+    Architecture("gemma4", "sliding window", {**_WINDOW, **_GEMMA4}, rope_factors=True, calm=4),
+    Architecture("gemma4", "E2B: layers that share K and V", _GEMMA4_E2B, rope_factors=True, calm=4),
+    Architecture("gemma3n", "layers that share K and V", _GEMMA3N, calm=4),
     Architecture("phi2"),
     Architecture("phi3"),
     Architecture("gpt2", "learned positions", {"attention.head_count_kv": _N_HEAD}),

@@ -47,7 +47,7 @@ the cache that grows and evicts nothing (`kv_elastic=True`), and `refreekv` the 
 `python tests/tools/write_compatibility.py architectures` wrote this section.
 
 `yes` for `elastic`: the logits are those of `full`, bit for bit. `yes` for `refreekv`: after an eviction they are those
-of the whole cache with the evicted cells masked, and with all evicted rows read exactly they are those of `full`, about.
+of the whole cache with the evicted cells masked; with all evicted rows read exactly they are those of `full`, about.
 `full only`: refused by name before a context is made; `kv_policy="full"` runs it. `not tried`: there is no tiny model.
 
 """
