@@ -36,7 +36,9 @@ PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
 # what the build reads of vendor/llama.cpp
 NEEDED = [
     *("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "scripts/ui-assets.cmake", "src"),
-    *("tools/mtmd", "tools/server", "tools/ui", "vendor"),
+    *("tools/mtmd", "tools/server", "vendor"),
+    # the server has no page, but a list of its files all the same
+    *(f"tools/ui/{name}" for name in ("CMakeLists.txt", "sources.cmake", "ui.cpp.in", "ui.h.in")),
 ]
 NEEDED_BY_TESTS = ["tests"]
 
