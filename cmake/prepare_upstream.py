@@ -1,6 +1,6 @@
 """Brings the pinned llama-cpp-python into the build: download, verify, unpack, patch.
 
-    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests] [--bundle]
+    prepare_upstream.py OUT [--source DIR] [--downloads DIR] [--stock] [--tests] [--ui] [--bundle]
 
 OUT/llama.cpp becomes the patched llama.cpp, OUT/python/llama_cpp the Python package without its native part, and
 OUT/licenses has the licence texts. Files that have not changed keep their time stamps, so that a changed patch rebuilds
@@ -8,7 +8,7 @@ what it touches and nothing else.
 
 --source names an unpacked llama-cpp-python sdist, or a folder that --bundle wrote, to use in place of a download. It is
 only read, and gets the same patches. --stock applies just NNNN-fix-*.patch: upstream but for mended bugs. --tests
-brings upstream's tests and what they are built with, too. --bundle writes to OUT what a build reads, and patches
+brings upstream's tests and what they are built with, too, --ui the sources of the server's page. --bundle writes to OUT what a build reads, and patches
 nothing: our own sdist carries that, so that it builds without a download. Anything unexpected ends the build.
 """
 
@@ -36,9 +36,12 @@ PATCHES = sorted((PIN_FILE.parent / "patches").glob("*.patch"))
 # what the build reads of vendor/llama.cpp
 NEEDED = [
     *("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "scripts/ui-assets.cmake", "src"),
-    *("tools/mtmd", "tools/server", "tools/ui", "vendor"),
+    *("tools/mtmd", "tools/server", "vendor"),
+    # without the page's sources (--ui) the server has an empty list of its files
+    *(f"tools/ui/{name}" for name in ("CMakeLists.txt", "sources.cmake", "ui.cpp.in", "ui.h.in")),
 ]
 NEEDED_BY_TESTS = ["tests"]
+NEEDED_BY_UI = ["tools/ui"]
 
 # and of the rest of the sdist
 PYTHON = ["llama_cpp", "LICENSE.md", "PKG-INFO"]
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--tests", action="store_true")
+    parser.add_argument("--ui", action="store_true")
     parser.add_argument("--bundle", action="store_true")
     args = parser.parse_args()
 
@@ -144,7 +148,8 @@ def main() -> None:
             return
 
         copy(source, PYTHON, new / "python")
-        copy(source / "vendor" / "llama.cpp", NEEDED + (NEEDED_BY_TESTS if args.tests else []), new / "llama.cpp")
+        more = [*(NEEDED_BY_TESTS if args.tests else []), *(NEEDED_BY_UI if args.ui else [])]
+        copy(source / "vendor" / "llama.cpp", NEEDED + more, new / "llama.cpp")
         patches = [path for path in PATCHES if "-fix-" in path.name or not args.stock]
         apply_patches(new / "llama.cpp", patches)
         collect(source, new / "licenses")

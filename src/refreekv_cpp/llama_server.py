@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+
 from refreekv_cpp import native
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._llama_cpp import library_dir
@@ -83,6 +85,8 @@ def arguments(
     kv = KVOptions.of(**{name: options.pop(name) for name in OPTIONS if name in options})
     n_ctx = options.pop("n_ctx")
     flash_attn = options.pop("flash_attn", "auto")
+    if not llama_cpp.llama_supports_gpu_offload():
+        options.pop("n_gpu_layers", None)  # it would warn
     line = ["--model", str(model), "--host", host, "--port", str(port)]
     # slots share the cells of one cache, so that a batch may have tokens of several; each may have n_ctx of them
     line += ["--parallel", str(slots), "--kv-unified", "--ctx-size", str(n_ctx * slots)]

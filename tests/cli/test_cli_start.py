@@ -68,7 +68,7 @@ def test_every_command_starts_without_extras(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("args", "extra"),
-    [(["bench", "none.gguf"], b"[lab]"), (["serve", "--help"], b"[server]"), (["serve"], b"[server]")],
+    [(["bench", "none.gguf"], b"[lab]"), (["serve", "--python", "--help"], b"[server]")],
     ids=str,
 )
 def test_a_command_that_needs_an_extra_names_it(args: list[str], extra: bytes) -> None:

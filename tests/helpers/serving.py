@@ -54,7 +54,7 @@ def serving(*args: str | Path, env: dict[str, str] | None = None) -> Iterator[op
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
             deadline = time.monotonic() + 60
             while True:
-                with contextlib.suppress(openai.APIConnectionError):
+                with contextlib.suppress(openai.APIConnectionError, openai.InternalServerError):  # 503: it is loading
                     client.models.list()
                     break
                 assert process.poll() is None, "the server ended"

@@ -21,7 +21,7 @@ def test_conversations_do_not_destroy_each_other(tiny_model: Path, tmp_path: Pat
         user("y" * 700),
         user("A title for z z z z z z z z z z z z z z z z z z z z"),
     ]
-    with serving("--config_file", write_config(tmp_path, models), env=env) as client:
+    with serving("--python", "--config_file", write_config(tmp_path, models), env=env) as client:
         for turn in range(3):
             for talk in talks:
                 answer = client.chat.completions.create(model="any", messages=talk, **OPTIONS)

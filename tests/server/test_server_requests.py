@@ -36,7 +36,7 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         {**common, "model_alias": "tools", "chat_format": "chatml-function-calling"},
         {**common, "model_alias": "embeddings", "embedding": True},
     ]
-    with serving("--config_file", write_config(tmp_path_factory.mktemp("server"), models, api_key="secret")) as client:
+    with serving("--python", "--config_file", write_config(tmp_path_factory.mktemp("server"), models, api_key="secret")) as client:
         yield client
 
 
@@ -279,7 +279,7 @@ def test_tools_of_all_kinds(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("setting", ["logits_all=true", "draft_model=prompt-lookup-decoding"])
 def test_logprobs_and_drafts_to_the_end_of_the_context(tiny_model: Path, setting: str) -> None:
     options = ["--n-ctx", "1024", "--threads", "1", "--verbose", "false", "--option", setting]
-    with serving(tiny_model, *options) as client:
+    with serving("--python", tiny_model, *options) as client:
         request = {"model": "x", "prompt": "x" * 900, "max_tokens": 400, "logprobs": 2}
         answer = client.completions.create(**request)
         assert answer.choices[0].finish_reason in ("length", "stop")
@@ -298,7 +298,7 @@ def test_an_answer_ends_with_the_context(client: openai.OpenAI) -> None:
 
 
 def test_a_vocabulary_answers_nothing(tiny_model: Path) -> None:
-    with serving(tiny_model, "--option", "vocab_only=true", "--verbose", "false") as client:
+    with serving("--python", tiny_model, "--option", "vocab_only=true", "--verbose", "false") as client:
         for path, body in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": user("x"), "stream": True})):
             assert_refused(client, path, body, None, "vocab_only")
         assert send(client, "/extras/tokenize", {"input": "x"})[0] == 200
@@ -308,7 +308,7 @@ def test_images(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     projector = tmp_path / "projector.gguf"
     write_projector(projector, LLAVA.kind, N_EMBD)
     options = ["--chat-format", "llava-1-5", "--clip-model-path", projector, "--threads", "1", "--verbose", "false"]
-    with serving(tiny(LLAVA.model), "--n-ctx", "2048", *options) as client:
+    with serving("--python", tiny(LLAVA.model), "--n-ctx", "2048", *options) as client:
         messages = ask(random_png(160, 96))
         answer = client.chat.completions.create(model="x", messages=messages, **OPTIONS)
         assert answer.usage.prompt_tokens > 30

@@ -109,7 +109,7 @@ def server(
     options = ["--n_ctx", "8192", "--kv_library", str(library).lower(), "--verbose", "false"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(model, *options, env={**os.environ, VARIABLE: folder}) as client,
+        serving("--python", model, *options, env={**os.environ, VARIABLE: folder}) as client,
     ):
         for i in range(rounds):
             row = []

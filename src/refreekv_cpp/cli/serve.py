@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from refreekv_cpp import llama_server
+from refreekv_cpp import fit, llama_server
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import LoadOptions, takes_options
@@ -14,7 +15,7 @@ from refreekv_cpp.cli.serve_python import serve_python
 from refreekv_cpp.models import resolve
 
 # what a model cannot have a policy with
-_NO_CACHE = ("--embedding", "--embeddings", "--rerank", "--reranking")
+_NO_CACHE = ("--embedding", "--rerank")
 
 _python = typer.Typer()
 _python.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
@@ -56,8 +57,11 @@ def serve(
     """Serve a model over HTTP with OpenAI's API, to several clients at once: llama.cpp's own server, with a KV policy
     in each of its slots. All other options of llama-server can follow MODEL."""
     _check_others(context.args)
+    if any(arg.startswith(_NO_CACHE) for arg in context.args):
+        options = dataclasses.replace(options, kv_policy="full")
     load = {"n_ctx": 0} if options.n_ctx == "0" else {}
     path = resolve(model)
+    fit.check_model(path)
     line = llama_server.arguments(path, options.llama_options(path, **load), slots=slots, host=host, port=port)
     common.print_note(f"OpenAI's API is at http://{host}:{port}/v1 once the model is loaded; Ctrl-C ends it")
     raise typer.Exit(llama_server.run([*line, *context.args]))

@@ -1,0 +1,271 @@
+"""`refreekv serve`: llama.cpp's server with a cache that each of its slots prunes and restores by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from command import assert_one_error_line, refreekv
+from serving import free_port, send, serving
+from tiny import N_SPECIAL
+
+from refreekv_cpp import Llama, PythonPolicy, llama_server
+from refreekv_cpp.errors import PolicyError
+from refreekv_cpp.options import KVOptions
+
+QUICK = ["--n-ctx", "2048", "--threads", "1", "--log-verbosity", "1"]
+STREAMING = ["--kv-policy", "streaming"]
+PRINTABLE = [[N_SPECIAL + byte, False] for byte in (*range(32), *range(127, 256))] + [[2, False]]
+LONG = "".join(chr(97 + i * i % 26) for i in range(1500))
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model: Path) -> Iterator[openai.OpenAI]:
+    with serving(tiny_model, *QUICK, *STREAMING, "--api-key", "secret") as client:
+        yield client
+
+
+def answer(client: openai.OpenAI, prompt: str, *, n: int = 8, **options: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "n_predict": n, "temperature": 0, "logit_bias": PRINTABLE, **options}
+    status, text = send(client, "/completion", body)
+    assert status == 200, text
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def get(client: openai.OpenAI, path: str) -> str:
+    url = str(client.base_url).removesuffix("/v1/") + path
+    response = client._client.get(url, headers={"Authorization": "Bearer secret"})
+    return response.text
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_prunes_its_prompt_and_says_so(client: openai.OpenAI) -> None:
+    said = answer(client, LONG)
+    receipt = said["timings"]["kv"]
+    assert receipt.keys() == {"n_tokens", "cells_kept", "bytes_kept", "bytes_full", "prune_ms"}
+    assert receipt["n_tokens"] == said["tokens_evaluated"] + 8 - 1  # the last one is not read
+    assert 0.3 < receipt["cells_kept"] / receipt["n_tokens"] < 0.6
+    assert receipt["bytes_kept"] / receipt["bytes_full"] == pytest.approx(
+        receipt["cells_kept"] / receipt["n_tokens"], rel=0.01
+    )
+    assert receipt["prune_ms"] > 0
+
+    figures = dict(line.split() for line in get(client, "/metrics").splitlines() if line.startswith("llamacpp:kv_"))
+    assert float(figures["llamacpp:kv_prunes_total"]) >= 1
+    assert 0 < float(figures["llamacpp:kv_bytes"]) < float(figures["llamacpp:kv_bytes_full"])
+    assert float(figures["llamacpp:kv_turns_failed_total"]) == 0
+
+    slots = json.loads(get(client, "/slots"))
+    assert len(slots) == 4
+    [pruned] = [slot["kv"] for slot in slots if slot["kv"]["n_tokens"] > len(LONG)]
+    assert len(pruned["layers"]) == 4
+    for layer in pruned["layers"]:
+        assert layer["cells_kept"] + layer["cells_evicted"] == pruned["n_tokens"]
+
+    # short prompts are left whole: what was pruned before is none of this request's
+    receipt = answer(client, "x")["timings"]["kv"]
+    assert receipt["cells_kept"] == receipt["n_tokens"] < 20
+    assert receipt["prune_ms"] == 0
+
+
+def test_a_request_that_ends_with_its_first_token_is_pruned_too(tiny_model: Path) -> None:
+    with serving(tiny_model, *QUICK, *STREAMING) as client:
+        answer(client, LONG, n=1)
+        wait_until(lambda: not any(slot["is_processing"] for slot in json.loads(get(client, "/slots"))))
+        kept = [slot["kv"]["cells_kept"] for slot in json.loads(get(client, "/slots"))]
+        assert 0 < max(kept) < 1000
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "refreekv", "refreekv:theta=0"])
+def test_it_answers_as_llama_does(tiny_model: Path, policy: str) -> None:
+    llm = Llama(str(tiny_model), kv_policy=policy, n_ctx=2048, n_threads=1, verbose=False)
+    bias = {token: -100.0 for token, _ in PRINTABLE}
+    expected = llm.create_completion(LONG, max_tokens=32, temperature=0, logit_bias=bias)["choices"][0]["text"]
+    with serving(tiny_model, *QUICK, "--kv-policy", policy, "--no-flash-attn" if policy == "full" else "--flash-attn") as client:
+        assert answer(client, LONG, n=32)["content"] == expected
+
+
+def test_several_at_once_get_what_they_get_alone(client: openai.OpenAI) -> None:
+    prompts = [char + LONG[i:] for i, char in enumerate("abcdefgh")]
+    alone = [answer(client, prompt, n=32, cache_prompt=False)["content"] for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: answer(client, prompt, n=32, cache_prompt=False)["content"], prompts))
+    assert together == alone
+
+
+@pytest.mark.parametrize("policy", ["streaming", "refreekv"])
+@pytest.mark.parametrize(("evicted", "reads_again"), [("keep", False), ("restore", False), ("recompute", True), ("drop", False)])
+def test_the_next_turn_goes_on(tiny_model: Path, policy: str, evicted: str, reads_again: bool) -> None:
+    with serving(tiny_model, *QUICK, "--kv-policy", policy, "--kv-evicted", evicted) as client:
+        first = answer(client, LONG)
+        second = answer(client, LONG + first["content"] + "and?")
+        cached = second["timings"]["cache_n"]
+        assert cached == (0 if reads_again else first["tokens_evaluated"] + 8 - 1)
+        assert second["timings"]["kv"]["cells_kept"] < 1200
+        # another end of the same conversation: what a pruning has looked at is cut
+        other = answer(client, LONG[:1000] + "quite another end")
+        assert len(other["content"]) == 8
+        # the same prompt again
+        again = answer(client, LONG[:1000] + "quite another end")
+        assert len(again["content"]) == 8
+
+
+@pytest.mark.parametrize("policy", ["streaming", "refreekv:theta=0"])
+def test_what_comes_back_is_what_was_there(tiny_model: Path, policy: str) -> None:
+    """The second answer is that of a server that has read all of it at once."""
+    with serving(tiny_model, *QUICK, "--kv-policy", policy, "--kv-evicted", "restore") as client:
+        first = answer(client, LONG)
+        prompt = LONG + first["content"] + "and?"
+        second = answer(client, prompt)
+        assert second["timings"]["cache_n"] > 1000
+        assert second["content"] == answer(client, prompt, cache_prompt=False)["content"]
+
+
+def test_conversations_keep_their_slots(client: openai.OpenAI) -> None:
+    talks = ["x" * 900, "y" * 700, "A title for z z z z z z"]
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            said = answer(client, talk)
+            assert turn == 0 or said["timings"]["prompt_n"] < 60
+            talks[i] = talk + said["content"] + "And?"
+
+
+@pytest.mark.parametrize("evicted", ["keep", "drop"])
+def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: Path, evicted: str) -> None:
+    options = ["--slots", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
+    with serving(tiny_model, *QUICK, *options) as client:
+        first = answer(client, LONG)
+        answer(client, "z" * 1000)
+        second = answer(client, LONG + first["content"] + "and?")
+        assert second["timings"]["cache_n"] == first["tokens_evaluated"] + 8 - 1
+        assert second["timings"]["kv"]["cells_kept"] < 1200
+
+
+def test_a_longer_prompt_than_the_limit_is_pruned_while_it_is_read(tiny_model: Path) -> None:
+    limit = ["--kv-memory-limit", "400KiB", "--slots", "2"]
+    with serving(tiny_model, *QUICK, *STREAMING, *limit, "--batch-size", "256") as client:
+        said = answer(client, LONG)
+        assert said["timings"]["prompt_n"] == said["tokens_evaluated"]
+        assert len(said["content"]) == 8
+        assert float(get(client, "/metrics").split("kv_prunes_total ")[-1].split()[0]) > 1
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "part"),
+    [
+        ("/v1/completions", {"prompt": "x" * 3000}, "exceeds the available context size"),
+        ("/v1/completions", {"prompt": "x", "grammar": "root ::= ("}, "grammar"),
+        ("/v1/completions", b"{", "parse error"),
+        ("/v1/chat/completions", {"messages": "x"}, "messages"),
+    ],
+    ids=["too long", "grammar", "no json", "messages"],
+)
+def test_a_request_that_is_not_valid_is_400(client: openai.OpenAI, path: str, body: Any, part: str) -> None:
+    status, text = send(client, path, body)
+    assert status == 400, text
+    assert part in json.loads(text)["error"]["message"]
+    assert len(answer(client, "x")["content"]) == 8
+
+
+def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
+    status, _ = send(client, "/v1/completions", {"prompt": "x"}, key="wrong")
+    assert status == 401
+
+
+@pytest.mark.parametrize("n_read", [0, 1])
+def test_a_client_that_leaves_frees_its_slot(tiny_model: Path, n_read: int) -> None:
+    with serving(tiny_model, *QUICK, *STREAMING, "--slots", "1") as client:
+        body = {"prompt": LONG, "n_predict": 100000, "ignore_eos": True, "stream": True, "temperature": 0}
+        request = json.dumps(body).encode()
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+            head = f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(request)}\r\n\r\n"
+            connection.sendall(head.encode() + request)
+            for _ in range(n_read):
+                connection.recv(1000)
+        assert len(answer(client, "x")["content"]) == 8
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_with_ctrl_c(tiny_model: Path) -> None:
+    port = str(free_port())
+    code = "from refreekv_cpp.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(tiny_model), *QUICK, "--port", port, "--gpu-layers", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert f"http://127.0.0.1:{port}/v1" in process.stderr.readline()
+    with contextlib.suppress(openai.APIConnectionError):
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=8).models.list()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    process.stderr.close()
+
+
+def test_a_model_that_cannot_be_loaded_is_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "no.gguf").write_text("no")
+    assert refreekv("serve", tmp_path / "no.gguf", "--gpu-layers", "0", "--n-ctx", "512").exit_code == 2
+
+
+def test_what_cannot_be_served_is_one_line(tiny_model: Path) -> None:
+    assert_one_error_line(refreekv("serve", tiny_model, "--config_file", "x.yaml"), "--python", "--models-preset")
+    assert_one_error_line(refreekv("serve", tiny_model, "--kv_library", "true"), "--python")
+    assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", "x"), "--python")
+    assert_one_error_line(refreekv("serve", tiny_model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
+    quiet = ["--gpu-layers", "0", "--n-ctx", "512"]
+    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "--option", "logits_all=true"), "llama-server --help")
+    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "--option", "kv_library=true"), "--python")
+
+
+class OnlyLast(PythonPolicy):
+    def select(self, attention: Any, positions: Any, layer: int) -> Any:
+        return positions == positions[-1]
+
+
+def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
+    options = {
+        "n_ctx": 512,
+        "n_threads": 2,
+        "n_gpu_layers": 0,
+        "type_k": 8,
+        "kv_policy": "refreekv:theta=0.01",
+        "kv_protect": "system",
+        "kv_cold": "memory",
+    }
+    line = llama_server.arguments(tiny_model, options, slots=3, host="h", port=1)
+    pairs = dict(zip(line, line[1:], strict=False))
+    assert pairs["--ctx-size"] == "1536"
+    assert pairs["--kv-unified-per-slot"] == "512"
+    assert pairs["--cache-type-k"] == "q8_0"
+    assert pairs["--flash-attn"] == "on"
+    policy = json.loads(pairs["--kv-policy"])
+    assert policy["theta"] == pytest.approx(0.01)
+    assert (policy["evicted"], policy["protect"], "cold_dir" in policy) == ("keep", "system", False)
+
+    assert llama_server.policy_text(KVOptions.of(kv_policy="full")) is None
+    with pytest.raises(PolicyError, match="OnlyLast"):
+        llama_server.policy_text(KVOptions.of(kv_policy=OnlyLast()))
