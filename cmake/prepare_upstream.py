@@ -8,8 +8,9 @@ what it touches and nothing else.
 
 --source names an unpacked llama-cpp-python sdist, or a folder that --bundle wrote, to use in place of a download. It is
 only read, and gets the same patches. --stock applies just NNNN-fix-*.patch: upstream but for mended bugs. --tests
-brings upstream's tests and what they are built with, too, --ui the sources of the server's page. --bundle writes to OUT what a build reads, and patches
-nothing: our own sdist carries that, so that it builds without a download. Anything unexpected ends the build.
+brings upstream's tests and what they are built with, too, --ui the sources of the server's page. --bundle writes to
+OUT what a build reads, and patches nothing: our own sdist carries that, so that it builds without a download. Anything
+unexpected ends the build.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def copy(source: Path, names: list[str], target: Path) -> None:
     """Copy these files and folders of `source`, given by their paths in it, to the same places in `target`."""
     for name in names:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+            )
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +104,20 @@ def arguments(
             line += [option, next(word for word, value in CACHE_TYPES.items() if value == number)]
     for name, value in options.items():
         if name not in _FLAGS:
-            raise ValueError(f"--option {name}: llama-server has options of its own (`llama-server --help`), which follow MODEL")
+            raise ValueError(
+                f"--option {name}: llama-server has options of its own (`llama-server --help`), which follow MODEL"
+            )
         line += [_FLAGS[name], str(value)]
     return line
+
+
+def open_when_ready(address: str, path: str) -> None:
+    """Have another process open a page of a server that is about to start, once it has loaded its model.
+
+    Args:
+        address: of the server, as http://127.0.0.1:8000.
+    """
+    subprocess.Popen([sys.executable, "-m", "refreekv_cpp._open_page", address, path])
 
 
 def run(line: list[str]) -> int:
@@ -112,8 +125,6 @@ def run(line: list[str]) -> int:
     command = [str(program()), *line]
     if os.name == "posix":
         os.execv(command[0], command)
-    import subprocess
-
     process = subprocess.Popen(command)
     while True:
         try:

@@ -102,7 +102,9 @@ def test_it_answers_as_llama_does(tiny_model: Path, policy: str) -> None:
     llm = Llama(str(tiny_model), kv_policy=policy, n_ctx=2048, n_threads=1, verbose=False)
     bias = {token: -100.0 for token, _ in PRINTABLE}
     expected = llm.create_completion(LONG, max_tokens=32, temperature=0, logit_bias=bias)["choices"][0]["text"]
-    with serving(tiny_model, *QUICK, "--kv-policy", policy, "--no-flash-attn" if policy == "full" else "--flash-attn") as client:
+    with serving(
+        tiny_model, *QUICK, "--kv-policy", policy, "--no-flash-attn" if policy == "full" else "--flash-attn"
+    ) as client:
         assert answer(client, LONG, n=32)["content"] == expected
 
 
@@ -115,7 +117,9 @@ def test_several_at_once_get_what_they_get_alone(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("policy", ["streaming", "refreekv"])
-@pytest.mark.parametrize(("evicted", "reads_again"), [("keep", False), ("restore", False), ("recompute", True), ("drop", False)])
+@pytest.mark.parametrize(
+    ("evicted", "reads_again"), [("keep", False), ("restore", False), ("recompute", True), ("drop", False)]
+)
 def test_the_next_turn_goes_on(tiny_model: Path, policy: str, evicted: str, reads_again: bool) -> None:
     with serving(tiny_model, *QUICK, "--kv-policy", policy, "--kv-evicted", evicted) as client:
         first = answer(client, LONG)

@@ -34,6 +34,13 @@ class ServeCommand(typer.core.TyperCommand):
         return super().make_context(info_name, args, parent, **extra)
 
 
+class UiCommand(ServeCommand):
+    """serve --open."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context(info_name, [*args, "--open"], parent, **extra)
+
+
 @common.user_errors()
 @takes_options
 def serve(
@@ -45,6 +52,9 @@ def serve(
     slots: Annotated[
         int, typer.Option("--slots", "--parallel", min=1, max=64, help="Requests that are answered at the same time.")
     ] = 4,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the page that shows the cache at work in a browser (refreekv ui).")
+    ] = False,
     python: Annotated[
         bool,
         typer.Option(
@@ -63,7 +73,14 @@ def serve(
     path = resolve(model)
     fit.check_model(path)
     line = llama_server.arguments(path, options.llama_options(path, **load), slots=slots, host=host, port=port)
-    common.print_note(f"OpenAI's API is at http://{host}:{port}/v1 once the model is loaded; Ctrl-C ends it")
+    address = f"http://{host}:{port}"
+    common.print_note(
+        f"OpenAI's API is at {address}/v1 once the model is loaded, and {address}/cache shows the cache; Ctrl-C ends it"
+    )
+    if open_page:
+        if port == 0:
+            raise ValueError("--open --port 0: the page's address is not known; --port must be one from 1 to 65535")
+        llama_server.open_when_ready(address, "/cache")
     raise typer.Exit(llama_server.run([*line, *context.args]))
 
 

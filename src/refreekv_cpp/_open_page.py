@@ -1,0 +1,32 @@
+"""python -m refreekv_cpp._open_page ADDRESS PATH: opens a page of a server once it answers. It ends with the process that started it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+
+
+def is_ready(address: str) -> bool:
+    """Whether a llama-server has loaded its model."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def main(address: str, path: str) -> None:
+    server = os.getppid()
+    while not is_ready(address):
+        if os.getppid() != server:  # it is gone
+            return
+        time.sleep(0.5)
+    webbrowser.open(address + path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
