@@ -94,13 +94,13 @@ ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call) {
     return res;
 }
 
-bool device_attends_to_codes(ggml_backend_dev_t device, int64_t n_head, int64_t n_head_kv, int64_t n_k, int64_t n_v, bool soft_cap) {
+bool device_attends_to_codes(ggml_backend_dev_t device, ggml_type type_v, int64_t n_head, int64_t n_head_kv, int64_t n_k, int64_t n_v, bool soft_cap) {
     static const int64_t N_CELLS = 256;
 
     ggml_init_params params = { ggml_tensor_overhead()*128 + 2*ggml_graph_overhead(), nullptr, true };
     ggml_context_ptr ctx { ggml_init(params) };
 
-    const code_tensors::pair codes = code_tensors::make_tensors(ctx.get(), n_head_kv, n_k, n_v, N_CELLS);
+    const code_tensors::pair codes = code_tensors::make_tensors(ctx.get(), type_v, n_head_kv, n_k, n_v, N_CELLS);
 
     for (int64_t n_tokens : { 1, 32 }) {
         ggml_cgraph * gf = ggml_new_graph(ctx.get());

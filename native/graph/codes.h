@@ -35,7 +35,7 @@ static const int64_t CODES_NODES = 32*CODES_PARTS;
 // [n_embd_head_v*n_head, n_tokens] f32
 ggml_tensor * attend_to_codes(ggml_context * ctx, const codes_call & call);
 
-// Whether a device has all operations for it, for a layer with these numbers of heads and channels
-bool device_attends_to_codes(ggml_backend_dev_t device, int64_t n_head, int64_t n_head_kv, int64_t n_k, int64_t n_v, bool soft_cap);
+// Whether a device has all operations for it, for a layer with codes of V in this type, and these numbers of heads and channels
+bool device_attends_to_codes(ggml_backend_dev_t device, ggml_type type_v, int64_t n_head, int64_t n_head_kv, int64_t n_k, int64_t n_v, bool soft_cap);
 
 } // namespace refreekv

@@ -34,7 +34,7 @@ static const uint32_t REFREEKV_TENSORS = 1u << 16;
 
 // which codes a layer has: those of our kernel, with so many bits, or tensors of these types
 static uint32_t kind_of(const warm_cells & its) {
-    return its.get_tensors() ? REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | code_tensors::TYPE_V : its.view.bits_k << 8 | its.view.bits_v;
+    return its.get_tensors() ? REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | its.get_tensors()->get_type_v() : its.view.bits_k << 8 | its.view.bits_v;
 }
 
 // bytes of a block; 0: there is no such kind
@@ -42,8 +42,10 @@ static size_t block_bytes(uint32_t kind, int64_t n_head_kv, int64_t n_k, int64_t
     const int k = kind >> 8 & 0xff;
     const int v = kind      & 0xff;
 
-    if (kind == (REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | code_tensors::TYPE_V)) {
-        return n_head_kv*code_tensors::head_bytes(n_k, n_v);
+    for (auto type_v : { GGML_TYPE_Q5_1, GGML_TYPE_Q4_1 }) {
+        if (kind == (REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | type_v)) {
+            return n_head_kv*code_tensors::head_bytes(type_v, n_k, n_v);
+        }
     }
     return kind >> 16 || k < 1 || k > 8 || v < 1 || v > 8 ? 0 : n_head_kv*(codes_bytes(n_k, k) + codes_bytes(n_v, v));
 }

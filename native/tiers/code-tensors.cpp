@@ -17,8 +17,8 @@ static uint32_t room_for(uint32_t n_blocks, bool first) {
     return GGML_PAD(first ? n_blocks : n_blocks + n_blocks/16, N_STEP);
 }
 
-code_tensors::pair code_tensors::make_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity) {
-    return { ggml_new_tensor_3d(ctx, TYPE_K, padded(n_k), capacity, n_head_kv), ggml_new_tensor_3d(ctx, TYPE_V, capacity, n_v, n_head_kv) };
+code_tensors::pair code_tensors::make_tensors(ggml_context * ctx, ggml_type type_v, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity) {
+    return { ggml_new_tensor_3d(ctx, TYPE_K, padded(n_k), capacity, n_head_kv), ggml_new_tensor_3d(ctx, type_v, capacity, n_v, n_head_kv) };
 }
 
 code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
@@ -27,7 +27,7 @@ code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
     ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
     res.ctx.reset(ggml_init(params));
 
-    static_cast<pair &>(res) = make_tensors(res.ctx.get(), n_head_kv, n_k, n_v, n_blocks*N_CELLS);
+    static_cast<pair &>(res) = make_tensors(res.ctx.get(), type_v, n_head_kv, n_k, n_v, n_blocks*N_CELLS);
 
     ggml_format_name(res.k, "refreekv_codes_k_l%d", il);
     ggml_format_name(res.v, "refreekv_codes_v_l%d", il);
@@ -153,7 +153,7 @@ void code_tensors::copy(const std::vector<uint32_t> & src, const std::vector<uin
 
 void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, int64_t stride_k, const float * v, int64_t stride_v) const {
     const auto to_k = ggml_get_type_traits(TYPE_K)->from_float_ref;
-    const auto to_v = ggml_get_type_traits(TYPE_V)->from_float_ref;
+    const auto to_v = ggml_get_type_traits(type_v)->from_float_ref;
 
     const int64_t n_line = padded(n_k);
 

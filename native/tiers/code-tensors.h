@@ -15,28 +15,30 @@ namespace refreekv {
 // attends to them with ggml's operations (graph/codes.h), and a backend needs no kernel of ours.
 //
 //   K  q8_0 [n_k, capacity, n_head_kv]  a line is a cell; n_k is rounded up to whole blocks of the type, with zeros
-//   V  q4_1 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
-//                                       weighted sum over the cells is a matrix product
+//   V  q5_1 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
+//                                       weighted sum over the cells is a matrix product. q4_1 in the last quarter of a model's
+//                                       layers, where an error passes through few layers (docs/backends.md)
 //
 // Each head is by itself, because some backends multiply with quantised matrices only where their lines lie behind each other.
 // Cells are in blocks of 64. Lines of the capacity that have no codes are zeros: they are masked, but have to be finite.
 class code_tensors {
 public:
     static constexpr ggml_type TYPE_K = GGML_TYPE_Q8_0;
-    static constexpr ggml_type TYPE_V = GGML_TYPE_Q4_1;
+
+    static ggml_type type_of_v(int32_t il, int32_t n_layers) { return 4*il < 3*n_layers ? GGML_TYPE_Q5_1 : GGML_TYPE_Q4_1; }
 
     static constexpr uint32_t N_CELLS = 64; // of a block
 
     // n_k, n_v: channels of a KV head. backend: that of the layer; nullptr: there is none yet
-    code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
-        buft(buft), backend(std::move(backend)), il(il), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
+    code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, ggml_type type_v, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
+        buft(buft), backend(std::move(backend)), il(il), type_v(type_v), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
 
     // tensors of the form above, without memory
     struct pair {
         ggml_tensor * k;
         ggml_tensor * v;
     };
-    static pair make_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity);
+    static pair make_tensors(ggml_context * ctx, ggml_type type_v, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity);
 
     // nullptr: there is no room for any
     ggml_tensor * k() const { return now.k; }
@@ -71,19 +73,22 @@ public:
     void set(uint32_t first, const blocks & from);
     void get(uint32_t first, blocks & to) const;
 
-    int64_t n_heads() const { return n_head_kv; }
+    int64_t   n_heads()    const { return n_head_kv; }
+    ggml_type get_type_v() const { return type_v; }
 
     // of one KV head in a block
     size_t head_bytes(bool is_v) const { return is_v ? n_v*line_v(1) : N_CELLS*line_k(n_k); }
 
     // K and V
-    static size_t head_bytes(int64_t n_k, int64_t n_v) { return N_CELLS*line_k(n_k) + n_v*line_v(1); }
+    static size_t head_bytes(ggml_type type_v, int64_t n_k, int64_t n_v) { return N_CELLS*line_k(n_k) + n_v*ggml_row_size(type_v, N_CELLS); }
 
 private:
     const ggml_backend_buffer_type_t      buft;
     const std::function<ggml_backend_t()> backend;
 
-    const int32_t il;
+    const int32_t   il;
+    const ggml_type type_v;
+
     const int64_t n_head_kv;
     const int64_t n_k;
     const int64_t n_v;
@@ -96,8 +101,9 @@ private:
 
     static int64_t padded(int64_t n_k) { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
 
-    static size_t line_k(int64_t n_k)       { return ggml_row_size(TYPE_K, padded(n_k)); }
-    static size_t line_v(uint32_t n_blocks) { return ggml_row_size(TYPE_V, n_blocks*N_CELLS); }
+    static size_t line_k(int64_t n_k) { return ggml_row_size(TYPE_K, padded(n_k)); }
+
+    size_t line_v(uint32_t n_blocks) const { return ggml_row_size(type_v, n_blocks*N_CELLS); }
 
     uint32_t n_room() const { return capacity()/N_CELLS; }
 

@@ -39,6 +39,10 @@ bool warm_tier::fits_kernel(const layer & layer) const {
            kernels && few_heads && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
 }
 
+ggml_type warm_tier::type_of_v(const layer & layer) const {
+    return code_tensors::type_of_v(layer.il, hparams.n_layer());
+}
+
 void warm_tier::open(const refreekv_params & params, const std::vector<layer> & layers) {
     if (params.theta <= 0.0f) {
         return;
@@ -53,7 +57,7 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
 
         if (fits_kernel(layer) && !params.by_graph) {
             n_by_kernel++;
-        } else if (!device || device_attends_to_codes(device, hparams.n_head(layer.il), hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.attn_soft_cap)) {
+        } else if (!device || device_attends_to_codes(device, type_of_v(layer), hparams.n_head(layer.il), hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.attn_soft_cap)) {
             n_by_graph++;
         } else {
             why = std::string("device ") + ggml_backend_dev_name(device) + " lacks an operation for it";
@@ -73,8 +77,8 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     by_graph  = params.by_graph;
 
     if (n_by_graph > 0) {
-        LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s), and read no exact rows of it\n",
-                n_by_graph, layers.size(), ggml_type_name(code_tensors::TYPE_K), ggml_type_name(code_tensors::TYPE_V));
+        LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s to %s), and read no exact rows of it\n",
+                n_by_graph, layers.size(), ggml_type_name(code_tensors::TYPE_K), ggml_type_name(type_of_v(layers.front())), ggml_type_name(type_of_v(layers.back())));
     }
 }
 
@@ -90,7 +94,7 @@ void warm_tier::make(layer & layer) const {
     if (by_graph || !fits_kernel(layer)) {
         const auto backend = [this, &layer]() { return mover.backend_of(layer); };
 
-        layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, n_head_kv, n_k, n_v));
+        layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, type_of_v(layer), n_head_kv, n_k, n_v));
         return;
     }
     layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, BITS_V);

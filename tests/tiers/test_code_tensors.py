@@ -61,14 +61,14 @@ def far(ours: npt.NDArray[np.float32], full: npt.NDArray[np.float32]) -> float:
 
 
 class ByTypes(reference.LlamaReference):
-    """Codes of K are q8_0, line by line; those of V are q4_1, along 32 cells of a channel."""
+    """Codes of K are q8_0, line by line; those of V are q5_1 or, in the last of 4 layers, q4_1, along a channel."""
 
     def attention_to_warm(self, layer: int, head: int, queries: npt.NDArray[Any], scale: float) -> npt.NDArray[Any]:
         gone = self.warm[layer][0]
         keys, values = self.keys[layer][:, head].copy(), self.values[layer][:, head].copy()
         keys[gone] = q8_0(keys[gone])
         padded = np.pad(values[gone], [(0, -len(gone) % 64), (0, 0)])
-        values[gone] = q4_1(padded.T).T[: len(gone)]
+        values[gone] = with_least(padded.T, 5 if layer < 3 else 4).T[: len(gone)]
         res: npt.NDArray[Any] = reference.softmax(queries @ keys.T * scale) @ values
         return res
 
@@ -81,11 +81,13 @@ def q8_0(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return (codes * scale.astype(np.float16)).reshape(lines.shape)[:, : x.shape[1]]
 
 
-def q4_1(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def with_least(x: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
+    """q4_1, q5_1: blocks of 32 numbers with their least one and a step."""
+    top = 2**bits - 1
     blocks = x.reshape(len(x), -1, 32)
     least = blocks.min(axis=-1, keepdims=True)
-    step = (blocks.max(axis=-1, keepdims=True) - least) / 15
-    codes = np.minimum(15, np.floor((blocks - least) / np.where(step, step, 1) + 0.5))
+    step = (blocks.max(axis=-1, keepdims=True) - least) / top
+    codes = np.minimum(top, np.floor((blocks - least) / np.where(step, step, 1) + 0.5))
     return (codes * step.astype(np.float16) + least.astype(np.float16)).reshape(x.shape)
 
 
@@ -129,7 +131,7 @@ def test_the_answer_is_near_the_full_caches(tmp_path: Path, shape: TinyModel, ca
     assert stats.bytes_codes > 0
     assert stats.theta == stats.n_rows_read == 0
     padded = -(-shape.n_embd_head // 32) * 32
-    n_bytes = (padded * 34 + shape.n_embd_head * 20) / 32
+    n_bytes = (padded * 34 + shape.n_embd_head * (3 * 24 + 20) / 4) / 32  # of four layers
     assert stats.codes_share == pytest.approx(n_bytes / (4 * shape.n_embd_head))
     assert stats.bytes_bounced == 0
 
@@ -144,7 +146,9 @@ def test_other_kinds_of_attention(tiny: Tiny, title: str) -> None:
     except UnsupportedModelError:
         pytest.skip("has no policy")
     without, ours = (feed(read(tiny(title), policy, **options), ANSWER) for policy in (GONE, AsOnADevice()))
-    assert far(ours, full) < 0.2 * far(without, full)
+    # of the tokens the median: where two experts are nearly tied, any difference takes another one
+    ours_far, without_far = (np.median([far(*rows) for rows in zip(its, full, strict=True)]) for its in (ours, without))
+    assert ours_far < 0.1 * without_far
 
 
 def test_layers_with_other_numbers_of_heads(tmp_path: Path) -> None:
@@ -307,10 +311,10 @@ def test_a_limit_counts_them(tiny: Tiny) -> None:
 
 def test_they_take_less_than_half_of_f16(tmp_path: Path) -> None:
     TinyModel(n_embd=256, n_embd_head=64).write(tmp_path / "model.gguf")
-    llm = load(tmp_path / "model.gguf", PRESET, codes=True, n_ctx=4096)
-    llm.eval(random_tokens(4000))
+    llm = load(tmp_path / "model.gguf", PRESET, codes=True, n_ctx=4352)
+    llm.eval(random_tokens(4192))
     llm.prune_kv()
-    evicted = 1 - np.mean(llm.kv_stats.cells_kept) / 4000
+    evicted = 1 - np.mean(llm.kv_stats.cells_kept) / 4192
     assert llm.kv_stats.bytes_codes < 0.45 * evicted * llm.kv_stats.bytes_full
 
 

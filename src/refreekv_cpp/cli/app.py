@@ -20,7 +20,7 @@ from refreekv_cpp.cli.info import info
 from refreekv_cpp.cli.plan import plan
 from refreekv_cpp.cli.read import read
 from refreekv_cpp.cli.run import run
-from refreekv_cpp.cli.serve import ServeCommand, serve
+from refreekv_cpp.cli.serve import ServeCommand, UiCommand, serve
 from refreekv_cpp.lab import COMMANDS as LABORATORY
 
 
@@ -45,7 +45,11 @@ for command in (chat, read, demo, info, plan):
     app.command()(command)
 app.add_typer(library.app, name="library")
 # other options are those of llama-server, which parses them
-app.command(cls=ServeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+_others = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=ServeCommand, context_settings=_others)(serve)
+app.command(
+    "ui", cls=UiCommand, context_settings=_others, help="The same, and open the page that shows the cache at work."
+)(serve)
 for name, text in LABORATORY.items():
     app.command(name, cls=LaterCommand, help=text, rich_help_panel="Laboratory")(lambda: None)
 
