@@ -1,4 +1,7 @@
-"""python -m refreekv_cpp._open_page ADDRESS PATH: opens a page of a server once it answers. It ends with the process that started it."""
+"""python -m refreekv_cpp._open_page ADDRESS PATH: opens a page of a server once it has loaded its model.
+
+It ends with the process that started it.
+"""
 
 from __future__ import annotations
 
