@@ -263,7 +263,7 @@ class Library:
         temporary = self.folder / f".{_this_host()}-{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}"
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(_STATE_HEADER.pack(_STATE_MAGIC, VERSION, _state_hash(block, state)))
+                file.write(_state_head(block.key, state))
                 file.write(state)
             temporary.replace(self.state_path(block))
         finally:
@@ -276,14 +276,13 @@ class Library:
             data = memoryview(path.read_bytes())
         except OSError:
             return None
-        state = data[_STATE_HEADER.size :]
-        if data[: _STATE_HEADER.size] != _STATE_HEADER.pack(_STATE_MAGIC, VERSION, _state_hash(block, state)):
+        if not _is_state(block.key, data):
             logger.warning("the library has a damaged state, which is removed: %s", path)
             _remove(path)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
-        return state
+        return data[_STATE_HEAD:]
 
     def _states(self) -> Iterator[Path]:
         return (path for path in self.folder.glob(f"*{_STATE_SUFFIX}") if _STATE_NAME.fullmatch(path.name))
@@ -387,7 +386,7 @@ class Library:
         return freed + before - self.n_bytes()
 
     def check_all(self) -> tuple[int, list[str]]:
-        """Read all blocks. Returns how many are whole, and what is wrong with the others. Those that are damaged are
+        """Read all files. Returns how many are whole, and what is wrong with the others. Those that are damaged are
         removed, those that cannot be opened are not."""
         n_good, errors = 0, []
         for path, _ in self._files():
@@ -400,6 +399,13 @@ class Library:
             except CacheStateError as error:
                 errors.append(str(error))
                 if _can_be_opened(path):
+                    _remove(path)
+        for path in self._states():
+            with contextlib.suppress(OSError):
+                if _is_state(bytes.fromhex(path.name.split("-")[1]), memoryview(path.read_bytes())):
+                    n_good += 1
+                else:
+                    errors.append(f"{path}: it is damaged")
                     _remove(path)
         return n_good, errors
 
@@ -538,12 +544,16 @@ class _Head:
     tokens: tuple[int, ...]
 
 
-_STATE_HEADER = struct.Struct(f"<4sI{_KEY_BYTES}s")  # magic, version, hash
-_STATE_MAGIC = b"RFKS"
+_STATE_HEAD = 8 + _KEY_BYTES
 
 
-def _state_hash(block: Block, state: memoryview) -> bytes:
-    return hashed(block.key, state)
+def _state_head(key: bytes, state: memoryview) -> bytes:
+    return b"RFKS" + struct.pack("<I", VERSION) + hashed(key, state)
+
+
+def _is_state(key: bytes, data: memoryview) -> bool:
+    """Whether a file of that key has its head before what was written."""
+    return data[:_STATE_HEAD] == _state_head(key, data[_STATE_HEAD:])
 
 
 _HEADER = struct.Struct("<10IQ")  # block_header of native/library/block.h

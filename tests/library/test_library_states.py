@@ -121,3 +121,11 @@ def test_states_count_and_go_with_their_texts(tiny: Tiny, tmp_path: Path) -> Non
     write(tiny(MODELS[2]), tmp_path)
     library.clear()
     assert states(tmp_path) == []
+    write(tiny(MODELS[2]), tmp_path)
+    n_files = len([*states(tmp_path), *files(tmp_path)])
+    assert library.check_all() == (n_files, [])
+    states(tmp_path)[0].write_bytes(b"RFKS")
+    n_good, (error,) = library.check_all()
+    assert n_good == n_files - 1
+    assert error.endswith("it is damaged")
+    assert states(tmp_path) == []
