@@ -29,7 +29,7 @@ def states(folder: Path) -> list[Path]:
 def test_it_is_what_a_pruning_has_left(tiny: Tiny, tmp_path: Path, name: str, evicted: str) -> None:
     options = {"kv_evicted": evicted, "flash_attn": False}
     write(tiny(name), tmp_path, **options)
-    other = read(reader(tiny(name), None, **options))
+    other = read(reader(tiny(name), tmp_path / "other", **options))
     llm = opened(tiny(name), tmp_path, **options)
     assert llm.kv_stats.n_opened == llm.n_tokens == len(TEXT)
     assert kept(llm) == kept(other)
