@@ -258,7 +258,8 @@ REFREEKV_API int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_se
 REFREEKV_API int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id);
 
 // The library: what a cache has of a text, in files that are called blocks (native/library/block.h). A block is of neighbouring positions. The
-// caller knows by a label which text it is of, and with which options it was read.
+// caller knows by a label which text it is of, and with which options it was read. Recurrent layers and layers with a window are in no block:
+// their states, behind the last position that is opened, are the caller's to keep and to set (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY).
 
 // NULL when sequences of this context can be written to a library and opened from it, else the reason why not
 REFREEKV_API const char * refreekv_library_refusal(struct llama_context * ctx);

@@ -212,9 +212,6 @@ const char * refreekv_library_refusal(struct llama_context * ctx) {
     if (!store) {
         return "this context has no KV policy";
     }
-    if (!dynamic_cast<llama_kv_cache *>(ctx->get_memory())) {
-        return "this model has layers with a sliding window or recurrent states beside its cache";
-    }
     return store->books.refusal();
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +25,9 @@ N_MOST = 32  # as llama.cpp's server
 BYTES_MOST = 512 * 2**20
 N_ALWAYS = 2  # the newest: where the last turn ended, and where the prompt did. They stay, however large they are
 STEP = 2048  # tokens between those inside of a long prompt
-# Tokens at the end of a prompt that ask for an answer: templates write them otherwise once there is one ("<think>"). As
-# llama.cpp's server
-N_REQUEST = 4
+# Tokens at the end of a prompt that end the message and ask for an answer, 3 to 10 in the templates of today. They are
+# others once there is an answer ("<think>"), or where another question follows a document
+N_REQUEST = 16
 
 _PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
@@ -148,10 +149,22 @@ class Checkpoints:
                 return int(n_read) == len(data)
         return False
 
+    def put(self, read: Tokens, state: memoryview) -> None:
+        """... of another process."""
+        self._all = [*self._all, _Checkpoint(read.copy(), state, self.folder)]
+        self._trim(read)
+
+    def newest(self, read: Tokens) -> Iterator[tuple[int, memoryview]]:
+        """The last ones of this text: the number of tokens before, and the state."""
+        for checkpoint in self._of(read)[-N_ALWAYS:]:
+            with contextlib.suppress(OSError):
+                yield checkpoint.n_tokens, memoryview(checkpoint.read()).cast("B")
+
     def take(self, read: Tokens) -> None:
         """Keep what these layers hold now, behind these tokens, which are all of the sequence."""
-        if not len(read):
-            return
+        memory = llama_cpp.llama_get_memory(self._ctx)
+        if not len(read) or llama_cpp.llama_memory_seq_pos_max(memory, self._seq_id) + 1 != len(read):
+            return  # it holds more than these, or nothing
         own = self._of(read)
         if own and own[-1].n_tokens == len(read):  # loaded a moment ago
             self._use(own[-1])
@@ -160,8 +173,7 @@ class Checkpoints:
         data = (ctypes.c_uint8 * size)()
         n_written = llama_cpp.llama_state_seq_get_data_ext(self._ctx, data, size, self._seq_id, _PARTIAL)
         if n_written:
-            self._all = [*self._all, _Checkpoint(read.copy(), memoryview(data)[:n_written], self.folder)]
-            self._trim(read)
+            self.put(read, memoryview(data).cast("B")[:n_written])
 
     def forget_read_again(self, read: Tokens, n_before: int) -> None:
         """The tokens behind the first n_before were read now: a checkpoint there is of another time that they were."""

@@ -102,7 +102,7 @@ class KeptSequence(PrunedSequence):
 
     def _open(self, library: Library, prompt: Sequence[int]) -> None:
         """Have the cache hold what the library has of a prompt, where that is more than it has already."""
-        n_common = self.longest_token_prefix(_upstream.tokens(self), prompt)
+        n_common = self._nearest(self.longest_token_prefix(_upstream.tokens(self), prompt))
 
         def is_worthwhile(n_tokens: int) -> bool:
             return n_tokens >= N_MIN and n_tokens - n_common > n_tokens // _WORTHWHILE
@@ -111,8 +111,18 @@ class KeptSequence(PrunedSequence):
         found, n_tokens = library.find(self._start, self._salt, prompt[: self.n_ctx()], self._n_before)
         if not is_worthwhile(n_tokens):
             return
+        state: memoryview | None = None
+        if self._checkpoints is not None:
+            behind = library.find_state(found, self._salt, n_tokens)
+            n_tokens = 0 if behind is None else behind.first + len(behind.tokens)
+            if behind is None or not is_worthwhile(n_tokens) or (state := library.read_state(behind)) is None:
+                return
+            found = [block for block in found if block.first < n_tokens]
         blocks = library.checked(found)
-        n_tokens = min(n_tokens, sum(len(block.tokens) for block in blocks))
+        n_there = sum(len(block.tokens) for block in blocks)
+        if n_there < n_tokens and state is not None:
+            return
+        n_tokens = min(n_tokens, n_there)
         if not is_worthwhile(n_tokens):
             return
         self.reset()
@@ -124,6 +134,10 @@ class KeptSequence(PrunedSequence):
             for start, end in spans.resolve(self.kv_protect, self, self._system):
                 native.protect(self.ctx, _SEQ_ID, start, end)
             native.library_open(self.ctx, _SEQ_ID, [library.path(block) for block in blocks], n_tokens)
+            if self._checkpoints is not None and state is not None:
+                self._checkpoints.put(_upstream.token_array(self), state)
+                if not self._checkpoints.load(_upstream.token_array(self)):
+                    raise CacheStateError("library: the state is not of this model, or of these cache types")
         except BaseException as error:  # it may be empty now
             self.reset()
             _upstream.cut(self, 0)
@@ -159,6 +173,7 @@ class KeptSequence(PrunedSequence):
             if not blocks:
                 raise CacheMemoryError(f"kv_library_limit={library.limit}: there is no room for one block")
             library.touch(blocks)
+            self._keep_states(library, sum(len(block.tokens) for block in blocks))
             if written:
                 self._replace_tail(library, blocks)
                 library.trim()
@@ -172,6 +187,18 @@ class KeptSequence(PrunedSequence):
                 inform(f"the library could not be written, and is left as it was: {error}", verbose=self.verbose)
             return 0
         return sum(len(block.tokens) for block in blocks)
+
+    def _keep_states(self, library: Library, n_tokens: int) -> None:
+        """Of the layers that are in no block: where the text ends, and before the request for its answer."""
+        if self._checkpoints is None:
+            return
+        tokens = _upstream.tokens(self)
+        self._checkpoints.take(_upstream.token_array(self))
+        for n, state in self._checkpoints.newest(_upstream.token_array(self)):
+            if N_MIN <= n <= n_tokens:
+                block = blocks_of(self._start, self._salt, tokens[:n], min(self._n_exact, n), self._n_before)[-1]
+                if not library.state_path(block).exists():
+                    library.write_state(block, state)
 
     def _replace_tail(self, library: Library, blocks: Sequence[Block]) -> None:
         """The last block that this Llama has written is of no use once one with more tokens has its place."""

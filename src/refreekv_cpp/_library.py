@@ -8,6 +8,9 @@ Blocks are of two kinds. An *exact* one was read while nothing before it was evi
 others, of answers and of what follows them, were computed with codes in the place of what was evicted; their keys have
 the options of the policy in them, too, and no block behind one of these is exact.
 
+Beside them are *states*: what recurrent layers and layers with a window hold behind some tokens of a text. A text of a
+model that has such layers can be opened where there is one. Its name is that of a block that would end there.
+
 Any number of processes may use a folder at once. A block is written to a temporary file, which is then renamed; whoever
 reads one checks it first, and holds the file open. Nothing waits for the disk (fsync): after a power cut a block may be
 damaged, which its checksums tell.
@@ -43,14 +46,19 @@ _KEY_BYTES = 20
 _SUFFIX = ".block"
 _TEMPORARY = ".tmp"
 # a folder may have files of others in it: copies that a program has made of a block, or anything
+_STATE_SUFFIX = ".state"
+_STATE_NAME = re.compile(r"(?P<parent>[0-9a-f]{40})-(?P<key>[0-9a-f]{40})-(?P<n_tokens>[0-9]+)\.state")
 _BLOCK_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.block")
 _TEMPORARY_NAME = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{8}\.tmp")
 _LEFT_BEHIND = 3600.0  # seconds after which a temporary file of another machine is
 _N_SAMPLES, _SAMPLE, _HEAD = 256, 16 << 10, 8 << 20  # of a file, in bytes
 
 
-def hashed(*parts: bytes) -> bytes:
-    return hashlib.blake2b(b"".join(parts), digest_size=_KEY_BYTES).digest()
+def hashed(*parts: bytes | memoryview) -> bytes:
+    found = hashlib.blake2b(digest_size=_KEY_BYTES)
+    for part in parts:
+        found.update(part)
+    return found.digest()
 
 
 def hashed_json(value: Any) -> bytes:
@@ -217,6 +225,70 @@ class Library:
         finally:
             _remove(temporary)
 
+    # -- states
+
+    def state_path(self, block: Block) -> Path:
+        """Of the state behind the last token of a block."""
+        n_tokens = block.first + len(block.tokens)
+        return self.folder / f"{block.parent.hex()}-{block.key.hex()}-{n_tokens}{_STATE_SUFFIX}"
+
+    def find_state(self, blocks: Sequence[Block], salt: bytes, n_tokens: int) -> Block | None:
+        """The block that would end where the last state of a text is.
+
+        Args:
+            blocks: of the text.
+            salt: as in `find`.
+            n_tokens: where it has to be at most.
+        """
+        there = {path.name for path in self._states()}
+        lengths: dict[str, set[int]] = {}
+        for name in there:
+            match = _STATE_NAME.fullmatch(name)
+            assert match is not None
+            lengths.setdefault(match["parent"], set()).add(int(match["n_tokens"]))
+        for block in reversed(blocks):
+            end = min(n_tokens, block.first + len(block.tokens))
+            for n in sorted(lengths.get(block.parent.hex(), ()), reverse=True):
+                for kind in (b"", salt) if block.first < n <= end else ():
+                    part = _block(block.parent, kind, block.first, block.tokens[: n - block.first])
+                    if self.state_path(part).name in there:
+                        return part
+        return None
+
+    def write_state(self, block: Block, state: memoryview) -> None:
+        """
+        Raises:
+            OSError: the file cannot be written.
+        """
+        temporary = self.folder / f".{_this_host()}-{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(_state_head(block.key, state))
+                file.write(state)
+            temporary.replace(self.state_path(block))
+        finally:
+            _remove(temporary)
+
+    def read_state(self, block: Block) -> memoryview | None:
+        """None: it is gone, or damaged, which the log says, and removed."""
+        path = self.state_path(block)
+        try:
+            data = memoryview(path.read_bytes())
+        except OSError:
+            return None
+        if not _is_state(block.key, data):
+            logger.warning("the library has a damaged state, which is removed: %s", path)
+            _remove(path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return data[_STATE_HEAD:]
+
+    def _states(self) -> Iterator[Path]:
+        return (path for path in self.folder.glob(f"*{_STATE_SUFFIX}") if _STATE_NAME.fullmatch(path.name))
+
+    # -- files
+
     def size(self, block: Block) -> int:
         """Bytes of its file; 0: it is gone."""
         try:
@@ -236,7 +308,7 @@ class Library:
 
     def trim(self) -> None:
         """Remove what was not used for longest, until the rest is within the limit; and names of what is gone."""
-        files = sorted(self._files(), key=lambda file: file[1].st_mtime)
+        files = sorted([*self._files(), *self._state_files()], key=lambda file: file[1].st_mtime)
         n_bytes = sum(info.st_size for _, info in files)
         kept = {path.stem.partition("-")[2] for path, _ in files}
         for path, info in files:
@@ -248,15 +320,16 @@ class Library:
         for path, name in self._named():
             if name["key"] not in kept:
                 _remove(path)
+        self._remove_states_without_text()
 
     def n_bytes(self) -> int:
-        """Of all blocks."""
-        return sum(info.st_size for _, info in self._files())
+        """Of all files."""
+        return sum(info.st_size for _, info in [*self._files(), *self._state_files()])
 
     def clear(self) -> int:
-        """Remove all blocks. Returns their bytes."""
+        """Remove all blocks and states. Returns their bytes."""
         n_bytes = self.n_bytes()
-        for path, _ in self._files():
+        for path in [*self._paths(), *self._states()]:
             _remove(path)
         return n_bytes
 
@@ -308,10 +381,12 @@ class Library:
         for path, name in self._named():
             if name["key"] == text.key:
                 _remove(path)
-        return freed
+        before = self.n_bytes()
+        self._remove_states_without_text()
+        return freed + before - self.n_bytes()
 
     def check_all(self) -> tuple[int, list[str]]:
-        """Read all blocks. Returns how many are whole, and what is wrong with the others. Those that are damaged are
+        """Read all files. Returns how many are whole, and what is wrong with the others. Those that are damaged are
         removed, those that cannot be opened are not."""
         n_good, errors = 0, []
         for path, _ in self._files():
@@ -324,6 +399,13 @@ class Library:
             except CacheStateError as error:
                 errors.append(str(error))
                 if _can_be_opened(path):
+                    _remove(path)
+        for path in self._states():
+            with contextlib.suppress(OSError):
+                if _is_state(bytes.fromhex(path.name.split("-")[1]), memoryview(path.read_bytes())):
+                    n_good += 1
+                else:
+                    errors.append(f"{path}: it is damaged")
                     _remove(path)
         return n_good, errors
 
@@ -356,6 +438,17 @@ class Library:
         for path in self._paths():
             with contextlib.suppress(OSError):
                 yield path, path.stat()
+
+    def _state_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._states():
+            with contextlib.suppress(OSError):
+                yield path, path.stat()
+
+    def _remove_states_without_text(self) -> None:
+        parents = {path.stem.partition("-")[0] for path in self._paths()}
+        for path in self._states():
+            if path.name.partition("-")[0] not in parents:
+                _remove(path)
 
     def _paths(self) -> Iterator[Path]:
         return (path for path in self.folder.glob(f"*{_SUFFIX}") if _BLOCK_NAME.fullmatch(path.name))
@@ -449,6 +542,18 @@ class _Head:
     parent: str
     first: int
     tokens: tuple[int, ...]
+
+
+_STATE_HEAD = 8 + _KEY_BYTES
+
+
+def _state_head(key: bytes, state: memoryview) -> bytes:
+    return b"RFKS" + struct.pack("<I", VERSION) + hashed(key, state)
+
+
+def _is_state(key: bytes, data: memoryview) -> bool:
+    """Whether a file of that key has its head before what was written."""
+    return data[:_STATE_HEAD] == _state_head(key, data[_STATE_HEAD:])
 
 
 _HEADER = struct.Struct("<10IQ")  # block_header of native/library/block.h

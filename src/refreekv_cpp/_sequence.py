@@ -46,7 +46,7 @@ class PrunedSequence(Lifetime):
     _chat_reads = False  # a chat handler is reading its prompt, with images, before that generation begins
     _n_limit_prunes = 0
     _checkpoints: Checkpoints | None = None  # of layers whose cache cannot be cut anywhere; None: there are none
-    _prompt_end = 0  # position behind the prompt that is being read; 0: none is
+    _prompt = range(0)  # positions of the tokens of a prompt that are being read
     _n_opened = 0  # tokens that came from a library so far
     _system: str | None = None  # message of the chat that is in the cache
 
@@ -138,7 +138,7 @@ class PrunedSequence(Lifetime):
         if self._prompt_next:
             _upstream.cut(self, self.n_tokens)  # as upstream's eval; an emptied sequence has no turn
             native.prompt(self.ctx, _SEQ_ID, len(tokens))
-            self._prompt_end = self.n_tokens + len(tokens)
+            self._prompt = range(self.n_tokens, self.n_tokens + len(tokens))
         elif self._chat_reads and self._kv.evicts:
             native.prompt(self.ctx, _SEQ_ID, self.n_ctx())  # more of it follows
         try:
@@ -151,7 +151,7 @@ class PrunedSequence(Lifetime):
             raise
         finally:
             self._prompt_next = False
-            self._prompt_end = 0
+            self._prompt = range(0)
 
     def _rewind(self) -> None:
         """Where `n_tokens` was set back, and the cache cannot be cut there, go back further and read the rest again."""
@@ -189,18 +189,16 @@ class PrunedSequence(Lifetime):
 
     def _parts(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """The tokens; those of a prompt in batches, with checkpoints before some of them."""
-        if self._checkpoints is None or not self._prompt_end:
+        if self._checkpoints is None or not self._prompt:
             if self._checkpoints is not None and self._checkpoints.is_hybrid and len(tokens) > 1:
                 self._checkpoints.take(_upstream.token_array(self))  # a draft, which may be refused
             yield tokens
             return
-        n_taken = -STEP
-        n_last = self._prompt_end - N_REQUEST
+        n_last = self._prompt.stop - N_REQUEST
         while tokens:
             at = self.n_tokens
-            if at - n_taken >= STEP or at >= n_last - self.n_batch:
+            if (at - self._prompt.start) % STEP < self.n_batch or n_last - self.n_batch <= at <= n_last:
                 self._checkpoints.take(_upstream.token_array(self))
-                n_taken = at
             n = n_last - at if at < n_last < at + self.n_batch else self.n_batch
             yield tokens[:n]
             tokens = tokens[n:]
