@@ -288,17 +288,6 @@ _LIST = [
             "rope.dimension_count": 16,
         },
     ),
-    Architecture(
-        "plm",
-        "K and V of each head",
-        {
-            "attention.head_count_kv": _N_HEAD,
-            "attention.kv_lora_rank": 32,
-            "attention.key_length": 32,
-            "attention.value_length": 16,
-            "rope.dimension_count": 16,
-        },
-    ),
     Architecture("bitnet"),
     Architecture(
         "step35",
