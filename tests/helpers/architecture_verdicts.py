@@ -151,6 +151,7 @@ def in_a_process(path: str, note: Path) -> list[str]:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     llama_cpp._logger.set_verbose(False)
     llama_cpp.llama_backend_init()
     note = out.with_suffix(".note")

@@ -56,8 +56,8 @@ _GEMMA4 = {
     "attention.value_length_swa": _N_EMBD // _N_HEAD,
     "embedding_length_per_layer_input": 0,
 }
-# Layers 5 and 7 read what layer 3 has stored, 4 and 6 what layer 2 has. Without an input per layer, which has nothing to
-# do with the cache, and whose GELU (from a table, in f16) makes thousandths of the rounding of sums.
+# Layers 5 and 7 read what layer 3 has stored, 4 and 6 what layer 2 has. Without an input per layer, which has nothing
+# to do with the cache, and whose GELU (from a table, in f16) makes thousandths of the rounding of sums.
 _GEMMA4_E2B = {
     **_WINDOW,
     **_GEMMA4,
@@ -252,7 +252,7 @@ _LIST = [
     Architecture("granite", "scales", {"attention.scale": 0.3, "residual_scale": 0.5, "logit_scale": 2.0}),
     Architecture("smollm3"),
     Architecture("gpt-oss", "attention sinks, sliding window, experts", {**_EXPERTS, **_WINDOW}),
-    Architecture("grok", "experts, attention logits with a cap", _EXPERTS),
+    Architecture("grok", "experts, attention logits with a cap", {**_EXPERTS, "embedding_scale": 1.0}),
     Architecture("qwen2vl", "M-RoPE", {"rope.dimension_sections": [2, 3, 3, 0]}),
     Architecture(
         "deepseek2",
@@ -269,6 +269,38 @@ _LIST = [
             "attention.value_length": 32,
             "attention.key_length_mla": 32,
             "attention.value_length_mla": 16,
+            "rope.dimension_count": 16,
+        },
+    ),
+    Architecture(
+        "deepseek2",
+        "K and V of each head, experts",
+        {
+            **_EXPERTS,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "attention.head_count_kv": _N_HEAD,
+            "attention.q_lora_rank": 32,
+            "attention.kv_lora_rank": 32,
+            "attention.key_length": 32,
+            "attention.value_length": 16,
+            "rope.dimension_count": 16,
+        },
+    ),
+    Architecture("bitnet"),
+    Architecture(
+        "step35",
+        "sliding window, experts",
+        {
+            **_EXPERTS,
+            **_WINDOW,
+            "attention.sliding_window_pattern": [True, False] * (N_LAYER // 2),
+            "attention.head_count": [_N_HEAD] * N_LAYER,
+            "swiglu_clamp_exp": [0.0] * N_LAYER,
+            "swiglu_clamp_shexp": [0.0] * N_LAYER,
+            "expert_gating_func": 2,
+            "leading_dense_block_count": 1,
             "rope.dimension_count": 16,
         },
     ),
