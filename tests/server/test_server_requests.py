@@ -36,7 +36,9 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         {**common, "model_alias": "tools", "chat_format": "chatml-function-calling"},
         {**common, "model_alias": "embeddings", "embedding": True},
     ]
-    with serving("--python", "--config_file", write_config(tmp_path_factory.mktemp("server"), models, api_key="secret")) as client:
+    with serving(
+        "--python", "--config_file", write_config(tmp_path_factory.mktemp("server"), models, api_key="secret")
+    ) as client:
         yield client
 
 
