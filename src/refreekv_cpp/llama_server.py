@@ -30,6 +30,8 @@ _FLAGS = {
     "rope_freq_base": "--rope-freq-base",
     "rope_freq_scale": "--rope-freq-scale",
 }
+# MiB for conversations whose slot another one took
+_CACHE_RAM = 1024
 # fields of `refreekv_params` that the server sets itself, or that are for debugging
 _NOT_PASSED = ("cold_dir", "turns", "mask_only", "by_graph")
 
@@ -58,8 +60,7 @@ def policy_text(kv: KVOptions) -> str | None:
     params: Any = kv.native_params()
     if params is None:
         return None
-    fields = [name for name, _ in native.ffi.typeof(params).item.fields if name not in _NOT_PASSED]
-    options: dict[str, Any] = {name: getattr(params, name) for name in fields}
+    options = {name: value for name, value in native.params_fields(params).items() if name not in _NOT_PASSED}
     if folder := kv.cold_folder():
         options["cold_dir"] = str(folder)
     if kv.kv_protect:
@@ -78,7 +79,7 @@ def arguments(
     """The command line, without the program.
 
     Args:
-        options: of `Llama`; n_ctx is that of each slot.
+        options: of `Llama`; n_ctx is the most that a slot may have. With kv_policy "full" all of them share it.
 
     Raises:
         ValueError: one of them has no counterpart there.
@@ -90,13 +91,14 @@ def arguments(
     if not llama_cpp.llama_supports_gpu_offload():
         options.pop("n_gpu_layers", None)  # it would warn
     line = ["--model", str(model), "--host", host, "--port", str(port)]
-    # slots share the cells of one cache, so that a batch may have tokens of several; each may have n_ctx of them
-    line += ["--parallel", str(slots), "--kv-unified", "--ctx-size", str(n_ctx * slots)]
+    # Slots share the cells of one cache, so that a batch may have tokens of several. Where memory follows the contents,
+    # each may have n_ctx of them; else all of it is allocated at the start
+    line += ["--parallel", str(slots), "--kv-unified", "--ctx-size", str(n_ctx * slots if kv.kv_elastic else n_ctx)]
     if n_ctx:
         line += ["--kv-unified-per-slot", str(n_ctx)]
     line += ["--flash-attn", {True: "on", False: "off"}.get(flash_attn, "on" if kv.evicts else "auto")]
     # n_ctx and the layers on the GPU are decided; a conversation stays in its slot
-    line += ["--fit", "off", "--no-cache-idle-slots", "--metrics"]
+    line += ["--fit", "off", "--no-cache-idle-slots", "--cache-ram", str(_CACHE_RAM), "--metrics"]
     if text := policy_text(kv):
         line += ["--kv-policy", text]
     for name, option in (("type_k", "--cache-type-k"), ("type_v", "--cache-type-v")):
@@ -105,7 +107,8 @@ def arguments(
     for name, value in options.items():
         if name not in _FLAGS:
             raise ValueError(
-                f"--option {name}: llama-server has options of its own (`llama-server --help`), which follow MODEL"
+                f"--option {name}: is not one that llama-server has by this name; its own options follow MODEL, and "
+                "`refreekv serve MODEL --usage` lists them"
             )
         line += [_FLAGS[name], str(value)]
     return line

@@ -96,6 +96,11 @@ def make_params(**options: Any) -> Any:
     return params
 
 
+def params_fields(params: Any) -> dict[str, Any]:
+    """The fields of a `refreekv_params`."""
+    return {name: getattr(params, name) for name, _ in ffi.typeof(params).item.fields}
+
+
 @contextmanager
 def next_context(params: Any | None) -> Iterator[None]:
     """Contexts that this thread creates inside get the policy; None: upstream's own cache in any environment."""

@@ -18,6 +18,7 @@ import pytest
 from command import assert_one_error_line, refreekv
 from serving import OPTIONS, QUICK, SWITCH, serving, user, write_config
 from tiny import TinyModel
+from typer.testing import Result
 
 from refreekv_cpp import Llama, fit
 from refreekv_cpp._cache_types import CACHE_TYPES
@@ -28,6 +29,10 @@ from refreekv_cpp.server.receipts import kv_receipt
 from refreekv_cpp.server.settings import ModelSettings, read_config_file
 
 LONG = "x" * 1500
+
+
+def serve(*args: str | Path) -> Result:
+    return refreekv("serve", "--python", *args)
 
 
 @pytest.fixture(scope="module")
@@ -180,68 +185,44 @@ def test_what_cannot_be_served_is_one_line(tiny_model: Path, tmp_path: Path) -> 
     refused = tmp_path / "refused.gguf"
     TinyModel(causal=False).write(refused)
     model = ["--model", tiny_model]
-    assert_one_error_line(refreekv("serve", "--python"), "model: Field required")
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, *model), "MODEL and --model: only one")
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--gpu-layers", "some"), "must be auto, all or a number"
-    )
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--flash-attn=some"), "must be true, false or auto")
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--option", "kv_protect"), "must be NAME=VALUE")
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--option", "kv_protekt=1"), "did you mean 'kv_protect'"
-    )
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--gpu-layers", "0", "--option", "kv_protect=1"), "kv_protect=1"
-    )
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
+    assert_one_error_line(serve(), "model: Field required")
+    assert_one_error_line(serve(tiny_model, *model), "MODEL and --model: only one")
+    assert_one_error_line(serve(tiny_model, "--gpu-layers", "some"), "must be auto, all or a number")
+    assert_one_error_line(serve(tiny_model, "--flash-attn=some"), "must be true, false or auto")
+    assert_one_error_line(serve(tiny_model, "--option", "kv_protect"), "must be NAME=VALUE")
+    assert_one_error_line(serve(tiny_model, "--option", "kv_protekt=1"), "did you mean 'kv_protect'")
+    assert_one_error_line(serve(tiny_model, "--gpu-layers", "0", "--option", "kv_protect=1"), "kv_protect=1")
+    assert_one_error_line(serve(tiny_model, "--option", "type_k=q9"), "must be one of f32, f16")
     quiet = ["--verbose", "false", "--option"]
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole"
-    )
+    assert_one_error_line(serve(tiny_model, *quiet, "pooling_type=mean"), "pooling_type: must be a whole")
     for n_threads in ("--threads", "--n_threads", "--n_threads_batch"):
-        assert_one_error_line(refreekv("serve", "--python", tiny_model, n_threads, "513"), "from -1 to 512")
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml"
-    )
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be"
-    )
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--port", "99999999"), "port: ", "65535")
-    assert_one_error_line(
-        refreekv("serve", "--python", tiny_model, "--n-ctx", "many"), "n_ctx: must be auto or a number of tokens"
-    )
+        assert_one_error_line(serve(tiny_model, n_threads, "513"), "from -1 to 512")
+    assert_one_error_line(serve(tiny_model, "--chat_format", "nope"), "chat_format nope: must be", "chatml")
+    assert_one_error_line(serve(tiny_model, "--chat_format", "llava-1-5"), "chat_format llava-1-5: must be")
+    assert_one_error_line(serve(tiny_model, "--port", "99999999"), "port: ", "65535")
+    assert_one_error_line(serve(tiny_model, "--n-ctx", "many"), "n_ctx: must be auto or a number of tokens")
     for n_ctx in ("999999999", str(2**32), "1" + "0" * 30):
-        assert_one_error_line(
-            refreekv("serve", "--python", tiny_model, "--gpu-layers", "0", "--n-ctx", n_ctx), "n_ctx=", "must be"
-        )
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--n-batch", str(2**32)), "n_batch=", "from 1 to")
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--ssl_certfile", tmp_path), "a folder, not a file")
-    assert_one_error_line(refreekv("serve", "--python", tiny_model, "--ssl_keyfile", tiny_model), "needs ssl_certfile")
+        assert_one_error_line(serve(tiny_model, "--gpu-layers", "0", "--n-ctx", n_ctx), "n_ctx=", "must be")
+    assert_one_error_line(serve(tiny_model, "--n-batch", str(2**32)), "n_batch=", "from 1 to")
+    assert_one_error_line(serve(tiny_model, "--ssl_certfile", tmp_path), "a folder, not a file")
+    assert_one_error_line(serve(tiny_model, "--ssl_keyfile", tiny_model), "needs ssl_certfile")
     half = tmp_path / "half.gguf"
     half.write_bytes(tiny_model.read_bytes()[: tiny_model.stat().st_size // 2])
     assert_one_error_line(
-        refreekv("serve", "--python", half, "--verbose", "false", "--gpu-layers", "0"),
+        serve(half, "--verbose", "false", "--gpu-layers", "0"),
         "half.gguf",
         "llama.cpp cannot load it",
     )
-    assert_one_error_line(refreekv("serve", "--python", "--model", tmp_path / "none.gguf"), "none.gguf")
-    assert_one_error_line(refreekv("serve", "--python", *model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
-    assert_one_error_line(
-        refreekv("serve", "--python", *model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'"
-    )
-    assert_one_error_line(
-        refreekv("serve", "--python", *model, "--kv-memory-limit", "1x"), "must be a positive number of bytes"
-    )
-    assert_one_error_line(
-        refreekv("serve", "--python", "--model", refused, "--verbose", "false", "--gpu-layers", "0"), "not causal"
-    )
+    assert_one_error_line(serve("--model", tmp_path / "none.gguf"), "none.gguf")
+    assert_one_error_line(serve(*model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
+    assert_one_error_line(serve(*model, "--kv-evicted", "dorp"), "kv_evicted: ", "'recompute' or 'drop'")
+    assert_one_error_line(serve(*model, "--kv-memory-limit", "1x"), "must be a positive number of bytes")
+    assert_one_error_line(serve("--model", refused, "--verbose", "false", "--gpu-layers", "0"), "not causal")
     config = ["--config-file", tmp_path / "none.json"]
-    assert_one_error_line(refreekv("serve", "--python", *config), "none.json")
-    assert_one_error_line(
-        refreekv("serve", "--python", *config, "--port", "80", "--n-ctx", "8"), "--n_ctx: with --config_file"
-    )
+    assert_one_error_line(serve(*config), "none.json")
+    assert_one_error_line(serve(*config, "--port", "80", "--n-ctx", "8"), "--n_ctx: with --config_file")
     config = ["--config-file", write_config(tmp_path, [{"model": "x"}])]
-    assert_one_error_line(refreekv("serve", "--python", *config, "--port", "99999999"), "port: ", "65535")
+    assert_one_error_line(serve(*config, "--port", "99999999"), "port: ", "65535")
 
 
 @pytest.mark.parametrize(
@@ -355,13 +336,11 @@ def test_a_config_file_in_yaml(tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert_one_error_line(
-        refreekv("serve", "--python", "--model", tiny_model), "uvicorn", 'pip install "refreekv-cpp[server]"'
-    )
+    assert_one_error_line(serve("--model", tiny_model), "uvicorn", 'pip install "refreekv-cpp[server]"')
 
 
 def test_help_has_upstreams_options_and_ours() -> None:
-    result = refreekv("serve", "--python", "--help")
+    result = serve("--help")
     assert result.exit_code == 0
     assert "--kv_policy" in result.stdout
     assert "--chat_format" in result.stdout

@@ -91,8 +91,8 @@ def _check_others(args: list[str]) -> None:
     """
     if any(arg.startswith("--config-file") for arg in args):
         raise ValueError(
-            "--config_file: configuration files are those of llama-cpp-python's server: add --python. "
-            "llama-server itself has several models by `--models-preset FILE.ini`, each a section with its options"
+            "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without it, "
+            "options stand on the command line, and each model has a `refreekv serve` of its own"
         )
     if any(arg.startswith(("--kv-library", "--library")) for arg in args):
         raise ValueError("--kv_library: llama-server has no library; `refreekv serve --python` has one")
