@@ -1,0 +1,104 @@
+"""The page that shows the cache at work, which `refreekv serve` has at /cache."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from command import assert_one_error_line, refreekv
+from serving import free_port, send, serving
+
+from refreekv_cpp import _open_page
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+OPTIONS = ["--n-ctx", "2048", "--threads", "1", "--log-verbosity", "1", "--kv-policy", "streaming"]
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model: Path) -> Iterator[openai.OpenAI]:
+    with serving(tiny_model, *OPTIONS) as client:
+        yield client
+
+
+def address(client: openai.OpenAI) -> str:
+    return str(client.base_url).removesuffix("/v1/")
+
+
+def test_it_is_served_as_it_is_written(client: openai.OpenAI) -> None:
+    answer = httpx.get(f"{address(client)}/cache")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    page = Path(__file__).parents[2] / "native" / "server" / "cache.html"
+    assert answer.text == page.read_text(encoding="utf-8")
+
+
+def test_it_asks_for_nothing_that_the_server_does_not_say(client: openai.OpenAI) -> None:
+    send(client, "/completion", {"prompt": "x" * 700, "n_predict": 4})
+    page = httpx.get(f"{address(client)}/cache").text
+    metrics = httpx.get(f"{address(client)}/metrics").text
+    asked = set(re.findall(r"\bm\.(\w+)", page))
+    assert asked >= {"kv_bytes", "kv_bytes_full", "process_resident_bytes"}
+    assert asked <= set(re.findall(r"^llamacpp:(\w+)", metrics, re.MULTILINE))
+
+
+def test_the_page_needs_no_key_and_its_figures_do(tiny_model: Path) -> None:
+    with serving(tiny_model, *OPTIONS, "--api-key", "secret") as client:
+        statuses = [httpx.get(address(client) + path).status_code for path in ("/cache", "/slots", "/metrics")]
+        assert statuses == [200, 401, 401]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_in_a_browser(client: openai.OpenAI, tmp_path: Path) -> None:
+    send(client, "/completion", {"prompt": "x" * 700, "n_predict": 4})
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--timeout=20000"]
+    command = [str(BROWSER), *options, "--virtual-time-budget=5000", "--dump-dom", f"{address(client)}/cache"]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"One conversation with 70\d tokens", page)
+    assert re.search(r"A full cache needs <strong>[\d.]+ MiB</strong> for that", page)
+    assert page.count('class="exact" style="height') == 4  # a column for each layer
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """A server that loads its model while the first requests come."""
+
+    n_asked = 0
+
+    def do_GET(self) -> None:
+        type(self).n_asked += 1
+        self.send_response(200 if self.n_asked > 2 else 503)
+        self.end_headers()
+
+
+def test_the_page_is_opened_once_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    opened: list[str] = []
+    monkeypatch.setattr(_open_page.webbrowser, "open", opened.append)
+    there = f"http://127.0.0.1:{server.server_port}"
+    _open_page.main(there, "/cache")
+    server.shutdown()
+    assert Health.n_asked == 3
+    assert opened == [f"{there}/cache"]
+
+
+def test_who_waits_for_a_server_that_is_gone_ends() -> None:
+    waiter = [sys.executable, "-m", "refreekv_cpp._open_page", f"http://127.0.0.1:{free_port()}", "/cache"]
+    parent = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE).pid)"
+    pid = int(subprocess.run([sys.executable, "-c", parent, *waiter], capture_output=True, text=True, check=True).stdout)
+    for _ in range(300):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        threading.Event().wait(0.1)
+    pytest.fail("it still waits")
+
+
+def test_a_port_that_is_not_known(tiny_model: Path) -> None:
+    assert_one_error_line(refreekv("ui", tiny_model, "--port", "0"), "--port must be one from 1 to 65535")
