@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class KeptSequence(PrunedSequence):
     _salt = b""  # what blocks that are not exact depend on besides
     _n_before = 0  # tokens that are never evicted, before the first group of codes
     _n_exact = 0  # leading tokens in the cache that were read while nothing was evicted
+    _states: Sequence[tuple[list[int], Path]] = ()  # that were written: the tokens before, and the file
     _tail: Block | None = None  # the last block that was written, if more is to be in it
     _warned = False  # that the library could not be written
     _library_refusal: str | None = None  # why there is no library although one was asked for
@@ -179,6 +181,7 @@ class KeptSequence(PrunedSequence):
                 library.trim()
             if name:
                 library.name(name, blocks[-1])
+                self._states = ()  # they stay
         except (CacheStateError, CacheMemoryError, OSError) as error:
             for block in written:  # a full disk needs the room
                 library.remove(block)
@@ -189,16 +192,28 @@ class KeptSequence(PrunedSequence):
         return sum(len(block.tokens) for block in blocks)
 
     def _keep_states(self, library: Library, n_tokens: int) -> None:
-        """Of the layers that are in no block: where the text ends, and before the request for its answer."""
+        """Of the layers that are in no block: where the text ends, and before the request for its answer. They take the
+        place of those that this Llama has written when the text was shorter."""
         if self._checkpoints is None:
             return
-        tokens = _upstream.tokens(self)
-        self._checkpoints.take(_upstream.token_array(self))
-        for n, state in self._checkpoints.newest(_upstream.token_array(self)):
+        read = _upstream.token_array(self)
+        self._checkpoints.take(read)
+        written = []
+        for n, state in self._checkpoints.newest(read):
             if N_MIN <= n <= n_tokens:
-                block = blocks_of(self._start, self._salt, tokens[:n], min(self._n_exact, n), self._n_before)[-1]
+                tokens = read[:n].tolist()
+                block = blocks_of(self._start, self._salt, tokens, min(self._n_exact, n), self._n_before)[-1]
                 if not library.state_path(block).exists():
                     library.write_state(block, state)
+                written.append((tokens, library.state_path(block)))
+        for state_of in self._states:
+            tokens, path = state_of
+            if tokens != read[: len(tokens)].tolist():
+                written.append(state_of)
+            elif state_of not in written:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        self._states = written
 
     def _replace_tail(self, library: Library, blocks: Sequence[Block]) -> None:
         """The last block that this Llama has written is of no use once one with more tokens has its place."""

@@ -142,10 +142,7 @@ class PrunedSequence(Lifetime):
         elif self._chat_reads and self._kv.evicts:
             native.prompt(self.ctx, _SEQ_ID, self.n_ctx())  # more of it follows
         try:
-            if self.kv_memory_limit is None:
-                self._eval(tokens)
-            else:
-                self._eval_within(tokens, self.kv_memory_limit)
+            self._read(tokens)
         except BaseException:
             native.prompt(self.ctx, _SEQ_ID, -1)
             raise
@@ -163,12 +160,18 @@ class PrunedSequence(Lifetime):
         if not self._go_back(n_there):
             raise CacheStateError(f"n_tokens={n_tokens}: the cache cannot go back to it; reset()")
         if n_there < n_tokens:
-            self._eval(rest[n_there:])
+            self._read(rest[n_there:])
 
     def _prune_due(self) -> None:
         """Prune a prompt that was read and is not pruned yet. The first token of its answer did not wait for this."""
         if self._kv.evicts and native.is_due(self.ctx, _SEQ_ID):
             self.prune_kv()
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        if self.kv_memory_limit is None:
+            self._eval(tokens)
+        else:
+            self._eval_within(tokens, self.kv_memory_limit)
 
     def _eval(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.n_batch:
@@ -214,13 +217,14 @@ class PrunedSequence(Lifetime):
                 )
         for i in range(0, len(tokens), self.n_batch):
             batch = tokens[i : i + self.n_batch]
+            n_before = self.n_tokens
             try:
                 self._eval(batch)
             except CacheMemoryError:
                 if self.n_tokens == 0 or self.prune_kv() == 0:
                     raise
                 self._n_limit_prunes += 1
-                self._eval(batch)
+                self._eval(batch[self.n_tokens - n_before :])  # a prompt's last batch comes in two parts
 
     def _prepare(self, prompt: Sequence[int], reset: bool) -> None:
         """Have the cache ready for a prompt that may ask for what was evicted."""

@@ -57,8 +57,7 @@ class Llama(SavedStates):
             Default: True.
         kv_library: a folder (True: one in the user's cache folder) where what was read is kept, so that it need not be
             read again: before a prompt is read, the longest beginning of it that is known there is opened; when a
-            completion ends, what is new is written. See docs/library.md. It needs kv_policy="refreekv", and a model
-            whose whole cache can have it. Default: none.
+            completion ends, what is new is written. See docs/library.md. It needs kv_policy="refreekv". Default: none.
         kv_library_limit: a cap on the bytes in that folder, as a number or like "4GiB"; what was not used for longest
             is removed. Default: "4GiB".
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
@@ -68,6 +67,9 @@ class Llama(SavedStates):
             a prompt is refused.
         flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
             False unless the backend or the type of V makes True the better setting. Default: "auto".
+        swa_full: True, layers with a sliding window have room for the whole context; False, for the window and a batch.
+            Default: with a policy that evicts False (docs/turns.md says how a conversation goes back all the same),
+            with "full" True, as upstream.
         verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
             to the logger "refreekv_cpp" with level INFO, whatever this says; where the program's logging shows them,
             they are not printed besides. Default: True, as upstream.

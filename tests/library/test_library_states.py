@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from books import MORE, QUESTION, TEXT, files, opened, read, reader, write
 from support import ctx_of, feed, generate, kept
+from tiny import random_tokens
 
 from refreekv_cpp import _upstream, native
 from refreekv_cpp._checkpoints import N_REQUEST
@@ -48,6 +49,25 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, tmp_path: Path, nam
     assert second.kv_stats.n_opened == len(tokens) - 1  # the last one was not read by the first
     assert sum(batches) == 1 + len(QUESTION) + len(answer) - 1
     assert answer == generate(first, [*tokens, *QUESTION])
+
+
+def test_a_text_that_grows_has_two(tiny: Tiny, tmp_path: Path) -> None:
+    llm = reader(tiny(MODELS[2]), tmp_path)
+    texts = [TEXT[:600], random_tokens(300, seed=4)]
+    for _ in range(3):
+        for i, text in enumerate(texts):
+            texts[i] = [*text, *generate(llm, text), *QUESTION]
+    assert len(states(tmp_path)) == 4
+    llm = reader(tiny(MODELS[2]), tmp_path)
+    for text in texts:
+        before = llm.kv_stats.n_opened
+        generate(llm, text)
+        assert llm.kv_stats.n_opened - before == len(text) - len(QUESTION) - 1
+    generate(llm, TEXT)
+    llm.keep_kv("a text")
+    n_named = len(states(tmp_path))
+    generate(llm, [*TEXT, *QUESTION])
+    assert len(states(tmp_path)) == n_named + 2
 
 
 @pytest.mark.parametrize("name", MODELS)

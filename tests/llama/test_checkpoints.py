@@ -22,7 +22,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from support import generate, load, logits
 from tiny import random_tokens
 
-from refreekv_cpp import Llama, ReFreeKV, _checkpoints, _upstream
+from refreekv_cpp import Llama, ReFreeKV, Streaming, _checkpoints, _upstream
 from refreekv_cpp._checkpoints import N_REQUEST
 
 Tiny = Callable[[str], Path]
@@ -253,3 +253,14 @@ def test_few_are_taken_in_any_batches(tiny: Tiny, options: dict[str, Any]) -> No
     answer(llm, PROMPT)
     assert len(llm._checkpoints._all) <= 2
     assert answer(llm, PROMPT).n_read == N_REQUEST
+
+
+@pytest.mark.parametrize("name", [WINDOWED, HYBRID])
+def test_the_second_part_of_a_last_batch_may_have_no_room(tiny: Tiny, name: str) -> None:
+    """A prompt's last batch is read in two parts, with a checkpoint between: what had been read was read once more."""
+    policy, prompt = Streaming(budget=64, n_min=0), random_tokens(1036)
+    n_bytes = load(tiny(name), policy).kv_stats.bytes_per_token * 1024  # 1020 of them fit
+    llm = load(tiny(name), policy, n_batch=200, kv_memory_limit=n_bytes)
+    assert answer(llm, prompt).n_read == len(prompt)
+    assert llm.kv_stats.n_limit_prunes == 1
+    assert llm.input_ids[: len(prompt)].tolist() == prompt

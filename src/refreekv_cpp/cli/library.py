@@ -76,6 +76,6 @@ def check(context: typer.Context, folder: _FolderOption = None) -> None:
     n_good, errors = _library(context, folder).check_all()
     for error in errors:
         common.print_error(error)
-    common.print_note(f"{n_good} blocks are whole, {len(errors)} are not; those that were damaged are removed")
+    common.print_note(f"{n_good} files are whole, {len(errors)} are not; those that were damaged are removed")
     if errors:
         raise typer.Exit(1)
