@@ -71,7 +71,7 @@ private:
 
     bool fits_kernel(const layer & layer) const;
 
-    void encode(const layer & layer, bool is_v, int64_t n, const float * numbers, int64_t stride) const;
+    void encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const;
 };
 
 } // namespace refreekv
