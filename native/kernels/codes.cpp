@@ -4,6 +4,7 @@
 
 #ifdef REFREEKV_LANES
 
+#include <cstring>
 #include <vector>
 
 namespace refreekv {
@@ -199,6 +200,41 @@ void dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float 
     with_bits(bits, n, [&](auto b, auto n_piece, int64_t i) {
         dot_codes<b, n_piece>(codes, middle, step, n_channels, q + i, unit + i, logits + i*CELLS, step + n_channels);
     });
+}
+
+void turn_codes(const uint8_t * codes, int64_t n_channels, int64_t n_v, uint8_t * dst) {
+    typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+    // [4 cells][4 channels] to [4 channels][4 cells]
+    const auto load_turned = [](const uint8_t * p) {
+        bytes16 x;
+        memcpy(&x, p, sizeof(x));
+        return __builtin_shufflevector(x, x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    };
+    const auto store_bytes16 = [](uint8_t * p, bytes16 x) { memcpy(p, &x, sizeof(x)); };
+
+    memcpy(dst,                        codes,                               n_v*sizeof(uint16_t));
+    memcpy(dst + n_v*sizeof(uint16_t), codes + n_channels*sizeof(uint16_t), n_v*sizeof(uint16_t));
+
+    const uint8_t * from = codes + n_channels*2*sizeof(uint16_t);
+    uint8_t *       to   = dst   + n_v       *2*sizeof(uint16_t);
+
+    static const int64_t PACK = 4*LINE; // bytes, with 4 bits
+
+    // 8 cells of the 8 channels of a pack of K at a time: the low halves of its bytes are the first 4 channels. Of V they are cells
+    for (int64_t pack = 0; pack < n_v/8; ++pack) {
+        for (int64_t c = 0; c < CELLS/8; ++c) {
+            const uint8_t * src = from + pack*PACK + c/2*LINE + c%2*32;
+
+            const bytes16 a = load_turned(src);
+            const bytes16 b = load_turned(src + 16);
+
+            uint8_t * line = to + (pack/2*2 + c/4)*PACK + c%4*LINE + pack%2*32;
+
+            store_bytes16(line,      (a & 15) | (b << 4));
+            store_bytes16(line + 16, (a >> 4) | (b & 240));
+        }
+    }
 }
 
 void add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out) {

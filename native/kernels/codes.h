@@ -44,4 +44,8 @@ void dot_codes(const uint8_t * codes, int64_t n_channels, int bits, const float 
 // are rounded in the same way, to 127ths of the largest of them
 void add_codes(const uint8_t * codes, int64_t n_channels, int bits, const float * const * w, int64_t n, float * const * out);
 
+// From codes of K with 4 bits to those that V has for its first n_v channels, which are whole packs of 16: the same numbers, in the order
+// of weighted sums. dst: codes_bytes(n_v, 4)
+void turn_codes(const uint8_t * codes, int64_t n_channels, int64_t n_v, uint8_t * dst);
+
 } // namespace refreekv

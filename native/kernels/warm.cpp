@@ -213,6 +213,7 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
 
     thread_local std::vector<float>   scratch;
     thread_local std::vector<uint8_t> rows;
+    thread_local std::vector<uint8_t> turned; // codes of V, where they are a part of K's
 
     float * memory  = aligned(scratch, warm.n_k + warm.n_v + n_gqa*(CELLS + 2));
     float * weights = memory + warm.n_k + warm.n_v; // [n_gqa][CELLS]
@@ -260,7 +261,9 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
         if (b + AHEAD < warm.n_blocks) {
             for (int64_t i = 0; i < n_gqa; ++i) {
                 if (judged[i].totals[b + AHEAD]*expf(judged[i].tops[b + AHEAD] - lse[i]) >= NOTHING) {
-                    prefetch_far(codes_v(warm, b + AHEAD, h_kv), codes_bytes(warm.n_v, warm.bits_v));
+                    if (!warm.v_in_k) {
+                        prefetch_far(codes_v(warm, b + AHEAD, h_kv), codes_bytes(warm.n_v, warm.bits_v));
+                    }
                     break;
                 }
             }
@@ -281,6 +284,21 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
         const float * w [16];
         float *       to[16];
         int64_t       n = 0;
+
+        bool is_turned = false;
+
+        const auto add = [&]() {
+            if (!warm.v_in_k) {
+                add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+                return;
+            }
+            if (!is_turned) {
+                turned.resize(codes_bytes(warm.n_v, warm.bits_k));
+                turn_codes(codes_k(warm, b, h_kv), warm.n_k, warm.n_v, turned.data());
+                is_turned = true;
+            }
+            add_codes(turned.data(), warm.n_v, warm.bits_k, w, n, to);
+        };
 
         for (int64_t i = 0; i < n_gqa; ++i) {
             if (judged[i].totals[b]*factors[i]*(1.0f + judged[i].excess[b]) < NOTHING) {
@@ -309,12 +327,12 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
             w [n] = dst;
             to[n] = out[i];
             if (++n == 16) {
-                add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+                add();
                 n = 0;
             }
         }
         if (n > 0) {
-            add_codes(codes_v(warm, b, h_kv), warm.n_v, warm.bits_v, w, n, to);
+            add();
         }
     }
 

@@ -43,14 +43,14 @@ struct warm_view {
     // codes of K and V of a block in KV head 0; those of the next head are so many bytes further. Blocks of one head that are neighbours
     // mostly lie behind each other, since they are read in this order
     const uint8_t * const * blocks_k;
-    const uint8_t * const * blocks_v;
+    const uint8_t * const * blocks_v; // unless v_in_k
     size_t                  next_head_k;
     size_t                  next_head_v;
 
     const uint64_t *        there;   // [n_blocks] bit i: cell i is warm
     const uint8_t *         visible; // [n_tokens][n_blocks] whether a token of the batch may see a block's cells
 
-    bool v_in_k; // V of a cell is the beginning of its K: its exact rows are K alone. Codes are of both
+    bool v_in_k; // V of a cell is the beginning of its K: its exact rows and its codes are K alone, with 4 bits
 
     // Exact K and V of some cells of a block (bit i: its cell i) in one KV head: cell after cell, K and then V, in these types. Returns
     // those that could be had without waiting for a disk; rows has only them. From several threads

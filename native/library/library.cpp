@@ -93,13 +93,15 @@ int32_t library::write_layer(const layer & layer, const std::vector<uint32_t> & 
         record.split(records.data() + (b.header.n_before + g*N_GROUP)*record.bytes(), N_GROUP, k.data(), v.data());
 
         for (bool is_v : { false, true }) {
-            const bool    from_v = is_v && layer.has_v();
-            const int64_t n_row  = layer.n_embd(from_v);
+            if (is_v && !layer.has_v()) {
+                continue;
+            }
+            const int64_t n_row  = layer.n_embd(is_v);
             const int64_t n_head = is_v ? layer.warm->view.n_v : layer.warm->view.n_k;
-            const size_t  row    = from_v ? record.row_v : record.row_k;
+            const size_t  row    = is_v ? record.row_v : record.row_k;
 
             for (uint32_t i = 0; i < N_GROUP; ++i) {
-                kernels.to_float(p.cold.type_of(layer, from_v), (from_v ? v : k).data() + i*row, numbers.data() + i*n_row, n_row);
+                kernels.to_float(p.cold.type_of(layer, is_v), (is_v ? v : k).data() + i*row, numbers.data() + i*n_row, n_row);
             }
             for (uint32_t h = 0; h < l.n_heads; ++h) {
                 uint8_t * out = codes.data() + g*l.group_bytes() + h*(l.codes_k + l.codes_v) + (is_v ? l.codes_k : 0);

@@ -47,7 +47,10 @@ static size_t block_bytes(uint32_t kind, int64_t n_head_kv, int64_t n_k, int64_t
             return n_head_kv*code_tensors::head_bytes(type_v, n_k, n_v);
         }
     }
-    return kind >> 16 || k < 1 || k > 8 || v < 1 || v > 8 ? 0 : n_head_kv*(codes_bytes(n_k, k) + codes_bytes(n_v, v));
+    if (kind >> 16 || k < 1 || k > 8 || v > 8) {
+        return 0;
+    }
+    return n_head_kv*(codes_bytes(n_k, k) + (v > 0 ? codes_bytes(n_v, v) : 0)); // of no bits where V is a part of K
 }
 
 void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32_t> & list) {

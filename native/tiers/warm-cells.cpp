@@ -20,7 +20,7 @@ warm_cells::warm_cells(std::unique_ptr<code_tensors> its) :
 }
 
 warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v) :
-    n_head_kv(n_head_kv), bytes_k(codes_bytes(n_k, bits_k)), bytes_v(codes_bytes(n_v, bits_v)) {
+    n_head_kv(n_head_kv), bytes_k(codes_bytes(n_k, bits_k)), bytes_v(bits_v > 0 ? codes_bytes(n_v, bits_v) : 0) {
     largest_steps.assign(n_head_kv*n_k, 0.0f);
 
     view.largest_steps = largest_steps.data();
@@ -30,6 +30,7 @@ warm_cells::warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, 
     view.n_v       = n_v;
     view.bits_k    = bits_k;
     view.bits_v    = bits_v;
+    view.v_in_k    = bits_v == 0;
     view.counts    = &counts;
     view.source    = this;
 

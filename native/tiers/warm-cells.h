@@ -36,7 +36,8 @@ static inline int64_t lowest_bit(uint64_t x) {
 // - or tensors of the layer's backend (tiers/code-tensors.h), for ggml's operations. No exact rows are read.
 class warm_cells {
 public:
-    // n_k, n_v: channels of a KV head. The caller sets what `view` has of the soft-max and theta, and `exact`
+    // n_k, n_v: channels of a KV head; bits_v: 0: V is a part of K, and has no codes of its own. The caller sets what `view` has of the
+    // soft-max and theta, and `exact`
     warm_cells(int64_t n_head_kv, int64_t n_k, int64_t n_v, int bits_k, int bits_v);
 
     explicit warm_cells(std::unique_ptr<code_tensors> tensors);

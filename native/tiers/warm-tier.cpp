@@ -97,9 +97,8 @@ void warm_tier::make(layer & layer) const {
         layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, type_of_v(layer), n_head_kv, n_k, n_v));
         return;
     }
-    layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, BITS_V);
+    layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, layer.has_v() ? BITS_V : 0);
 
-    layer.warm->view.v_in_k  = !layer.has_v();
     layer.warm->view.softmax = &layer.softmax;
     layer.warm->view.theta     = cold.exists() ? share : INFINITY; // else there is nothing to read
     layer.warm->view.max_error = cold.exists() ? max_error : 0.0f;
@@ -123,14 +122,14 @@ float warm_tier::share_of_f16(const std::vector<layer> & layers) const {
     return bytes_f16 > 0 ? (float) bytes/bytes_f16 : 0.0f;
 }
 
-// the codes of n rows of K or V, stride numbers apart, for the block that was added last
-void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers, int64_t stride) const {
+// the codes of n rows of K or V, for the block that was added last
+void warm_tier::encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const {
     const auto & view = layer.warm->view;
 
     const int64_t n_head = is_v ? view.n_v : view.n_k;
 
     for (int64_t h = 0; h < view.n_head_kv; ++h) {
-        find_kernels()->encode(numbers + h*n_head, stride, n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
+        find_kernels()->encode(numbers + h*n_head, layer.n_embd(is_v), n, n_head, is_v ? view.bits_v : view.bits_k, is_v, layer.warm->codes_of(h, is_v));
     }
 }
 
@@ -199,9 +198,6 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
     std::vector<float>   k(N_CELLS*layer.n_embd(false));
     std::vector<float>   v(N_CELLS*layer.n_embd(true));
 
-    const float * of_v     = layer.has_v() ? v.data() : k.data();
-    const int64_t stride_v = layer.n_embd(layer.has_v());
-
     auto * tensors = layer.warm->get_tensors();
 
     layer.warm->reserve(blocks.size());
@@ -231,12 +227,14 @@ void warm_tier::add(layer & layer, const std::vector<uint32_t> & cells, const ro
         layer.warm->add(its, n);
 
         if (!tensors) {
-            encode(layer, false, n, k.data(), layer.n_embd(false));
-            encode(layer, true,  n, of_v, stride_v);
+            encode(layer, false, n, k.data());
+            if (layer.has_v()) {
+                encode(layer, true, n, v.data());
+            }
             layer.warm->note_steps();
             continue;
         }
-        tensors->encode(piece, b - first, n, k.data(), layer.n_embd(false), of_v, stride_v);
+        tensors->encode(piece, b - first, n, k.data(), layer.n_embd(false), (layer.has_v() ? v : k).data(), layer.n_embd(layer.has_v()));
 
         if (b + 1 == first + piece.n) {
             tensors->set(layer.warm->n_blocks() - piece.n, piece);

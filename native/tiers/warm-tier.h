@@ -74,7 +74,7 @@ private:
     // of codes that are tensors
     ggml_type type_of_v(const layer & layer) const;
 
-    void encode(const layer & layer, bool is_v, int64_t n, const float * numbers, int64_t stride) const;
+    void encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const;
 };
 
 } // namespace refreekv

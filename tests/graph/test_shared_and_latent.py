@@ -220,6 +220,8 @@ def test_values_are_no_rows_of_their_own(tiny: Tiny) -> None:
     assert llm.kv_stats.bytes == 4 * 768 * 96
     assert llm.prune_kv() > 0
     assert llm.kv_stats.bytes == 4 * 128 * 96
+    bits, meta = 4, 2 * 16 / 64  # of the codes, and what each channel of 64 cells has beside them
+    assert llm.kv_stats.bytes_codes == pytest.approx(4 * (700 - 124) * 48 * (bits + meta) / 8, rel=0.15)
 
 
 @pytest.mark.parametrize("by_graph", [False, True])

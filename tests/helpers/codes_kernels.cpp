@@ -10,6 +10,8 @@ size_t codes_bytes (int64_t n, int bits) { return refreekv::codes_bytes(n, bits)
 void   codes_encode(const float * rows, int64_t n_cells, int64_t n, int bits, bool v, uint8_t * dst) { refreekv::encode(rows, n, n_cells, n, bits, v, dst); }
 void   codes_decode(const uint8_t * src, int64_t cell, int64_t n, int bits, bool v, float * out) { refreekv::decode_cell(src, cell, n, bits, v, out); }
 
+void   codes_turn  (const uint8_t * codes, int64_t n, int64_t n_v, uint8_t * dst) { refreekv::turn_codes(codes, n, n_v, dst); }
+
 void codes_dot(const uint8_t * codes, int64_t n, int bits, const float * q, const float * unit, int64_t n_q, float * out) {
     std::vector<const float *> rows;
     for (int64_t i = 0; i < n_q; ++i) {

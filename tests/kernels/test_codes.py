@@ -54,6 +54,11 @@ class Kernels:
             self._call("decode", codes, cell, n, bits, v, res[cell])
         return res
 
+    def turn(self, codes: npt.NDArray[np.uint8], n: int, n_v: int) -> npt.NDArray[np.uint8]:
+        res = np.empty(self._library.codes_bytes(ctypes.c_int64(n_v), 4), dtype=np.uint8)
+        self._call("turn", codes, n, n_v, res)
+        return res
+
     def dot(self, codes: npt.NDArray[np.uint8], queries: Floats, unit: Floats, bits: int) -> Floats:
         res = np.empty((len(queries), 64), dtype=np.float32)
         self._call("dot", codes, queries.shape[1], bits, queries, unit.astype(np.float32), len(queries), res)
@@ -110,6 +115,13 @@ def test_codes_are_the_nearest_of_each_channel(kernels: Kernels, bits: int, n: i
         least, step, codes = reference.encode(rows, bits)
         np.testing.assert_allclose(decoded, least + step * codes, rtol=1e-6, atol=1e-6)
         assert (decoded[:, 3] == 1.5).all()
+
+
+@pytest.mark.parametrize(("n", "n_v"), [(16, 16), (48, 32), (80, 64), (576, 512)])
+def test_codes_of_k_are_those_of_a_v_that_is_its_beginning(kernels: Kernels, n: int, n_v: int) -> None:
+    rows = numbers((64, n))
+    turned = kernels.turn(kernels.encode(rows, 4, False), n, n_v)
+    np.testing.assert_array_equal(turned, kernels.encode(np.ascontiguousarray(rows[:, :n_v]), 4, True))
 
 
 # channels and query heads
