@@ -109,6 +109,14 @@ def test_it_answers_as_llama_does(tiny_model: Path, policy: str) -> None:
         assert answer(client, LONG, n=32)["content"] == expected
 
 
+def test_protected_positions_stay(tiny_model: Path) -> None:
+    protect = ["--option", "kv_protect=[[0, 900]]"]
+    with serving(tiny_model, *QUICK, "--kv-policy", "streaming:budget=0.1", *protect) as client:
+        assert answer(client, LONG)["timings"]["kv"]["cells_kept"] >= 900
+        # another prompt in the same slot
+        assert answer(client, "z" * 1500)["timings"]["kv"]["cells_kept"] >= 900
+
+
 def test_several_at_once_get_what_they_get_alone(client: openai.OpenAI) -> None:
     prompts = [char + LONG[i:] for i, char in enumerate("abcdefgh")]
     alone = [answer(client, prompt, n=32, cache_prompt=False)["content"] for prompt in prompts]
@@ -259,7 +267,7 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
         "n_gpu_layers": 0,
         "type_k": 8,
         "kv_policy": "refreekv:theta=0.01",
-        "kv_protect": "system",
+        "kv_protect": [[0, 8]],
         "kv_cold": "memory",
     }
     line = llama_server.arguments(tiny_model, options, slots=3, host="h", port=1)
@@ -270,8 +278,10 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
     assert pairs["--flash-attn"] == "on"
     policy = json.loads(pairs["--kv-policy"])
     assert policy["theta"] == pytest.approx(0.01)
-    assert (policy["evicted"], policy["protect"], "cold_dir" in policy) == ("keep", "system", False)
+    assert (policy["evicted"], policy["protect"], "cold_dir" in policy) == ("keep", [[0, 8]], False)
 
     assert llama_server.policy_text(KVOptions.of(kv_policy="full")) is None
+    with pytest.raises(PolicyError, match="--python"):
+        llama_server.policy_text(KVOptions.of(kv_policy="streaming", kv_protect="system"))
     with pytest.raises(PolicyError, match="OnlyLast"):
         llama_server.policy_text(KVOptions.of(kv_policy=OnlyLast()))
