@@ -166,7 +166,7 @@ def test_conversations_keep_their_slots(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("evicted", ["keep", "drop"])
 def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: Path, evicted: str) -> None:
-    options = ["--slots", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
+    options = ["--parallel", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
     with serving(tiny_model, *QUICK, *options) as client:
         first = answer(client, LONG)
         answer(client, "z" * 1000)
@@ -176,7 +176,7 @@ def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: 
 
 
 def test_a_longer_prompt_than_the_limit_is_pruned_while_it_is_read(tiny_model: Path) -> None:
-    limit = ["--kv-memory-limit", "400KiB", "--slots", "2"]
+    limit = ["--kv-memory-limit", "400KiB", "--parallel", "2"]
     with serving(tiny_model, *QUICK, *STREAMING, *limit, "--batch-size", "256") as client:
         said = answer(client, LONG)
         assert said["timings"]["prompt_n"] == said["tokens_evaluated"]
@@ -211,7 +211,7 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("n_read", [0, 1])
 def test_a_client_that_leaves_frees_its_slot(tiny_model: Path, n_read: int) -> None:
-    with serving(tiny_model, *QUICK, *STREAMING, "--slots", "1") as client:
+    with serving(tiny_model, *QUICK, *STREAMING, "--parallel", "1") as client:
         body = {"prompt": LONG, "n_predict": 100000, "ignore_eos": True, "stream": True, "temperature": 0}
         request = json.dumps(body).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:

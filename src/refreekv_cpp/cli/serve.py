@@ -43,7 +43,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0: any that is free.")] = 8000,
     slots: Annotated[
-        int, typer.Option("--slots", "--parallel", min=1, max=64, help="Requests that are answered at the same time.")
+        int, typer.Option("--parallel", min=1, max=64, help="Requests that are answered at the same time.")
     ] = 4,
     python: Annotated[
         bool,
@@ -63,7 +63,8 @@ def serve(
     path = resolve(model)
     fit.check_model(path)
     line = llama_server.arguments(path, options.llama_options(path, **load), slots=slots, host=host, port=port)
-    common.print_note(f"OpenAI's API is at http://{host}:{port}/v1 once the model is loaded; Ctrl-C ends it")
+    if port:
+        common.print_note(f"OpenAI's API is at http://{host}:{port}/v1 once the model is loaded; Ctrl-C ends it")
     raise typer.Exit(llama_server.run([*line, *context.args]))
 
 
@@ -74,8 +75,8 @@ def _check_others(args: list[str]) -> None:
     """
     if any(arg.startswith("--config-file") for arg in args):
         raise ValueError(
-            "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without it, "
-            "options stand on the command line, and each model has a `refreekv serve` of its own"
+            "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without "
+            "it, options stand on the command line, and each model has a `refreekv serve` of its own"
         )
     if any(arg.startswith(("--kv-library", "--library")) for arg in args):
         raise ValueError("--kv_library: llama-server has no library; `refreekv serve --python` has one")
