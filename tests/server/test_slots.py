@@ -184,6 +184,10 @@ def test_a_longer_prompt_than_the_limit_is_pruned_while_it_is_read(tiny_model: P
         assert float(get(client, "/metrics").split("kv_prunes_total ")[-1].split()[0]) > 1
 
 
+def test_the_model_has_the_name_of_its_file(client: openai.OpenAI, tiny_model: Path) -> None:
+    assert [model.id for model in client.models.list()] == [tiny_model.stem]
+
+
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,8 @@ def serve(
     path = resolve(model)
     fit.check_model(path)
     line = llama_server.arguments(path, options.llama_options(path, **load), slots=slots, host=host, port=port)
+    if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
+        line += ["--alias", path.stem]  # else the model's name would be its path on this machine
     if port:
         common.print_note(f"OpenAI's API is at http://{host}:{port}/v1 once the model is loaded; Ctrl-C ends it")
     raise typer.Exit(llama_server.run([*line, *context.args]))
