@@ -1,6 +1,5 @@
 #include "server/server.h"
 
-#include "chat.h"
 #include "log.h"
 
 #include <algorithm>
@@ -24,8 +23,7 @@ enum class evicted { KEEP, RESTORE, RECOMPUTE, DROP };
 
 static refreekv_params g_params;
 static std::string     g_cold_dir;
-static evicted         g_evicted        = evicted::DROP;
-static bool            g_protect_system = false;
+static evicted         g_evicted = evicted::DROP;
 
 static std::vector<std::pair<llama_pos, llama_pos>> g_protect;
 
@@ -61,9 +59,8 @@ static void read_options(const std::string & text) {
         { "keep", evicted::KEEP }, { "restore", evicted::RESTORE }, { "recompute", evicted::RECOMPUTE }, { "drop", evicted::DROP },
     };
 
-    g_params         = refreekv_params_default();
-    g_evicted        = evicted::DROP;
-    g_protect_system = false;
+    g_params  = refreekv_params_default();
+    g_evicted = evicted::DROP;
     g_protect.clear();
 
     const auto options = common_json::parse(text);
@@ -78,8 +75,6 @@ static void read_options(const std::string & text) {
         } else if (name == "cold_dir") {
             g_cold_dir        = value.get<std::string>();
             g_params.cold_dir = g_cold_dir.c_str();
-        } else if (name == "protect" && value.is_string() && value.get<std::string>() == "system") {
-            g_protect_system = true;
         } else if (name == "protect" && value.is_array()) {
             for (size_t i = 0; i < value.size(); ++i) {
                 g_protect.emplace_back(value.at(i).at(0).get<int32_t>(), value.at(i).at(1).get<int32_t>());
@@ -121,7 +116,7 @@ static bool restores(llama_context * ctx) {
 
 static void forget_figures(llama_seq_id seq_id);
 
-int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts, const common_chat_msg_spans & messages) {
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts) {
     if (!has_policy(ctx)) {
         return n_past;
     }
@@ -144,13 +139,6 @@ int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, l
         n_past = 0;
     }
 
-    if (g_protect_system) {
-        for (const auto & span : messages.spans) {
-            if (span.role == COMMON_CHAT_ROLE_SYSTEM) {
-                refreekv_protect(ctx, seq_id, span.pos, span.pos + span.len);
-            }
-        }
-    }
     for (const auto & [start, end] : g_protect) {
         refreekv_protect(ctx, seq_id, start, end);
     }

@@ -7,13 +7,11 @@
 #include <string>
 #include <vector>
 
-// What the patched sources of llama-server call (patches/0009-server.patch). It is part of that program, not of the library, and knows the
+// What the patched sources of llama-server call (patches/0011-server.patch). It is part of that program, not of the library, and knows the
 // cache by its C API alone. All of it belongs to the one context that the server generates with.
 //
 // But for the receipts, which are snapshots that any thread may read, the thread of the server's main loop calls it, and never while a
 // batch is being decoded.
-
-struct common_chat_msg_spans;
 
 namespace refreekv::server {
 
@@ -21,7 +19,7 @@ namespace refreekv::server {
 // names, and two of the server's own:
 //
 //   evicted: "keep", "restore", "recompute" or "drop", as kv_evicted of Llama
-//   protect: "system", or a list of [start, end] positions
+//   protect: a list of [start, end] positions
 //
 // "": none is set, which leaves it to the environment. False after logging what is wrong
 bool set_policy(const std::string & text);
@@ -30,7 +28,7 @@ bool set_policy(const std::string & text);
 // lies behind, brings back what was evicted of the rest where the next prompt needs it, and announces the prompt. Returns how many tokens
 // of the sequence are left: n_past, or fewer where they have to be read again. in_parts: tokens and positions are the same, so that it can
 // be any number of them
-int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts, const common_chat_msg_spans & messages);
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts);
 
 // the slot is done with its request, or was told to stop: a pruning that is due is done now
 void end_turn(llama_context * ctx, llama_seq_id seq_id);

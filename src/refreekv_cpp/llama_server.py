@@ -57,6 +57,11 @@ def policy_text(kv: KVOptions) -> str | None:
         raise PolicyError(f"kv_policy={kv.kv_policy.name!r}: a policy that is written in Python runs in `Llama` alone")
     if kv.kv_library is not None:
         raise PolicyError("kv_library: llama-server has no library; `refreekv serve --python` has one")
+    if kv.kv_protect == "system":
+        raise PolicyError(
+            "kv_protect='system': llama-server does not know where that message ends: must be a list of positions; "
+            "`refreekv serve --python` finds it"
+        )
     params: Any = kv.native_params()
     if params is None:
         return None

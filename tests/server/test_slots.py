@@ -109,6 +109,14 @@ def test_it_answers_as_llama_does(tiny_model: Path, policy: str) -> None:
         assert answer(client, LONG, n=32)["content"] == expected
 
 
+def test_protected_positions_stay(tiny_model: Path) -> None:
+    protect = ["--option", "kv_protect=[[0, 900]]"]
+    with serving(tiny_model, *QUICK, "--kv-policy", "streaming:budget=0.1", *protect) as client:
+        assert answer(client, LONG)["timings"]["kv"]["cells_kept"] >= 900
+        # another prompt in the same slot
+        assert answer(client, "z" * 1500)["timings"]["kv"]["cells_kept"] >= 900
+
+
 def test_several_at_once_get_what_they_get_alone(client: openai.OpenAI) -> None:
     prompts = [char + LONG[i:] for i, char in enumerate("abcdefgh")]
     alone = [answer(client, prompt, n=32, cache_prompt=False)["content"] for prompt in prompts]
@@ -158,7 +166,7 @@ def test_conversations_keep_their_slots(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("evicted", ["keep", "drop"])
 def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: Path, evicted: str) -> None:
-    options = ["--slots", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
+    options = ["--parallel", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
     with serving(tiny_model, *QUICK, *options) as client:
         first = answer(client, LONG)
         answer(client, "z" * 1000)
@@ -168,12 +176,16 @@ def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: 
 
 
 def test_a_longer_prompt_than_the_limit_is_pruned_while_it_is_read(tiny_model: Path) -> None:
-    limit = ["--kv-memory-limit", "400KiB", "--slots", "2"]
+    limit = ["--kv-memory-limit", "400KiB", "--parallel", "2"]
     with serving(tiny_model, *QUICK, *STREAMING, *limit, "--batch-size", "256") as client:
         said = answer(client, LONG)
         assert said["timings"]["prompt_n"] == said["tokens_evaluated"]
         assert len(said["content"]) == 8
         assert float(get(client, "/metrics").split("kv_prunes_total ")[-1].split()[0]) > 1
+
+
+def test_the_model_has_the_name_of_its_file(client: openai.OpenAI, tiny_model: Path) -> None:
+    assert [model.id for model in client.models.list()] == [tiny_model.stem]
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -203,7 +215,7 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("n_read", [0, 1])
 def test_a_client_that_leaves_frees_its_slot(tiny_model: Path, n_read: int) -> None:
-    with serving(tiny_model, *QUICK, *STREAMING, "--slots", "1") as client:
+    with serving(tiny_model, *QUICK, *STREAMING, "--parallel", "1") as client:
         body = {"prompt": LONG, "n_predict": 100000, "ignore_eos": True, "stream": True, "temperature": 0}
         request = json.dumps(body).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
@@ -259,7 +271,7 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
         "n_gpu_layers": 0,
         "type_k": 8,
         "kv_policy": "refreekv:theta=0.01",
-        "kv_protect": "system",
+        "kv_protect": [[0, 8]],
         "kv_cold": "memory",
     }
     line = llama_server.arguments(tiny_model, options, slots=3, host="h", port=1)
@@ -270,8 +282,10 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
     assert pairs["--flash-attn"] == "on"
     policy = json.loads(pairs["--kv-policy"])
     assert policy["theta"] == pytest.approx(0.01)
-    assert (policy["evicted"], policy["protect"], "cold_dir" in policy) == ("keep", "system", False)
+    assert (policy["evicted"], policy["protect"], "cold_dir" in policy) == ("keep", [[0, 8]], False)
 
     assert llama_server.policy_text(KVOptions.of(kv_policy="full")) is None
+    with pytest.raises(PolicyError, match="--python"):
+        llama_server.policy_text(KVOptions.of(kv_policy="streaming", kv_protect="system"))
     with pytest.raises(PolicyError, match="OnlyLast"):
         llama_server.policy_text(KVOptions.of(kv_policy=OnlyLast()))

@@ -50,7 +50,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0: any that is free.")] = 8000,
     slots: Annotated[
-        int, typer.Option("--slots", "--parallel", min=1, max=64, help="Requests that are answered at the same time.")
+        int, typer.Option("--parallel", min=1, max=64, help="Requests that are answered at the same time.")
     ] = 4,
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the page that shows the cache at work in a browser (refreekv ui).")
@@ -73,14 +73,17 @@ def serve(
     path = resolve(model)
     fit.check_model(path)
     line = llama_server.arguments(path, options.llama_options(path, **load), slots=slots, host=host, port=port)
-    address = f"http://{host}:{port}"
-    common.print_note(
-        f"OpenAI's API is at {address}/v1 once the model is loaded, and {address}/cache shows the cache; Ctrl-C ends it"
-    )
-    if open_page:
-        if port == 0:
-            raise ValueError("--open --port 0: the page's address is not known; --port must be one from 1 to 65535")
-        llama_server.open_when_ready(address, "/cache")
+    if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
+        line += ["--alias", path.stem]  # else the model's name would be its path on this machine
+    if open_page and not port:
+        raise ValueError("--open --port 0: the page's address is not known; --port must be one from 1 to 65535")
+    if port:
+        address = f"http://{host}:{port}"
+        common.print_note(
+            f"OpenAI's API is at {address}/v1 once the model is loaded; {address}/cache shows the cache; Ctrl-C ends it"
+        )
+        if open_page:
+            llama_server.open_when_ready(address, "/cache")
     raise typer.Exit(llama_server.run([*line, *context.args]))
 
 
@@ -91,8 +94,8 @@ def _check_others(args: list[str]) -> None:
     """
     if any(arg.startswith("--config-file") for arg in args):
         raise ValueError(
-            "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without it, "
-            "options stand on the command line, and each model has a `refreekv serve` of its own"
+            "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without "
+            "it, options stand on the command line, and each model has a `refreekv serve` of its own"
         )
     if any(arg.startswith(("--kv-library", "--library")) for arg in args):
         raise ValueError("--kv_library: llama-server has no library; `refreekv serve --python` has one")

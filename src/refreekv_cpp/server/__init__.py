@@ -1,4 +1,4 @@
 """llama-cpp-python's OpenAI-compatible server, with a KV policy for each model and the KV receipt in each usage.
 
-`refreekv serve` runs it. Needs the packages of the extra `server`.
+`refreekv serve --python` runs it. Needs the packages of the extra `server`.
 """
