@@ -1,12 +1,10 @@
 """The policies on another backend, beside the CPU: docs/backends.md.
 
     python tests/tools/backends.py [--env NAME=VALUE ...] [--rpc HOST:PORT,HOST:PORT] [--policy NAME ...] [--n-ctx N]
-        [--n-batch N]
 
 Runs the table policies x scenarios twice, in a process of its own each: on the CPU, with every other device hidden,
 and with its layers on what llama.cpp finds (or on RPC servers). On CUDA a cache of these small models grows in place
-from `--n-ctx 262144` on (native/cache/region-cuda.cpp). With `--n-batch 8` no prompt is read by products of matrices,
-whose shaders Mesa's software driver compiles for minutes. Prints a Markdown table. A cell says whether the same
+from `--n-ctx 262144` on (native/cache/region-cuda.cpp). Prints a Markdown table. A cell says whether the same
 tokens came out, or which was the first that differs; how far the logits are apart up to there; and in how many cells
 the layers differ. The exit code is 1 when tokens differ that were further apart than the logits are, when logits differ
 by more than 0.05, or keys and values came to the host.
@@ -178,18 +176,11 @@ def run_all(policies: list[str], rpc: str, options: dict[str, Any]) -> dict[tupl
 
 
 def in_a_process(
-    policies: list[str],
-    environment: dict[str, str],
-    n_ctx: int,
-    n_batch: int,
-    rpc: str = "",
-    *,
-    on_cpu: bool = False,
+    policies: list[str], environment: dict[str, str], n_ctx: int, rpc: str = "", *, on_cpu: bool = False
 ) -> dict[tuple[str, str], Answer]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers"
-        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc]
-        command += ["--n-ctx", str(n_ctx), "--n-batch", str(n_batch)]
+        command = [sys.executable, __file__, "--out", str(out), "--rpc", rpc, "--n-ctx", str(n_ctx)]
         command += ["--on-cpu"] if on_cpu else []
         subprocess.run(
             [*command, *(f"--policy={policy}" for policy in policies)], check=True, env={**os.environ, **environment}
@@ -203,18 +194,16 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(help="Rows of the table.")] = None,
     rpc: Annotated[str, typer.Option(help="llama.cpp's RPC servers, HOST:PORT,...: the layers go there.")] = "",
     n_ctx: Annotated[int, typer.Option(help="Of all contexts.")] = 2048,
-    n_batch: Annotated[int, typer.Option(help="Tokens that are computed at once.")] = 512,
     out: Annotated[Path | None, typer.Option(hidden=True)] = None,
     on_cpu: Annotated[bool, typer.Option("--on-cpu", hidden=True)] = False,
 ) -> None:
     policies = policy or [*TABLE_POLICIES, CODES]
     if out is not None:
-        options = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, **(ON_CPU if on_cpu else {})}
-        out.write_bytes(pickle.dumps(run_all(policies, rpc, options)))
+        out.write_bytes(pickle.dumps(run_all(policies, rpc, {"n_ctx": n_ctx, **(ON_CPU if on_cpu else {})})))
         return
 
-    cpus = in_a_process(policies, NO_DEVICES, n_ctx, n_batch, on_cpu=True)
-    ours = in_a_process(policies, dict(pair.split("=", 1) for pair in env or []), n_ctx, n_batch, rpc)
+    cpus = in_a_process(policies, NO_DEVICES, n_ctx, on_cpu=True)
+    ours = in_a_process(policies, dict(pair.split("=", 1) for pair in env or []), n_ctx, rpc)
 
     failed = False
     print(f"| | {' | '.join(SCENARIOS)} |\n|{'---|' * (len(SCENARIOS) + 1)}")
