@@ -19,7 +19,7 @@ from serving import free_port, send, serving
 
 from refreekv_cpp import _open_page
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 OPTIONS = ["--n-ctx", "2048", "--threads", "1", "--log-verbosity", "1", "--kv-policy", "streaming"]
 
 
@@ -92,7 +92,8 @@ def test_the_page_is_opened_once_the_model_is_loaded(monkeypatch: pytest.MonkeyP
 def test_who_waits_for_a_server_that_is_gone_ends() -> None:
     waiter = [sys.executable, "-m", "refreekv_cpp._open_page", f"http://127.0.0.1:{free_port()}", "/cache"]
     parent = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE).pid)"
-    pid = int(subprocess.run([sys.executable, "-c", parent, *waiter], capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([sys.executable, "-c", parent, *waiter], capture_output=True, text=True, check=True)
+    pid = int(done.stdout)
     for _ in range(300):
         if not Path(f"/proc/{pid}").exists():
             return
