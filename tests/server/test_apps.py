@@ -42,27 +42,27 @@ def test_settings_files_can_be_parsed() -> None:
 
 def test_the_name_of_the_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["local"]
-    said = client.chat.completions.create(model="another", messages=user("x"), **OPTIONS)  # type: ignore[call-overload]
+    said = client.chat.completions.create(model="another", messages=user("x"), **OPTIONS)
     assert said.model == "local"
 
 
 def test_a_stream_ends_with_what_was_read(client: openai.OpenAI) -> None:
     options = {**OPTIONS, "stream": True, "stream_options": {"include_usage": True}}
     for _ in range(2):
-        *_, last = client.chat.completions.create(model="local", messages=user("x" * 50), **options)  # type: ignore[call-overload]
+        *_, last = client.chat.completions.create(model="local", messages=user("x" * 50), **options)
     assert last.usage.prompt_tokens_details.cached_tokens == last.usage.prompt_tokens - 1
     assert last.timings["kv"]["n_tokens"] == last.usage.total_tokens - 1
 
 
 def test_tools_of_a_model_without_them_are_ignored(client: openai.OpenAI) -> None:
     options = {**OPTIONS, "tools": [SWITCH], "tool_choice": "required"}
-    said = client.chat.completions.create(model="local", messages=user("x"), **options)  # type: ignore[call-overload]
+    said = client.chat.completions.create(model="local", messages=user("x"), **options)
     assert said.choices[0].message.tool_calls is None
 
 
 def test_a_prompt_that_is_too_long_says_how_long(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="local", messages=user("x" * 5000), **OPTIONS)  # type: ignore[call-overload]
+        client.chat.completions.create(model="local", messages=user("x" * 5000), **OPTIONS)
     body = error.value.body
     assert isinstance(body, dict)
     assert body["type"] == "exceed_context_size_error"
