@@ -52,7 +52,7 @@ llama_memory_context_ptr cache::init_context(slot_info_vec_t sinfos, std::vector
 }
 
 cache::slot_info_vec_t cache::prepare(const std::vector<llama_ubatch> & ubatches) {
-    if (store->update.plan_turn(ubatches)) {
+    if (get_has_shift() || store->update.plan_turn(ubatches)) {
         return {}; // upstream then calls init_update(), which does it, and tries again
     }
     auto res = llama_kv_cache::prepare(ubatches);
@@ -192,8 +192,7 @@ const cache_context * cache_context::of(const llama_memory_context_i * mctx) {
 
 bool cache_context::apply() {
     if (ubatches.empty()) {
-        owner.turn_keys(lctx);
-        return owner.get_store().update.run(lctx);
+        return owner.turn_keys(lctx) && owner.get_store().update.run(lctx);
     }
     if (!llama_kv_cache_context::apply()) {
         return false;

@@ -61,8 +61,8 @@ public:
 
     using llama_kv_cache::state_clear;
 
-    // turns the keys of cells whose positions have changed; throws std::runtime_error
-    void turn_keys(llama_context * lctx);
+    // Turns the keys of cells whose positions have changed. false: it failed, and the error says why; until it works no batch is taken
+    bool turn_keys(llama_context * lctx);
 
     // Cells for positions 0 to n - 1 of a sequence, which has none. Empty: there is no room for them
     slot_info take_cells(llama_seq_id seq_id, uint32_t n);

@@ -101,6 +101,7 @@ bool sequences::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             p.forget_seq(s);
             p.idle_rows = true;
         } else if (p1 < 0) {
+            p.pruned[s] = std::min(p.pruned[s], p0 - 1); // where what is missing of it has codes
             for (auto & [start, end] : p.spans[s]) {
                 end = std::min(end, std::max(start, p0)); // what comes there next is something else
             }
@@ -291,33 +292,48 @@ bool sequences::may_shift(const char * op, llama_seq_id seq_id) {
 }
 
 bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_pos p1, const position_fn & to) {
-    refused_shift = !may_shift(op, seq_id);
-    if (refused_shift) {
-        return false;
-    }
     const auto moved = [&](llama_pos pos) {
         return pos < std::max(p0, 0) || (p1 >= 0 && pos >= p1) ? pos : to(pos);
     };
 
     std::vector<uint32_t> cells;
-    for (const auto & [pos, cell] : p.logical.of_seq(seq_id)) {
-        if (moved(pos) != pos) {
-            cells.push_back(cell);
+    if (p.valid_seq(seq_id)) {
+        for (const auto & [pos, cell] : p.logical.of_seq(seq_id)) {
+            if (moved(pos) != pos) {
+                cells.push_back(cell);
+            }
+        }
+        if (cells.empty()) {
+            refused_shift = false;
+            return true;
         }
     }
+
+    refused_shift = !may_shift(op, seq_id);
+    if (refused_shift) {
+        return false;
+    }
+
     for (auto & layer : p.layers) {
         p.cold.forget(layer, cells);
     }
 
-    if (p.pruned[seq_id] >= 0) {
-        p.pruned[seq_id] = std::max(-1, moved(p.pruned[seq_id]));
+    // upstream moves a cell for all sequences that have it
+    for (llama_seq_id s = 0; s < p.logical.n_seq_ids(); ++s) {
+        if (p.logical.stream_of(s) != p.logical.stream_of(seq_id) ||
+                std::none_of(cells.begin(), cells.end(), [&](uint32_t cell) { return p.logical.seq_has(cell, s); })) {
+            continue;
+        }
+        if (p.pruned[s] >= 0) {
+            p.pruned[s] = std::max(-1, moved(p.pruned[s]));
+        }
+        for (auto & [start, end] : p.spans[s]) {
+            end   = end > start ? moved(end - 1) + 1 : moved(end);
+            start = moved(start);
+        }
+        p.ring.forget(s); // its queries were turned by their old positions
+        p.turn.shift(s);
     }
-    for (auto & [start, end] : p.spans[seq_id]) {
-        end   = end > start ? moved(end - 1) + 1 : moved(end);
-        start = moved(start);
-    }
-    p.ring.forget(seq_id); // its queries were turned by their old positions
-    p.turn.shift(seq_id);
 
     p.stale_slots = true; // upstream removes what gets a position below 0
     p.layouts.make_stale();

@@ -2,12 +2,12 @@
 // llama_kv_cache::build_graph_shift(), for the rows that each layer holds.
 
 #include "cache/cache.h"
+
+#include "api/error.h"
 #include "cache/store.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
-
-#include <stdexcept>
 
 namespace refreekv {
 
@@ -85,9 +85,9 @@ ggml_cgraph * cache::build_turn(llm_graph_result * res, llama_context * lctx) co
     return empty ? nullptr : gf;
 }
 
-void cache::turn_keys(llama_context * lctx) {
+bool cache::turn_keys(llama_context * lctx) {
     if (!get_has_shift()) {
-        return;
+        return true;
     }
     if (hparams.rope_type != LLAMA_ROPE_TYPE_NONE) {
         auto * sched = lctx->get_sched();
@@ -98,17 +98,20 @@ void cache::turn_keys(llama_context * lctx) {
 
         if (auto * gf = build_turn(res, lctx)) {
             if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-                throw std::runtime_error("no memory for the graph that turns keys");
+                set_error("seq_add: there is no memory for the graph that turns keys; the next batch tries again");
+                return false;
             }
             res->set_inputs(nullptr);
             if (lctx->graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
-                throw std::runtime_error("the graph that turns keys failed");
+                set_error("seq_add: the graph that turns keys failed; the sequences have to be removed");
+                return false;
             }
         }
     }
     for (auto & table : v_cells) {
         table.reset_shift();
     }
+    return true;
 }
 
 } // namespace refreekv

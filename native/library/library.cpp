@@ -122,6 +122,10 @@ int32_t library::write_layer(const layer & layer, const std::vector<uint32_t> & 
 }
 
 int32_t library::write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_t n_before, const std::string & label, const std::string & path) {
+    if (p.kv.get_has_shift()) {
+        set_error("library: positions have changed (seq_add, seq_div): decode a batch before it is written");
+        return REFREEKV_ERR_STATE;
+    }
     p.mover.synchronize();
     p.release_stale();
 

@@ -106,6 +106,10 @@ static bool has_policy(llama_context * ctx) {
     return refreekv_pruned_pos(ctx, 0) >= -1;
 }
 
+bool evicts(llama_context * ctx) {
+    return has_policy(ctx) && g_params.policy != REFREEKV_POLICY_ELASTIC;
+}
+
 // whether a prompt needs back what was evicted: not where the cache goes on attending to it by codes
 static bool restores(llama_context * ctx) {
     refreekv_stats stats = {};
@@ -114,7 +118,7 @@ static bool restores(llama_context * ctx) {
     return g_evicted == evicted::RESTORE || (g_evicted == evicted::KEEP && stats.bytes_codes == 0);
 }
 
-static void forget_figures(llama_seq_id seq_id);
+static void forget_figures(llama_context * ctx, llama_seq_id seq_id);
 
 int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts) {
     if (!has_policy(ctx)) {
@@ -143,7 +147,7 @@ int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, l
         refreekv_protect(ctx, seq_id, start, end);
     }
     refreekv_prompt(ctx, seq_id, n_prompt - n_past);
-    forget_figures(seq_id);
+    forget_figures(ctx, seq_id);
 
     return n_past;
 }
@@ -191,11 +195,12 @@ struct figures {
 static std::mutex g_mutex;
 static figures    g_figures;
 
-static void forget_figures(llama_seq_id seq_id) {
+static void forget_figures(llama_context * ctx, llama_seq_id seq_id) {
     std::lock_guard<std::mutex> lock(g_mutex);
 
     if (seq_id < (llama_seq_id) g_figures.seqs.size()) {
-        g_figures.seqs[seq_id] = {};
+        g_figures.seqs[seq_id]        = {};
+        g_figures.seqs[seq_id].pruned = refreekv_pruned_pos(ctx, seq_id);
     }
 }
 
@@ -217,7 +222,7 @@ void note_decoded(llama_context * ctx) {
         auto & seq = f.seqs[s];
 
         const llama_pos pos = refreekv_pruned_pos(ctx, s);
-        if (pos > seq.pruned) {
+        if (pos >= 0 && pos != seq.pruned) {
             pruned.push_back(&seq);
         }
         const llama_pos pos_max = llama_memory_seq_pos_max(llama_get_memory(ctx), s);
@@ -299,7 +304,7 @@ void add_to_slot(common_json & json, llama_seq_id seq_id) {
         layers.push_back({
             { "layer",        g_figures.layers[i].il },
             { "cells_kept",   n },
-            { "cells_evicted", r.n_tokens - n },
+            { "cells_evicted", std::max(0, r.n_tokens - n) }, // an image with M-RoPE has more cells than positions
         });
     }
     kv["layers"] = layers;

@@ -24,6 +24,10 @@ namespace refreekv::server {
 // "": none is set, which leaves it to the environment. False after logging what is wrong
 bool set_policy(const std::string & text);
 
+// Whether cells are evicted: then the server must not move or cut what is in the cache by itself (cache reuse, context shift), since upstream ends
+// the process where that is refused
+bool evicts(llama_context * ctx);
+
 // A prompt of n_prompt tokens is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what
 // lies behind, brings back what was evicted of the rest where the next prompt needs it, and announces the prompt. Returns how many tokens
 // of the sequence are left: n_past, or fewer where they have to be read again. in_parts: tokens and positions are the same, so that it can

@@ -203,7 +203,9 @@ class KeptSequence(PrunedSequence):
             if N_MIN <= n <= n_tokens:
                 tokens = read[:n].tolist()
                 block = blocks_of(self._start, self._salt, tokens, min(self._n_exact, n), self._n_before)[-1]
-                if not library.state_path(block).exists():
+                if library.state_path(block).exists():
+                    library.touch_state(block)
+                else:
                     library.write_state(block, state)
                 written.append((tokens, library.state_path(block)))
         for state_of in self._states:

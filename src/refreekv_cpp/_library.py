@@ -255,6 +255,11 @@ class Library:
                         return part
         return None
 
+    def touch_state(self, block: Block) -> None:
+        """It was used now."""
+        with contextlib.suppress(OSError):
+            os.utime(self.state_path(block))
+
     def write_state(self, block: Block, state: memoryview) -> None:
         """
         Raises:

@@ -15,8 +15,9 @@ import webbrowser
 
 def is_ready(address: str) -> bool:
     """Whether a llama-server has loaded its model."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
+        with direct.open(f"{address}/health", timeout=5):
             return True
     except (urllib.error.URLError, OSError):
         return False

@@ -78,13 +78,15 @@ def arguments(
     options: dict[str, Any],
     *,
     slots: int,
+    shared: bool = False,
     host: str,
     port: int,
 ) -> list[str]:
     """The command line, without the program.
 
     Args:
-        options: of `Llama`; n_ctx is the most that a slot may have. With kv_policy "full" all of them share it.
+        options: of `Llama`; n_ctx is the most that a slot may have.
+        shared: all slots together may have no more. With kv_policy "full" that is always so, and with n_ctx 0 (the model's own).
 
     Raises:
         ValueError: one of them has no counterpart there.
@@ -98,7 +100,13 @@ def arguments(
     line = ["--model", str(model), "--host", host, "--port", str(port)]
     # Slots share the cells of one cache, so that a batch may have tokens of several. Where memory follows the contents,
     # each may have n_ctx of them; else all of it is allocated at the start
-    line += ["--parallel", str(slots), "--kv-unified", "--ctx-size", str(n_ctx * slots if kv.kv_elastic else n_ctx)]
+    line += [
+        "--parallel",
+        str(slots),
+        "--kv-unified",
+        "--ctx-size",
+        str(n_ctx * slots if kv.kv_elastic and not shared else n_ctx),
+    ]
     if n_ctx:
         line += ["--kv-unified-per-slot", str(n_ctx)]
     line += ["--flash-attn", {True: "on", False: "off"}.get(flash_attn, "on" if kv.evicts else "auto")]
@@ -109,6 +117,7 @@ def arguments(
     for name, option in (("type_k", "--cache-type-k"), ("type_v", "--cache-type-v")):
         if (number := options.pop(name, None)) is not None:
             line += [option, next(word for word, value in CACHE_TYPES.items() if value == number)]
+    options.setdefault("n_batch", 512)  # as Llama's: a long prompt leaves the other slots a turn after each batch
     for name, value in options.items():
         if name not in _FLAGS:
             raise ValueError(
@@ -117,6 +126,12 @@ def arguments(
             )
         line += [_FLAGS[name], str(value)]
     return line
+
+
+def address(host: str, port: int) -> str:
+    """Of the server, for a program on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def open_when_ready(address: str, path: str) -> None:

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 from command import assert_one_error_line, refreekv
@@ -33,17 +34,24 @@ def address(client: openai.OpenAI) -> str:
     return str(client.base_url).removesuffix("/v1/")
 
 
+def get(client: openai.OpenAI, path: str) -> tuple[int, str, str]:
+    """Status, type and text."""
+    try:
+        with urllib.request.urlopen(address(client) + path) as answer:
+            return answer.status, answer.headers["content-type"], answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, "", ""
+
+
 def test_it_is_served_as_it_is_written(client: openai.OpenAI) -> None:
-    answer = httpx.get(f"{address(client)}/cache")
-    assert answer.headers["content-type"] == "text/html; charset=utf-8"
     page = Path(__file__).parents[2] / "native" / "server" / "cache.html"
-    assert answer.text == page.read_text(encoding="utf-8")
+    assert get(client, "/cache") == (200, "text/html; charset=utf-8", page.read_text(encoding="utf-8"))
 
 
 def test_it_asks_for_nothing_that_the_server_does_not_say(client: openai.OpenAI) -> None:
     send(client, "/completion", {"prompt": "x" * 700, "n_predict": 4})
-    page = httpx.get(f"{address(client)}/cache").text
-    metrics = httpx.get(f"{address(client)}/metrics").text
+    page = get(client, "/cache")[2]
+    metrics = get(client, "/metrics")[2]
     asked = set(re.findall(r"\bm\.(\w+)", page))
     assert asked >= {"kv_bytes", "kv_bytes_full", "process_resident_bytes"}
     assert asked <= set(re.findall(r"^llamacpp:(\w+)", metrics, re.MULTILINE))
@@ -51,8 +59,7 @@ def test_it_asks_for_nothing_that_the_server_does_not_say(client: openai.OpenAI)
 
 def test_the_page_needs_no_key_and_its_figures_do(tiny_model: Path) -> None:
     with serving(tiny_model, *OPTIONS, "--api-key", "secret") as client:
-        statuses = [httpx.get(address(client) + path).status_code for path in ("/cache", "/slots", "/metrics")]
-        assert statuses == [200, 401, 401]
+        assert [get(client, path)[0] for path in ("/cache", "/slots", "/metrics")] == [200, 401, 401]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")

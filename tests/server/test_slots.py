@@ -289,3 +289,16 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
         llama_server.policy_text(KVOptions.of(kv_policy="streaming", kv_protect="system"))
     with pytest.raises(PolicyError, match="OnlyLast"):
         llama_server.policy_text(KVOptions.of(kv_policy=OnlyLast()))
+
+
+def test_what_the_server_would_move_in_a_pruned_cache(client: openai.OpenAI) -> None:
+    answer(client, LONG)
+    assert answer(client, LONG[:20] + LONG[100:], n_cache_reuse=1)["timings"]["kv"]["n_tokens"] > 0
+    answer(client, LONG)  # it is still there
+
+
+def test_a_grammar_of_many_groups_is_refused(client: openai.OpenAI) -> None:
+    grammar = "root ::= " + "(" * 16000 + '"a"' + ")" * 16000
+    status, text = send(client, "/completion", {"prompt": "x", "n_predict": 1, "grammar": grammar})
+    assert status == 400, text
+    answer(client, "x")

@@ -48,7 +48,7 @@ app.add_typer(library.app, name="library")
 _others = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(cls=ServeCommand, context_settings=_others)(serve)
 app.command(
-    "ui", cls=UiCommand, context_settings=_others, help="The same, and open the page that shows the cache at work."
+    "ui", cls=UiCommand, context_settings=_others, help="Serve a model, and open the page that shows the cache at work."
 )(serve)
 for name, text in LABORATORY.items():
     app.command(name, cls=LaterCommand, help=text, rich_help_panel="Laboratory")(lambda: None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ _MAGIC, _MAGIC_V = b"RFKV", b"RFVV"
 _HEADER = struct.Struct("<4sIIII")  # magic, version, V is transposed, layers, cells
 _LAYER = struct.Struct("<iiiIQQ")  # layer, type of K, type of V, cells held, numbers of a row of K, of a row of V
 _F16 = llama_cpp.GGML_TYPE_F16
-_N_ROTATED = 64
+_LEAST_ROTATED = 64
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Rounding:
         part = (_bytes_of(self.type_k) + _bytes_of(self.type_v)) / 4
         return (n_exact + (n_tokens - n_exact) * part) / n_tokens
 
-    def of(self, state: llama_cpp.LlamaState) -> llama_cpp.LlamaState:
+    def of(self, state: llama_cpp.LlamaState, heads: Sequence[tuple[int, int]]) -> llama_cpp.LlamaState:
         """A copy of the state of a full cache in f16 (kv_elastic), rounded.
+
+        Args:
+            heads: of each layer, the numbers of a head of K and of one of V.
 
         Raises:
             ValueError: the state is of another kind of cache.
@@ -56,31 +60,42 @@ class Rounding:
             raise ValueError("the state has no rows in the format of native/state/state.cpp")
         _, _, v_trans, n_layers, n_cells = _HEADER.unpack_from(data, at)
         at += _HEADER.size + n_cells
-        for _ in range(n_layers):
+        for _, (n_head_k, n_head_v) in zip(range(n_layers), heads, strict=True):
             _, type_k, type_v, n_held, n_embd_k, n_embd_v = _LAYER.unpack_from(data, at)
-            if (type_k, type_v, n_held) != (_F16, _F16, n_cells):
-                raise ValueError("only a full cache in f16 can be rounded")
+            if (type_k, type_v, n_held) != (_F16, _F16, n_cells) or not n_embd_v:
+                raise ValueError("only a full cache in f16, of K and V, can be rounded")
             at += _LAYER.size
             index = np.frombuffer(data, np.uint32, n_held, at)
             rounded = index < n_held - self.n_exact
             at += index.nbytes
-            at = _round(data, at, rounded, n_embd_k, self.type_k, transposed=False)
+            at = _round(data, at, rounded, (n_embd_k, n_head_k), self.type_k, transposed=False)
             if data[at : at + len(_MAGIC_V)] != _MAGIC_V:
                 raise ValueError("the state is damaged")
-            at = _round(data, at + len(_MAGIC_V), rounded, n_embd_v, self.type_v, transposed=bool(v_trans))
+            at += len(_MAGIC_V)
+            at = _round(data, at, rounded, (n_embd_v, n_head_v), self.type_v, transposed=bool(v_trans))
         other = copy.copy(state)
         other.llama_state = bytes(data)
         return other
 
 
 def _round(
-    data: bytearray, at: int, rounded: npt.NDArray[np.bool_], n_embd: int, cache_type: str, *, transposed: bool
+    data: bytearray,
+    at: int,
+    rounded: npt.NDArray[np.bool_],
+    sizes: tuple[int, int],
+    cache_type: str,
+    *,
+    transposed: bool,
 ) -> int:
-    """In place. Returns where what follows begins."""
+    """In place. Returns where what follows begins.
+
+    sizes: the numbers of a row, and of a head.
+    """
+    n_embd, n_head = sizes
     rows = np.frombuffer(data, np.float16, len(rounded) * n_embd, at)  # of the bytearray: what is written is in it
     rows = rows.reshape(n_embd, len(rounded)).T if transposed else rows.reshape(len(rounded), n_embd)
     if rounded.any():
-        rows[rounded] = _rotate(_quantised(_rotate(rows[rounded].astype(np.float32)), cache_type))
+        rows[rounded] = _rotate(_quantised(_rotate(rows[rounded].astype(np.float32), n_head), cache_type), n_head)
     return at + rows.nbytes
 
 
@@ -102,10 +117,14 @@ def _bytes_of(cache_type: str) -> float:
     return size / n
 
 
-def _rotate(rows: Floats) -> Floats:
-    """Each group of 64 numbers by a Hadamard matrix (its own inverse), as llama.cpp does with quantised caches."""
+def _rotate(rows: Floats, n_head: int) -> Floats:
+    """Numbers of a head by a Hadamard matrix (its own inverse), as llama.cpp does with quantised caches: of the largest
+    power of two that divides the head; not at all if that is less than 64."""
+    size = n_head & -n_head
+    if size < _LEAST_ROTATED:
+        return rows
     hadamard = np.ones((1, 1), np.float32)
-    while len(hadamard) < _N_ROTATED:
+    while len(hadamard) < size:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]]) / np.sqrt(2).astype(np.float32)
-    turned: Floats = (rows.reshape(-1, _N_ROTATED) @ hadamard).reshape(rows.shape)
+    turned: Floats = (rows.reshape(-1, size) @ hadamard).reshape(rows.shape)
     return turned

@@ -73,7 +73,11 @@ class Session:
 
         The last tokens are read again, since no state holds their queries. Returns the last logits: [n_vocab].
         """
-        self.llm.load_state(self._rounding.of(state) if self._rounding else state)
+        if self._rounding is not None:
+            layers = native.figures(self.llm.ctx)[1]
+            heads = [(each.n_embd_head, each.row_numbers // each.n_head_kv - each.n_embd_head) for each in layers]
+            state = self._rounding.of(state, heads)
+        self.llm.load_state(state)
         tokens = state.input_ids[: state.n_tokens].tolist()
         n_tokens = len(tokens) - 1
         self.llm.n_tokens = (
