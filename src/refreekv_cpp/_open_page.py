@@ -1,6 +1,6 @@
-"""python -m refreekv_cpp._open_page ADDRESS PATH: opens a page of a server once it has loaded its model.
+"""python -m refreekv_cpp._open_page ADDRESS PATH PID: opens a page of a server once it has loaded its model.
 
-It ends with the process that started it.
+It ends with the server, whose process started it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ def is_ready(address: str) -> bool:
     try:
         with direct.open(f"{address}/health", timeout=5):
             return True
-    except (urllib.error.URLError, OSError):
+    except urllib.error.HTTPError as error:  # it is loading
+        error.close()
+        return False
+    except OSError:
         return False
 
 
-def main(address: str, path: str) -> None:
-    server = os.getppid()
+def main(address: str, path: str, server: int) -> None:
+    """server: the number of its process."""
     while not is_ready(address):
         if os.getppid() != server:  # it is gone
             return
@@ -33,4 +36,4 @@ def main(address: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -86,7 +86,8 @@ def arguments(
 
     Args:
         options: of `Llama`; n_ctx is the most that a slot may have.
-        shared: all slots together may have no more. With kv_policy "full" that is always so, and with n_ctx 0 (the model's own).
+        shared: all slots together may have no more. With kv_policy "full" that is always so, and with n_ctx 0 (the
+            model's own).
 
     Raises:
         ValueError: one of them has no counterpart there.
@@ -140,7 +141,7 @@ def open_when_ready(address: str, path: str) -> None:
     Args:
         address: of the server, as http://127.0.0.1:8000.
     """
-    subprocess.Popen([sys.executable, "-m", "refreekv_cpp._open_page", address, path])
+    subprocess.Popen([sys.executable, "-m", "refreekv_cpp._open_page", address, path, str(os.getpid())])
 
 
 def run(line: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ def get(client: openai.OpenAI, path: str) -> tuple[int, str, str]:
         with urllib.request.urlopen(address(client) + path) as answer:
             return answer.status, answer.headers["content-type"], answer.read().decode()
     except urllib.error.HTTPError as error:
+        error.close()
         return error.code, "", ""
 
 
@@ -90,22 +92,18 @@ def test_the_page_is_opened_once_the_model_is_loaded(monkeypatch: pytest.MonkeyP
     opened: list[str] = []
     monkeypatch.setattr(_open_page.webbrowser, "open", opened.append)
     there = f"http://127.0.0.1:{server.server_port}"
-    _open_page.main(there, "/cache")
+    _open_page.main(there, "/cache", os.getppid())
     server.shutdown()
+    server.server_close()
     assert Health.n_asked == 3
     assert opened == [f"{there}/cache"]
 
 
 def test_who_waits_for_a_server_that_is_gone_ends() -> None:
-    waiter = [sys.executable, "-m", "refreekv_cpp._open_page", f"http://127.0.0.1:{free_port()}", "/cache"]
-    parent = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE).pid)"
-    done = subprocess.run([sys.executable, "-c", parent, *waiter], capture_output=True, text=True, check=True)
-    pid = int(done.stdout)
-    for _ in range(300):
-        if not Path(f"/proc/{pid}").exists():
-            return
-        threading.Event().wait(0.1)
-    pytest.fail("it still waits")
+    address = f"http://127.0.0.1:{free_port()}"
+    parent = f"from refreekv_cpp import llama_server; llama_server.open_when_ready({address!r}, '/cache')"
+    # returns once nobody has the pipe of its output any more
+    subprocess.run([sys.executable, "-c", parent], capture_output=True, timeout=60, check=True)
 
 
 def test_a_port_that_is_not_known(tiny_model: Path) -> None:

@@ -67,6 +67,8 @@ def serve(
     """Serve a model over HTTP with OpenAI's API, to several clients at once: llama.cpp's own server, with a KV policy
     in each of its slots. All other options of llama-server can follow MODEL."""
     _check_others(context.args)
+    if open_page and not port:
+        raise ValueError("--open --port 0: the page's address is not known; --port must be one from 1 to 65535")
     if embedding := [arg for arg in context.args if arg.startswith(_NO_CACHE)]:
         common.print_note(f"{embedding[0]}: nothing stays in the cache between requests, so it has no policy")
         options = dataclasses.replace(options, kv_policy="full")
@@ -83,8 +85,6 @@ def serve(
     )
     if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
         line += ["--alias", path.stem]  # else the model's name would be its path on this machine
-    if open_page and not port:
-        raise ValueError("--open --port 0: the page's address is not known; --port must be one from 1 to 65535")
     if port:
         address = llama_server.address(host, port)
         common.print_note(
