@@ -29,7 +29,7 @@ _MODES: dict[str, list[Mode]] = {"seen": ["seen"], "hidden": ["hidden"], "both":
 def evaluate(
     model: ModelArgument,
     machine: MachineOptions,
-    out: Annotated[Path, typer.Option(help="Folder of the run: records and report. One that is there goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: records and report. An existing run is resumed.")],
     policies: Annotated[
         str,
         typer.Option(
