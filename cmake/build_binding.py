@@ -17,6 +17,7 @@ struct llama_context;
 struct llama_model;
 typedef int32_t llama_pos;
 typedef int32_t llama_seq_id;
+typedef int32_t llama_token;
 """
 
 

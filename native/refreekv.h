@@ -257,24 +257,45 @@ REFREEKV_API int32_t refreekv_usable_prefix(struct llama_context * ctx, llama_se
 // within memory_limit. The sequence stays pruned then, though some layers may have been brought back.
 REFREEKV_API int64_t refreekv_restore(struct llama_context * ctx, llama_seq_id seq_id);
 
-// The library: what a cache has of a text, in files that are called blocks (native/library/block.h). A block is of neighbouring positions. The
-// caller knows by a label which text it is of, and with which options it was read. Recurrent layers and layers with a window are in no block:
-// their states, behind the last position that is opened, are the caller's to keep and to set (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY).
+// The library: a folder with texts that were read before (native/library/library.h), from which a sequence is opened in place of reading them again.
+// Recurrent layers and layers with a window are not in it: their states (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) are the caller's to take and to set,
+// and are kept beside the text.
 
 // NULL when sequences of this context can be written to a library and opened from it, else the reason why not
 REFREEKV_API const char * refreekv_library_refusal(struct llama_context * ctx);
 
-// Write n_tokens positions of a sequence from `first` on to a new file. Those before n_before stay exact when it is opened: the sinks. What
-// is there after an error is what was there before
-REFREEKV_API int32_t refreekv_library_write(struct llama_context * ctx, llama_seq_id seq_id, llama_pos first, int32_t n_tokens, int32_t n_before, const void * label, size_t n_label, const char * path);
+// The context uses a folder from now on, which is made where it is not there. limit: bytes of all its files. files: those of the model and of its
+// adapters. reads_with: what else the numbers in the cache depend on, besides the options of the context; evicts_with: what those of answers
+// depend on, besides the parameters of the policy
+REFREEKV_API int32_t refreekv_library_use(struct llama_context * ctx, const char * folder, uint64_t limit, const char * const * files, int32_t n_files, const char * reads_with, const char * evicts_with);
 
-// REFREEKV_ERR_STATE: the file is not a block with this label, or what is in it is not what was written. label: NULL: any. Any thread
-REFREEKV_API int32_t refreekv_library_check(const char * path, const void * label, size_t n_label);
+// How many of these tokens, from the first on, refreekv_library_open() would have a sequence hold. 0: no more than reading is worth, where n_have
+// of them are there already. with_state: only as far as there is a state behind them. What was damaged is removed, and the last error says so
+REFREEKV_API int32_t refreekv_library_find(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t n_have, bool with_state);
 
-// A sequence becomes what these blocks have of its first n_tokens positions, as if they had been read and pruned. The first block begins at
-// position 0, and of the last one a part may be left out. Rows that a pruning would have evicted stay in the files, which may be removed
-// meanwhile where the system allows that. The blocks have to be checked before. After an error, the sequence is empty, or what it was
-REFREEKV_API int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens);
+// The sequence becomes what was found for it, as if it had been read and pruned. Rows that a pruning would have evicted stay in the files. After
+// an error, the sequence is empty
+REFREEKV_API int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id);
+
+// The state behind what was found last, before it is opened. Returns its size in bytes, and writes it where that is n_max at most
+REFREEKV_API int64_t refreekv_library_state(struct llama_context * ctx, void * data, int64_t n_max);
+
+// Write a sequence, whose tokens these are, and the states behind the first state_tokens[i] of them. Returns how many tokens the library has of it
+// now, 0 for a short text; after an error the library is what it was. The states take the place of those that were written of the sequence when
+// it was shorter, unless they stay
+REFREEKV_API int32_t refreekv_library_keep(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens,
+        const int32_t * state_tokens, const void * const * states, const size_t * state_sizes, int32_t n_states, bool states_stay);
+
+// the key of the last block that was kept of a sequence, in hexadecimal digits; replaced: of the block that was removed then, because this one
+// has its tokens and more. "": there is none
+REFREEKV_API const char * refreekv_library_key(struct llama_context * ctx, llama_seq_id seq_id, bool replaced);
+
+// REFREEKV_ERR_STATE: the file is none of a library's, or what is in it is not what was written. Any thread
+REFREEKV_API int32_t refreekv_library_check(const char * path);
+
+// Make the folder of a library where it is not there, and remove what was left behind, what was not used for longest beyond the limit, and states
+// of texts that are gone. Any thread
+REFREEKV_API int32_t refreekv_library_tidy(const char * folder, uint64_t limit);
 
 // test hook: let the n-th write to a cold store or a library from now on fail, and all after it, in this process; 0: none
 REFREEKV_API void refreekv_fail_cold(int32_t n);

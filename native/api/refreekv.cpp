@@ -15,9 +15,10 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
-static const int32_t REFREEKV_ABI_VERSION = 14;
+static const int32_t REFREEKV_ABI_VERSION = 15;
 
 int32_t refreekv_abi_version(void) {
     return REFREEKV_ABI_VERSION;
@@ -230,44 +231,104 @@ static refreekv::store * get_library(llama_context * ctx, llama_seq_id seq_id) {
     return store;
 }
 
-int32_t refreekv_library_write(struct llama_context * ctx, llama_seq_id seq_id, llama_pos first, int32_t n_tokens, int32_t n_before, const void * label, size_t n_label, const char * path) {
-    auto * store = get_library(ctx, seq_id);
+// what the numbers in a cache depend on, of what the context knows
+static std::string reads_with(const llama_context & ctx) {
+    const auto & c = ctx.get_cparams();
+
+    const auto & model = ctx.get_model();
+
+    // some models have other frequencies for long contexts
+    const bool is_long = c.n_ctx_seq > model.hparams.n_ctx_orig_yarn &&
+        std::any_of(model.layers.begin(), model.layers.end(), [](const llama_layer & layer) { return layer.rope_long != nullptr; });
+
+    std::string res;
+    for (const double value : {
+            (double) c.flash_attn, (double) c.rope_freq_base, (double) c.rope_freq_scale, (double) c.n_ctx_orig_yarn, (double) c.yarn_ext_factor,
+            (double) c.yarn_attn_factor, (double) c.yarn_beta_fast, (double) c.yarn_beta_slow, (double) is_long }) {
+        res += std::to_string(value) + " ";
+    }
+    return res;
+}
+
+int32_t refreekv_library_use(struct llama_context * ctx, const char * folder, uint64_t limit, const char * const * files, int32_t n_files, const char * reads, const char * evicts) {
+    auto * store = get_library(ctx, 0);
     if (!store) {
         return REFREEKV_ERR_STATE;
     }
-    if (first < 0 || n_tokens < 1 || n_before < 0 || n_before > n_tokens) {
-        refreekv::set_error("library: positions %d.., %d tokens, %d before the codes: must be 0 or more, 1 or more, and up to the tokens", first, n_tokens, n_before);
-        return REFREEKV_ERR_ARGUMENT;
-    }
-    return refreekv::guard([&]() { return store->books.write(seq_id, first, n_tokens, n_before, std::string((const char *) label, n_label), path); });
-}
-
-int32_t refreekv_library_check(const char * path, const void * label, size_t n_label) {
-    refreekv::clear_error();
-
     return refreekv::guard([&]() {
-        const auto b = refreekv::open_block(path);
-        if (label && b.label != std::string((const char *) label, n_label)) {
-            throw std::runtime_error(std::string(path) + ": a block of another text, or read with other options");
-        }
-        refreekv::check_sections(b, path);
+        store->books.use({ folder, limit, { files, files + std::max(0, n_files) }, reads_with(*ctx) + reads, evicts });
         return (int32_t) REFREEKV_OK;
     });
 }
 
-int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id, const char * const * paths, int32_t n_paths, int32_t n_tokens) {
+int32_t refreekv_library_find(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, int32_t n_have, bool with_state) {
     auto * store = get_library(ctx, seq_id);
     if (!store) {
         return REFREEKV_ERR_STATE;
     }
-    if (n_paths < 1 || n_tokens < 1) {
-        refreekv::set_error("library: %d blocks, %d tokens: must be 1 or more", n_paths, n_tokens);
-        return REFREEKV_ERR_ARGUMENT;
+    return refreekv::guard([&]() {
+        return (int32_t) store->books.find(seq_id, { tokens, tokens + std::max(0, n_tokens) }, std::max(0, n_have), with_state);
+    });
+}
+
+int32_t refreekv_library_open(struct llama_context * ctx, llama_seq_id seq_id) {
+    auto * store = get_library(ctx, seq_id);
+    if (!store) {
+        return REFREEKV_ERR_STATE;
     }
     return refreekv::guard([&]() {
-        const std::vector<std::string> list(paths, paths + n_paths);
+        return (int32_t) store->update.run_job(ctx, [&]() -> int64_t { return refreekv::guard([&]() { return store->books.open(seq_id); }); });
+    });
+}
 
-        return (int32_t) store->update.run_job(ctx, [&]() -> int64_t { return refreekv::guard([&]() { return store->books.open(seq_id, list, n_tokens); }); });
+int64_t refreekv_library_state(struct llama_context * ctx, void * data, int64_t n_max) {
+    auto * store = get_library(ctx, 0);
+    if (!store) {
+        return REFREEKV_ERR_STATE;
+    }
+    const auto & state = store->books.state();
+    if (data && (int64_t) state.size() <= n_max) {
+        memcpy(data, state.data(), state.size());
+    }
+    return state.size();
+}
+
+int32_t refreekv_library_keep(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens,
+        const int32_t * state_tokens, const void * const * states, const size_t * state_sizes, int32_t n_states, bool states_stay) {
+    auto * store = get_library(ctx, seq_id);
+    if (!store) {
+        return REFREEKV_ERR_STATE;
+    }
+    return refreekv::guard([&]() {
+        std::vector<refreekv::library::state_of> list;
+        for (int32_t i = 0; i < n_states; ++i) {
+            list.push_back({ (uint32_t) state_tokens[i], states[i], state_sizes[i] });
+        }
+        return store->books.keep(seq_id, { tokens, tokens + std::max(0, n_tokens) }, list, states_stay);
+    });
+}
+
+const char * refreekv_library_key(struct llama_context * ctx, llama_seq_id seq_id, bool replaced) {
+    auto * store = get_library(ctx, seq_id);
+
+    return store ? store->books.key_of(seq_id, replaced).c_str() : "";
+}
+
+int32_t refreekv_library_check(const char * path) {
+    refreekv::clear_error();
+
+    return refreekv::guard([&]() {
+        refreekv::check_file(path);
+        return (int32_t) REFREEKV_OK;
+    });
+}
+
+int32_t refreekv_library_tidy(const char * path, uint64_t limit) {
+    refreekv::clear_error();
+
+    return refreekv::guard([&]() {
+        refreekv::folder(path, limit).trim();
+        return (int32_t) REFREEKV_OK;
     });
 }
 

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+struct llama_ubatch;
+
 namespace refreekv {
 
 // The parts of a cache with a policy, and what is known of its sequences. Each part is given those that it works on; the jobs of a cache
@@ -42,6 +44,7 @@ struct parts {
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
     std::vector<llama_pos> pruned; // [n_seq_ids] the last position that a pruning has looked at; -1: the sequence is whole
+    std::vector<uint32_t>  exact;  // [n_seq_ids] leading tokens that were read while nothing before them was evicted
     std::vector<span_list> spans;  // [n_seq_ids] protected positions
 
     std::atomic<uint64_t> n_generation { 0 }; // counts up when a graph built before must not run again
@@ -91,6 +94,9 @@ struct parts {
 
     // a sequence that has no cells any more
     void forget_seq(llama_seq_id seq_id);
+
+    // tokens have been read
+    void note_exact(const llama_ubatch & ubatch);
 
     // a sequence in another stream is about to have the cells of this one: first_dst + i for first_src + i
     void copy_cold(uint32_t first_src, uint32_t first_dst);

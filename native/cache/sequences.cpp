@@ -106,6 +106,7 @@ bool sequences::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
                 end = std::min(end, std::max(start, p0)); // what comes there next is something else
             }
         }
+        p.exact[s] = std::min<uint32_t>(p.exact[s], p0);
         p.stale_slots = true;
         return true;
     });
@@ -163,6 +164,7 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
     }
 
     p.pruned[dst] = p.pruned[src];
+    p.exact [dst] = p0 > 0 ? 0 : p1 < 0 ? p.exact[src] : std::min<uint32_t>(p.exact[src], p1);
     if (streams) {
         p.spans[dst].clear(); // nothing of it is left
     }
@@ -327,6 +329,7 @@ bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_
         if (p.pruned[s] >= 0) {
             p.pruned[s] = std::max(-1, moved(p.pruned[s]));
         }
+        p.exact[s] = std::min<uint32_t>(p.exact[s], std::max(p0, 0)); // the others were read behind what is gone
         for (auto & [start, end] : p.spans[s]) {
             end   = end > start ? moved(end - 1) + 1 : moved(end);
             start = moved(start);

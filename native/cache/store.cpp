@@ -39,6 +39,7 @@ void store::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
 
     p.ring.note(ubatch);
     p.turn.apply(ubatch);
+    p.note_exact(ubatch);
 
     p.n_expected -= std::min(p.n_expected, ubatch.n_tokens);
 

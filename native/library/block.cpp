@@ -13,7 +13,7 @@
 namespace refreekv {
 
 static const uint32_t REFREEKV_BLOCK_MAGIC   = 0x424b4652; // "RFKB"
-static const uint32_t REFREEKV_BLOCK_VERSION = 1;
+static const uint32_t REFREEKV_BLOCK_VERSION = 2;
 
 static const uint32_t MAX_LABEL  = 1 << 16; // a damaged header must not ask for more memory than this
 static const uint32_t MAX_LAYERS = 1 << 12;

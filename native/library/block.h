@@ -12,7 +12,7 @@ namespace refreekv {
 // A file of the library: what the cache has of some neighbouring positions of a text, in all layers.
 //
 //   block_header
-//   label          bytes of the caller's, by which it knows what the block is of
+//   label          which text it is of (text_block::label)
 //   block_layer    of each layer
 //   checksum       of all that
 //   codes          of each layer in turn: of each group of 64 cells the K and V codes of each KV head (kernels/codes.h)

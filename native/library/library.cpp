@@ -3,363 +3,343 @@
 #include "api/error.h"
 #include "api/process.h"
 #include "cache/parallel.h"
-#include "cache/row-bytes.h"
-#include "cache/runs.h"
-#include "kernels/codes.h"
-#include "kernels/kernels.h"
-#include "policies/policy.h"
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
+#include <stdexcept>
 
 namespace refreekv {
 
-static const uint32_t N_GROUP = REFREEKV_CODED_CELLS;
+static const uint32_t N_MIN      = 64; // tokens; a shorter text is read as quickly as it is opened
+static const uint32_t WORTHWHILE = 32; // one part in so many of a prefix has to be new, else the cache goes on from what it has
 
-const char * library::refusal() const {
-    if (!p.cold.exists()) {
-        return "this context has no cold store";
-    }
-    if (p.params.n_hot == 0 || p.params.mask_only || p.warm.theta() == 0.0f) {
-        return "decoding does not attend to codes of what is evicted, or attention decides what is";
-    }
-    if (p.warm.has_tensors()) {
-        return "a part of the cache is not in host memory";
-    }
-    if (p.hparams.n_pos_per_embd() > 1) {
-        return "positions of this model have several dimensions";
-    }
-    return nullptr;
+static const std::string KEY_VERSION = "2";
+
+static bool begins_with(const std::vector<llama_token> & tokens, const std::vector<llama_token> & beginning) {
+    return tokens.size() >= beginning.size() && std::equal(beginning.begin(), beginning.end(), tokens.begin());
 }
 
-block_layer library::form_of(const layer & layer) const {
-    block_layer res = {};
+static uint32_t n_common(const std::vector<llama_token> & tokens, size_t first, const text_block & block) {
+    uint32_t n = 0;
+    while (n < block.tokens.size() && first + n < tokens.size() && tokens[first + n] == block.tokens[n]) {
+        ++n;
+    }
+    return n;
+}
 
-    res.il      = layer.il;
-    res.type_k  = p.cold.type_of(layer, false);
-    res.type_v  = p.cold.type_of(layer, true);
-    res.n_heads = layer.record.n_heads;
-    res.row_k   = layer.record.row_k;
-    res.row_v   = layer.record.row_v;
-    res.head_k  = layer.record.head_k;
-    res.head_v  = layer.record.head_v;
-    res.codes_k = layer.warm->head_bytes(false);
-    res.codes_v = layer.warm->head_bytes(true);
-
+// what answers depend on, besides the tokens
+static std::string policy_text(const refreekv_params & params) {
+    std::string res;
+    for (const double value : {
+            (double) params.policy, (double) params.ranking, (double) params.rows, (double) params.measure, (double) params.pooling,
+            (double) params.sinks_in_measure, (double) params.n_window, (double) params.window_step, (double) params.n_sink,
+            (double) params.n_recent, (double) params.n_hot, (double) params.n_full_layers, (double) params.n_pool, (double) params.n_block,
+            (double) params.n_min, (double) params.beta, (double) params.threshold, (double) params.mass_floor, (double) params.top_p,
+            params.budget, (double) params.memory_limit, (double) params.theta, (double) params.max_error }) {
+        res += std::to_string(value) + " ";
+    }
     return res;
 }
 
-// writes the sections of a layer, and notes their checksums
-int32_t library::write_layer(const layer & layer, const std::vector<uint32_t> & cells, const block & b, block_layer & l) const {
-    const auto & kernels = *find_kernels();
-    const auto & record  = layer.record;
-
-    std::vector<uint8_t> records(b.records_bytes(l));
-    std::vector<uint8_t> k(N_GROUP*std::max(layer.row_size(false), record.row_k));
-    std::vector<uint8_t> v(N_GROUP*std::max(layer.row_size(true),  record.row_v));
-
-    const refreekv::row_bytes rows_k(layer.rows.k(), false);
-    const refreekv::row_bytes rows_v(layer.rows.v(), layer.rows.get_shape().v_trans);
-
-    const auto is_held = [&](uint32_t cell) { return layer.res.slot(cell) >= 0; };
-
-    for (size_t i = 0, n; i < cells.size(); i += n) {
-        // neighbours that are in the same place
-        n = 1;
-        while (i + n < cells.size() && n < N_GROUP && cells[i + n] == cells[i] + n && is_held(cells[i + n]) == is_held(cells[i])) {
-            ++n;
-        }
-        uint8_t * out = records.data() + i*record.bytes();
-
-        if (is_held(cells[i])) {
-            uint32_t slots[N_GROUP];
-            for (size_t j = 0; j < n; ++j) {
-                slots[j] = layer.res.slot(cells[i + j]);
-            }
-            rows_k.get(slots, n, k.data());
-            rows_v.get(slots, n, v.data());
-            p.cold.pack(layer, n, k.data(), v.data(), out);
-        } else if (!std::all_of(cells.begin() + i, cells.begin() + i + n, [&](uint32_t cell) { return p.cold.has(layer, cell); }) || !p.cold.read(layer, cells[i], n, out)) {
-            set_error("library: rows of layer %d are not in the cold store (any more)", layer.il);
-            return REFREEKV_ERR_STATE;
-        }
-    }
-
-    std::vector<uint8_t> codes(b.codes_bytes(l));
-    std::vector<float>   numbers(N_GROUP*std::max(layer.n_embd(false), layer.n_embd(true)));
-
-    for (uint32_t g = 0; g < b.header.n_groups; ++g) {
-        record.split(records.data() + (b.header.n_before + g*N_GROUP)*record.bytes(), N_GROUP, k.data(), v.data());
-
-        for (bool is_v : { false, true }) {
-            if (is_v && !layer.has_v()) {
-                continue;
-            }
-            const int64_t n_row  = layer.n_embd(is_v);
-            const int64_t n_head = is_v ? layer.warm->view.n_v : layer.warm->view.n_k;
-            const size_t  row    = is_v ? record.row_v : record.row_k;
-
-            for (uint32_t i = 0; i < N_GROUP; ++i) {
-                kernels.to_float(p.cold.type_of(layer, is_v), (is_v ? v : k).data() + i*row, numbers.data() + i*n_row, n_row);
-            }
-            for (uint32_t h = 0; h < l.n_heads; ++h) {
-                uint8_t * out = codes.data() + g*l.group_bytes() + h*(l.codes_k + l.codes_v) + (is_v ? l.codes_k : 0);
-
-                kernels.encode(numbers.data() + h*n_head, n_row, N_GROUP, n_head, is_v ? b.header.bits_v : b.header.bits_k, is_v, out);
-            }
-        }
-    }
-
-    l.codes_sum   = checksum(codes.data(), codes.size());
-    l.records_sum = checksum(records.data(), records.size());
-
-    if (cold_failure.now() || !b.in->write(l.codes_at, codes.data(), codes.size()) || !b.in->write(l.records_at, records.data(), records.size())) {
-        set_error("library: no room for a block: %s", strerror(errno));
-        return REFREEKV_ERR_MEMORY;
-    }
-    return REFREEKV_OK;
-}
-
-int32_t library::write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_t n_before, const std::string & label, const std::string & path) {
-    if (p.kv.get_has_shift()) {
-        set_error("library: positions have changed (seq_add, seq_div): decode a batch before it is written");
-        return REFREEKV_ERR_STATE;
-    }
-    p.mover.synchronize();
-    p.release_stale();
-
-    const auto & all = p.logical.table_of_seq(seq_id).seq_pos_get(seq_id);
-
-    std::vector<uint32_t> cells;
-    for (auto it = all.lower_bound({ first, 0 }); it != all.end() && (uint32_t) (it->first - first) < n; ++it) {
-        cells.push_back(p.logical.first_of(seq_id) + it->second);
-    }
-    if (cells.size() != n) {
-        set_error("library: sequence %d does not have positions %d to %d", seq_id, first, first + (llama_pos) n - 1);
-        return REFREEKV_ERR_STATE;
-    }
-
-    block b;
-
-    b.header.first    = first;
-    b.header.n_cells  = n;
-    b.header.n_before = n_before;
-    b.header.n_groups = (n - n_before)/N_GROUP;
-    b.header.bits_k   = p.layers.front().warm->view.bits_k;
-    b.header.bits_v   = p.layers.front().warm->view.bits_v;
-    b.label           = label;
+void library::use(const source & from) {
+    std::string text = KEY_VERSION + " " + std::to_string(p.params.n_sink) + " " + std::to_string(p.params.cold_type) + " " + from.reads_with;
     for (const auto & layer : p.layers) {
-        b.layers.push_back(form_of(layer));
+        text += " " + std::to_string(layer.type(false)) + " " + std::to_string(layer.type(true));
     }
-    b.lay_out();
-
-    b.in = file::make(path);
-    if (!b.in) {
-        set_error("library: %s: %s", path.c_str(), strerror(errno));
-        return REFREEKV_ERR_STATE;
+    for (const auto & path : from.files) {
+        text += " " + file_identity(path);
     }
-
-    int32_t status = guard([&]() {
-        return run_parallel(p.layers.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t) { return write_layer(p.layers[i], cells, b, b.layers[i]); });
-    });
-    if (status == REFREEKV_OK && !b.write_head()) {
-        set_error("library: no room for a block: %s", strerror(errno));
-        status = REFREEKV_ERR_MEMORY;
-    }
-    if (status != REFREEKV_OK) {
-        b.in.reset();
-        remove_file(path);
-    }
-    return status;
+    dir   = std::make_unique<folder>(from.folder, from.limit);
+    start = hash_of(text);
+    salt  = hash_of(policy_text(p.params) + from.evicts_with);
 }
 
-// cells: in the order of positions; hot: those whose rows are to be in the cache
-int32_t library::open_layer(layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<part> & blocks, size_t i_layer, rows::host_rows & in) {
-    std::vector<uint8_t>  codes;
-    std::vector<uint32_t> come;
+uint32_t library::whole(uint32_t first) const {
+    return REFREEKV_BLOCK_TOKENS + (first == 0 ? p.params.n_sink : 0);
+}
 
-    for (size_t i = 0, next = 0; i < blocks.size(); next += blocks[i++].n_cells) {
-        const auto & b = blocks[i].of;
-        const auto & l = b.layers[i_layer];
+// the blocks that have the longest prefix of these tokens, which are not checked yet. Of the last one, a part may be of no use
+library::chain library::find_chain(const std::vector<llama_token> & tokens, uint32_t & n_tokens) const {
+    const auto children = dir->children();
 
-        codes.resize(blocks[i].n_groups*l.group_bytes());
-        if (!b.in->read(l.codes_at, codes.data(), codes.size())) {
-            set_error("library: codes of layer %d cannot be read any more", layer.il);
-            return REFREEKV_ERR_STATE;
-        }
-        for (uint32_t g = 0; g < blocks[i].n_groups; ++g) {
-            const size_t first = next + b.header.n_before + g*N_GROUP;
+    const auto length = [](const chain & blocks) { return blocks.empty() ? 0 : blocks.back().end(); };
 
-            uint64_t there = 0;
-            for (uint32_t j = 0; j < N_GROUP; ++j) {
-                there |= (uint64_t) !hot[first + j] << j;
+    const auto is_there = [&](const text_block & block) {
+        const auto it = children.find(block.parent);
+        return it != children.end() && std::find(it->second.begin(), it->second.end(), block.key) != it->second.end();
+    };
+    // the whole blocks that follow
+    const auto follow = [&](chain blocks, const std::string & kind) {
+        for (uint32_t n = length(blocks); n + whole(n) <= tokens.size(); n = length(blocks)) {
+            auto block = make_block(blocks.empty() ? start : blocks.back().key, kind, n, { tokens.begin() + n, tokens.begin() + n + whole(n) });
+            if (!is_there(block)) {
+                break;
             }
-            const auto [lowest, highest] = std::minmax_element(cells.begin() + first, cells.begin() + first + N_GROUP);
-            if (there == 0) {
+            blocks.push_back(std::move(block));
+        }
+        return blocks;
+    };
+
+    chain res;
+    n_tokens = 0;
+
+    // ... and the one behind them that has most of the tokens that come next
+    const auto consider = [&](const chain & blocks) {
+        const uint32_t n  = length(blocks);
+        const auto     it = children.find(blocks.empty() ? start : blocks.back().key);
+
+        if (n > n_tokens) {
+            res      = blocks;
+            n_tokens = n;
+        }
+        for (const auto & key : it == children.end() ? std::vector<std::string>() : it->second) {
+            text_block block;
+            if (!dir->read_block(it->first, key, n, salt, block)) {
                 continue;
             }
-            if (!warm_cells::may_share(*lowest, *highest)) {
-                set_error("library: neighbouring tokens would lie too far from each other in this cache");
-                return REFREEKV_ERR_STATE;
+            const uint32_t n_more = n_common(tokens, n, block);
+            if (n_more > 0 && n + n_more > n_tokens) {
+                res = blocks;
+                res.push_back(std::move(block));
+                n_tokens = n + n_more;
             }
-            layer.warm->add(cells.data() + first, N_GROUP, there);
-            for (uint32_t h = 0; h < l.n_heads; ++h) {
-                const uint8_t * of_head = codes.data() + g*l.group_bytes() + h*(l.codes_k + l.codes_v);
-
-                memcpy(layer.warm->codes_of(h, false), of_head,             l.codes_k);
-                memcpy(layer.warm->codes_of(h, true),  of_head + l.codes_k, l.codes_v);
-            }
-            layer.warm->note_steps();
         }
-    }
-
-    for (size_t i = 0; i < cells.size(); ++i) {
-        if (hot[i]) {
-            come.push_back(cells[i]);
+    };
+    const chain exact = follow({}, "");
+    consider(exact);
+    for (size_t n = exact.size() + 1; n-- > 0;) {
+        const chain others = follow({ exact.begin(), exact.begin() + n }, salt);
+        if (others.size() > n) {
+            consider(others);
         }
-    }
-    std::sort(come.begin(), come.end());
-
-    return p.transfer.get(layer, come, in);
-}
-
-// first: the position that it is to begin with
-bool library::fits(const block & b, uint32_t first) const {
-    const auto & h = b.header;
-
-    bool res = b.layers.size() == p.layers.size() && h.first == first && h.n_groups == (h.n_cells - h.n_before)/N_GROUP &&
-        h.n_before == (first == 0 ? std::min<uint32_t>(p.params.n_sink, h.n_cells) : 0);
-    for (size_t i = 0; res && i < p.layers.size(); ++i) {
-        const auto & view = p.layers[i].warm->view;
-
-        res = b.layers[i].alike(form_of(p.layers[i])) && h.bits_k == (uint32_t) view.bits_k && h.bits_v == (uint32_t) view.bits_v;
     }
     return res;
 }
 
-int32_t library::open(llama_seq_id seq_id, const std::vector<std::string> & paths, uint32_t n) {
-    std::vector<part> blocks;
+// n_tokens: where the last state is that can be read, n_tokens or before
+bool library::find_state(const chain & blocks, uint32_t & n_tokens) {
+    const auto there = dir->states();
 
-    uint32_t n_there = 0;
-    for (const auto & path : paths) {
-        auto b = open_block(path);
-        if (!fits(b, n_there) || n_there >= n) {
-            set_error("library: %s: is not of this model, of these cache types, or of this place", path.c_str());
-            return REFREEKV_ERR_STATE;
+    for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
+        const auto it = there.find(block->parent);
+        if (it == there.end()) {
+            continue;
         }
-        const uint32_t n_cells  = std::min(b.header.n_cells, n - n_there);
-        const uint32_t n_groups = (n_cells - std::min(n_cells, b.header.n_before))/N_GROUP;
+        const uint32_t end = std::min(n_tokens, block->end());
 
-        n_there += n_cells;
-        blocks.push_back({ std::move(b), n_cells, n_groups });
-    }
-    if (n == 0 || n_there < n || n > p.logical.stream_size()) {
-        set_error("library: %u tokens are wanted, the blocks have %u, and the context has room for %u", n, n_there, p.logical.stream_size());
-        return REFREEKV_ERR_STATE;
-    }
-
-    publishing publish(p);
-
-    p.kv.seq_rm(seq_id, -1, -1);
-    p.mover.synchronize();
-    p.release_stale();
-
-    const auto slots = p.kv.take_cells(seq_id, n);
-    if (slots.empty()) {
-        set_error("library: the context has no room for %u tokens", n);
-        return REFREEKV_ERR_MEMORY;
-    }
-
-    const int32_t status = guard([&]() { return open(seq_id, slots, blocks, n); });
-
-    p.layouts.make_stale();
-
-    if (status != REFREEKV_OK) {
-        p.kv.seq_rm(seq_id, -1, -1);
-        p.release_stale();
-        p.idle_rows = true;
-    }
-    p.update_layouts();
-
-    return status;
-}
-
-// which cells a pruning would keep, in the order of positions
-std::vector<uint8_t> library::kept(llama_seq_id seq_id, const std::vector<part> & blocks, uint32_t n) const {
-    std::vector<uint8_t> res(n, 1);
-    if (n < (uint32_t) std::max(0, p.params.n_min)) {
-        return res;
-    }
-    std::vector<uint8_t> pinned;
-    for (const auto & c : p.evictor.cells_of(seq_id)) {
-        pinned.push_back(c.stays);
-    }
-    selection sel;
-    select_hot(p.params, n, pinned, sel);
-    for (uint32_t r = sel.n_keep; r < n; ++r) {
-        res[sel.order[r]] = 0;
-    }
-    // those without codes stay, too: where cells are protected, others leave in their place
-    for (size_t i = 0, next = 0; i < blocks.size(); next += blocks[i++].n_cells) {
-        const uint32_t n_before = std::min(blocks[i].n_cells, blocks[i].of.header.n_before);
-
-        std::fill_n(res.begin() + next, n_before, 1);
-        std::fill(res.begin() + next + n_before + blocks[i].n_groups*N_GROUP, res.begin() + next + blocks[i].n_cells, 1);
-    }
-    return res;
-}
-
-int32_t library::open(llama_seq_id seq_id, const llama_kv_cache::slot_info & slots, const std::vector<part> & blocks, uint32_t n) {
-    std::vector<uint32_t> cells;
-    p.logical.for_batch(slots, [&](uint32_t cell) { cells.push_back(cell); });
-
-    const std::vector<uint8_t> all(n, 1);
-    const std::vector<uint8_t> hot = kept(seq_id, blocks, n);
-
-    const uint32_t n_hot = std::count(hot.begin(), hot.end(), 1);
-
-    const auto is_full = [&](size_t i) { return i < (size_t) p.params.n_full_layers; };
-
-    uint64_t bytes = p.bytes();
-    for (size_t i = 0; i < p.layers.size(); ++i) {
-        auto & layer = p.layers[i];
-
-        const uint32_t n_need = p.layouts.padded(layer.res.n_used() + (is_full(i) ? n : n_hot));
-
-        bytes += n_need > layer.rows.capacity() ? layer.rows.bytes_for(n_need) - layer.rows.bytes() : 0;
-    }
-    if (!p.within_limit(bytes)) {
-        return REFREEKV_ERR_MEMORY;
-    }
-
-    for (size_t i = 0; i < p.layers.size(); ++i) {
-        auto & layer = p.layers[i];
-
-        const uint32_t * its = cells.data();
-        for (const auto & b : blocks) {
-            for_runs(its, b.n_cells, [&](size_t j, size_t n_run) {
-                p.cold.attach(layer, its[j], n_run, b.of.in, b.of.layers[i].records_at + j*layer.record.bytes());
-                return true;
-            });
-            its += b.n_cells;
+        for (auto n = it->second.rbegin(); n != it->second.rend(); ++n) {
+            if (*n <= block->first || *n > end) {
+                continue;
+            }
+            for (const auto & kind : { std::string(), salt }) {
+                const auto part = make_block(block->parent, kind, block->first, { block->tokens.begin(), block->tokens.begin() + (*n - block->first) });
+                if (dir->has(dir->path_of_state(part)) && dir->read_state(part, found.state)) {
+                    n_tokens = *n;
+                    return true;
+                }
+            }
         }
     }
+    return false;
+}
 
-    std::vector<rows::host_rows> in(p.mover.n_threads());
+uint32_t library::find(llama_seq_id seq_id, const std::vector<llama_token> & tokens, uint32_t n_have, bool with_state) {
+    found = {};
 
-    const int32_t status = run_parallel(p.layers.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t thread) {
-        return open_layer(p.layers[i], cells, is_full(i) ? all : hot, blocks, i, in[thread]);
+    const auto is_worthwhile = [&](uint32_t n) { return n >= N_MIN && n > n_have && n - n_have > n/WORTHWHILE; };
+
+    if (!dir || !is_worthwhile(tokens.size())) {
+        return 0;
+    }
+    uint32_t n = 0;
+    chain blocks = find_chain(tokens, n);
+
+    if (!is_worthwhile(n) || (with_state && !find_state(blocks, n)) || !is_worthwhile(n)) {
+        return 0;
+    }
+    while (blocks.back().first >= n) {
+        blocks.pop_back();
+    }
+
+    std::vector<uint8_t>     good(blocks.size());
+    std::vector<std::string> why (blocks.size());
+    run_parallel(blocks.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t) {
+        good[i] = dir->check(dir->path_of(blocks[i]), &blocks[i], why[i]);
+        return REFREEKV_OK;
     });
+    const size_t n_good = std::find(good.begin(), good.end(), 0) - good.begin();
+    if (n_good < blocks.size()) {
+        if (!why[n_good].empty()) {
+            set_error("%s", why[n_good].c_str());
+        }
+        n = n_good == 0 ? 0 : blocks[n_good - 1].end();
+        blocks.resize(n_good);
+    }
+    if (!is_worthwhile(n) || (with_state && n_good < good.size())) {
+        return 0;
+    }
+    found.seq_id   = seq_id;
+    found.n_tokens = n;
+    found.chain    = std::move(blocks);
+
+    return n;
+}
+
+int32_t library::open(llama_seq_id seq_id) {
+    const auto from = std::move(found);
+    found = {};
+
+    if (!dir || from.seq_id != seq_id || from.n_tokens == 0) {
+        set_error("library: nothing was found for sequence %d", seq_id);
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    std::vector<std::string> paths;
+    for (const auto & block : from.chain) {
+        paths.push_back(dir->path_of(block));
+    }
+    const int32_t status = blocks.open(seq_id, paths, from.n_tokens);
     if (status != REFREEKV_OK) {
         return status;
     }
-    if (n_hot < n) {
-        p.pruned[seq_id] = n - 1;
+    uint32_t n_exact = 0;
+    for (size_t i = 0; i < from.chain.size(); ++i) {
+        n_exact = from.chain[i].exact ? std::min(from.n_tokens, from.chain[i].end()) : n_exact;
     }
-    p.n_generation++;
+    dir->touch(paths);
+    p.exact[seq_id] = n_exact;
+    kept[seq_id].tail = {};
 
-    return p.within_limit(p.bytes()) ? REFREEKV_OK : REFREEKV_ERR_MEMORY;
+    return REFREEKV_OK;
+}
+
+library::chain library::blocks_of(const std::vector<llama_token> & tokens, uint32_t n_exact) const {
+    chain res;
+
+    bool exact = true;
+    for (uint32_t n = 0; n < tokens.size();) {
+        const uint32_t    end    = std::min<uint32_t>(n + whole(n), tokens.size());
+        const std::string parent = res.empty() ? start : res.back().key;
+
+        const auto block_with = [&](const std::string & kind) { return make_block(parent, kind, n, { tokens.begin() + n, tokens.begin() + end }); };
+
+        auto block = block_with("");
+
+        exact = exact && (end <= n_exact || dir->has(dir->path_of(block))); // what was read exactly before is the better one
+        res.push_back(exact ? std::move(block) : block_with(salt));
+        n = end;
+    }
+    return res;
+}
+
+void library::write(llama_seq_id seq_id, const text_block & block) {
+    const auto     temporary = dir->temporary();
+    const uint32_t n_before  = block.first == 0 ? std::min<uint32_t>(p.params.n_sink, block.tokens.size()) : 0;
+
+    if (blocks.write(seq_id, block.first, block.tokens.size(), n_before, block.label(), temporary) != REFREEKV_OK) {
+        throw std::runtime_error(last_error());
+    }
+    dir->rename(temporary, dir->path_of(block));
+}
+
+int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read, const std::vector<state_of> & states, bool stays) {
+    const uint32_t n_there = std::max(0, p.logical.table_of_seq(seq_id).seq_pos_max(seq_id) + 1);
+
+    const std::vector<llama_token> tokens(read.begin(), read.begin() + std::min<size_t>(read.size(), n_there));
+
+    if (!dir || tokens.size() < N_MIN) {
+        return 0;
+    }
+    auto & text   = kept[seq_id];
+    text.replaced.clear();
+    chain  blocks = blocks_of(tokens, p.exact[seq_id]);
+    chain  written;
+    try {
+        uint64_t n_bytes = 0; // of this text
+        for (size_t i = 0; i < blocks.size(); ++i) {
+            const auto its = dir->path_of(blocks[i]);
+
+            const bool is_new = !dir->has(its);
+            if (is_new) {
+                write(seq_id, blocks[i]);
+                written.push_back(blocks[i]);
+            }
+            n_bytes += dir->size(its);
+            if (n_bytes > dir->get_limit()) {
+                if (is_new) {
+                    remove_file(its);
+                    written.pop_back();
+                }
+                blocks.resize(i);
+            }
+        }
+        if (blocks.empty()) {
+            throw std::runtime_error("there is no room for one block within its limit of " + std::to_string(dir->get_limit()) + " bytes");
+        }
+        std::vector<std::string> paths;
+        for (const auto & block : blocks) {
+            paths.push_back(dir->path_of(block));
+        }
+        dir->touch(paths);
+        keep_states(seq_id, tokens, states, stays);
+        if (!written.empty()) {
+            replace_tail(text, blocks);
+            dir->trim();
+        }
+        text.key = blocks.back().key;
+    } catch (const std::exception & err) {
+        for (const auto & block : written) { // a full disk needs the room
+            remove_file(dir->path_of(block));
+        }
+        set_error("library: %s", std::string(err.what()).c_str());
+        return REFREEKV_ERR_STATE;
+    }
+    return blocks.back().end();
+}
+
+void library::keep_states(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays) {
+    auto & before = kept[seq_id].states;
+
+    std::vector<std::pair<std::vector<llama_token>, std::string>> now;
+    for (const auto & s : states) {
+        if (s.n_tokens < N_MIN || s.n_tokens > tokens.size()) {
+            continue;
+        }
+        const std::vector<llama_token> its(tokens.begin(), tokens.begin() + s.n_tokens);
+
+        const auto block = blocks_of(its, std::min<uint32_t>(p.exact[seq_id], s.n_tokens)).back();
+        const auto path  = dir->path_of_state(block);
+        if (dir->has(path)) {
+            dir->touch({ path });
+        } else {
+            dir->write_state(block, s.data, s.size);
+        }
+        now.emplace_back(its, path);
+    }
+    for (const auto & s : before) {
+        if (!begins_with(tokens, s.first)) {
+            now.push_back(s);
+        } else if (std::find(now.begin(), now.end(), s) == now.end()) {
+            remove_file(s.second);
+        }
+    }
+    before = std::move(now);
+    if (stays) {
+        before.clear();
+    }
+}
+
+// the last block that was written is of no use once one with more tokens has its place
+void library::replace_tail(written_text & text, const chain & blocks) const {
+    const auto & tail = text.tail;
+
+    const bool is_replaced = !tail.tokens.empty() && std::any_of(blocks.begin(), blocks.end(), [&](const text_block & block) {
+        return block.parent == tail.parent && block.key != tail.key && begins_with(block.tokens, tail.tokens);
+    });
+    if (is_replaced) {
+        remove_file(dir->path_of(tail));
+        text.replaced = tail.key;
+    }
+    const auto & last = blocks.back();
+    text.tail = last.tokens.size() == whole(last.first) ? text_block {} : last;
 }
 
 } // namespace refreekv

@@ -1,5 +1,6 @@
 #include "server/server.h"
 
+#include "common.h"
 #include "log.h"
 
 #include <algorithm>
@@ -26,6 +27,13 @@ static std::string     g_cold_dir;
 static evicted         g_evicted = evicted::DROP;
 
 static std::vector<std::pair<llama_pos, llama_pos>> g_protect;
+
+struct library {
+    std::string folder; // "": there is none
+    uint64_t    limit = 0;
+    std::string evicts_with;
+};
+static library g_library;
 
 template <typename T>
 static bool set_field(const std::map<std::string, T refreekv_params::*> & fields, refreekv_params & params, const std::string & name, const common_json & value) {
@@ -62,6 +70,7 @@ static void read_options(const std::string & text) {
     g_params  = refreekv_params_default();
     g_evicted = evicted::DROP;
     g_protect.clear();
+    g_library = {};
 
     const auto options = common_json::parse(text);
 
@@ -79,6 +88,8 @@ static void read_options(const std::string & text) {
             for (size_t i = 0; i < value.size(); ++i) {
                 g_protect.emplace_back(value.at(i).at(0).get<int32_t>(), value.at(i).at(1).get<int32_t>());
             }
+        } else if (name == "library") {
+            g_library = { value.at("folder").get<std::string>(), value.at("limit").get<uint64_t>(), value.at("evicts_with").get<std::string>() };
         } else if (!set_param(g_params, name, value)) {
             throw std::invalid_argument("there is no option " + name);
         }
@@ -98,6 +109,91 @@ bool set_policy(const std::string & text) {
         return false;
     }
     return refreekv_next_context(&g_params) == REFREEKV_OK; // which logs what is wrong
+}
+
+// the library
+
+// nullptr: a context can have one
+static const char * library_refusal(llama_context * ctx, const common_params & params, bool has_draft) {
+    const auto * model = llama_get_model(ctx);
+
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || (llama_model_n_swa(model) > 0 && !params.swa_full)) {
+        return "the server keeps no states of recurrent layers and of layers with a window";
+    }
+    if (has_draft) {
+        return "a draft model reads its prompts itself";
+    }
+    if (!params.lora_adapters.empty() || !params.control_vectors.empty() || !params.kv_overrides.empty()) {
+        return "adapters, control vectors and other metadata change what is read";
+    }
+    return refreekv_library_refusal(ctx);
+}
+
+// of a model that may be divided into several
+static std::vector<std::string> files_of(const llama_model * model, const std::string & path) {
+    char text[4096] = "";
+    llama_model_meta_val_str(model, "split.count", text, sizeof(text));
+
+    const int32_t n = atoi(text);
+    if (n < 2 || llama_split_prefix(text, sizeof(text), path.c_str(), 0, n) <= 0) {
+        return { path };
+    }
+    const std::string prefix = text;
+
+    std::vector<std::string> res;
+    for (int32_t i = 0; i < n; ++i) {
+        llama_split_path(text, sizeof(text), prefix.c_str(), i, n);
+        res.push_back(text);
+    }
+    return res;
+}
+
+bool use_library(llama_context * ctx, const common_params & params, bool has_draft) {
+    if (g_library.folder.empty()) {
+        return false;
+    }
+    const char * why = library_refusal(ctx, params, has_draft);
+    if (!why) {
+        const auto files = files_of(llama_get_model(ctx), params.model.path);
+
+        std::vector<const char *> paths;
+        for (const auto & file : files) {
+            paths.push_back(file.c_str());
+        }
+        if (refreekv_library_use(ctx, g_library.folder.c_str(), g_library.limit, paths.data(), paths.size(), "", g_library.evicts_with.c_str()) != REFREEKV_OK) {
+            why = refreekv_last_error();
+        }
+    }
+    if (why) {
+        LOG_INF("the library is not used: %s\n", why);
+        g_library = {};
+    }
+    return !why;
+}
+
+// without images
+static bool is_text(const std::vector<llama_token> & tokens) {
+    return std::find(tokens.begin(), tokens.end(), LLAMA_TOKEN_NULL) == tokens.end();
+}
+
+// as begin_prompt(). n_past where the library has no more
+static int32_t open_from_library(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, const std::vector<llama_token> & prompt) {
+    if (g_library.folder.empty() || prompt.empty() || !is_text(prompt)) {
+        return n_past;
+    }
+    const int32_t n = refreekv_library_find(ctx, seq_id, prompt.data(), prompt.size() - 1, n_past, false);
+    if (n <= 0) {
+        return n_past;
+    }
+    llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
+    for (const auto & [start, end] : g_protect) {
+        refreekv_protect(ctx, seq_id, start, end);
+    }
+    if (refreekv_library_open(ctx, seq_id) != REFREEKV_OK) {
+        LOG_INF("slot %d: %s; the prompt is read from its start\n", seq_id, refreekv_last_error());
+        return 0;
+    }
+    return n;
 }
 
 // turns
@@ -120,9 +216,15 @@ static bool restores(llama_context * ctx) {
 
 static void forget_figures(llama_context * ctx, llama_seq_id seq_id);
 
-int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts) {
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, const std::vector<llama_token> & prompt, bool in_parts, bool may_open) {
     if (!has_policy(ctx)) {
         return n_past;
+    }
+    const int32_t n_prompt = prompt.size();
+
+    const int32_t n_opened = may_open ? open_from_library(ctx, seq_id, n_past, prompt) : n_past;
+    if (n_opened != n_past) {
+        n_past = p_past = n_opened;
     }
     auto *     mem    = llama_get_memory(ctx);
     const bool pruned = refreekv_pruned_pos(ctx, seq_id) >= 0;
@@ -152,7 +254,7 @@ int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, l
     return n_past;
 }
 
-void end_turn(llama_context * ctx, llama_seq_id seq_id) {
+void end_turn(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens) {
     if (!has_policy(ctx)) {
         return;
     }
@@ -160,6 +262,9 @@ void end_turn(llama_context * ctx, llama_seq_id seq_id) {
         refreekv_prune(ctx, seq_id);
     }
     refreekv_prompt(ctx, seq_id, -1); // one that was given up
+    if (!g_library.folder.empty() && is_text(tokens)) {
+        refreekv_library_keep(ctx, seq_id, tokens.data(), tokens.size(), nullptr, nullptr, nullptr, 0, false); // which logs what is wrong
+    }
     note_decoded(ctx);
 }
 

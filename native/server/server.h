@@ -13,29 +13,37 @@
 // But for the receipts, which are snapshots that any thread may read, the thread of the server's main loop calls it, and never while a
 // batch is being decoded.
 
+struct common_params;
+
 namespace refreekv::server {
 
 // The policy of the context that is created next, from the text of --kv-policy: a JSON object with fields of refreekv_params by their
-// names, and two of the server's own:
+// names, and three of the server's own:
 //
 //   evicted: "keep", "restore", "recompute" or "drop", as kv_evicted of Llama
 //   protect: a list of [start, end] positions
+//   library: an object of the arguments `folder`, `limit` and `evicts_with` of refreekv_library_use()
 //
 // "": none is set, which leaves it to the environment. False after logging what is wrong
 bool set_policy(const std::string & text);
+
+// Opens the library, if set_policy() was given one and the model can have it, else logs why it cannot. has_draft: there is a draft model, too.
+// Whether there is one
+bool use_library(llama_context * ctx, const common_params & params, bool has_draft);
 
 // Whether cells are evicted: then the server must not move or cut what is in the cache by itself (cache reuse, context shift), since upstream ends
 // the process where that is refused
 bool evicts(llama_context * ctx);
 
-// A prompt of n_prompt tokens is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what
-// lies behind, brings back what was evicted of the rest where the next prompt needs it, and announces the prompt. Returns how many tokens
-// of the sequence are left: n_past, or fewer where they have to be read again. in_parts: tokens and positions are the same, so that it can
-// be any number of them
-int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, int32_t n_prompt, bool in_parts);
+// A prompt is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what lies behind, or
+// opens more of it from the library (may_open); brings back what was evicted of the rest where the next prompt needs it, and announces the
+// prompt. Returns how many tokens of the prompt the sequence has now. in_parts: tokens and positions are the same, so that it can be any
+// number of them
+int32_t begin_prompt(llama_context * ctx, llama_seq_id seq_id, int32_t n_past, llama_pos p_past, const std::vector<llama_token> & prompt, bool in_parts, bool may_open);
 
-// the slot is done with its request, or was told to stop: a pruning that is due is done now
-void end_turn(llama_context * ctx, llama_seq_id seq_id);
+// The slot is done with its request, or was told to stop: a pruning that is due is done now, and the library keeps what was read. tokens: of
+// the sequence; the last ones may not have been read
+void end_turn(llama_context * ctx, llama_seq_id seq_id, const std::vector<llama_token> & tokens);
 
 // A batch found no room. With a memory_limit, sequences are pruned as far as they were read. Whether that gave back any
 bool make_room(llama_context * ctx);

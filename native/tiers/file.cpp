@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
+#include <stdexcept>
 
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
@@ -13,6 +15,7 @@
 #include <windows.h>
 #include <winioctl.h>
 #include <fcntl.h>
+#include <direct.h>
 #include <io.h>
 #include <share.h>
 #include <sys/stat.h>
@@ -20,6 +23,7 @@
 #include <random>
 #else
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -36,6 +40,7 @@ static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset)
 static int64_t read_at(int fd, void * data, size_t size, uint64_t offset);
 static int64_t read_now(int fd, void * data, size_t size, uint64_t offset); // without waiting; or one of these:
 static void    close_file(int fd);
+static bool    make_one_folder(const std::string & path);
 
 static const int64_t REFREEKV_NOT_NOW = -2; // it would have to wait; the system has been asked for the bytes
 static const int64_t REFREEKV_NO_SUCH = -3; // the system or the file system has no such read
@@ -91,6 +96,16 @@ file::result file::try_read(uint64_t offset, void * data, size_t size) const {
     return n == (int64_t) size ? THERE : n == REFREEKV_NOT_NOW ? LATE : read(offset, data, size) ? THERE : LOST;
 }
 
+void make_folder(const std::string & path) {
+    namespace fs = std::filesystem;
+
+    std::error_code err;
+    fs::create_directories(fs::u8path(path).parent_path(), err);
+    if (!make_one_folder(path) || !fs::is_directory(fs::u8path(path), err)) {
+        throw std::runtime_error(path + ": " + (errno == EEXIST ? "it is not a folder" : strerror(errno)));
+    }
+}
+
 int64_t file::size() const {
     return file_size(fd);
 }
@@ -141,8 +156,30 @@ static int open_unnamed(const std::string & dir) {
     return fd;
 }
 
+static bool make_one_folder(const std::string & path) {
+    return _wmkdir(wide(path).c_str()) == 0 || errno == EEXIST;
+}
+
 int64_t process_id() {
-    return 0; // there is no fork
+    return GetCurrentProcessId();
+}
+
+bool process_runs(int64_t id) {
+    const HANDLE process = OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, FALSE, (DWORD) id);
+    if (!process) {
+        return GetLastError() == ERROR_ACCESS_DENIED;
+    }
+    CloseHandle(process);
+
+    return true;
+}
+
+std::string host_name() {
+    char  res[MAX_COMPUTERNAME_LENGTH + 1] = {};
+    DWORD n = sizeof(res);
+    GetComputerNameA(res, &n);
+
+    return res;
 }
 
 static bool set_file_size(int fd) {
@@ -205,8 +242,23 @@ void remove_file(const std::string & path) {
     unlink(path.c_str());
 }
 
+static bool make_one_folder(const std::string & path) {
+    return mkdir(path.c_str(), 0700) == 0 || errno == EEXIST;
+}
+
 int64_t process_id() {
     return getpid();
+}
+
+bool process_runs(int64_t id) {
+    return kill((pid_t) id, 0) == 0 || errno == EPERM;
+}
+
+std::string host_name() {
+    char res[256] = {};
+    gethostname(res, sizeof(res) - 1);
+
+    return res;
 }
 
 static bool set_file_size(int fd) {

@@ -39,9 +39,14 @@ private:
     int fd;
 };
 
-// a process that was forked off from another has the same files
-int64_t process_id();
-
 void remove_file(const std::string & path);
+
+// for its owner alone, if it is not there; and those above it. Throws std::runtime_error
+void make_folder(const std::string & path);
+
+// a process that was forked off from another has the same files
+int64_t     process_id();
+bool        process_runs(int64_t id); // of any user
+std::string host_name();
 
 } // namespace refreekv

@@ -30,7 +30,7 @@ _FLAGS = {
     "rope_freq_base": "--rope-freq-base",
     "rope_freq_scale": "--rope-freq-scale",
 }
-# MiB for conversations whose slot another one took
+# MiB for conversations whose slot another one took, unless there is a library, which has them
 _CACHE_RAM = 1024
 # fields of `refreekv_params` that the server sets itself, or that are for debugging
 _NOT_PASSED = ("cold_dir", "turns", "mask_only", "by_graph")
@@ -55,8 +55,6 @@ def policy_text(kv: KVOptions) -> str | None:
     """
     if isinstance(kv.kv_policy, PythonPolicy):
         raise PolicyError(f"kv_policy={kv.kv_policy.name!r}: a policy that is written in Python runs in `Llama` alone")
-    if kv.kv_library is not None:
-        raise PolicyError("kv_library: llama-server has no library; `refreekv serve --python` has one")
     if kv.kv_protect == "system":
         raise PolicyError(
             "kv_protect='system': llama-server does not know where that message ends: must be a list of positions; "
@@ -70,6 +68,9 @@ def policy_text(kv: KVOptions) -> str | None:
         options["cold_dir"] = str(folder)
     if kv.kv_protect:
         options["protect"] = kv.kv_protect
+    if kv.kv_library is not None:
+        limits = {"limit": kv.kv_library_limit, "evicts_with": kv.library_evicts_with}
+        options["library"] = {"folder": str(kv.kv_library), **limits}
     return json.dumps({**options, "evicted": kv.kv_evicted if kv.evicts else "drop"})
 
 

@@ -17,7 +17,7 @@ from refreekv_cpp._binding import ffi  # written by the build from native/refree
 from refreekv_cpp._llama_cpp import library
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ComputeError, PolicyError, RefreeKVError
 
-_ABI_VERSION = 14
+_ABI_VERSION = 15
 
 _lib: Any = ffi.dlopen(library._name)
 
@@ -162,48 +162,116 @@ def library_refusal(ctx: Any) -> str | None:
     return None if why == ffi.NULL else ffi.string(why).decode()
 
 
-def library_write(ctx: Any, seq_id: int, first: int, n_tokens: int, n_before: int, label: bytes, path: Path) -> None:
-    """Write positions of a sequence from `first` on to a new file, a block of the library.
+def library_use(ctx: Any, folder: Path, limit: int, files: Sequence[Path], reads_with: str, evicts_with: str) -> None:
+    """Have a context keep what it reads in a folder, which is made where it is not there.
 
     Args:
-        n_before: how many of them have no codes, because they are never evicted: the sinks.
-        label: by which `library_check` knows the block again.
+        limit: bytes of all files of the folder.
+        files: of the model, and of its adapters.
+        reads_with: what the numbers in the cache depend on besides, but for the options of the context.
+        evicts_with: what those of answers depend on besides, but for the parameters of the policy.
 
     Raises:
-        CacheStateError: the sequence does not have them, or the file cannot be made.
-        CacheMemoryError: the disk is full. There is no file then.
+        CacheStateError: a file cannot be read, or the folder not be made.
     """
+    paths = [ffi.new("char[]", os.fsencode(path)) for path in files]
     _check(
-        _lib.refreekv_library_write(
-            _context(ctx), seq_id, first, n_tokens, n_before, label, len(label), os.fsencode(path)
+        _lib.refreekv_library_use(
+            _context(ctx),
+            os.fsencode(folder),
+            limit,
+            ffi.new("char *[]", paths),
+            len(paths),
+            reads_with.encode(),
+            evicts_with.encode(),
         )
     )
 
 
-def library_check(path: Path, label: bytes | None) -> None:
-    """Read a block of the library, and compare its checksums.
+def library_find(ctx: Any, seq_id: int, tokens: Sequence[int], n_have: int, *, with_state: bool) -> int:
+    """How many of these tokens, from the first on, `library_open` would have a sequence hold.
 
     Args:
-        label: that it has to have; None: any.
-
-    Raises:
-        CacheStateError: it is damaged, has another label, or cannot be read.
+        n_have: of them, in the cache already. If the library has hardly more, this is 0.
+        with_state: only as far as there is a state behind them.
     """
-    _check(_lib.refreekv_library_check(os.fsencode(path), ffi.NULL if label is None else label, len(label or b"")))
+    return _check(_lib.refreekv_library_find(_context(ctx), seq_id, list(tokens), len(tokens), n_have, with_state))
 
 
-def library_open(ctx: Any, seq_id: int, paths: Sequence[Path], n_tokens: int) -> None:
-    """Have a sequence be what these blocks hold of its first n_tokens, as if they had been read and pruned.
+def library_open(ctx: Any, seq_id: int) -> None:
+    """Have a sequence be what `library_find` has found for it, as if it had been read and pruned.
 
-    The last block may have more of them. The blocks have to be checked before. Their rows are read where they are, when
-    they are wanted.
+    Rows that were evicted are read from the files when they are wanted.
 
     Raises:
-        CacheStateError: the blocks do not fit this context, or cannot be read.
+        CacheStateError: the blocks do not fit this context, or cannot be read. The sequence is empty then.
         CacheMemoryError: no memory for it, or not within the limit. The sequence is empty then.
     """
-    texts = [ffi.new("char[]", os.fsencode(path)) for path in paths]
-    _check(_lib.refreekv_library_open(_context(ctx), seq_id, ffi.new("char *[]", texts), len(texts), n_tokens))
+    _check(_lib.refreekv_library_open(_context(ctx), seq_id))
+
+
+def library_state(ctx: Any) -> memoryview:
+    """The state behind what `library_find` has found, before it is opened."""
+    n = _check(_lib.refreekv_library_state(_context(ctx), ffi.NULL, 0))
+    data = bytearray(n)
+    _check(_lib.refreekv_library_state(_context(ctx), ffi.from_buffer(data), n))
+    return memoryview(data)
+
+
+def library_keep(
+    ctx: Any, seq_id: int, tokens: Sequence[int], states: Sequence[tuple[int, memoryview]], *, stay: bool
+) -> int:
+    """Write a sequence to the library. Returns how many tokens the library has of it now.
+
+    Args:
+        tokens: that it holds.
+        states: behind the first so many of them.
+        stay: the states stay when the text gets longer, which else have others in their place.
+
+    Raises:
+        CacheStateError: it could not be written. The library is what it was before.
+    """
+    buffers = [ffi.from_buffer(state) for _, state in states]
+    return _check(
+        _lib.refreekv_library_keep(
+            _context(ctx),
+            seq_id,
+            list(tokens),
+            len(tokens),
+            [n for n, _ in states],
+            ffi.new("void *[]", buffers),
+            [len(state) for _, state in states],
+            len(states),
+            stay,
+        )
+    )
+
+
+def library_key(ctx: Any, seq_id: int, *, replaced: bool = False) -> str:
+    """Of the last block that was kept of a sequence, in hexadecimal digits; "": none was.
+
+    Args:
+        replaced: of the block that was removed then, because this one has its tokens and more.
+    """
+    return str(ffi.string(_lib.refreekv_library_key(_context(ctx), seq_id, replaced)).decode())
+
+
+def library_check(path: Path) -> None:
+    """Read a file of the library, and compare its checksums.
+
+    Raises:
+        CacheStateError: it is damaged, none of a library's, or cannot be read.
+    """
+    _check(_lib.refreekv_library_check(os.fsencode(path)))
+
+
+def library_tidy(folder: Path, limit: int) -> None:
+    """Make the folder of a library where it is not there, and remove what nobody needs and what is beyond the limit.
+
+    Raises:
+        CacheStateError: it cannot be made.
+    """
+    _check(_lib.refreekv_library_tidy(os.fsencode(folder), limit))
 
 
 def fail_cold(n: int) -> None:

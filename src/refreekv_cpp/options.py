@@ -208,6 +208,11 @@ class KVOptions:
         return policy.get("theta", 0) > 0 and policy.get("n_hot", 0) > 0 and self.kv_evicted != "recompute"
 
     @property
+    def library_evicts_with(self) -> str:
+        """What the answers in a library depend on, besides the parameters of the policy."""
+        return f"{self.kv_evicted} {self.kv_protect}"
+
+    @property
     def has_cold_store(self) -> bool:
         return self.evicts and (self.kv_evicted in ("keep", "restore") or self.kv_library is not None)
 

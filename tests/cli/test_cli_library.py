@@ -133,7 +133,7 @@ def test_texts_are_removed_and_checked(tiny_model: Path, tmp_path: Path, cache: 
     assert "a.txt" not in listed
     assert "b.txt" in listed
     assert_one_error_line(refreekv("library", "remove", "a.txt"), "a.txt: must be a name or a key")
-    text = next(text for text in Library(library, 2**30).texts() if text.name == "b.txt")
+    text = next(text for text in Library(library).texts() if text.name == "b.txt")
     for wanted in ("", text.key[0]):
         assert_one_error_line(refreekv("library", "remove", wanted), "must be a name or a key")
     assert "b.txt" in refreekv("library").stdout

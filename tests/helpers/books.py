@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from support import load
 from tiny import random_tokens
 
@@ -39,10 +40,19 @@ def write(model: Path, folder: Path, tokens: list[int] = TEXT, **options: Any) -
 def opened(model: Path, folder: Path, tokens: list[int] = TEXT, **options: Any) -> Llama:
     """A Llama that goes on from what the library has of a text, as before a prompt that begins with it."""
     llm = reader(model, folder, **options)
-    llm._open(llm._library, tokens)
+    llm._open(tokens)
     return llm
 
 
 def files(folder: Path) -> list[Path]:
     """The blocks."""
     return sorted(folder.glob("*.block"), key=lambda path: path.name)
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The blocks of the only text, the first one first."""
+
+    def first(path: Path) -> int:
+        return int(np.frombuffer(path.read_bytes()[:20], dtype="<u4")[4])
+
+    return sorted(files(folder), key=first)

@@ -111,32 +111,29 @@ def test_a_damaged_state_is_a_miss(
         path.write_bytes(damage(data))
         assert opened(tiny(name), tmp_path).n_tokens == 0
         assert states(tmp_path) == []
-    assert "a damaged state, which is removed" in caplog.text
+    assert "a damaged file, which is removed" in caplog.text
 
 
-def test_a_state_of_another_model_is_not_taken(tiny: Tiny, tmp_path: Path) -> None:
-    """Its name and its hash are right, its contents are not: what is in the cache then is nothing."""
+def test_a_state_of_another_model_is_not_taken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name and its checksum are right, its contents are not: what is in the cache then is nothing."""
     path = tiny("jamba (hybrid)")
     write(path, tmp_path)
     llm = reader(path, tmp_path)
-    blocks, n_tokens = llm._library.find(llm._start, llm._salt, TEXT, llm._n_before)
-    behind = llm._library.find_state(blocks, llm._salt, n_tokens)
-    llm._library.write_state(behind, memoryview(b"of another model"))
-    llm._open(llm._library, TEXT)
+    monkeypatch.setattr(native, "library_state", lambda _: memoryview(b"of another model"))
+    llm._open(TEXT)
     assert (llm.n_tokens, native.stats(ctx_of(llm)).n_tokens) == (0, 0)
     assert generate(llm, TEXT) == generate(reader(path, None), TEXT)
 
 
 def test_states_count_and_go_with_their_texts(tiny: Tiny, tmp_path: Path) -> None:
     write(tiny(MODELS[2]), tmp_path)
-    library = Library(tmp_path, 2**30)
+    library = Library(tmp_path)
     assert library.n_bytes() == sum(path.stat().st_size for path in [*files(tmp_path), *states(tmp_path)])
     n_bytes = library.n_bytes()
     assert library.remove_text(library.texts()[0]) == n_bytes
     assert states(tmp_path) == files(tmp_path) == []
     write(tiny(MODELS[2]), tmp_path)
-    library.limit = 1
-    library.trim()
+    native.library_tidy(tmp_path, 1)
     assert states(tmp_path) == files(tmp_path) == []
     write(tiny(MODELS[2]), tmp_path)
     library.clear()
@@ -147,5 +144,5 @@ def test_states_count_and_go_with_their_texts(tiny: Tiny, tmp_path: Path) -> Non
     states(tmp_path)[0].write_bytes(b"RFKS")
     n_good, (error,) = library.check_all()
     assert n_good == n_files - 1
-    assert error.endswith("it is damaged")
+    assert error.endswith("cut off, or cannot be read")
     assert states(tmp_path) == []

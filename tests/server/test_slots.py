@@ -166,7 +166,7 @@ def test_conversations_keep_their_slots(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("evicted", ["keep", "drop"])
 def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: Path, evicted: str) -> None:
-    options = ["--parallel", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted]
+    options = ["--parallel", "1", "--kv-policy", "refreekv", "--kv-evicted", evicted, "--no-library"]
     with serving(tiny_model, *QUICK, *options) as client:
         first = answer(client, LONG)
         answer(client, "z" * 1000)
@@ -251,12 +251,10 @@ def test_a_model_that_cannot_be_loaded_is_its_exit_code(tmp_path: Path) -> None:
 
 def test_what_cannot_be_served_is_one_line(tiny_model: Path) -> None:
     assert_one_error_line(refreekv("serve", tiny_model, "--config_file", "x.yaml"), "which --python runs")
-    assert_one_error_line(refreekv("serve", tiny_model, "--kv_library", "true"), "--python")
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", "x"), "--python")
     assert_one_error_line(refreekv("serve", tiny_model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     quiet = ["--gpu-layers", "0", "--n-ctx", "512"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "--option", "logits_all=true"), "--usage")
-    assert_one_error_line(refreekv("serve", tiny_model, *quiet, "--option", "kv_library=true"), "--python")
 
 
 class OnlyLast(PythonPolicy):

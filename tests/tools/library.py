@@ -2,8 +2,9 @@
 
     python tests/tools/library.py [--damaged 1000] [--kills 50] [--seed 0]
 
-On a tiny model. Each damaged block has to be a miss that leaves the answer what it was; after each killed writer the
-library has to hold whole blocks only, and nothing else once it has been opened.
+On tiny models: one that sees everything, and one with a sliding window, whose text has a state, too. Each damaged block
+or state has to be a miss that leaves the answer what it was; after each killed writer the library has to hold whole
+files only, and nothing else once it has been opened.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 import _helpers  # noqa: F401  (first: it makes the other imports possible)
 import numpy as np
 import typer
-from books import QUESTION, TEXT, files, reader, write
+from books import QUESTION, TEXT, reader, write
 from support import HELPERS, logits
-from tiny import TinyModel
+from tiny_architectures import tiny_models
 
 from refreekv_cpp._library import Library
 
@@ -40,7 +41,7 @@ def damage(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     return kind, bytes(damaged)
 
 
-def damaged_blocks(model: Path, folder: Path, n: int, rng: np.random.Generator) -> None:
+def damaged_files(model: Path, folder: Path, suffix: str, n: int, rng: np.random.Generator) -> None:
     write(model, folder)
     llm = reader(model, folder)
     prompt = [*TEXT, *QUESTION]
@@ -54,7 +55,7 @@ def damaged_blocks(model: Path, folder: Path, n: int, rng: np.random.Generator) 
         llm.reset()
         return np.append(res, n_opened)
 
-    whole = {path: path.read_bytes() for path in files(folder)}
+    whole = {path: path.read_bytes() for path in sorted(folder.glob(f"*{suffix}"))}
     expected = answer()
     assert expected[-1] == len(TEXT)
     misses: Counter[str] = Counter()
@@ -73,7 +74,7 @@ def damaged_blocks(model: Path, folder: Path, n: int, rng: np.random.Generator) 
             assert whole[path][int(np.argmin(same))] == 0
             misses["unused byte"] += 1
         path.write_bytes(whole[path])
-    print(f"{n} damaged blocks, each a miss with the right answer: {dict(misses)}")
+    print(f"{n} damaged {suffix} files, each a miss with the right answer: {dict(misses)}")
 
 
 WRITER = """
@@ -100,7 +101,7 @@ def killed_writers(model: Path, folder: Path, n: int, rng: np.random.Generator) 
             time.sleep(float(rng.uniform(0, 0.3)))
             process.kill()
         left["temporary files"] += len([path for path in folder.iterdir() if path.suffix == ".tmp"])
-        library = Library(folder, 2**40)
+        library = Library(folder)
         n_good, errors = library.check_all()
         assert errors == []
         left["whole blocks"] += n_good
@@ -112,10 +113,10 @@ def main(damaged: int = 1000, kills: int = 50, seed: int = 0) -> None:
     logging.getLogger("refreekv_cpp").setLevel(logging.ERROR)
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "tiny.gguf"
-        TinyModel().write(model)
-        damaged_blocks(model, Path(folder) / "damaged", damaged, rng)
-        killed_writers(model, Path(folder) / "killed", kills, rng)
+        tiny = tiny_models(Path(folder))
+        damaged_files(tiny("gqa"), Path(folder) / "blocks", ".block", damaged, rng)
+        damaged_files(tiny("gemma3 (sliding window)"), Path(folder) / "states", ".state", damaged, rng)
+        killed_writers(tiny("gqa"), Path(folder) / "killed", kills, rng)
 
 
 if __name__ == "__main__":

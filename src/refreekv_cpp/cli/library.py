@@ -10,7 +10,7 @@ from rich.table import Table
 from refreekv_cpp._library import Library, Text
 from refreekv_cpp._units import mebibytes
 from refreekv_cpp.cli import common
-from refreekv_cpp.options import KVOptions, read_option
+from refreekv_cpp.options import read_option
 
 app = typer.Typer(help="Show what has been read and is kept, remove it, or check it.", invoke_without_command=True)
 
@@ -25,7 +25,7 @@ def _library(context: typer.Context, folder: Path | None) -> Library:
     folder = folder or context.obj
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--folder {folder}: there is no such folder")
-    return Library(read_option("kv_library", True if folder is None else folder), KVOptions.kv_library_limit)
+    return Library(read_option("kv_library", True if folder is None else folder))
 
 
 @app.callback()

@@ -181,7 +181,7 @@ class ChatOptions(LoadOptions):
         typer.Option(
             "--library/--no-library",
             help="Keep what was read in files (4 GiB at most), and open it from there the next time.",
-            show_default="on in a chat and with --file",
+            show_default="on in a chat, a server, and with --file",
         ),
     ] = None
 

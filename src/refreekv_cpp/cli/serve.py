@@ -10,7 +10,7 @@ import typer.core
 from refreekv_cpp import fit, llama_server
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import ModelArgument
-from refreekv_cpp.cli.options import LoadOptions, takes_options
+from refreekv_cpp.cli.options import ChatOptions, takes_options
 from refreekv_cpp.cli.serve_python import serve_python
 from refreekv_cpp.models import resolve
 
@@ -45,7 +45,7 @@ class UiCommand(ServeCommand):
 @takes_options
 def serve(
     model: ModelArgument,
-    options: LoadOptions,
+    options: ChatOptions,
     context: typer.Context,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0: any that is free.")] = 8000,
@@ -60,7 +60,7 @@ def serve(
         typer.Option(
             "--python",
             help="Run llama-cpp-python's server in place of llama.cpp's, with options of its own (--python --help): "
-            "it has the library and configuration files, and answers one request at a time.",
+            "it has configuration files, and answers one request at a time.",
         ),
     ] = False,
 ) -> None:
@@ -77,7 +77,7 @@ def serve(
     fit.check_model(path)
     line = llama_server.arguments(
         path,
-        options.llama_options(path, **load),
+        options.with_library().llama_options(path, **load),
         slots=slots,
         shared=options.n_ctx == "auto",  # as much as memory has room for
         host=host,
@@ -105,7 +105,5 @@ def _check_others(args: list[str]) -> None:
             "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without "
             "it, options stand on the command line, and each model has a `refreekv serve` of its own"
         )
-    if any(arg.startswith(("--kv-library", "--library")) for arg in args):
-        raise ValueError("--kv_library: llama-server has no library; `refreekv serve --python` has one")
     if any(arg.startswith("--ssl") for arg in args):
         raise ValueError("--ssl_...: this llama-server is built without TLS; `refreekv serve --python` has it")

@@ -1,0 +1,100 @@
+"""The library of llama.cpp's server: what a slot has read is opened by any slot, of this process or of a later one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serving import send, serving
+from tiny import N_SPECIAL
+from tiny_lora import write_lora
+
+from refreekv_cpp import Llama
+from refreekv_cpp._cache_dir import VARIABLE
+
+QUICK = ["--n-ctx", "2048", "--threads", "1", "--log-verbosity", "1"]
+PRINTABLE = [[N_SPECIAL + byte, False] for byte in (*range(32), *range(127, 256))] + [[2, False]]
+LONG = "".join(chr(97 + i * i % 26) for i in range(1500))
+TEXTS = [LONG, LONG[::-1], LONG[700:] + LONG[:700]]
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """With a cache folder that has no library yet."""
+    return {**os.environ, VARIABLE: str(tmp_path / "cache")}
+
+
+def ask(client: openai.OpenAI, prompt: str, **options: Any) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt were not read."""
+    body = {"prompt": prompt, "n_predict": 8, "temperature": 0, "logit_bias": PRINTABLE, **options}
+    status, text = send(client, "/completion", body)
+    assert status == 200, text
+    result = json.loads(text)
+    return result["content"], result["timings"]["cache_n"]
+
+
+def test_conversations_do_not_destroy_each_other(tiny_model: Path, env: dict[str, str]) -> None:
+    with (
+        serving(tiny_model, *QUICK, "--parallel", "1", env=env) as client,
+        serving(tiny_model, *QUICK, "--parallel", "3", "--no-library", env=env) as other,
+    ):
+        talks = TEXTS[:]
+        for turn in range(3):
+            for i, talk in enumerate(talks):
+                text, n_there = ask(client, talk)
+                alone, _ = ask(other, talk, id_slot=i)
+                assert text == alone
+                if turn > 0:
+                    assert len(talk) - n_there < 30
+                talks[i] += text + "and then?"
+
+
+def test_it_is_opened_after_a_restart(tiny_model: Path, env: dict[str, str]) -> None:
+    with serving(tiny_model, *QUICK, env=env) as client:
+        answer, _ = ask(client, LONG)
+        assert ask(client, LONG, cache_prompt=False) == (answer, 0)
+    with serving(tiny_model, *QUICK, env=env) as client:
+        again, n_there = ask(client, LONG)
+        assert n_there >= len(LONG) - 1
+        assert again == answer
+        assert ask(client, TEXTS[1])[1] == 0
+    with serving(tiny_model, *QUICK, "--no-library", env=env) as client:
+        assert ask(client, LONG) == (answer, 0)
+
+
+def test_a_llama_and_the_server_share_it(tiny_model: Path, env: dict[str, str], tmp_path: Path) -> None:
+    with serving(tiny_model, *QUICK, env=env) as client:
+        ask(client, LONG)
+        tokens = json.loads(send(client, "/tokenize", {"content": LONG, "add_special": True})[1])["tokens"]
+    folder = tmp_path / "cache" / "library"
+    llm = Llama(str(tiny_model), n_ctx=2048, n_threads=1, verbose=False, kv_policy="refreekv", kv_library=folder)
+    generation = llm.generate([*tokens, 5, 6, 7], temp=0.0)
+    next(generation)
+    generation.close()
+    assert llm.kv_stats.n_opened >= len(LONG)
+
+
+def test_what_was_damaged_is_read(tiny_model: Path, env: dict[str, str], tmp_path: Path) -> None:
+    with serving(tiny_model, *QUICK, env=env) as client:
+        answer, _ = ask(client, LONG)
+        # the server writes after it has answered, and answers this after that
+        url = str(client.base_url).removesuffix("/v1/") + "/slots"
+        assert not any(slot["is_processing"] for slot in client._client.get(url).json())
+        for path in (tmp_path / "cache" / "library").glob("*.block"):
+            path.write_bytes(path.read_bytes()[:-1])
+        ask(client, TEXTS[1], id_slot=0)
+        again, n_there = ask(client, LONG, id_slot=0)
+        assert again == answer
+        assert n_there < 10
+
+
+def test_with_adapters_there_is_none(tiny_model: Path, env: dict[str, str], tmp_path: Path) -> None:
+    """They can be changed with each request."""
+    write_lora(adapter := tmp_path / "adapter.gguf", tiny_model)
+    with serving(tiny_model, *QUICK, "--lora", str(adapter), env=env) as client:
+        ask(client, LONG)
+    assert list((tmp_path / "cache").rglob("*.block")) == []
