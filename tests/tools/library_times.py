@@ -106,28 +106,30 @@ def server(
     texts = [write_document(600, lambda text: len(text) // 4, seed=seed) for seed in (1, 2)]
     talks = [user(f"{text}\n\nWhat happens?") for text in texts]
     title = user("Write a title of three words for this: " + texts[0][:300])
-    options = ["--n_ctx", "8192", "--kv_library", str(library).lower(), "--verbose", "false"]
+    # one slot, which each of them takes from the one before; nothing is kept in memory
+    options = ["--n-ctx", "8192", "--parallel", "1", "--log-verbosity", "1", "--cache-ram", "0"]
+    options += [] if library else ["--no-library"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving("--python", model, *options, env={**os.environ, VARIABLE: folder}) as client,
+        serving(model, *options, env={**os.environ, VARIABLE: folder}) as client,
     ):
         for i in range(rounds):
             row = []
             for talk in (*talks, title):
-                start, first, text, usage = time.perf_counter(), None, "", None
+                start, first, text, timings = time.perf_counter(), None, "", {}
                 for chunk in client.chat.completions.create(
                     model="any",
                     messages=talk,
                     max_tokens=16,
                     temperature=0,
                     stream=True,
-                    stream_options={"include_usage": True},
                 ):
                     if chunk.choices and (piece := chunk.choices[0].delta.content):
                         first = first or time.perf_counter() - start
                         text += piece
-                    usage = chunk.usage or usage
-                row.append(f"{usage.prompt_tokens} {usage.prompt_tokens - usage.kv['n_opened']} {first or 0:.2f} s")
+                    timings = getattr(chunk, "timings", None) or timings
+                n_tokens = timings["cache_n"] + timings["prompt_n"]
+                row.append(f"{n_tokens} {timings['prompt_n']} {first or 0:.2f} s")
                 if talk is not title:
                     talk += [{"role": "assistant", "content": text}, *user("And then?")]
             print(f"round {i + 1}: {'; '.join(row)}", flush=True)
