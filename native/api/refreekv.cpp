@@ -241,13 +241,9 @@ static std::string reads_with(const llama_context & ctx) {
     const bool is_long = c.n_ctx_seq > model.hparams.n_ctx_orig_yarn &&
         std::any_of(model.layers.begin(), model.layers.end(), [](const llama_layer & layer) { return layer.rope_long != nullptr; });
 
-    std::string res;
-    for (const double value : {
+    return refreekv::text_of({
             (double) c.flash_attn, (double) c.rope_freq_base, (double) c.rope_freq_scale, (double) c.n_ctx_orig_yarn, (double) c.yarn_ext_factor,
-            (double) c.yarn_attn_factor, (double) c.yarn_beta_fast, (double) c.yarn_beta_slow, (double) is_long }) {
-        res += std::to_string(value) + " ";
-    }
-    return res;
+            (double) c.yarn_attn_factor, (double) c.yarn_beta_fast, (double) c.yarn_beta_slow, (double) is_long });
 }
 
 int32_t refreekv_library_use(struct llama_context * ctx, const char * folder, uint64_t limit, const char * const * files, int32_t n_files, const char * reads, const char * evicts) {

@@ -28,16 +28,12 @@ static uint32_t n_common(const std::vector<llama_token> & tokens, size_t first, 
 
 // what answers depend on, besides the tokens
 static std::string policy_text(const refreekv_params & params) {
-    std::string res;
-    for (const double value : {
+    return text_of({
             (double) params.policy, (double) params.ranking, (double) params.rows, (double) params.measure, (double) params.pooling,
             (double) params.sinks_in_measure, (double) params.n_window, (double) params.window_step, (double) params.n_sink,
             (double) params.n_recent, (double) params.n_hot, (double) params.n_full_layers, (double) params.n_pool, (double) params.n_block,
             (double) params.n_min, (double) params.beta, (double) params.threshold, (double) params.mass_floor, (double) params.top_p,
-            params.budget, (double) params.memory_limit, (double) params.theta, (double) params.max_error }) {
-        res += std::to_string(value) + " ";
-    }
-    return res;
+            params.budget, (double) params.memory_limit, (double) params.theta, (double) params.max_error });
 }
 
 void library::use(const source & from) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
@@ -26,6 +27,16 @@ std::string hash_of(const std::string & bytes) {
     for (const uint8_t byte : hash.digest) {
         res += digits[byte >> 4];
         res += digits[byte & 15];
+    }
+    return res;
+}
+
+std::string text_of(const std::vector<double> & numbers) {
+    std::string res;
+    for (const double number : numbers) {
+        char text[32];
+        snprintf(text, sizeof(text), "%.17g ", number);
+        res += text;
     }
     return res;
 }

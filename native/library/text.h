@@ -36,6 +36,9 @@ struct text_block {
 // in hexadecimal digits
 std::string hash_of(const std::string & bytes);
 
+// of several numbers, for a hash: equal texts are equal numbers
+std::string text_of(const std::vector<double> & numbers);
+
 text_block make_block(const std::string & parent, const std::string & salt, uint32_t first, std::vector<llama_token> tokens);
 
 // of a label; throws std::runtime_error: it is none
