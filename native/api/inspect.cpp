@@ -97,10 +97,12 @@ int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    const auto kept = store->look.kept(seq_id, i_layer);
-    std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
+    return refreekv::guard([&]() {
+        const auto kept = store->look.kept(seq_id, i_layer);
+        std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
 
-    return kept.size();
+        return (int32_t) kept.size();
+    });
 }
 
 // f(inspection) once nothing is being computed; a refreekv_status where there is no such sequence or layer
@@ -157,12 +159,13 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
         refreekv::set_error("select: this policy evicts nothing");
         return REFREEKV_ERR_ARGUMENT;
     }
-    policy->select(*params, host, {}, sel);
+    return refreekv::guard([&]() {
+        policy->select(*params, host, {}, sel);
 
-    std::fill_n(kept, n_cells, 0);
-    for (uint32_t r = 0; r < sel.n_keep; ++r) {
-        kept[sel.order[r]] = 1;
-    }
-
-    return sel.n_keep;
+        std::fill_n(kept, n_cells, 0);
+        for (uint32_t r = 0; r < sel.n_keep; ++r) {
+            kept[sel.order[r]] = 1;
+        }
+        return (int32_t) sel.n_keep;
+    });
 }

@@ -24,7 +24,7 @@ int32_t refreekv_abi_version(void) {
 }
 
 const char * refreekv_last_error(void) {
-    return refreekv::last_error().c_str();
+    return refreekv::last_error();
 }
 
 void refreekv_forget_last_error(void) {

@@ -192,8 +192,24 @@ static int open_unnamed(const std::string & dir) {
     return fd;
 }
 
+// Whether it is a file of this user's with one name, and not what somebody else has put in its place: a link, a pipe, a device
+static bool is_own(int fd) {
+    struct stat info;
+    return fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && info.st_nlink <= 1 && (info.st_uid == geteuid() || info.st_uid == 0);
+}
+
 static int open_path(const std::string & path, bool is_new) {
-    return is_new ? ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600) : ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (is_new) {
+        return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    }
+    const int fd = ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // a pipe would wait for its writer
+    if (fd < 0 || is_own(fd)) {
+        return fd;
+    }
+    close(fd);
+    errno = EPERM;
+
+    return -1;
 }
 
 static int64_t file_size(int fd) {
