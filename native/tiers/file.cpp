@@ -174,9 +174,19 @@ static void close_file(int fd) {
 
 #else
 
+template <typename F>
+static int64_t repeat_interrupted(F && f) {
+    int64_t n;
+    do {
+        n = f();
+    } while (n < 0 && errno == EINTR);
+
+    return n;
+}
+
 static int open_unnamed(const std::string & dir) {
 #if defined(O_TMPFILE)
-    const int res = ::open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    const int res = repeat_interrupted([&]() { return ::open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); });
     if (res >= 0) {
         return res;
     }
@@ -200,9 +210,9 @@ static bool is_own(int fd) {
 
 static int open_path(const std::string & path, bool is_new) {
     if (is_new) {
-        return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        return repeat_interrupted([&]() { return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600); });
     }
-    const int fd = ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // a pipe would wait for its writer
+    const int fd = repeat_interrupted([&]() { return ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); }); // a pipe would wait for its writer
     if (fd < 0 || is_own(fd)) {
         return fd;
     }
@@ -227,16 +237,6 @@ int64_t process_id() {
 
 static bool set_file_size(int fd) {
     return ftruncate(fd, 0) == 0;
-}
-
-template <typename F>
-static int64_t repeat_interrupted(F && f) {
-    int64_t n;
-    do {
-        n = f();
-    } while (n < 0 && errno == EINTR);
-
-    return n;
 }
 
 static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset) {

@@ -20,6 +20,7 @@ from refreekv_cpp import native, spans
 from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._checks import check_path
+from refreekv_cpp._files import why_not_private
 from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
@@ -48,14 +49,15 @@ def _path(name: str, value: Any) -> Path:
 def _library(name: str, value: Any) -> Path | None:
     """The folder; True is the one in the cache folder, False and None none."""
     value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-    if value is True:
-        return cache_dir() / "library"
     if value is None or value is False:
         return None
     try:
-        return _path(name, value).expanduser()
+        folder = cache_dir() / "library" if value is True else _path(name, value).expanduser()
     except RuntimeError as error:  # ~ of a user who is not there
         raise PolicyError(f"{name}={value!r}: {error}") from None
+    if (reason := why_not_private(folder)) is not None:
+        raise PolicyError(f"{name}: {folder}: must be a folder of yours that nobody else can write to; {reason}")
+    return folder
 
 
 def _n_bytes(name: str, value: Any) -> int:
