@@ -232,9 +232,11 @@ class KVOptions:
         """The fields of `refreekv_params` that say where evicted rows go."""
         if not self.has_cold_store:
             return {}
+        folder = self.cold_folder()
+        kind = "memory" if folder is None else self.kv_cold
         return {
-            "cold": native.enum_value(f"COLD_{self.kv_cold}".upper()),
-            "cold_dir": str(self.cold_folder() or ""),
+            "cold": native.enum_value(f"COLD_{kind}".upper()),
+            "cold_dir": str(folder or ""),
             "cold_limit": self.kv_cold_limit or 0,
             "cold_type": -1 if self.kv_cold_type is None else CACHE_TYPES[self.kv_cold_type],
             "cold_state": self.kv_cold_state,
@@ -242,10 +244,10 @@ class KVOptions:
 
     def cold_folder(self) -> Path | None:
         """The folder of the cold store's file, if there is to be one: `kv_cold_dir`, or one in the cache folder, which
-        is made, or that of temporary files.
+        is made, or that of temporary files. None: there is none that can be written, or no file is wanted.
 
         Raises:
-            PolicyError: `kv_cold_dir` is no folder that can be written.
+            PolicyError: `kv_cold_dir` is no folder that can be written, or a file is wanted and there is no such folder.
         """
         if not self.has_cold_store or self.kv_cold == "memory":
             return None
@@ -256,7 +258,13 @@ class KVOptions:
         folder = cache_dir() / "cold"
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if _can_write(folder) else Path(tempfile.gettempdir())
+        if _can_write(folder):
+            return folder
+        with contextlib.suppress(FileNotFoundError):
+            return Path(tempfile.gettempdir())
+        if self.kv_cold == "file":
+            raise PolicyError("kv_cold='file': no folder can be written; kv_cold_dir must be one")
+        return None
 
 
 def _can_write(folder: Path) -> bool:
