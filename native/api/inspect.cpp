@@ -28,12 +28,7 @@ static void read_buffers(llama_context * ctx, F && f) {
     }
 }
 
-int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
-    auto * mem = refreekv::get_memory(ctx);
-    if (!mem) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-
+static int32_t get_stats(llama_context * ctx, llama_memory_t mem, refreekv_stats * stats, refreekv_layer_info * layers, int32_t n_max) {
     const auto * store = refreekv::store::of(mem);
     if (store) {
         store->get_figures().read([&](const refreekv::figures & f) {
@@ -54,6 +49,14 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
     }
 
     return stats->n_layer;
+}
+
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
+    auto * mem = refreekv::get_memory(ctx);
+    if (!mem) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    return refreekv::guard([&]() { return get_stats(ctx, mem, stats, layers, n_max); });
 }
 
 int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {

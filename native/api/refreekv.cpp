@@ -95,8 +95,9 @@ void refreekv_forget_next_context(void) {
 const char * refreekv_model_refusal(const struct llama_model * model) {
     static thread_local std::string why;
 
-    why = refreekv::why_not(*model);
-
+    if (refreekv::guard([&]() { why = refreekv::why_not(*model); return (int32_t) REFREEKV_OK; }) != REFREEKV_OK) {
+        return refreekv::last_error();
+    }
     return why.empty() ? nullptr : why.c_str();
 }
 
