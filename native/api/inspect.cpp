@@ -135,9 +135,7 @@ int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id,
     return look_at(ctx, seq_id, i_layer, [&](refreekv::inspection & look) { return look.read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
-int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
-    refreekv::clear_error();
-
+static int32_t select(const refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
     if (const char * why = refreekv::policy_check(*params)) {
         refreekv::set_error("%s", why);
         return REFREEKV_ERR_ARGUMENT;
@@ -162,13 +160,18 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
         refreekv::set_error("select: this policy evicts nothing");
         return REFREEKV_ERR_ARGUMENT;
     }
-    return refreekv::guard([&]() {
-        policy->select(*params, host, {}, sel);
+    policy->select(*params, host, {}, sel);
 
-        std::fill_n(kept, n_cells, 0);
-        for (uint32_t r = 0; r < sel.n_keep; ++r) {
-            kept[sel.order[r]] = 1;
-        }
-        return (int32_t) sel.n_keep;
-    });
+    std::fill_n(kept, n_cells, 0);
+    for (uint32_t r = 0; r < sel.n_keep; ++r) {
+        kept[sel.order[r]] = 1;
+    }
+
+    return sel.n_keep;
+}
+
+int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
+    refreekv::clear_error();
+
+    return refreekv::guard([&]() { return select(params, attn, n_head, n_rows, n_cells, i_layer, n_layer, kept); });
 }

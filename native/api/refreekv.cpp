@@ -77,15 +77,15 @@ struct refreekv_params refreekv_params_default(void) {
 int32_t refreekv_next_context(const struct refreekv_params * params) {
     refreekv::clear_error();
 
-    if (params) {
-        if (const char * why = refreekv::policy_check(*params)) {
+    return refreekv::guard([&]() -> int32_t {
+        if (const char * why = params ? refreekv::policy_check(*params) : nullptr) {
             refreekv::set_error("%s", why);
             return REFREEKV_ERR_ARGUMENT;
         }
-    }
-    refreekv::set_next_params(params);
+        refreekv::set_next_params(params);
 
-    return REFREEKV_OK;
+        return REFREEKV_OK;
+    });
 }
 
 void refreekv_forget_next_context(void) {

@@ -132,5 +132,5 @@ def test_a_signal_between_batches(tiny_model: Path, at: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
     with _upstream.after_batches(llm, count), pytest.raises(KeyboardInterrupt):
-        llm.create_completion(PROMPT, max_tokens=8, temperature=0.0, logit_bias={"2": -1000.0})
+        llm.create_completion(PROMPT, max_tokens=8, temperature=0.0, logit_bias={"100": 50.0})
     np.testing.assert_allclose(answer(llm, TURN), expected, atol=1e-3 * float(np.abs(expected).max()))

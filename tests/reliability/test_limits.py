@@ -26,13 +26,14 @@ from refreekv_cpp import CacheMemoryError, Llama, ReFreeKV
 import numpy as np
 model, folder = sys.argv[1], Path(sys.argv[2])
 prompt = [1, *np.random.default_rng(0).integers(3, 259, 1299).tolist()]
+ascii_only = {str(token): -1000.0 for token in (2, *range(131, 259))}  # others are not counted
 def load(**options):
     options = {"n_ctx": 2048, "n_batch": 256, "n_threads": 2, "n_threads_batch": 2, **options}
     return Llama(model, kv_policy=ReFreeKV(), verbose=False, **options)
 def limit(kind, n):
     resource.setrlimit(kind, (n, resource.getrlimit(kind)[1]))
 def answer(llm, n_tokens=1300):
-    llm.create_completion(prompt[:n_tokens], max_tokens=4, temperature=0.0, logit_bias={"2": -1000.0})
+    llm.create_completion(prompt[:n_tokens], max_tokens=4, temperature=0.0, logit_bias=ascii_only)
     return llm._input_ids[n_tokens:].tolist()
 """
 

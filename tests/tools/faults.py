@@ -174,7 +174,7 @@ def main(
     if "libfaults" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as folder:
             shim = faults.compile_shim(Path(folder))
-            environment = {**os.environ, "LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1"}
+            environment = {**os.environ, "LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
             raise SystemExit(faults.subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     n_bad = 0
     with tempfile.TemporaryDirectory() as name:
