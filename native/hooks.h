@@ -2,7 +2,7 @@
 
 #include "ggml-backend.h"
 
-#include <string>
+#include <functional>
 #include <vector>
 
 // What the patched sources of llama.cpp call, but for the constructors of memories (cache/create.h, cache/composite.h) and the
@@ -45,6 +45,10 @@ uint32_t graph_extra_nodes(llama_memory_i * mem);
 // llama_context::memory_update: a reservation for other layouts may have changed the sizes that upstream expects to stay
 void after_reserve(llama_memory_i * mem, ggml_backend_sched_t sched, const std::vector<ggml_backend_t> & backends, std::vector<size_t> & sizes);
 
+// llama_decode() and llama_process(): what decode() returns. Where it throws and the context has a policy, -2: what the batch has left behind is
+// removed, and refreekv_last_error() says what it was
+int32_t decode(llama_context * lctx, const std::function<int32_t()> & decode);
+
 // At the end of llama_context::decode: publishes the figures for refreekv_get_stats() and its like. With REFREEKV_NATIVE_PRUNE=tests it
 // first prunes the sequences that a batch of several tokens added to, and logs what cannot be pruned
 void after_decode(llama_context * lctx);
@@ -53,6 +57,6 @@ void after_decode(llama_context * lctx);
 void publish_buffers(llama_context * lctx);
 
 // llama_grammar_parser::parse: why a grammar was refused, for refreekv_last_error()
-void take_error(const std::string & error);
+void take_error(const char * error);
 
 } // namespace refreekv

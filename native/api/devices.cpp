@@ -63,14 +63,7 @@ static size_t work_size(ggml_backend_sched_t sched, ggml_cgraph * gf, int32_t n_
     return res;
 }
 
-int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_info * info, int32_t n_max) {
-    refreekv::clear_error();
-
-    if (!ctx || !info || n_max < 1) {
-        refreekv::set_error("get_devices: there must be a context and room for its devices");
-        return REFREEKV_ERR_ARGUMENT;
-    }
-
+static int32_t get_devices(llama_context * ctx, refreekv_device_info * info, int32_t n_max) {
     const auto & model = ctx->get_model();
 
     auto * sched = ctx->get_sched();
@@ -133,4 +126,14 @@ int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_
     std::copy_n(infos.begin(), std::min<size_t>(n_max, infos.size()), info);
 
     return infos.size();
+}
+
+int32_t refreekv_get_devices(struct llama_context * ctx, struct refreekv_device_info * info, int32_t n_max) {
+    refreekv::clear_error();
+
+    if (!ctx || !info || n_max < 1) {
+        refreekv::set_error("get_devices: there must be a context and room for its devices");
+        return REFREEKV_ERR_ARGUMENT;
+    }
+    return refreekv::guard([&]() { return get_devices(ctx, info, n_max); });
 }

@@ -76,8 +76,11 @@ const refreekv::environment & get_environment() {
 
 void after_decode(llama_context * lctx) {
     if (auto * store = store::of(lctx->get_memory())) {
+        const auto publish = store->publish_later();
+
+        store->check_memory();
+
         store->update.prune_read(lctx);
-        store->publish();
     }
     publish_buffers(lctx);
 }

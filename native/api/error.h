@@ -4,11 +4,11 @@
 
 #include <exception>
 #include <new>
-#include <string>
 
 namespace refreekv {
 
-// the last error of this thread (refreekv_last_error); also logged as an error
+// The last error of this thread (refreekv_last_error), cut off where it is very long; also logged as an error. It allocates nothing, since it
+// may have to say that there is no memory
 void set_error(const char * format, ...)
 #ifdef __GNUC__
     __attribute__((format(printf, 1, 2)))
@@ -17,7 +17,7 @@ void set_error(const char * format, ...)
 
 void clear_error();
 
-const std::string & last_error(); // of this thread
+const char * last_error(); // of this thread
 
 // f()'s refreekv_status (or count); what it throws becomes one
 template <typename F>

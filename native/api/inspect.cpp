@@ -28,12 +28,7 @@ static void read_buffers(llama_context * ctx, F && f) {
     }
 }
 
-int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
-    auto * mem = refreekv::get_memory(ctx);
-    if (!mem) {
-        return REFREEKV_ERR_NO_POLICY;
-    }
-
+static int32_t get_stats(llama_context * ctx, llama_memory_t mem, refreekv_stats * stats, refreekv_layer_info * layers, int32_t n_max) {
     const auto * store = refreekv::store::of(mem);
     if (store) {
         store->get_figures().read([&](const refreekv::figures & f) {
@@ -54,6 +49,14 @@ int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * s
     }
 
     return stats->n_layer;
+}
+
+int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max) {
+    auto * mem = refreekv::get_memory(ctx);
+    if (!mem) {
+        return REFREEKV_ERR_NO_POLICY;
+    }
+    return refreekv::guard([&]() { return get_stats(ctx, mem, stats, layers, n_max); });
 }
 
 int32_t refreekv_get_buffers(struct llama_context * ctx, struct refreekv_buffer_info * infos, int32_t n_max) {
@@ -97,10 +100,12 @@ int32_t refreekv_get_kept(struct llama_context * ctx, llama_seq_id seq_id, int32
         return REFREEKV_ERR_ARGUMENT;
     }
 
-    const auto kept = store->look.kept(seq_id, i_layer);
-    std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
+    return refreekv::guard([&]() {
+        const auto kept = store->look.kept(seq_id, i_layer);
+        std::copy_n(kept.begin(), std::min<int32_t>(n_max, kept.size()), pos);
 
-    return kept.size();
+        return (int32_t) kept.size();
+    });
 }
 
 // f(inspection) once nothing is being computed; a refreekv_status where there is no such sequence or layer
@@ -130,9 +135,7 @@ int32_t refreekv_read_attention(struct llama_context * ctx, llama_seq_id seq_id,
     return look_at(ctx, seq_id, i_layer, [&](refreekv::inspection & look) { return look.read_attention(ctx, seq_id, i_layer, out, n_max, shape); });
 }
 
-int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
-    refreekv::clear_error();
-
+static int32_t select(const refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
     if (const char * why = refreekv::policy_check(*params)) {
         refreekv::set_error("%s", why);
         return REFREEKV_ERR_ARGUMENT;
@@ -165,4 +168,10 @@ int32_t refreekv_select(const struct refreekv_params * params, const float * att
     }
 
     return sel.n_keep;
+}
+
+int32_t refreekv_select(const struct refreekv_params * params, const float * attn, int32_t n_head, int32_t n_rows, int32_t n_cells, int32_t i_layer, int32_t n_layer, uint8_t * kept) {
+    refreekv::clear_error();
+
+    return refreekv::guard([&]() { return select(params, attn, n_head, n_rows, n_cells, i_layer, n_layer, kept); });
 }

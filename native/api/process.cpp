@@ -89,30 +89,30 @@ uint32_t hooks_ran() {
 
 // errors
 
-static thread_local std::string g_error;
+static thread_local char g_error[512];
 
 void set_error(const char * format, ...) {
-    char buf[512];
+    char buf[sizeof(g_error)]; // what is formatted may have the error of before in it
 
     va_list args;
     va_start(args, format);
     vsnprintf(buf, sizeof(buf), format, args);
     va_end(args);
 
-    g_error = buf;
+    take_error(buf);
 
     LLAMA_LOG_ERROR("refreekv: %s\n", buf);
 }
 
-void take_error(const std::string & error) {
-    g_error = error;
+void take_error(const char * error) {
+    snprintf(g_error, sizeof(g_error), "%s", error);
 }
 
 void clear_error() {
-    g_error.clear();
+    g_error[0] = '\0';
 }
 
-const std::string & last_error() {
+const char * last_error() {
     return g_error;
 }
 

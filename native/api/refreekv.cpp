@@ -25,7 +25,7 @@ int32_t refreekv_abi_version(void) {
 }
 
 const char * refreekv_last_error(void) {
-    return refreekv::last_error().c_str();
+    return refreekv::last_error();
 }
 
 void refreekv_forget_last_error(void) {
@@ -78,15 +78,15 @@ struct refreekv_params refreekv_params_default(void) {
 int32_t refreekv_next_context(const struct refreekv_params * params) {
     refreekv::clear_error();
 
-    if (params) {
-        if (const char * why = refreekv::policy_check(*params)) {
+    return refreekv::guard([&]() -> int32_t {
+        if (const char * why = params ? refreekv::policy_check(*params) : nullptr) {
             refreekv::set_error("%s", why);
             return REFREEKV_ERR_ARGUMENT;
         }
-    }
-    refreekv::set_next_params(params);
+        refreekv::set_next_params(params);
 
-    return REFREEKV_OK;
+        return REFREEKV_OK;
+    });
 }
 
 void refreekv_forget_next_context(void) {
@@ -96,8 +96,9 @@ void refreekv_forget_next_context(void) {
 const char * refreekv_model_refusal(const struct llama_model * model) {
     static thread_local std::string why;
 
-    why = refreekv::why_not(*model);
-
+    if (refreekv::guard([&]() { why = refreekv::why_not(*model); return (int32_t) REFREEKV_OK; }) != REFREEKV_OK) {
+        return refreekv::last_error();
+    }
     return why.empty() ? nullptr : why.c_str();
 }
 

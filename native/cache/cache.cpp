@@ -66,23 +66,34 @@ bool cache::get_can_shift() const {
 
 // sequences
 
+// They are called from C and from Python, which nothing can be thrown through. What throws is refused, and the error says why
+template <typename F>
+static bool allowed(refreekv::store & store, F && f) {
+    bool res = false;
+    if (guard([&]() { res = f(); return (int32_t) REFREEKV_OK; }) != REFREEKV_OK) {
+        store.note_failure();
+        return false;
+    }
+    return res;
+}
+
 void cache::clear(bool data) {
     const auto publish = store->publish_later();
 
-    store->seqs.clear();
+    allowed(*store, [&]() { store->seqs.clear(); return true; });
     llama_kv_cache::clear(data);
 }
 
 bool cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const auto publish = store->publish_later();
 
-    return store->seqs.remove(seq_id, p0, p1) && llama_kv_cache::seq_rm(seq_id, p0, p1);
+    return allowed(*store, [&]() { return store->seqs.remove(seq_id, p0, p1); }) && llama_kv_cache::seq_rm(seq_id, p0, p1);
 }
 
 void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     const auto publish = store->publish_later();
 
-    if (store->seqs.copy(seq_id_src, seq_id_dst, p0, p1)) {
+    if (allowed(*store, [&]() { return store->seqs.copy(seq_id_src, seq_id_dst, p0, p1); })) {
         llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
     }
 }
@@ -90,14 +101,15 @@ void cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p
 void cache::seq_keep(llama_seq_id seq_id) {
     const auto publish = store->publish_later();
 
-    store->seqs.keep(seq_id);
-    llama_kv_cache::seq_keep(seq_id);
+    if (allowed(*store, [&]() { store->seqs.keep(seq_id); return true; })) {
+        llama_kv_cache::seq_keep(seq_id);
+    }
 }
 
 void cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
     const auto publish = store->publish_later();
 
-    if (store->seqs.shift("seq_add", seq_id, p0, p1, [shift](llama_pos pos) { return pos + shift; })) {
+    if (allowed(*store, [&]() { return store->seqs.shift("seq_add", seq_id, p0, p1, [shift](llama_pos pos) { return pos + shift; }); })) {
         llama_kv_cache::seq_add(seq_id, p0, p1, shift);
     }
 }
@@ -105,7 +117,7 @@ void cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos s
 void cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
     const auto publish = store->publish_later();
 
-    if (store->seqs.shift("seq_div", seq_id, p0, p1, [d](llama_pos pos) { return pos / d; })) {
+    if (allowed(*store, [&]() { return store->seqs.shift("seq_div", seq_id, p0, p1, [d](llama_pos pos) { return pos / d; }); })) {
         llama_kv_cache::seq_div(seq_id, p0, p1, d);
     }
 }
@@ -223,7 +235,9 @@ void cache_context::set_input_kq_mask(ggml_tensor *, const llama_ubatch *, bool)
 // for memories that have the cache beside another part (cache/composite.h)
 
 bool may_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    return cache::of(mem)->get_store().seqs.may_remove(seq_id, p0, p1);
+    auto & store = cache::of(mem)->get_store();
+
+    return allowed(store, [&]() { return store.seqs.may_remove(seq_id, p0, p1); });
 }
 
 bool refused_shift(llama_memory_t mem) {

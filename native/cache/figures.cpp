@@ -198,7 +198,17 @@ publishing::~publishing() {
     }
 }
 
+static void write_buffers(llama_context * lctx);
+
 void publish_buffers(llama_context * lctx) {
+    try {
+        write_buffers(lctx);
+    } catch (const std::bad_alloc &) {
+        // the figures of before stay
+    }
+}
+
+static void write_buffers(llama_context * lctx) {
     auto * sched = lctx->get_sched();
 
     uint64_t bytes_compute = 0;

@@ -5,17 +5,17 @@
 #include "api/error.h"
 
 #include <atomic>
+#include <cstdio>
+#include <exception>
 #include <future>
-#include <string>
-#include <system_error>
 #include <vector>
 
 namespace refreekv {
 
 int32_t run_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t(uint32_t i, uint32_t thread)> & f) {
     struct result {
-        int32_t     status = REFREEKV_OK;
-        std::string error;
+        int32_t status = REFREEKV_OK;
+        char    error[256];
     };
 
     std::atomic<uint32_t> next { 0 };
@@ -25,18 +25,21 @@ int32_t run_parallel(uint32_t n, uint32_t n_threads, const std::function<int32_t
             const int32_t status = guard([&]() { return f(i, thread); });
             if (status != REFREEKV_OK) {
                 next = n;
-                return { status, last_error() };
+                result res = { status, {} };
+                snprintf(res.error, sizeof(res.error), "%s", last_error());
+                return res;
             }
         }
         return {};
     };
 
     std::vector<std::future<result>> others;
+    others.reserve(n_threads); // nothing is thrown once a thread is at work
     for (uint32_t t = 1; t < n_threads && t < n; ++t) {
         try {
             others.push_back(std::async(std::launch::async, work, t));
-        } catch (const std::system_error &) {
-            break; // no more threads to be had: those that are there do it
+        } catch (const std::exception &) {
+            break; // no more threads or memory to be had: those that are there do it
         }
     }
 

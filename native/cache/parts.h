@@ -50,8 +50,10 @@ struct parts {
     std::atomic<uint64_t> n_generation { 0 }; // counts up when a graph built before must not run again
 
     uint32_t n_expected  = 0;     // tokens to come, for which the next reservation makes room where it can
-    bool     stale_slots = false; // cells may have become empty
+    bool     stale_slots = false; // cells may have become empty, or something failed halfway: release_stale() has to run before the next batch
     bool     idle_rows   = false; // whole sequences are gone: give their room back with the next batch
+    std::atomic<bool> no_memory { false }; // a thread of our kernels had none (kernels/decode.h)
+
     bool     emptied     = false; // cleared, and no batch since: a whole state may be read
 
     row_mover         mover;

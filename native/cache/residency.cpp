@@ -55,6 +55,11 @@ uint32_t residency::assign(uint32_t cell) {
     return s;
 }
 
+void residency::reserve(uint32_t n_slots) {
+    cell_of.reserve(n_slots);
+    free.reserve(n_slots);
+}
+
 void residency::arrange(const std::vector<uint32_t> & cells) {
     std::vector<int32_t> hidden;
     for (uint32_t s = 0; s < is_hidden.size(); ++s) {
@@ -75,32 +80,27 @@ void residency::arrange(const std::vector<uint32_t> & cells) {
 }
 
 void residency::compact(const std::vector<uint32_t> & slots) {
-    std::vector<int32_t> cell_new(slots.size());
-    std::vector<uint8_t> hidden_new;
-
-    for (uint32_t i = 0; i < slots.size(); ++i) {
-        cell_new[i] = cell_of[slots[i]];
-        if (!is_hidden.empty()) {
-            hidden_new.push_back(is_hidden[slots[i]]);
-        }
-    }
-
     for (int32_t c : cell_of) {
         if (c >= 0) {
             slot_of[c] = -1;
         }
     }
 
-    cell_of   = std::move(cell_new);
-    is_hidden = std::move(hidden_new);
+    for (uint32_t i = 0; i < slots.size(); ++i) {
+        assert(slots[i] >= i && cell_of[slots[i]] >= 0);
 
-    for (uint32_t s = 0; s < cell_of.size(); ++s) {
-        if (cell_of[s] >= 0) {
-            slot_of[cell_of[s]] = s;
+        cell_of[i]          = cell_of[slots[i]];
+        slot_of[cell_of[i]] = i;
+        if (!is_hidden.empty()) {
+            is_hidden[i] = is_hidden[slots[i]];
         }
     }
 
-    trim();
+    cell_of.resize(slots.size());
+    if (!is_hidden.empty()) {
+        is_hidden.resize(slots.size());
+    }
+    free.clear();
 }
 
 // drop trailing free slots and list the others

@@ -51,10 +51,13 @@ public:
         return any;
     }
 
+    // Memory for so many slots: arrange() and release() of no more of them then allocate nothing. Throws std::bad_alloc
+    void reserve(uint32_t n_slots);
+
     // slot i is that of cells[i], and there are no others
     void arrange(const std::vector<uint32_t> & cells);
 
-    // slot i becomes what slots[i] was; everything else is evicted
+    // slot i becomes what slots[i] was, which ascend and have a cell each; everything else is evicted. It allocates nothing: the rows have moved
     void compact(const std::vector<uint32_t> & slots);
 
 private:

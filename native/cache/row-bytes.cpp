@@ -104,21 +104,27 @@ size_t row_bytes::spare(const refreekv::row_bytes & src, const std::vector<uint3
     return forward(src, slots) || backward(src, slots) ? 0 : slots.size()*row();
 }
 
-void row_bytes::copy(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots, const refreekv::bytes & spare) {
-    struct run {
-        size_t to;
-        size_t from;
-        size_t n;
-    };
-    std::vector<run> runs;
-
+row_moves::row_moves(const std::vector<uint32_t> & slots, bool with_spare) : slots(slots) {
     for_slots(slots.data(), slots.size(), [&](size_t i, size_t n) {
-        if (slots[i] != none) {
+        if (slots[i] != row_bytes::none) {
             runs.push_back({ i, slots[i], n });
+        } else {
+            for (size_t j = i; j < i + n; ++j) {
+                others.push_back(j);
+            }
         }
     });
+    if (with_spare) {
+        places.resize(slots.size());
+        std::iota(places.begin(), places.end(), 0);
+    }
+}
 
-    const auto move = [&](const run & r, size_t p) {
+void row_bytes::copy(const refreekv::row_bytes & src, const row_moves & moves, const refreekv::bytes & spare) {
+    const auto & slots = moves.slots;
+    const auto & runs  = moves.runs;
+
+    const auto move = [&](const row_moves::run & r, size_t p) {
         if (at(r.to, p) != src.at(r.from, p)) {
             memmove(at(r.to, p), src.at(r.from, p), r.n*part);
         }
@@ -137,16 +143,14 @@ void row_bytes::copy(const refreekv::row_bytes & src, const std::vector<uint32_t
             }
         }
     } else {
-        GGML_ASSERT(spare.size() >= slots.size()*row());
+        GGML_ASSERT(spare.size() >= slots.size()*row() && moves.places.size() == slots.size());
 
         uint8_t * rows = spare.data();
         for (const auto & r : runs) {
             src.get(slots.data() + r.to, r.n, rows + r.to*row());
         }
-        std::vector<uint32_t> all(slots.size());
-        std::iota(all.begin(), all.end(), 0);
         for (const auto & r : runs) {
-            set(all.data() + r.to, r.n, rows + r.to*row());
+            set(moves.places.data() + r.to, r.n, rows + r.to*row());
         }
     }
 }

@@ -9,6 +9,23 @@
 
 namespace refreekv {
 
+// Which rows go where: slot i gets what slots[i] has. It is found before anything moves, since a failure between the moves of K and of V would
+// leave rows that belong to no cell
+struct row_moves {
+    struct run {
+        size_t to;
+        size_t from;
+        size_t n;
+    };
+    const std::vector<uint32_t> & slots; // has to outlive this
+    std::vector<run>      runs;
+    std::vector<uint32_t> others; // that have no source (row_bytes::none)
+    std::vector<uint32_t> places; // with_spare: 0, 1, ...
+
+    // with_spare: rows may have to pass through other memory
+    row_moves(const std::vector<uint32_t> & slots, bool with_spare);
+};
+
 // The rows of a K or V tensor in host memory as bytes, cell after cell, however it is laid out: side by side, or one element
 // in each line of a V that is transposed.
 class row_bytes {
@@ -25,10 +42,10 @@ public:
     void get(const uint32_t * slots, size_t n, uint8_t * dst) const;
     void set(const uint32_t * slots, size_t n, const uint8_t * src);
 
-    // slot i gets what slots[i] of another tensor has, which may lie in the same memory; none: it is passed over
+    // slot i gets what slots[i] of another tensor has, which may lie in the same memory; none: it is passed over. Allocates nothing
     static constexpr uint32_t none = UINT32_MAX;
 
-    void copy(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots, const refreekv::bytes & spare);
+    void copy(const refreekv::row_bytes & src, const row_moves & moves, const refreekv::bytes & spare);
 
     // bytes of other memory that this takes, in the same memory
     size_t spare(const refreekv::row_bytes & src, const std::vector<uint32_t> & slots) const;

@@ -10,19 +10,12 @@
 namespace refreekv {
 
 // in: the rows of slots that have no source
-static void copy_host(const refreekv::row_bytes & src, refreekv::row_bytes dst, const std::vector<uint32_t> & slots, const refreekv::bytes & in, const refreekv::bytes & spare) {
-    dst.copy(src, slots, spare);
+static void copy_host(const refreekv::row_bytes & src, refreekv::row_bytes dst, const row_moves & moves, const refreekv::bytes & in, const refreekv::bytes & spare) {
+    dst.copy(src, moves, spare);
 
-    if (in.empty()) {
-        return;
+    if (!in.empty()) {
+        dst.set(moves.others.data(), moves.others.size(), in.data());
     }
-    std::vector<uint32_t> others;
-    for (size_t i = 0; i < slots.size(); ++i) {
-        if (slots[i] == rows::none) {
-            others.push_back(i);
-        }
-    }
-    dst.set(others.data(), others.size(), in.data());
 }
 
 size_t rows::bytes() const {
@@ -193,18 +186,22 @@ void rows::move(const layout & then, const std::vector<uint32_t> & slots, ggml_b
     const bool any = !in.k.empty() || std::any_of(slots.begin(), slots.end(), [](uint32_t slot) { return slot != none; });
 
     if (any) {
-        spare.resize(has_regions() && ggml_backend_buffer_is_host(then.k->buffer) ? spare_bytes(then, slots) : 0); // before anything has moved
+        // before anything has moved
+        spare.resize(has_regions() && ggml_backend_buffer_is_host(then.k->buffer) ? spare_bytes(then, slots) : 0);
+        const row_moves moves(slots, !spare.empty());
 
-        move(now.k, then.k, false, slots, backend, force_graph, in.k);
+        move(now.k, then.k, false, moves, backend, force_graph, in.k);
         if (then.v) {
-            move(now.v, then.v, s.v_trans, slots, backend, force_graph, in.v);
+            move(now.v, then.v, s.v_trans, moves, backend, force_graph, in.v);
         }
 
         spare = {};
     }
 }
 
-void rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in) {
+void rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const row_moves & moves, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in) {
+    const auto & slots = moves.slots;
+
     const bool host     = ggml_backend_buffer_is_host(dst->buffer);
     const bool in_place = src && src->buffer == dst->buffer; // addresses alone say nothing: on Vulkan all buffers begin at the same one
 
@@ -220,7 +217,7 @@ void rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vec
     }
 
     if (host && !force_graph) {
-        copy_host(refreekv::row_bytes(src ? src : dst, trans), refreekv::row_bytes(dst, trans), slots, in, spare);
+        copy_host(refreekv::row_bytes(src ? src : dst, trans), refreekv::row_bytes(dst, trans), moves, in, spare);
         return;
     }
 
@@ -241,7 +238,7 @@ void rows::move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vec
         ggml_backend_tensor_get(src, from.data(), 0, from.size());
         n_bounced += from.size();
     }
-    copy_host(refreekv::row_bytes(src ? src : dst, trans, from.data()), refreekv::row_bytes(dst, trans, to.data()), slots, in, spare);
+    copy_host(refreekv::row_bytes(src ? src : dst, trans, from.data()), refreekv::row_bytes(dst, trans, to.data()), moves, in, spare);
     ggml_backend_tensor_set(dst, to.data(), 0, to.size());
 }
 

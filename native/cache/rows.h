@@ -109,7 +109,7 @@ private:
     void move(const layout & then, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const host_rows & in);
 
     // one of K and V
-    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in);
+    void move(ggml_tensor * src, ggml_tensor * dst, bool trans, const row_moves & moves, ggml_backend_t backend, bool force_graph, const refreekv::bytes & in);
     void read(ggml_tensor * src, bool trans, const std::vector<uint32_t> & slots, ggml_backend_t backend, bool force_graph, refreekv::bytes & out);
 };
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
-#include <string>
 
 namespace refreekv {
 
@@ -76,9 +75,8 @@ bool sequences::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos gone0, l
     if (attends_to_all() || restore.run(seq_id, gone0, gone1) >= 0) {
         return true;
     }
-    const std::string why = last_error();
     set_error("seq_rm: positions %d.. of sequence %d cannot be removed: the cache was pruned at position %d; "
-            "only later positions or the whole sequence can (%s)", p0, seq_id, pos, why.c_str());
+            "only later positions or the whole sequence can (%s)", p0, seq_id, pos, last_error());
 
     return false;
 }
@@ -126,8 +124,7 @@ bool sequences::may_copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama
         return false;
     }
     if (!whole && p.pruned[src] >= 0 && restore.run(src) < 0) {
-        const std::string why = last_error();
-        set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can (%s)", src, p.pruned[src], why.c_str());
+        set_error("seq_cp: a part of sequence %d cannot be copied: the cache was pruned at position %d; only the whole sequence can (%s)", src, p.pruned[src], last_error());
         return false;
     }
 
@@ -135,9 +132,10 @@ bool sequences::may_copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama
 }
 
 bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
-    refused_copy = false;
+    refused_copy = true; // until it is known that it is not
 
     if (src == dst || !p.valid_seq(src) || !p.valid_seq(dst)) {
+        refused_copy = false;
         return true; // nothing to do, or upstream's to refuse
     }
 
@@ -148,7 +146,7 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
             if (copy_stream(src, dst)) {
                 return true;
             }
-            set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now (%s)", src, dst, std::string(last_error()).c_str());
+            set_error("seq_cp: no room for a copy of sequence %d; sequence %d is empty now (%s)", src, dst, last_error());
         } catch (const std::exception & err) {
             set_error("seq_cp: %s; sequence %d is empty now", err.what(), dst);
         }
@@ -159,20 +157,20 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
     };
 
     if (!may_copy(src, dst, p0, p1) || (streams && !copies())) {
-        refused_copy = true;
         return false;
     }
 
-    p.pruned[dst] = p.pruned[src];
-    p.exact [dst] = p0 > 0 ? 0 : p1 < 0 ? p.exact[src] : std::min<uint32_t>(p.exact[src], p1);
     if (streams) {
         p.spans[dst].clear(); // nothing of it is left
     }
     p.spans[dst].insert(p.spans[dst].end(), p.spans[src].begin(), p.spans[src].end());
+    p.pruned[dst] = p.pruned[src];
+    p.exact [dst] = p0 > 0 ? 0 : p1 < 0 ? p.exact[src] : std::min<uint32_t>(p.exact[src], p1);
     p.ring.forget(dst);
     p.turn.copy(src, dst);
 
     p.layouts.make_stale();
+    refused_copy = false;
 
     return true;
 }
@@ -281,8 +279,7 @@ bool sequences::may_shift(const char * op, llama_seq_id seq_id) {
         }
         // without a cold store what was evicted is gone, and nothing has to be turned
         if (p.cold.exists() && restore.run(s) < 0) {
-            const std::string why = last_error();
-            set_error("%s: positions of sequence %d cannot change: the cache was pruned at position %d (%s)", op, seq_id, p.pruned[s], why.c_str());
+            set_error("%s: positions of sequence %d cannot change: the cache was pruned at position %d (%s)", op, seq_id, p.pruned[s], last_error());
             return false;
         }
         if (s != seq_id && p.pruned[s] >= 0) {
@@ -298,6 +295,8 @@ bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_
         return pos < std::max(p0, 0) || (p1 >= 0 && pos >= p1) ? pos : to(pos);
     };
 
+    refused_shift = true; // until it is known that it is not
+
     std::vector<uint32_t> cells;
     if (p.valid_seq(seq_id)) {
         for (const auto & [pos, cell] : p.logical.of_seq(seq_id)) {
@@ -311,8 +310,7 @@ bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_
         }
     }
 
-    refused_shift = !may_shift(op, seq_id);
-    if (refused_shift) {
+    if (!may_shift(op, seq_id)) {
         return false;
     }
 
@@ -340,6 +338,7 @@ bool sequences::shift(const char * op, llama_seq_id seq_id, llama_pos p0, llama_
 
     p.stale_slots = true; // upstream removes what gets a position below 0
     p.layouts.make_stale();
+    refused_shift = false;
 
     return true;
 }

@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <new>
 
 namespace refreekv {
 
@@ -66,9 +67,15 @@ bool store::note_attention(int32_t il, float kq_scale, ggml_tensor * sinks, bool
     // build_attn_mha scales the logits after their cap, flash attention before
     const float before = is_grok ? p.hparams.f_attn_out_scale : flash_attn ? kq_scale : 1.0f;
 
-    layer.softmax = { cap > 0.0f ? before/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, p.hparams.f_max_alibi_bias };
+    layer.softmax = { cap > 0.0f ? before/cap : 1.0f, cap, cap > 0.0f && flash_attn ? 1.0f : kq_scale, p.hparams.f_max_alibi_bias, &p.no_memory };
 
     return true;
+}
+
+void store::check_memory() {
+    if (p.no_memory.exchange(false)) {
+        throw std::bad_alloc();
+    }
 }
 
 const decode_softmax * store::softmax_of(int32_t il) const {

@@ -72,10 +72,17 @@ public:
 
     const refreekv::turn & get_turn() const { return p.turn; }
 
+    // something failed halfway: what it has left is removed before the next batch
+    void note_failure() { p.stale_slots = true; }
+
     void apply(const slot_info & sinfo, const llama_ubatch & ubatch);
 
     // the cells of a batch are about to be computed with
     void begin_batch(const llama_ubatch & ubatch) { p.warm.begin_batch(p.layers, ubatch); }
+
+    // Whether a thread that computes a batch has no memory is noted from here on; check_memory() throws std::bad_alloc then
+    void watch_memory() { p.no_memory = false; }
+    void check_memory();
 
     //
     // graphs

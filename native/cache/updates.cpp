@@ -54,7 +54,12 @@ bool updates::run(llama_context * lctx) {
 int64_t updates::run_job(llama_context * lctx, std::function<int64_t()> && job) {
     job_result = REFREEKV_ERR_STATE;
     jobs.push_back(std::move(job));
-    lctx->memory_update(false);
+    try {
+        lctx->memory_update(false);
+    } catch (...) {
+        jobs.clear(); // it may not have begun, and what it refers to is gone later
+        throw;
+    }
     publish_buffers(lctx);
 
     return job_result;
@@ -62,8 +67,14 @@ int64_t updates::run_job(llama_context * lctx, std::function<int64_t()> && job) 
 
 bool updates::plan_turn(const std::vector<llama_ubatch> & ubatches) {
     if (jobs.empty()) {
-        for (const auto & todo : p.turn.plan(ubatches, p.n_expected > 0)) {
-            jobs.push_back([this, todo]() { return run_step(todo); });
+        const auto plan = p.turn.plan(ubatches, p.n_expected > 0);
+        try {
+            for (const auto & todo : plan) {
+                jobs.push_back([this, todo]() { return run_step(todo); });
+            }
+        } catch (...) {
+            p.n_turns_failed += plan.size();
+            throw;
         }
     }
     return !jobs.empty();

@@ -23,6 +23,9 @@ public:
     // true: a turn has something to do before this batch. run() does it, and the batch comes again
     bool plan_turn(const std::vector<llama_ubatch> & ubatches);
 
+    // a batch that failed: what was to be done before it is not done with another one
+    void forget_jobs() { jobs.clear(); }
+
     // see refreekv.h; they run in an update of their own
     int64_t prune  (llama_context * lctx, llama_seq_id seq_id);
     int64_t keep   (llama_context * lctx, llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> & pos);

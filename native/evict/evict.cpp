@@ -14,6 +14,15 @@ static const size_t REFREEKV_SCRATCH_BYTES = 128u*1024*1024; // of all threads, 
 static const size_t REFREEKV_WEIGHTS_BYTES =  16u*1024*1024; // of all threads, with more of them
 
 int64_t eviction::run(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
+    try {
+        return evict(seq_id, il, pos);
+    } catch (...) {
+        p.stale_slots = true; // codes of rows that stayed after all
+        throw;
+    }
+}
+
+int64_t eviction::evict(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos) {
     const int64_t t_start = ggml_time_us();
     const size_t  before  = p.bytes();
 
@@ -52,10 +61,6 @@ int64_t eviction::run(llama_seq_id seq_id, int32_t il, const std::vector<llama_p
     p.n_expected = 0;
     p.turn.note_pruned(seq_id);
 
-    if (status != REFREEKV_OK) {
-        p.warm.refresh(p.layers); // some of what was coded stayed after all
-    }
-
     // after an error, what was evicted before it is gone
     if (n_evicted > 0) {
         const llama_pos last = p.logical.table_of_seq(seq_id).seq_pos_max(seq_id);
@@ -65,6 +70,10 @@ int64_t eviction::run(llama_seq_id seq_id, int32_t il, const std::vector<llama_p
         p.pruned[seq_id] = last;
         p.layouts.make_stale();
         p.prune_us += ggml_time_us() - t_start;
+    }
+    if (status != REFREEKV_OK) {
+        p.stale_slots = true; // codes of rows that stayed after all
+        p.release_stale();
     }
     if (p.layouts.is_stale()) {
         p.update_layouts();

@@ -14,6 +14,8 @@ public:
 
 private:
     parts & p;
+
+    int64_t evict(llama_seq_id seq_id, int32_t il, const std::vector<llama_pos> * pos);
 };
 
 } // namespace refreekv

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
 namespace refreekv {
@@ -152,6 +153,25 @@ static void attend_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) 
     counts.add_to(*warm.counts);
 }
 
+static const decode_softmax & softmax_of(const decode_softmax & softmax) { return softmax; }
+static const decode_softmax & softmax_of(const warm_view & warm)         { return *warm.softmax; }
+
+// These operations are called by ggml's threads, which nothing can be thrown through. Once one had no memory, the others do nothing: what they
+// would work on is worth nothing
+template <ggml_custom_op_t F, typename T>
+static void guarded(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & no_memory = *softmax_of(*(const T *) userdata).no_memory;
+
+    if (no_memory) {
+        return;
+    }
+    try {
+        F(dst, ith, nth, userdata);
+    } catch (const std::bad_alloc &) {
+        no_memory = true;
+    }
+}
+
 static bool has_warm(const decode_call & call) {
     return call.warm && call.warm->n_blocks > 0;
 }
@@ -181,8 +201,11 @@ ggml_tensor * decode(ggml_context * ctx, const decode_call & call, std::vector<g
 
     const int64_t n_tokens = call.q->ne[2];
 
+    const ggml_custom_op_t hot    = guarded<attend_hot, decode_softmax>;
+    const ggml_custom_op_t judges = guarded<judge,      warm_view>;
+
     const auto node = [&](int64_t ne0, int64_t ne1, int64_t ne2, std::vector<ggml_tensor *> args, ggml_custom_op_t f, const void * userdata) {
-        if (call.sinks && f != attend_hot && f != judge) {
+        if (call.sinks && f != hot && f != judges) {
             args.push_back(call.sinks);
         }
         nodes.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, ne0, ne1, ne2, 1, args.data(), args.size(), f, GGML_N_TASKS_MAX, const_cast<void *>(userdata)));
@@ -190,20 +213,20 @@ ggml_tensor * decode(ggml_context * ctx, const decode_call & call, std::vector<g
     };
 
     if (!has_warm(call)) {
-        ggml_tensor * parts = node(s.n_part, s.n_head*n_tokens, s.n_chunks, { call.q, call.k, call.v, call.mask }, attend_hot, call.softmax);
+        ggml_tensor * parts = node(s.n_part, s.n_head*n_tokens, s.n_chunks, { call.q, call.k, call.v, call.mask }, hot, call.softmax);
 
-        return node(s.n_v*s.n_head, n_tokens, 1, { parts }, join_hot, nullptr);
+        return node(s.n_v*s.n_head, n_tokens, 1, { parts }, guarded<join_hot, decode_softmax>, call.softmax);
     }
 
     const int64_t n_blocks = call.warm->n_blocks;
 
     if (n_tokens > MAX_TOKENS) {
-        return node(s.n_v*s.n_head, n_tokens, 1, { call.q, call.k, call.v, call.mask }, attend_tokens, call.warm);
+        return node(s.n_v*s.n_head, n_tokens, 1, { call.q, call.k, call.v, call.mask }, guarded<attend_tokens, warm_view>, call.warm);
     }
 
-    ggml_tensor * judged = node(lines::size      (s, n_tokens, n_blocks, false), 1, 1, { call.q, call.k, call.v, call.mask },      judge,       call.warm);
-    ggml_tensor * spans  = node(lines::spans_size(s, n_tokens, n_blocks),        1, 1, { call.q, call.k, call.v, judged },         attend_warm, call.warm);
-    return                 node(s.n_v*s.n_head, n_tokens, 1,                           { call.q, call.k, call.v, judged, spans }, join_all,    call.warm);
+    ggml_tensor * judged = node(lines::size      (s, n_tokens, n_blocks, false), 1, 1, { call.q, call.k, call.v, call.mask },      judges,                          call.warm);
+    ggml_tensor * spans  = node(lines::spans_size(s, n_tokens, n_blocks),        1, 1, { call.q, call.k, call.v, judged },         guarded<attend_warm, warm_view>, call.warm);
+    return                 node(s.n_v*s.n_head, n_tokens, 1,                           { call.q, call.k, call.v, judged, spans }, guarded<join_all, warm_view>,    call.warm);
 }
 
 } // namespace refreekv

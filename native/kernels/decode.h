@@ -2,6 +2,7 @@
 
 #include "ggml.h"
 
+#include <atomic>
 #include <vector>
 
 namespace refreekv {
@@ -25,6 +26,8 @@ struct decode_softmax {
     float soft_cap; // 0: none
     float post_scale;
     float max_bias; // ALiBi; 0: none
+
+    std::atomic<bool> * no_memory; // set where a thread had none for its part of the work: what comes out is worth nothing then
 };
 
 struct decode_call {

@@ -75,7 +75,7 @@ void write_warm(const parts & p, llama_io_write_i & io, const std::vector<uint32
             for (uint64_t left = its.cells_there(b); left; left &= left - 1) {
                 const int64_t i  = lowest_bit(left);
                 const auto    it = index_of.find(its.cell(b, i));
-                if (it != index_of.end()) {
+                if (it != index_of.end() && p.layers[i_layer].res.slot(its.cell(b, i)) < 0) {
                     indices[i] = it->second;
                     has = true;
                 }

@@ -111,8 +111,8 @@ void cold_rows::forget(layer & g, const std::vector<uint32_t> & cells) {
             if (where == OWN) {
                 n_bytes -= n_same*size;
             } else if (where == ATTACHED) {
-                n_attached -= n_same;
                 store->detach(place_of(g, it - g.is_cold.begin()), n_same*size);
+                n_attached -= n_same;
             }
             std::fill(it, next, 0);
         }

@@ -101,12 +101,14 @@ void cold_store::detach(uint64_t offset, size_t size) {
             ++it;
             continue;
         }
-        it = attached.erase(it);
-        if (first < offset) {
-            attached[first] = { (size_t) (offset - first), its.in, its.at };
-        }
         if (last > end) {
-            attached[end] = { (size_t) (last - end), its.in, its.at + (end - first) };
+            attached[end] = { (size_t) (last - end), its.in, its.at + (end - first) }; // it may throw: nothing is lost yet
+        }
+        if (first < offset) {
+            it->second.size = offset - first;
+            ++it;
+        } else {
+            it = attached.erase(it);
         }
     }
 }

@@ -44,7 +44,7 @@ public:
     file::result try_read(uint64_t offset, void * data, size_t size) const;
 
     // These bytes are those of a file from `at` on, where nothing is attached yet. The file stays open until all of its ranges are
-    // detached. No other thread may use the store meanwhile. attach() throws std::bad_alloc
+    // detached. No other thread may use the store meanwhile. Both throw std::bad_alloc, and nothing has changed then
     void attach(uint64_t offset, size_t size, const std::shared_ptr<const file> & in, uint64_t at);
     void detach(uint64_t offset, size_t size);
 

@@ -211,9 +211,19 @@ static void close_file(int fd) {
 
 #else
 
+template <typename F>
+static int64_t repeat_interrupted(F && f) {
+    int64_t n;
+    do {
+        n = f();
+    } while (n < 0 && errno == EINTR);
+
+    return n;
+}
+
 static int open_unnamed(const std::string & dir) {
 #if defined(O_TMPFILE)
-    const int res = ::open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    const int res = repeat_interrupted([&]() { return ::open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); });
     if (res >= 0) {
         return res;
     }
@@ -229,8 +239,24 @@ static int open_unnamed(const std::string & dir) {
     return fd;
 }
 
+// Whether it is a file of this user's with one name, and not what somebody else has put in its place: a link, a pipe, a device
+static bool is_own(int fd) {
+    struct stat info;
+    return fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && info.st_nlink <= 1 && (info.st_uid == geteuid() || info.st_uid == 0);
+}
+
 static int open_path(const std::string & path, bool is_new) {
-    return is_new ? ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600) : ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (is_new) {
+        return repeat_interrupted([&]() { return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600); });
+    }
+    const int fd = repeat_interrupted([&]() { return ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); }); // a pipe would wait for its writer
+    if (fd < 0 || is_own(fd)) {
+        return fd;
+    }
+    close(fd);
+    errno = EPERM;
+
+    return -1;
 }
 
 static int64_t file_size(int fd) {
@@ -263,16 +289,6 @@ std::string host_name() {
 
 static bool set_file_size(int fd) {
     return ftruncate(fd, 0) == 0;
-}
-
-template <typename F>
-static int64_t repeat_interrupted(F && f) {
-    int64_t n;
-    do {
-        n = f();
-    } while (n < 0 && errno == EINTR);
-
-    return n;
 }
 
 static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset) {

@@ -14,7 +14,7 @@ public:
     // nullptr: it cannot be had, and errno says why
     static std::unique_ptr<file> make_unnamed(const std::string & dir); // it is gone when it is closed, however the process ends
     static std::unique_ptr<file> make(const std::string & path);        // a new one, for its owner alone
-    static std::unique_ptr<file> open(const std::string & path);        // to be read
+    static std::unique_ptr<file> open(const std::string & path);        // to be read; not one that others may have put there (is_own)
 
     ~file();
 

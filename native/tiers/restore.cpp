@@ -39,6 +39,7 @@ int64_t restoration::run(llama_seq_id seq_id, llama_pos p0, llama_pos p1, uint32
     try {
         return restore_rows(seq_id, p0, p1, n_more);
     } catch (const std::exception & err) {
+        p.stale_slots = true; // codes of rows that came back all the same
         set_error("restore: %s", err.what());
         return REFREEKV_ERR_MEMORY;
     }

@@ -143,6 +143,7 @@ int32_t cold_transfer::get(layer & layer, const std::vector<uint32_t> & cells, r
         order.push_back(cell);
         slots_now.push_back(is_absent[cell] ? rows::none : layer.res.slot(cell));
     }
+    layer.res.reserve(order.size()); // once rows have moved, nothing may fail before the slots say so
 
     if (!mover.in_place(layer)) {
         const size_t row_k = layer.row_size(false);

@@ -96,10 +96,15 @@ void warm_cells::add(const uint32_t * cells, size_t n, uint64_t there_bits) {
         }
         slabs.push_back(std::move(slab));
     }
-    blocks .reserve(n_blocks + SLAB);
-    there  .reserve(n_blocks + SLAB);
-    codes_k.reserve(n_blocks + SLAB);
-    codes_v.reserve(n_blocks + SLAB);
+    try {
+        blocks .reserve(n_blocks + SLAB);
+        there  .reserve(n_blocks + SLAB);
+        codes_k.reserve(n_blocks + SLAB);
+        codes_v.reserve(n_blocks + SLAB);
+    } catch (const std::bad_alloc &) {
+        update_view(); // some of them may lie elsewhere now
+        throw;
+    }
 
     block b = { *std::min_element(cells, cells + n), {} };
     for (size_t i = 0; i < n; ++i) {
@@ -232,21 +237,25 @@ void warm_cells::drop_empty() {
     std::vector<uint32_t> stay;
     for (uint32_t i = 0; i < blocks.size(); ++i) {
         if (there[i] != 0) {
-            blocks[stay.size()] = blocks[i];
-            there [stay.size()] = there[i];
             stay.push_back(i);
         }
     }
     const size_t n = stay.size();
 
-    blocks.resize(n);
-    there .resize(n);
+    std::vector<uint32_t> dst(n); // nothing may fail between the moves of blocks and of their codes
+    std::iota(dst.begin(), dst.end(), 0);
 
     if (tensors) {
         tensors->arrange(stay);
-    } else {
-        std::vector<uint32_t> dst(n);
-        std::iota(dst.begin(), dst.end(), 0);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        blocks[i] = blocks[stay[i]];
+        there [i] = there [stay[i]];
+    }
+    blocks.resize(n);
+    there .resize(n);
+
+    if (!tensors) {
         copy_codes(stay, dst);
 
         codes_k.resize(n);

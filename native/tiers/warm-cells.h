@@ -90,9 +90,7 @@ public:
                 }
             }
         }
-        if (any) {
-            drop_empty();
-        }
+        drop_empty(); // also those of a time when there was no memory for it
         return any;
     }
 

@@ -117,7 +117,11 @@ class PrunedSequence(Lifetime):
                 batch that failed.
         """
         with self._using:
-            self._prune_due_and_eval(tokens)
+            try:
+                self._prune_due_and_eval(tokens)
+            except BaseException:
+                _upstream.forget_logits(self)  # a batch that fails leaves none, neither its own nor those before
+                raise
 
     def _prune_due_and_eval(self, tokens: Sequence[int]) -> None:
         if not self.kv_elastic:

@@ -20,6 +20,7 @@ from refreekv_cpp import native, spans
 from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._checks import check_path
+from refreekv_cpp._files import why_not_private
 from refreekv_cpp._units import parse_bytes
 from refreekv_cpp.errors import PolicyError
 from refreekv_cpp.policies import Full, Policy, as_policy
@@ -48,14 +49,15 @@ def _path(name: str, value: Any) -> Path:
 def _library(name: str, value: Any) -> Path | None:
     """The folder; True is the one in the cache folder, False and None none."""
     value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-    if value is True:
-        return cache_dir() / "library"
     if value is None or value is False:
         return None
     try:
-        return _path(name, value).expanduser()
+        folder = cache_dir() / "library" if value is True else _path(name, value).expanduser()
     except RuntimeError as error:  # ~ of a user who is not there
         raise PolicyError(f"{name}={value!r}: {error}") from None
+    if (reason := why_not_private(folder)) is not None:
+        raise PolicyError(f"{name}: {folder}: must be a folder of yours that nobody else can write to; {reason}")
+    return folder
 
 
 def _n_bytes(name: str, value: Any) -> int:
@@ -235,9 +237,11 @@ class KVOptions:
         """The fields of `refreekv_params` that say where evicted rows go."""
         if not self.has_cold_store:
             return {}
+        folder = self.cold_folder()
+        kind = "memory" if folder is None else self.kv_cold
         return {
-            "cold": native.enum_value(f"COLD_{self.kv_cold}".upper()),
-            "cold_dir": str(self.cold_folder() or ""),
+            "cold": native.enum_value(f"COLD_{kind}".upper()),
+            "cold_dir": str(folder or ""),
             "cold_limit": self.kv_cold_limit or 0,
             "cold_type": -1 if self.kv_cold_type is None else CACHE_TYPES[self.kv_cold_type],
             "cold_state": self.kv_cold_state,
@@ -245,10 +249,10 @@ class KVOptions:
 
     def cold_folder(self) -> Path | None:
         """The folder of the cold store's file, if there is to be one: `kv_cold_dir`, or one in the cache folder, which
-        is made, or that of temporary files.
+        is made, or that of temporary files. None: there is none that can be written, or no file is wanted.
 
         Raises:
-            PolicyError: `kv_cold_dir` is no folder that can be written.
+            PolicyError: `kv_cold_dir` is no folder that can be written, or a file is wanted and there is no such folder.
         """
         if not self.has_cold_store or self.kv_cold == "memory":
             return None
@@ -259,7 +263,13 @@ class KVOptions:
         folder = cache_dir() / "cold"
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if _can_write(folder) else Path(tempfile.gettempdir())
+        if _can_write(folder):
+            return folder
+        with contextlib.suppress(FileNotFoundError):
+            return Path(tempfile.gettempdir())
+        if self.kv_cold == "file":
+            raise PolicyError("kv_cold='file': no folder can be written; kv_cold_dir must be one")
+        return None
 
 
 def _can_write(folder: Path) -> bool:

@@ -6,15 +6,13 @@ What the model has read of them is in the library.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-from pathlib import Path
 from typing import Any
 
 from refreekv_cpp._cache_dir import cache_dir
+from refreekv_cpp._files import remove_left_behind, write_file
 
-_N_BYTES = 200  # of a name: those of files have 255 at most, and .json or a temporary ending is added
+_N_BYTES = 200  # of a name: those of files have 255 at most, and .json is added
 
 
 class Session:
@@ -35,6 +33,7 @@ class Session:
             )
         self.name = name
         self.path = cache_dir() / "sessions" / f"{name}.json"
+        remove_left_behind(self.path.parent)
         self.messages = self._read()
 
     def _read(self) -> list[Any]:
@@ -53,11 +52,4 @@ class Session:
         Raises:
             OSError: it cannot be written. What was there stays.
         """
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.name}-{secrets.token_hex(4)}.tmp")
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-                json.dump(messages, file, ensure_ascii=False)
-            temporary.replace(self.path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_file(self.path, json.dumps(messages, ensure_ascii=False))

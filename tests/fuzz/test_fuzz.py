@@ -1,0 +1,18 @@
+"""A short form of fuzz.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process is forked")
+@pytest.mark.parametrize(("target", "n"), [("state", 1500), ("whole_state", 1000), ("block", 1000), ("calls", 300)])
+def test_no_input_ends_the_process(target: str, n: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parent / "fuzz.py"), "--target", target, "--inputs", str(n)]
+    done = subprocess.run([*command, "--found", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
