@@ -34,8 +34,8 @@ class Llama(SavedStates):
     Args:
         model_path: a GGUF file.
         kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, one with
-            parameters such as "refreekv:theta=0.01", or an object such as `ReFreeKV(theta=0.01)`; see docs/policies.md.
-            Default: what the environment variable REFREEKV_POLICY says, else "full".
+            parameters such as "refreekv:theta=0.01", or an object such as `ReFreeKV(theta=0.01)`; see
+            docs/reference/policies.md. Default: what the environment variable REFREEKV_POLICY says, else "full".
         kv_evicted: what becomes of evicted rows. "keep": they are in a cold store, and are read from there where an
             answer or the next prompt looks at them; with a policy that has no codes, as "restore". "restore": they are
             in a cold store, and come back, bit for bit, before the next prompt is read; where they cannot, as
@@ -57,7 +57,8 @@ class Llama(SavedStates):
             Default: True.
         kv_library: a folder (True: one in the user's cache folder) where what was read is kept, so that it need not be
             read again: before a prompt is read, the longest beginning of it that is known there is opened; when a
-            completion ends, what is new is written. See docs/library.md. It needs kv_policy="refreekv". Default: none.
+            completion ends, what is new is written. See docs/how-to/documents.md. It needs kv_policy="refreekv".
+            Default: none.
         kv_library_limit: a cap on the bytes in that folder, as a number or like "4GiB"; what was not used for longest
             is removed. Default: "4GiB".
         kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
@@ -68,8 +69,8 @@ class Llama(SavedStates):
         flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
             False unless the backend or the type of V makes True the better setting. Default: "auto".
         swa_full: True, layers with a sliding window have room for the whole context; False, for the window and a batch.
-            Default: with a policy that evicts False (docs/turns.md says how a conversation goes back all the same),
-            with "full" True, as upstream.
+            Default: with a policy that evicts False (docs/explanation/conversations.md says how a conversation goes
+            back all the same), with "full" True, as upstream.
         verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
             to the logger "refreekv_cpp" with level INFO, whatever this says; where the program's logging shows them,
             they are not printed besides. Default: True, as upstream.

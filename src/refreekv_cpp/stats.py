@@ -74,12 +74,12 @@ class KVStats:
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
         bytes_checkpoints: copies of these at earlier positions of the sequence, so that it can go back to them
-            (docs/turns.md): in files beside the cold store where that is a file, else in memory.
+            (docs/explanation/conversations.md): in files beside the cold store where that is a file, else in memory.
         bytes_full: what the full cache of n_tokens needs.
         bytes_freed: given back by prunings so far.
         bytes_read: what prunings so far have read back from the layers' backends: scores and sums, no keys or values.
         bytes_bounced: keys, values and queries that came to the host because their backend lacks a kernel that the
-            cache needs; 0 with those of llama.cpp's that docs/backends.md lists.
+            cache needs; 0 with those of llama.cpp's that docs/lab/backends.md lists.
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.

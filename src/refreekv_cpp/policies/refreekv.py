@@ -42,7 +42,7 @@ class ReFreeKV(Policy):
             theta alone says which rows are read. The bound is that of the steps of the codes, as in verified sparse
             attention (arXiv 2510.05688).
         n_hot: where decoding goes on attending to what is evicted, only the sinks and this many last positions stay
-            exact, and no attention is looked at: a larger set would save reads, not divergence (docs/fidelity.md).
+            exact, and no attention is looked at: a larger set would save reads, not divergence (docs/lab/constants.md).
             0: the rule decides there, too. None: 64, unless a parameter of the rule is not the default.
         n_full_layers: leading attention layers that are kept whole.
         n_pool: width of the max-pool over scores in positions, odd.
