@@ -34,8 +34,8 @@ and the tests check it.
 
 Each row is a check in `tests/helpers/compatibility`. It runs with `kv_policy="full"`, and with
 `kv_policy=ReFreeKV(n_min=0)` after a prompt of which cells were evicted. Its result is compared with the same result
-obtained in another way. `yes`: it is right. `refused`: it raises the error in the note, and nothing is harmed. The models
-are tiny, with **random weights**.
+obtained in another way. `yes`: it is right. `refused`: it raises the error in the note, and nothing is harmed. The
+models are tiny, with **random weights**.
 
 """
 _COLUMNS = "| feature | full | refreekv | note |\n|---|---|---|---|\n"
@@ -49,8 +49,8 @@ This table shows which architectures of the pinned llama.cpp can have a policy. 
 default policy. `python tests/tools/write_compatibility.py architectures` writes this section.
 
 - `yes` for `elastic`: the logits are those of `full`, bit for bit.
-- `yes` for `refreekv`: after an eviction the logits are those of the whole cache with the evicted cells masked. With all
-  evicted rows read exactly, they are close to those of `full`.
+- `yes` for `refreekv`: after an eviction the logits are those of the whole cache with the evicted cells masked. With
+  all evicted rows read exactly, they are close to those of `full`.
 - `full only`: refused by name before a context is made; `kv_policy="full"` runs it.
 - `not tried`: there is no tiny model.
 
