@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
 import numpy as np
@@ -15,11 +15,28 @@ import numpy as np
 from refreekv_cpp import _cache_types, _chat, _checks, _closed, _flash_attn, _grammar, _upstream, native, spans
 from refreekv_cpp._log import inform
 from refreekv_cpp._model import Model
+from refreekv_cpp._signatures import LlamaOptions, implemented_by
 from refreekv_cpp._states import SavedStates
 from refreekv_cpp.errors import CacheMemoryError, CacheStateError, UnsupportedModelError
 from refreekv_cpp.options import OPTIONS, VARIABLES, Cold, ColdType, Evicted, KVOptions
 from refreekv_cpp.policies import Policy
 from refreekv_cpp.spans import Protect
+
+if TYPE_CHECKING:
+    from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp.llama_types import (
+        ChatCompletionFunction,
+        ChatCompletionRequestFunctionCall,
+        ChatCompletionRequestMessage,
+        ChatCompletionRequestResponseFormat,
+        ChatCompletionTool,
+        ChatCompletionToolChoiceOption,
+        CreateChatCompletionResponse,
+        CreateChatCompletionStreamResponse,
+        CreateCompletionResponse,
+        CreateCompletionStreamResponse,
+    )
+    from typing_extensions import Unpack
 
 _upstream.replace_classes(model=Model, sampler=_grammar.Sampler)
 
@@ -102,7 +119,7 @@ class Llama(SavedStates):
         kv_cold_state: bool | None = None,
         kv_library: bool | str | os.PathLike[str] | None = None,
         kv_library_limit: int | str | None = None,
-        **options: Any,
+        **options: Unpack[LlamaOptions],
     ) -> None:
         kv = KVOptions.of(
             kv_policy=kv_policy,
@@ -118,35 +135,36 @@ class Llama(SavedStates):
             kv_library=kv_library,
             kv_library_limit=kv_library_limit,
         )
-        _checks.check_names(options, more=OPTIONS, ignore_unknown=self.ignore_unknown_options)
+        others: dict[str, Any] = {**options}
+        _checks.check_names(others, more=OPTIONS, ignore_unknown=self.ignore_unknown_options)
         for name in ("type_k", "type_v"):
-            _cache_types.check(name, options.get(name))
+            _cache_types.check(name, others.get(name))
         model_path = _checks.check_path("model_path", model_path)
-        options = _checks.check_options(options)
+        others = _checks.check_options(others)
         with _closed.loading:
-            _checks.check_experts(options.get("kv_overrides") or {}, model_path)
-        if "n_batch" in options and (n_ctx := options.get("n_ctx", 512)):
-            options["n_batch"] = min(options["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
-        if options.get("embedding") and kv.evicts:
+            _checks.check_experts(others.get("kv_overrides") or {}, model_path)
+        if "n_batch" in others and (n_ctx := others.get("n_ctx", 512)):
+            others["n_batch"] = min(others["n_batch"], n_ctx)  # upstream allocates n_batch rows of logits
+        if others.get("embedding") and kv.evicts:
             inform(
                 "embedding=True keeps no cache between calls, kv_policy is ignored",
-                verbose=options.get("verbose", True),
+                verbose=others.get("verbose", True),
             )
             kv = KVOptions.of(kv_policy="full", kv_evicted=kv.kv_evicted, kv_elastic=kv_elastic, kv_protect=kv_protect)
 
         self._kv = kv
         vars(self).update(kv.public())
         self._make_locks()
-        chosen: dict[str, Any] = {"flash_attn": _flash_attn.resolve(options, evicts=kv.evicts)}
-        if kv.evicts and options.get("swa_full") is None:
+        chosen: dict[str, Any] = {"flash_attn": _flash_attn.resolve(others, evicts=kv.evicts)}
+        if kv.evicts and others.get("swa_full") is None:
             chosen["swa_full"] = False  # checkpoints go back where the windows cannot
         try:
-            self._load(model_path, {**options, **chosen})
+            self._load(model_path, {**others, **chosen})
         except UnsupportedModelError as error:
             if not kv.from_environment:
                 raise
             warnings.warn(f"{VARIABLES['kv_policy']}={kv.kv_policy.name} is ignored: {error}", stacklevel=2)
-            Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **options)
+            Llama.__init__(self, model_path, kv_policy="full", kv_evicted=kv_evicted, kv_elastic=kv_elastic, **others)
             return
         self._loaded = True
         self._make_checkpoints()
@@ -176,13 +194,7 @@ class Llama(SavedStates):
             if _upstream.keeps_all_logits(self):
                 self.scores = np.ndarray((n_ctx, self.n_vocab()), dtype=np.single)
 
-    def sample(self, *args: Any, **kwargs: Any) -> int:
-        """As upstream's.
-
-        Raises:
-            CacheStateError: the token to sample after was not read, or read without its logits.
-            ClosedError: the Llama is closed.
-        """
+    def _sample(self, *args: Any, **kwargs: Any) -> int:
         with self._using:
             idx = args[_SAMPLE_IDX] if len(args) > _SAMPLE_IDX else kwargs.get("idx")
             if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
@@ -190,20 +202,90 @@ class Llama(SavedStates):
             token: int = super().sample(*args, **kwargs)
             return token
 
-    def embed(self, input: str | Iterable[str], *args: Any, **kwargs: Any) -> Any:
+    @implemented_by(_sample)
+    def sample(
+        self,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.8,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_eta: float = 0.1,
+        mirostat_tau: float = 5.0,
+        penalize_nl: bool = True,
+        logits_processor: LogitsProcessorList | None = None,
+        grammar: LlamaGrammar | None = None,
+        idx: int | None = None,
+    ) -> int:
         """As upstream's.
 
         Raises:
-            ValueError: no text, or one without tokens, of which there is no embedding.
+            CacheStateError: the token to sample after was not read, or read without its logits.
             ClosedError: the Llama is closed.
         """
+        raise NotImplementedError
+
+    def _embed(self, input: str | Iterable[str], *args: Any, **kwargs: Any) -> Any:
         with self._using:
             texts = [input] if isinstance(input, str) else list(input) if isinstance(input, Iterable) else []
             if not texts or not all(isinstance(text, str) and self.tokenize(text.encode()) for text in texts):
                 raise ValueError("the input must be a text, or a list of texts, each with one token at least")
             return super().embed(input if isinstance(input, str) else texts, *args, **kwargs)
 
-    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+    @implemented_by(_embed)
+    def embed(
+        self,
+        input: str | list[str],
+        normalize: bool = False,
+        truncate: bool = True,
+        return_count: bool = False,
+    ) -> Any:
+        """As upstream's.
+
+        Raises:
+            ValueError: no text, or one without tokens, of which there is no embedding.
+            ClosedError: the Llama is closed.
+        """
+        raise NotImplementedError
+
+    def _create_completion_in_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._completing:
+            return super().create_completion(*args, **kwargs)
+
+    @implemented_by(_create_completion_in_turn)
+    def create_completion(
+        self,
+        prompt: str | list[int],
+        suffix: str | None = None,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        logprobs: int | None = None,
+        echo: bool = False,
+        stop: str | list[str] | None = [],  # noqa: B006
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        top_k: int = 40,
+        stream: bool = False,
+        seed: int | None = None,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        grammar: LlamaGrammar | None = None,
+        logit_bias: dict[int, float] | None = None,
+    ) -> CreateCompletionResponse | Iterator[CreateCompletionStreamResponse]:
         """As upstream's. A second thread waits until the first one's is done; a stream ends with an error when another
         completion begins.
 
@@ -211,24 +293,41 @@ class Llama(SavedStates):
             CacheStateError: another completion began.
             ClosedError: the Llama is closed, or was closed meanwhile.
         """
-        with self._completing:
-            return super().create_completion(*args, **kwargs)
+        raise NotImplementedError
 
-    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
-        """As upstream's."""
+    def _tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
         with self._reading:
             tokens: list[int] = super().tokenize(*args, **kwargs)
             return tokens
 
-    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+    @implemented_by(_tokenize)
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = False,
+    ) -> list[int]:
+        """As upstream's."""
+        raise NotImplementedError
+
+    def _detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        with self._reading:
+            text: bytes = super().detokenize(*args, **kwargs)
+            return text
+
+    @implemented_by(_detokenize)
+    def detokenize(
+        self,
+        tokens: list[int],
+        prev_tokens: list[int] | None = None,
+        special: bool = False,
+    ) -> bytes:
         """As upstream's.
 
         Raises:
             ValueError: one of the tokens is not in the vocabulary.
         """
-        with self._reading:
-            text: bytes = super().detokenize(*args, **kwargs)
-            return text
+        raise NotImplementedError
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's, of which it is the one place where samplers are made.
@@ -245,14 +344,7 @@ class Llama(SavedStates):
         completion: Iterator[Any] = super()._create_completion(*args, **kwargs)
         return completion
 
-    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's.
-
-        Raises:
-            CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. An image is not read in parts
-                with prunings between them, as text is.
-            ClosedError: the Llama is closed.
-        """
+    def _create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         _ = self.ctx  # a handler of images has a context of its own, whose model may be gone
         if isinstance(messages, Iterator):
             messages = list(messages)
@@ -272,6 +364,47 @@ class Llama(SavedStates):
                 raise CacheMemoryError(reason) from error
             raise
         return _chat.stream(system, answer) if isinstance(answer, Iterator) else answer
+
+    @implemented_by(_create_chat_completion)
+    def create_chat_completion(
+        self,
+        messages: list[ChatCompletionRequestMessage],
+        functions: list[ChatCompletionFunction] | None = None,
+        function_call: ChatCompletionRequestFunctionCall | None = None,
+        tools: list[ChatCompletionTool] | None = None,
+        tool_choice: ChatCompletionToolChoiceOption | None = None,
+        temperature: float = 0.2,
+        top_p: float = 0.95,
+        top_k: int = 40,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        stream: bool = False,
+        stop: str | list[str] | None = [],  # noqa: B006
+        seed: int | None = None,
+        response_format: ChatCompletionRequestResponseFormat | None = None,
+        max_tokens: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        grammar: LlamaGrammar | None = None,
+        logit_bias: dict[int, float] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+    ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]:
+        """As upstream's.
+
+        Raises:
+            CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. An image is not read in parts
+                with prunings between them, as text is.
+            ClosedError: the Llama is closed.
+        """
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
