@@ -44,61 +44,61 @@ _SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("
 
 
 class Llama(SavedStates):
-    """`llama_cpp.Llama`, whose KV cache is pruned once the prompt has been read.
+    """`llama_cpp.Llama` with a KV cache that is pruned once the prompt has been read.
 
     Everything else is llama-cpp-python's: https://llama-cpp-python.readthedocs.io
 
     Args:
         model_path: a GGUF file.
-        kv_policy: "full" (upstream's own cache), "refreekv", another name in `refreekv_cpp.policies.REGISTRY`, one with
-            parameters such as "refreekv:theta=0.01", or an object such as `ReFreeKV(theta=0.01)`; see
-            docs/reference/policies.md. Default: what the environment variable REFREEKV_POLICY says, else "full".
-        kv_evicted: what becomes of evicted rows. "keep": they are in a cold store, and are read from there where an
-            answer or the next prompt looks at them; with a policy that has no codes, as "restore". "restore": they are
-            in a cold store, and come back, bit for bit, before the next prompt is read; where they cannot, as
-            "recompute". "recompute": they are gone, and the next prompt has the conversation read again. "drop": they
-            are gone, and the next prompt goes on from what is left (arXiv 2502.16886 says nothing of a second turn).
-            Default: "keep".
-        kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": those of the
-            system message of a chat completion. Default: none but what the policy keeps.
-        kv_cold: the cold store: "memory" of the host; a "file" without a name, which is gone with the process; "auto"
-            takes the file where the cache itself is in host memory. Default: "auto".
-        kv_cold_dir: folder of the file. Default: the user's cache folder.
-        kv_cold_limit: a cap on the bytes in the cold store, as a number or like "4GiB"; rows that do not fit are lost:
-            their codes stand for them, or the conversation is read again. Default: none (it cannot hold more than the
-            full cache of n_ctx).
-        kv_cold_type: "q8_0": evicted rows are rounded to it, where the cache's type is no quantised one, and take about
-            half of the room; what comes back is then not bit for bit what went. Default: None, it is.
-        kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) carry what is evicted, too.
-            They are as large as the full cache's then; without, a conversation that goes on from one is read again.
-            Default: True.
-        kv_library: a folder (True: one in the user's cache folder) where what was read is kept, so that it need not be
-            read again: before a prompt is read, the longest beginning of it that is known there is opened; when a
-            completion ends, what is new is written. See docs/how-to/documents.md. It needs kv_policy="refreekv".
-            Default: none.
-        kv_library_limit: a cap on the bytes in that folder, as a number or like "4GiB"; what was not used for longest
-            is removed. Default: "4GiB".
-        kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. Always so with a policy
-            that evicts; with "full" it is a choice (default False: upstream's cache, bit for bit).
-        kv_memory_limit: a cap on the bytes of K and V, and of codes, as a number or like "512MiB". With a policy that
-            evicts, a prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`); with "full" such
-            a prompt is refused.
-        flash_attn: True, False, or "auto": with a policy that evicts, True, which takes far less memory; with "full",
-            False unless the backend or the type of V makes True the better setting. Default: "auto".
-        swa_full: True, layers with a sliding window have room for the whole context; False, for the window and a batch.
-            Default: with a policy that evicts False (docs/explanation/conversations.md says how a conversation goes
-            back all the same), with "full" True, as upstream.
+        kv_policy: which cells stay in the cache: "full" (upstream's own cache), "refreekv", another name in
+            `refreekv_cpp.policies.REGISTRY`, a name with parameters such as "refreekv:theta=0.01", or an object such
+            as `ReFreeKV(theta=0.01)`. See docs/reference/policies.md. Default: the environment variable
+            REFREEKV_POLICY, else "full".
+        kv_evicted: what becomes of evicted rows, and how the next prompt is read. "keep": they are in the cold store,
+            and an answer or the next prompt reads those that it looks at. "restore": they are in the cold store, and
+            all of them come back, bit for bit, before the next prompt. "recompute": they are discarded, and the next
+            prompt reads the whole conversation again. "drop": they are discarded, and the next prompt goes on from
+            what is left. With a policy that has no codes, "keep" is "restore"; where rows cannot be restored,
+            "restore" is "recompute". Default: "keep".
+        kv_protect: positions that are never evicted: a list of (start, end), ends excluded; or "system": the system
+            message of a chat completion. Default: none beyond what the policy keeps.
+        kv_cold: where the cold store is: "memory" of the host; a "file" without a name, which is removed with the
+            process; "auto": a file if the cache is in host memory, else memory. Default: "auto".
+        kv_cold_dir: the folder of that file. Default: the user's cache folder.
+        kv_cold_limit: a cap on the bytes in the cold store, a number or a text such as "4GiB". Rows that do not fit are
+            lost: their codes stand for them, or the conversation is read again. Default: none (the store cannot hold
+            more than the full cache of n_ctx).
+        kv_cold_type: "q8_0" rounds rows of an f16, bf16 or f32 cache while they are in the cold store, and halves its
+            size; what comes back is then not bit for bit what was evicted. Default: None, rows are stored as they are.
+        kv_cold_state: whether saved states (`save_state`, llama-cpp-python's caches) contain the evicted rows. With
+            them, a state is as large as the full cache's. Without them, a conversation that continues from a state has
+            only codes, or is read again. Default: True.
+        kv_library: a folder (True: one in the user's cache folder) where what was read is kept in files. Before a
+            prompt is read, the longest known beginning of it is opened; when a completion ends, what is new is
+            written. It needs kv_policy="refreekv". See docs/how-to/documents.md. Default: none.
+        kv_library_limit: a cap on the bytes in that folder, a number or a text such as "4GiB". What was unused for
+            longest is removed first. Default: "4GiB".
+        kv_elastic: memory follows the contents instead of being allocated for n_ctx at load. It is always so with a
+            policy that evicts. With "full" it is a choice. Default: False with "full".
+        kv_memory_limit: a cap on the bytes of K, V and codes, a number or a text such as "512MiB". With a policy that
+            evicts, a prompt that would pass it is pruned while it is read (`kv_stats.n_limit_prunes`). With "full",
+            such a prompt is refused. Default: none.
+        flash_attn: True, False, or "auto". "auto" is True with a policy that evicts, because it takes far less memory;
+            with "full" it is False unless the backend or the type of V needs True. Default: "auto".
+        swa_full: for layers with a sliding window: True makes room for the whole context, False for the window and one
+            batch. Default: False with a policy that evicts, where checkpoints let a conversation go back
+            (docs/explanation/conversations.md); True with "full", as upstream.
         verbose: show upstream's messages and ours on stderr. Ours (what was pruned, what could not be restored) also go
-            to the logger "refreekv_cpp" with level INFO, whatever this says; where the program's logging shows them,
-            they are not printed besides. Default: True, as upstream.
-        **options: those of `llama_cpp.Llama`. Unlike there, an unknown one is an error (not in the drop-in, see
+            to the logger "refreekv_cpp" with level INFO. Where the program's logging shows them, they are not printed a
+            second time. Default: True, as upstream.
+        **options: those of `llama_cpp.Llama`. An unknown one is an error (except in the drop-in, see
             `refreekv_cpp.dropin`).
 
     Raises:
         PolicyError: unknown policy or option.
-        UnsupportedModelError: the model's memory cannot have this policy. (Where REFREEKV_POLICY has chosen it, this is
-            a warning, and the model runs with "full".)
-        ValueError: as llama-cpp-python, for a file that is missing or no model.
+        UnsupportedModelError: the model's memory cannot have this policy. (If REFREEKV_POLICY has chosen it, this is a
+            warning, and the model runs with "full".)
+        ValueError: as llama-cpp-python, for a file that is missing or is no model.
     """
 
     ignore_unknown_options: ClassVar[bool] = False
@@ -286,8 +286,8 @@ class Llama(SavedStates):
         grammar: LlamaGrammar | None = None,
         logit_bias: dict[int, float] | None = None,
     ) -> CreateCompletionResponse | Iterator[CreateCompletionStreamResponse]:
-        """As upstream's. A second thread waits until the first one's is done; a stream ends with an error when another
-        completion begins.
+        """As upstream's. A second thread waits until the first one's completion is done. A stream ends with an error if
+        another completion begins.
 
         Raises:
             CacheStateError: another completion began.
