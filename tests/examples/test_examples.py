@@ -1,4 +1,8 @@
-"""Every script and notebook in examples/ runs, on a tiny model with random weights."""
+"""Every script and notebook in examples/ runs.
+
+Those that ask for a number of tokens run a real model: llama-cpp-python does not count tokens that leave a character
+unfinished, which a tiny model with random weights may say without end.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from native_build import ROOT
 from serving import serving
 
 EXAMPLES = ROOT / "examples"
-N_BYTES = 2500  # of the document; a token of a tiny model is a byte
+N_BYTES = 4000  # of the document: some 900 tokens of a real model
 
 
 @pytest.fixture
@@ -40,28 +44,31 @@ def run(script: Path, *args: object, folder: Path) -> str:
     return done.stdout
 
 
-def test_chat_over_a_document(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+@pytest.mark.model
+def test_chat_over_a_document(default_model: Path, document: Path, tmp_path: Path) -> None:
     script = EXAMPLES / "chat_over_document.py"
-    printed = run(script, tiny_model, document, "Who signed it?", "What did it cost?", folder=tmp_path)
+    printed = run(script, default_model, document, "Who signed it?", "What did it cost?", folder=tmp_path)
     assert "> Who signed it?\n" in printed
     assert "> What did it cost?\n" in printed
     assert "pruned" in printed
 
 
-def test_a_memory_cap(tiny_model: Path, document: Path, tmp_path: Path) -> None:
-    printed = run(EXAMPLES / "memory_cap.py", tiny_model, document, "900KiB", folder=tmp_path)
-    assert "the cap is 900KiB" in printed
+@pytest.mark.model
+def test_a_memory_cap(default_model: Path, document: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "memory_cap.py", default_model, document, "12MiB", folder=tmp_path)
+    assert "the cap is 12MiB" in printed
     assert "pruned 0 times" not in printed
 
 
-def test_a_document_is_opened_the_second_time(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+@pytest.mark.model
+def test_a_document_is_opened_the_second_time(default_model: Path, document: Path, tmp_path: Path) -> None:
     printed = [
-        run(EXAMPLES / "keep_document.py", tiny_model, document, question, folder=tmp_path)
+        run(EXAMPLES / "keep_document.py", default_model, document, question, folder=tmp_path)
         for question in ("Who signed it?", "What did it cost?")
     ]
     n_opened = [int(text.splitlines()[-1].split()[0]) for text in printed]
     assert n_opened[0] == 0
-    assert n_opened[1] >= N_BYTES - 256
+    assert n_opened[1] > 500
 
 
 def test_a_server(tiny_model: Path, document: Path, tmp_path: Path) -> None:
@@ -71,11 +78,12 @@ def test_a_server(tiny_model: Path, document: Path, tmp_path: Path) -> None:
     assert "tokens are exact in the cache" in printed
 
 
-def test_a_policy_of_ones_own(tiny_model: Path, document: Path, tmp_path: Path) -> None:
-    printed = run(EXAMPLES / "own_policy.py", tiny_model, document, folder=tmp_path)
+@pytest.mark.model
+def test_a_policy_of_ones_own(default_model: Path, document: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "own_policy.py", default_model, document, folder=tmp_path)
     n_kept = [int(word) for word in printed.splitlines()[-1].split(":")[1].split()]
     assert n_kept
-    assert all(n < N_BYTES for n in n_kept)
+    assert all(n < 700 for n in n_kept)
 
 
 def test_the_notebook(tiny_model: Path, tmp_path: Path) -> None:
