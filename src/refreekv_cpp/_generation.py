@@ -15,7 +15,8 @@ from refreekv_cpp._signatures import implemented_by
 from refreekv_cpp.errors import CacheStateError, ClosedError
 
 if TYPE_CHECKING:
-    from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp import LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp.llama_grammar import LlamaGrammar
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 if TYPE_CHECKING:
-    from llama_cpp import BaseLlamaTokenizer
     from llama_cpp.llama_chat_format import LlamaChatCompletionHandler
     from llama_cpp.llama_speculative import LlamaDraftModel
+    from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

@@ -23,7 +23,8 @@ from refreekv_cpp.policies import Policy
 from refreekv_cpp.spans import Protect
 
 if TYPE_CHECKING:
-    from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp import LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp.llama_grammar import LlamaGrammar
     from llama_cpp.llama_types import (
         ChatCompletionFunction,
         ChatCompletionRequestFunctionCall,
