@@ -17,4 +17,4 @@ print(llm(prompt, max_tokens=64)["choices"][0]["text"])
 stats = llm.kv_stats
 print(f"the full cache of {stats.n_tokens} tokens would take {stats.bytes_full / 2**20:.1f} MiB")
 print(f"this one takes {(stats.bytes + stats.bytes_codes) / 2**20:.1f} MiB; the cap is {cap}")
-print(f"it was pruned {stats.n_limit_prunes} times while the prompt was read")
+print(f"prunings while the prompt was read: {stats.n_limit_prunes}")

@@ -57,7 +57,7 @@ def test_chat_over_a_document(default_model: Path, document: Path, tmp_path: Pat
 def test_a_memory_cap(default_model: Path, document: Path, tmp_path: Path) -> None:
     printed = run(EXAMPLES / "memory_cap.py", default_model, document, "16MiB", folder=tmp_path)
     assert "the cap is 16MiB" in printed
-    assert "pruned 0 times" not in printed
+    assert int(printed.splitlines()[-1].split()[-1]) > 0
 
 
 @pytest.mark.model
