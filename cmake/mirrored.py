@@ -3,7 +3,7 @@
     mirrored.py OLD NEW
 
 Prints how the pieces of llama.cpp in mirrored.json differ between two unpacked llama-cpp-python sdists, and notes that
-those of NEW have been read: a step of moving the pin (docs/upgrading.md). The build ends when they are others.
+those of NEW have been read: a step of docs/development/moving-the-pin.md. The build ends when they are others.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def check_mirrored(sdist: Path) -> None:
     if changed:
         names = "\n".join(map(_line, changed))
         raise SystemExit(
-            f"llama.cpp has changed what native/ does in a way of its own, see docs/upgrading.md:\n{names}"
+            "llama.cpp has changed what native/ does in a way of its own, see "
+            f"docs/development/moving-the-pin.md:\n{names}"
         )
 
 

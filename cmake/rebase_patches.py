@@ -1,4 +1,4 @@
-"""Brings the line numbers in patches/ up to date with another llama.cpp: a step of moving the pin (docs/upgrading.md).
+"""Brings the line numbers in patches/ up to date with another llama.cpp: a step of docs/development/moving-the-pin.md.
 
     rebase_patches.py SDIST
 

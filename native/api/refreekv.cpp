@@ -36,7 +36,7 @@ uint32_t refreekv_hooks_ran(void) {
     return refreekv::hooks_ran();
 }
 
-// the `refreekv` preset, see docs/policies.md
+// the `refreekv` preset, see docs/reference/policies.md
 struct refreekv_params refreekv_params_default(void) {
     refreekv_params res = {};
 

@@ -17,7 +17,7 @@ namespace refreekv {
 //   K  q8_0 [n_k, capacity, n_head_kv]  a line is a cell; n_k is rounded up to whole blocks of the type, with zeros
 //   V  q5_1 [capacity, n_v, n_head_kv]  a line is a channel, so that numbers which share a scale are of one channel, and the
 //                                       weighted sum over the cells is a matrix product. q4_1 in the last quarter of a model's
-//                                       layers, where an error passes through few layers (docs/backends.md)
+//                                       layers, where an error passes through few layers (docs/lab/backends.md)
 //
 // Each head is by itself, because some backends multiply with quantised matrices only where their lines lie behind each other.
 // Cells are in blocks of 64. Lines of the capacity that have no codes are zeros: they are masked, but have to be finite.

@@ -17,7 +17,7 @@
 
 namespace refreekv {
 
-// bits of codes: docs/fidelity.md says what other choices give
+// bits of codes: docs/lab/constants.md says what other choices give
 static const int BITS_K = 4;
 static const int BITS_V = 2;
 

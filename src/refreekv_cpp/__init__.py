@@ -1,4 +1,4 @@
-"""llama-cpp-python with a KV cache that keeps what the model still looks at, and gives the rest back.
+"""llama-cpp-python with a smaller KV cache.
 
 The package brings a private copy of llama-cpp-python, which is the module `llama_cpp` from this import on. With the
 environment variable REFREEKV_POLICY set, `llama_cpp.Llama` is `refreekv_cpp.Llama`, too (`refreekv_cpp.dropin`).

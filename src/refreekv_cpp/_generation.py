@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
 from refreekv_cpp import _closed, _upstream
 from refreekv_cpp._kept import KeptSequence
+from refreekv_cpp._signatures import implemented_by
 from refreekv_cpp.errors import CacheStateError, ClosedError
+
+if TYPE_CHECKING:
+    from llama_cpp import LogitsProcessorList, StoppingCriteriaList
+    from llama_cpp.llama_grammar import LlamaGrammar
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
@@ -19,14 +24,7 @@ _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 class Generations(KeptSequence):
     _generation: object = None  # the one that began last; None: what it left in the cache has been changed
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
-        one is read, or when the generator ends or is closed.
-
-        Raises:
-            CacheStateError: something else has changed the cache since the last token.
-            ClosedError: the Llama is closed.
-        """
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         generation = object()
         tokens = list(tokens)
         steps = super().generate(tokens, *args, **kwargs)
@@ -51,6 +49,37 @@ class Generations(KeptSequence):
         finally:
             steps.close()
             self._end(generation)
+
+    @implemented_by(_generate)
+    def generate(
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.8,
+        repeat_penalty: float = 1.0,
+        reset: bool = True,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        penalize_nl: bool = True,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        grammar: LlamaGrammar | None = None,
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
+        one is read, or when the generator ends or is closed.
+
+        Raises:
+            CacheStateError: something else has changed the cache since the last token.
+            ClosedError: the Llama is closed.
+        """
+        raise NotImplementedError
 
     def _check_generation(self, generation: object, sent: Sequence[int] | None) -> None:
         if self._closing:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # The name of a build of ggml's CPU backend, such as "haswell", that is to be used in place of the best one for this
-# processor. Only a portable build has several of them (docs/building.md).
+# processor. Only a portable build has several of them (docs/how-to/install.md).
 CPU_VARIABLE = "REFREEKV_CPU"
 
 # llama_cpp reads these when it is imported; they would lead it to another library than ours

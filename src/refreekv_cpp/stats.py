@@ -58,50 +58,50 @@ class ProcessMemory:
 
 @dataclass(frozen=True)
 class KVStats:
-    """The memory of the process and the figures of the KV cache (`Llama.kv_stats`): a snapshot, all of one moment.
+    """The memory of the process and the figures of the KV cache (`Llama.kv_stats`): a snapshot of one moment.
 
     Attributes:
         memory: of the whole process.
         policy: the policy's name.
         n_tokens: logical tokens in the cache.
-        layers: the layers of the model that have a cache a policy can work on.
-        cells_kept: cells that each of these layers holds.
+        layers: the numbers of the layers whose cache a policy can work on.
+        cells_kept: cells that each of these layers holds exactly.
         cells_capacity: cells that each of them has room for.
         budget: bytes_kept / bytes_full; 1.0 for an empty cache.
-        bytes: K and V storage as the allocator has it now (the query rings of an evicting policy are in bytes_ring).
+        bytes: K and V storage as the allocator has it now.
         bytes_kept: what the kept cells need.
-        bytes_ring: storage of the last queries, which the policy judges by; fixed when the model is loaded.
+        bytes_ring: storage of the last queries, which a policy judges by; fixed when the model is loaded.
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
-        bytes_checkpoints: copies of these at earlier positions of the sequence, so that it can go back to them
-            (docs/turns.md): in files beside the cold store where that is a file, else in memory.
-        bytes_full: what the full cache of n_tokens needs.
+        bytes_checkpoints: copies of these at earlier positions, so that the sequence can go back
+            (docs/explanation/conversations.md). They are in files if the cold store is a file, else in memory.
+        bytes_full: what the full cache of n_tokens would need.
         bytes_freed: given back by prunings so far.
-        bytes_read: what prunings so far have read back from the layers' backends: scores and sums, no keys or values.
-        bytes_bounced: keys, values and queries that came to the host because their backend lacks a kernel that the
-            cache needs; 0 with those of llama.cpp's that docs/backends.md lists.
+        bytes_read: what prunings so far have read back from the layers' backends: scores and sums, not keys or values.
+        bytes_bounced: keys, values and queries that came to the host because their backend lacks a kernel; 0 with the
+            backends in docs/lab/backends.md.
         bytes_per_token: of the full cache, over all layers.
         n_prunes: prunings that evicted something.
-        n_limit_prunes: those among them that `kv_memory_limit` forced while a prompt was being read.
-        prune_ms: the time the prunings took together, in milliseconds.
+        n_limit_prunes: prunings that `kv_memory_limit` forced while a prompt was read; counted in n_prunes too.
+        prune_ms: the time of all prunings together, in milliseconds.
         bytes_cold: evicted rows in the cold store.
-        cold: where that is: "memory", "file", or "" when there is none.
-        cold_full: rows were lost that should have gone there, for want of room.
-        n_restores: times that evicted rows were brought back.
-        restore_ms: the time that took altogether, in milliseconds.
-        codes_share: bytes of the codes of an evicted row over those that it has in f16; 0: what is evicted takes no
-            part in attention.
-        theta: the part of a head's attention at which decoding reads an evicted row; 0: it reads none, as on a device.
-        n_rows_read: evicted rows, of one KV head each, that decoding has read from the cold store.
-        n_rows_left: rows that it would have read, but that were not in memory in time, or were too many for one
-            token: their codes stood for them.
-        bytes_codes: codes of evicted rows, which decoding attends to.
-        by_codes: the part of a head's attention that codes stood for: the mean over heads, layers and tokens so far.
-        error_bound: with `ReFreeKV.max_error`, the part of a head's attention that codes misplaced at most: the largest
-            over heads, layers and tokens so far. It is not computed without.
-        n_opened: tokens that have been opened from the library (`kv_library`), and were not read.
-        n_layouts: distinct layouts among the layers: masks that a graph needs.
-        buffers: where the memory of the model and the context lies.
+        cold: where the cold store is: "memory", "file", or "" if there is none.
+        cold_full: rows were lost because the cold store had no room.
+        n_restores: how often evicted rows were brought back.
+        restore_ms: the time of all restores together, in milliseconds.
+        codes_share: bytes of an evicted row's codes over its bytes in f16; 0: evicted cells are not attended to.
+        theta: the share of a head's attention from which on decoding reads an evicted row; 0: it reads none, as on a
+            device.
+        n_rows_read: evicted rows (of one KV head each) that decoding has read from the cold store.
+        n_rows_left: rows that decoding should have read, but that were not in memory in time or were too many for one
+            token. Their codes stood for them.
+        bytes_codes: codes of evicted rows.
+        by_codes: the share of a head's attention that relied on codes: the mean over heads, layers and tokens so far.
+        error_bound: with `ReFreeKV.max_error`, the largest share of a head's attention that codes can have misplaced,
+            over heads, layers and tokens so far. Without it, it is not computed.
+        n_opened: tokens that were opened from the library (`kv_library`) instead of read.
+        n_layouts: distinct layouts among the layers, which is the number of masks that a graph needs.
+        buffers: where the memory of the model and the context is.
     """
 
     memory: ProcessMemory

@@ -20,7 +20,7 @@ from tiny import random_tokens
 
 from refreekv_cpp import CacheStateError, Llama, Policy, PolicyError, PythonPolicy, ReFreeKV, Streaming, native
 
-DOCUMENT = ROOT / "docs" / "policies.md"
+DOCUMENT = ROOT / "docs" / "how-to" / "own-policy.md"
 N_PROMPT = 1060
 PROMPT = random_tokens(N_PROMPT)
 QUESTION = random_tokens(300, seed=2)

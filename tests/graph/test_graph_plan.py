@@ -1,5 +1,5 @@
 """Graphs run on the plan that ggml's allocator made for their reservation: a plan of their own lays tensors at odd
-multiples of 32 bytes, where the product of K and Q takes 1.5 times as long (docs/benchmarks.md)."""
+multiples of 32 bytes, where the product of K and Q takes 1.5 times as long (docs/results/speed.md)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 NumPy in double precision, loops where they read better than arrays, and nothing taken from the C++. The method is that
 of arXiv 2502.16886, section 3, with the variants that `refreekv_cpp.policies.ReFreeKV` describes; its rivals are what
-docs/policies.md says of them.
+docs/reference/policies.md says of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every feature in docs/compatibility.md works as the table says, with the full cache and with a pruned one."""
+"""Every feature in docs/reference/compatibility.md works as the table says, with the full cache and a pruned one."""
 
 from __future__ import annotations
 

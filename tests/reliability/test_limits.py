@@ -152,7 +152,10 @@ for turn in range(2):
     shell = ["unshare", "--map-root-user", "--mount", "sh", "-c", command, "sh", str(disk)]
     try:
         done = subprocess.run(
-            [*shell, sys.executable, str(tmp_path / "run.py"), str(tiny_model)], capture_output=True, text=True, timeout=120
+            [*shell, sys.executable, str(tmp_path / "run.py"), str(tiny_model)],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
     except FileNotFoundError:
         pytest.skip("there is no unshare")

@@ -160,7 +160,7 @@ from refreekv_cpp import Llama
 llm = Llama(sys.argv[1], {OPTIONS})
 begun = threading.Event()
 def work():
-    for n in range({'10**9' if daemon else '3'}):
+    for n in range({"10**9" if daemon else "3"}):
         for _ in llm.create_completion(list(range(10, 250)) * 3, max_tokens=50, temperature=0.0, stream=True):
             begun.set()
 threading.Thread(target=work, daemon={daemon}).start()
@@ -205,5 +205,3 @@ assert process.exitcode == 0
 llm.create_completion("abc", max_tokens=2)
 """
     run(script, tiny_model)
-
-

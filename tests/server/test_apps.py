@@ -1,4 +1,4 @@
-"""docs/apps.md: what it promises to each program, by way of the openai client."""
+"""docs/how-to/apps.md: what it promises to each program, by way of the openai client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import openai
 import pytest
 from serving import SWITCH, serving, user
 
-PAGE = Path(__file__).parents[2] / "docs/apps.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/apps.md"
 OPTIONS = {"max_tokens": 4, "temperature": 0}
 
 

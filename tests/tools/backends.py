@@ -1,4 +1,4 @@
-"""The policies on another backend, beside the CPU: docs/backends.md.
+"""The policies on another backend, beside the CPU: docs/lab/backends.md.
 
     python tests/tools/backends.py [--env NAME=VALUE ...] [--rpc HOST:PORT,HOST:PORT] [--policy NAME ...] [--n-ctx N]
 

@@ -1,4 +1,4 @@
-"""`refreekv eval` on the CPU where `refreekv` attends to codes as on a device: by ggml's operations (docs/backends.md).
+"""`refreekv eval` on the CPU, attending to codes by ggml's operations as on a device: docs/lab/backends.md.
 
 python tests/tools/eval_by_graph.py MODEL --data DIR --out RUN --policies refreekv [...]
 """

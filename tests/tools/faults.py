@@ -183,7 +183,9 @@ def main(
         folder = Path(name)
         TinyModel().write(folder / "tiny.gguf")
         work = folder / "work"
-        shim = faults.Shim([path for path in library_dir().glob("lib*.so") if "llama.so" in path.name or "ggml-cpu" in path.name], work)
+        shim = faults.Shim(
+            [path for path in library_dir().glob("lib*.so") if "llama.so" in path.name or "ggml-cpu" in path.name], work
+        )
 
         for how in evicted or ["keep", "restore"]:
 

@@ -1,4 +1,4 @@
-"""Damage and killed writers, many times over: docs/library.md.
+"""Damage and killed writers, many times over: docs/results/documents.md.
 
     python tests/tools/library.py [--damaged 1000] [--kills 50] [--seed 0]
 

@@ -1,4 +1,4 @@
-"""What a library saves: docs/library.md.
+"""What a library saves: docs/results/documents.md.
 
     python tests/tools/library_times.py document MODEL [--tokens 6000]
     python tests/tools/library_times.py server MODEL [--rounds 10] [--no-library]

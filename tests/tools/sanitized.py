@@ -1,4 +1,4 @@
-"""The tests of the cache on a library built with AddressSanitizer and UndefinedBehaviorSanitizer: docs/testing.md.
+"""The tests of the cache with AddressSanitizer and UndefinedBehaviorSanitizer: docs/development/testing.md.
 
     python tests/tools/sanitized.py [--folder DIR] [-D NAME=VALUE ...] [TEST ...]
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own tests of the cache, on upstream's library and on ours with and without a policy: docs/testing.md.
+"""llama.cpp's own tests of the cache, on upstream's library and on ours: docs/development/testing.md.
 
     python tests/tools/upstream_ctests.py [--folder DIR] [--model GGUF] [-D NAME=VALUE ...]
 

@@ -36,7 +36,7 @@ class LaterCommand(typer.core.TyperCommand):
 
 
 app = typer.Typer(
-    help="llama.cpp with a KV cache that keeps what the model still looks at, and gives the rest back.",
+    help="llama.cpp with a KV cache that is small once the prompt has been read.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

@@ -34,8 +34,8 @@ def chat(
     max_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.2,
 ) -> None:
-    """Talk with the model. Ctrl-C stops an answer; /read FILE has the next question be about a document; /clear
-    forgets the conversation; /exit or Ctrl-D ends it."""
+    """Talk with the model. Ctrl-C stops an answer; /read FILE adds a document to the next question; /clear forgets the
+    conversation; /exit or Ctrl-D ends it."""
     options = options.with_library()
     conversation = Conversation(system, session)
     for path in file or []:

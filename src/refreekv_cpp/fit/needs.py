@@ -19,7 +19,7 @@ from refreekv_cpp.policies import Policy, ReFreeKV
 CONTEXT_STEP = 256
 """llama.cpp rounds contexts up to this, in tokens."""
 
-# the shares of the rows of K and V that the default policy kept of long prompts without codes (docs/fidelity.md)
+# the shares of the rows of K and V that the default policy kept of long prompts without codes (docs/results/memory.md)
 _KEPT_BY_DEFAULT = (0.39, 0.66)
 # ... and with codes the cells that stay: 4 sinks, the last 64, and up to 63 more, since a block of codes has 64 cells
 _HOT_CELLS = (68, 131)

@@ -53,7 +53,7 @@ def as_policy(policy: str | Policy) -> Policy:
 
     Args:
         policy: NAME[:PARAMETER=VALUE]..., such as "refreekv" or "refreekv:theta=0.01". The first parameter may be a
-            value alone, as in "streaming:0.4". docs/policies.md lists the names.
+            value alone, as in "streaming:0.4". docs/reference/policies.md lists the names.
 
     Raises:
         PolicyError: there is no policy of this name, it has no such parameter, or a value is not valid.

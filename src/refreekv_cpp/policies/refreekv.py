@@ -17,37 +17,39 @@ _CHOICES = {"ranking": get_args(Ranking), "rows": get_args(Rows), "measure": get
 
 @dataclass(frozen=True, kw_only=True)
 class ReFreeKV(Policy):
-    """ReFreeKV (arXiv 2502.16886, section 3): each layer keeps the shortest prefix of a ranking of its cells that loses
-    at most `threshold` of a measure of its last attention rows. Nothing to tune: the budget is what comes out.
+    """The policy `refreekv`: sinks and the last cells stay exact, all others become codes that decoding attends to.
 
-    The defaults are the preset `refreekv`. The paper's own rule is `ReFreeKV.paper()`, its released code's
-    `ReFreeKV.released_code()`.
+    With parameters of your own, or where there can be no codes, a rule chooses the exact cells, after ReFreeKV (arXiv
+    2502.16886, section 3): each layer keeps the shortest prefix of a ranking of its cells that loses at most
+    `threshold` of a measure of its last attention rows. There is no budget to choose.
+
+    `ReFreeKV.paper()` is the paper's own rule, `ReFreeKV.released_code()` that of its released code.
 
     Args:
         threshold: the part of the measure that may be lost, 0 to 1.
-        ranking: "position": sinks, then from the last position backwards (the paper's); "score": sinks, recent, then
+        ranking: "position": sinks, then from the last position backwards (the paper's). "score": sinks, recent, then
             by the maximum over heads of the mean attention of the window, max-pooled over positions.
-        rows: which attention rows are measured: of the "last" query, averaged over heads (the paper's); the "mean"
-            over the window and heads; or "worst": every row in every head has to stay within the threshold.
-        measure: "norm", the L2 norm of a row (the paper's), or "mass", its sum.
+        rows: which attention rows are measured. "last": that of the last query, averaged over heads (the paper's).
+            "mean": the mean over the window and heads. "worst": every row in every head has to stay within the
+            threshold.
+        measure: "norm": the L2 norm of a row (the paper's). "mass": its sum.
         sinks_in_measure: whether the sinks count in the measure.
-        n_window: the last queries of the prompt, 1 to 256.
-        window_step: every how many-th of them is looked at, counted back from the last.
+        n_window: how many of the prompt's last queries are looked at, 1 to 256.
+        window_step: look at every n-th of them, counted back from the last.
         n_sink: first positions that are always kept.
         n_recent: last positions that the score ranking always keeps.
-        theta: decoding goes on attending to what is evicted, by codes of 4 bits for K and 2 bits for V; rows to which
-            some head gives this part of its attention or more are read from the cold store and count exactly. 0: what
-            is evicted is gone. Where the cache is not in host memory, and with ALiBi, it is gone, too.
-        max_error: so many more rows are read that codes misplace no more than this part of any head's attention. 0:
-            theta alone says which rows are read. The bound is that of the steps of the codes, as in verified sparse
-            attention (arXiv 2510.05688).
-        n_hot: where decoding goes on attending to what is evicted, only the sinks and this many last positions stay
-            exact, and no attention is looked at: a larger set would save reads, not divergence (docs/fidelity.md).
-            0: the rule decides there, too. None: 64, unless a parameter of the rule is not the default.
+        theta: the share of a head's attention from which on the exact row of an evicted cell is read from the cold
+            store. All other evicted cells count by their codes (4 bits for K, 2 for V). 0: no codes, what is evicted
+            is gone. On a device no rows are read; models with ALiBi have no codes.
+        max_error: read so many more rows that codes misplace no more than this share of any head's attention. 0: only
+            theta decides. The bound follows from the steps of the codes, as in verified sparse attention (arXiv
+            2510.05688).
+        n_hot: how many last positions stay exact besides the sinks, without looking at attention. 0: the rule decides.
+            None: 64, unless a parameter of the rule is not the default. A larger number saves reads and hardly changes
+            the answer (docs/lab/constants.md).
         n_full_layers: leading attention layers that are kept whole.
         n_pool: width of the max-pool over scores in positions, odd.
-        mass_floor: floor of the denominator of the mass: a row whose mass is nearly all in the sinks has next to
-            nothing to lose.
+        mass_floor: floor of the denominator of the mass, for rows whose mass is nearly all in the sinks.
         n_min: prompts shorter than this many tokens are left whole.
     """
 

@@ -1,6 +1,6 @@
 """What a program that uses llama-cpp-python may rely on: one small check a feature, run with both policies.
 
-The test suite runs them (test_compatibility.py), and write_compatibility.py makes docs/compatibility.md of them.
+The test suite runs them (test_compatibility.py), and write_compatibility.py makes docs/reference/compatibility.md.
 """
 
 from __future__ import annotations

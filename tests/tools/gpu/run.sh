@@ -3,7 +3,7 @@
 #
 #     tests/tools/gpu/run.sh [REPORT.md] [CMAKE_ARGS]      CMAKE_ARGS default to -DGGML_CUDA=ON; "-DGGML_VULKAN=ON" works as well
 #
-# Needs what the README's "Set up" needs, and the CUDA toolkit. A virtual environment and the report go to build/gpu.
+# Needs what the README's "Install" needs, and the CUDA toolkit. A virtual environment and the report go to build/gpu.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 mkdir -p build/gpu

@@ -37,7 +37,7 @@ def evaluate(
             "The full cache, which all are compared with, is always one of them."
         ),
     ] = "full,refreekv,streaming:budget=0.4,full@q8_0",
-    data: Annotated[Path | None, typer.Option(help="Folder of *.jsonl with items (docs/evaluation.md).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of *.jsonl with items (docs/how-to/evaluate.md).")] = None,
     datasets: Annotated[str, typer.Option(help="Only these of them, separated by commas.", show_default="all")] = "",
     items: Annotated[int, typer.Option(min=1, help="Items of each dataset at most, drawn by the seed.")] = 10,
     generators: Annotated[

@@ -1,4 +1,4 @@
-"""Items to evaluate on: a context, a question, and what counts as an answer. docs/evaluation.md has the format."""
+"""Items to evaluate on: a context, a question, and what counts as an answer. docs/how-to/evaluate.md has the format."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def _write(out: Any, record: Record, job: Job, done: Callable[[Job], None]) -> N
 
 
 def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer) -> Record:
-    """A line of records.jsonl; docs/evaluation.md describes it."""
+    """A line of records.jsonl; docs/reference/files.md describes it."""
     item, session, stats = job.task.item, turn.session, turn.stats
     # a pruning that comes after the question leaves the first prediction as it was
     skip = 1 if job.mode == "seen" else 0
