@@ -76,9 +76,9 @@ def work(model: Path, folder: Path, seed: int) -> None:
 
 def next_start(model: Path, folder: Path) -> list[Any]:
     llm = reader(model, folder)
+    messages = Session("a").messages
     left = [path.name for path in folder.rglob("*.tmp")]
     checked = refreekv("library", "check", "--folder", folder / "library")
-    messages = Session("a").messages
     assert messages == [] or messages in MESSAGES
     answers = [answer(llm, [*text, *QUESTION]) for text in TEXTS]
     n_opened = llm.kv_stats.n_opened
