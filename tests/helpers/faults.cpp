@@ -92,7 +92,8 @@ bool now(what w, char type) {
     if (n <= (long) sizeof(g_types)) {
         g_types[n - 1] = type;
     }
-    if (g_n == 0 || (n != g_n && !(g_all && n > g_n))) {
+    const bool after = g_all && n > g_n && type != 'u'; // what cannot be removed is left, of course
+    if (g_n == 0 || (n != g_n && !after)) {
         return false;
     }
     if (n == g_n && g_log >= 0) {
