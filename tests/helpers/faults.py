@@ -1,4 +1,4 @@
-"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in front of a Python of its own."""
+"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in a Python of its own."""
 
 from __future__ import annotations
 

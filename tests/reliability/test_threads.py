@@ -85,8 +85,7 @@ def test_streams_of_several_threads(tiny_model: Path) -> None:
                 pass
             ended.append("whole")
         except CacheStateError as error:
-            assert "cannot go on" in str(error)
-            ended.append("ended")
+            ended.append(str(error))
 
     threads = [threading.Thread(target=work, args=[prompt]) for prompt in PROMPTS]
     for thread in threads:
@@ -95,6 +94,7 @@ def test_streams_of_several_threads(tiny_model: Path) -> None:
         thread.join(60)
     assert len(ended) == N_THREADS
     assert "whole" in ended
+    assert all(how == "whole" or "cannot go on" in how for how in ended)
     assert answer(llm, PROMPTS[1]) == expected(tiny_model)[1]
 
 
@@ -160,7 +160,7 @@ from refreekv_cpp import Llama
 llm = Llama(sys.argv[1], {OPTIONS})
 begun = threading.Event()
 def work():
-    for n in range({'10**9' if daemon else '3'}):
+    for n in range({"10**9" if daemon else "3"}):
         for _ in llm.create_completion(list(range(10, 250)) * 3, max_tokens=50, temperature=0.0, stream=True):
             begun.set()
 threading.Thread(target=work, daemon={daemon}).start()
@@ -205,5 +205,3 @@ assert process.exitcode == 0
 llm.create_completion("abc", max_tokens=2)
 """
     run(script, tiny_model)
-
-

@@ -147,8 +147,10 @@ def difference(a: list[float], b: list[float]) -> float:
 
 
 def is_exact(evicted: str, errors: list[str], name: str, i: int) -> bool:
-    """Whether nothing that was evicted takes part in the i-th logits of an answer. The second try of a text may go on from
-    the first one's cache, which was pruned."""
+    """Whether nothing that was evicted takes part in the i-th logits of an answer.
+
+    The second try of a text may go on from the cache of the first one, which was pruned.
+    """
     is_first = name in ("first", "other") and not any(error.startswith(name) for error in errors)
     return name == "fresh" or (i == 0 and (evicted == "restore" or is_first))
 
@@ -206,7 +208,8 @@ def main(
         folder = Path(name)
         TinyModel().write(folder / "tiny.gguf")
         work = folder / "work"
-        shim = faults.Shim([path for path in library_dir().glob("lib*.so") if "llama.so" in path.name or "ggml-cpu" in path.name], work)
+        libraries = [*library_dir().glob("libllama.so"), *library_dir().glob("libggml-cpu*.so")]
+        shim = faults.Shim(libraries, work)
 
         for how in evicted or ["keep", "restore"]:
 

@@ -122,7 +122,8 @@ def main(kills: int = 200, seed: int = 0) -> None:
                 found["tokens that the next start opened"] += n_opened
                 if rng.random() < 0.3:
                     shutil.rmtree(home)
-    print(f"{kills} kills: {dict(found)}; each next start removed what was left, found all files whole, and answered right")
+    print(f"{kills} kills: {dict(found)}")
+    print("Each next start removed what was left, found all files whole, and answered right")
 
 
 if __name__ == "__main__":
