@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace refreekv {
 
@@ -68,13 +69,13 @@ bool rows::has_regions() {
         behind_k = most.size_k - ggml_nbytes(most.k);
         behind_v = most.v ? most.size_v - ggml_nbytes(most.v) : 0;
 
-        region_k = region::make(s.buft, most.size_k);
-        region_v = most.v ? region::make(s.buft, most.size_v) : nullptr;
+        auto of_k = region::make(s.buft, most.size_k);
+        auto of_v = most.v ? region::make(s.buft, most.size_v) : nullptr;
 
-        if (!region_k || (most.v && !region_v)) {
-            region_k.reset();
-            region_v.reset();
-            no_regions = true;
+        no_regions = !of_k || (most.v && !of_v);
+        if (!no_regions) { // both, or none
+            region_k = std::move(of_k);
+            region_v = std::move(of_v);
         }
     }
     return !no_regions;

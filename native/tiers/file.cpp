@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <new>
 #include <stdexcept>
 
 #if defined(_WIN32)
@@ -45,19 +46,28 @@ static bool    make_one_folder(const std::string & path);
 static const int64_t REFREEKV_NOT_NOW = -2; // it would have to wait; the system has been asked for the bytes
 static const int64_t REFREEKV_NO_SUCH = -3; // the system or the file system has no such read
 
+std::unique_ptr<file> file::of(int fd) {
+    if (fd < 0) {
+        return nullptr;
+    }
+    std::unique_ptr<file> res(new (std::nothrow) file(fd));
+    if (!res) {
+        close_file(fd);
+        errno = ENOMEM;
+    }
+    return res;
+}
+
 std::unique_ptr<file> file::make_unnamed(const std::string & dir) {
-    const int fd = open_unnamed(dir);
-    return fd < 0 ? nullptr : std::unique_ptr<file>(new file(fd));
+    return of(open_unnamed(dir));
 }
 
 std::unique_ptr<file> file::make(const std::string & path) {
-    const int fd = open_path(path, true);
-    return fd < 0 ? nullptr : std::unique_ptr<file>(new file(fd));
+    return of(open_path(path, true));
 }
 
 std::unique_ptr<file> file::open(const std::string & path) {
-    const int fd = open_path(path, false);
-    return fd < 0 ? nullptr : std::unique_ptr<file>(new file(fd));
+    return of(open_path(path, false));
 }
 
 file::~file() {

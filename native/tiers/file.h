@@ -36,6 +36,8 @@ public:
 private:
     explicit file(int fd) : fd(fd) {}
 
+    static std::unique_ptr<file> of(int fd); // -1: nullptr
+
     int fd;
 };
 

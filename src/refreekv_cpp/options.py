@@ -252,7 +252,8 @@ class KVOptions:
         is made, or that of temporary files. None: there is none that can be written, or no file is wanted.
 
         Raises:
-            PolicyError: `kv_cold_dir` is no folder that can be written, or a file is wanted and there is no such folder.
+            PolicyError: `kv_cold_dir` is no folder that can be written, or a file is wanted and there is no such folder
+                elsewhere.
         """
         if not self.has_cold_store or self.kv_cold == "memory":
             return None

@@ -2,9 +2,9 @@
 
     python tests/fuzz/fuzz.py [--target state --target block ...] [--inputs 1000000] [--first 0]
 
-Inputs are numbered: the n-th is the same in every run. Each is made of a valid one (a state that a tiny model has saved, a
-block that it has written, a list of calls) by a few changes, most of them near the heads of sections. They run in a
-process that is forked off. One that ends this process, or takes more than 10 s, is kept in a file and reported.
+Inputs are numbered: the n-th is the same in every run. Each is made of a valid one (a state that a tiny model has
+saved, a block that it has written, a list of calls) by a few changes, most of them near the heads of sections. They run
+in a process that is forked off. One that ends this process, or takes more than 10 s, is kept in a file and reported.
 """
 
 from __future__ import annotations

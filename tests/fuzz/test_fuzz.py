@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process is forked")
-@pytest.mark.parametrize(("target", "n"), [("state", 1500), ("whole_state", 1000), ("block", 1000), ("calls", 300)])
+@pytest.mark.parametrize(("target", "n"), [("state", 1000), ("whole_state", 500), ("block", 400), ("calls", 40)])
 def test_no_input_ends_the_process(target: str, n: int, tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).parent / "fuzz.py"), "--target", target, "--inputs", str(n)]
     done = subprocess.run([*command, "--found", str(tmp_path)], capture_output=True, text=True, timeout=300)

@@ -38,6 +38,8 @@ const int SHORT = -1; // reads and writes do a part of what they were asked for
 const range * g_ranges   = nullptr; // ascending
 size_t        g_n_ranges = 0;
 
+char g_types[1 << 20]; // of the calls so far
+
 char g_folder[4096] = "";
 bool g_is_inside[1 << 12];
 
@@ -81,13 +83,17 @@ bool is_ours(const void * caller) {
     return false;
 }
 
-// whether this is the call that fails
-bool now(what w) {
+// whether this is the call that fails; type: what is called, a letter
+bool now(what w, char type) {
     if (g_what != w) {
         return false;
     }
     const long n = ++g_count;
-    if (n != g_n && !(g_all && n > g_n)) {
+    if (n <= (long) sizeof(g_types)) {
+        g_types[n - 1] = type;
+    }
+    const bool after = g_all && n > g_n && type != 'u'; // what cannot be removed is left, of course
+    if (g_n == 0 || (n != g_n && !after)) {
         return false;
     }
     if (n == g_n && g_log >= 0) {
@@ -103,7 +109,7 @@ bool no_memory(const void * caller) {
         return false;
     }
     g_busy = true;
-    const bool res = is_ours(caller) && now(MEMORY);
+    const bool res = is_ours(caller) && now(MEMORY, 'm');
     g_busy = false;
     return res;
 }
@@ -118,8 +124,8 @@ bool is_inside(int fd) {
 
 // a call on such a file fails: sets errno. waits: it may be interrupted
 template <typename File>
-bool fails(File file, bool waits = false) {
-    if (g_what != FILES || g_how == SHORT || (g_how == EINTR && !waits) || !is_inside(file) || !now(FILES)) {
+bool fails(File file, char type, bool waits = false) {
+    if (g_what != FILES || g_how == SHORT || (g_how == EINTR && !waits) || !is_inside(file) || !now(FILES, type)) {
         return false;
     }
     errno = g_how;
@@ -128,8 +134,8 @@ bool fails(File file, bool waits = false) {
 
 // of a read or write
 template <typename F>
-long transfer(int fd, size_t size, F && f) {
-    if (g_what == FILES && is_inside(fd) && now(FILES)) {
+long transfer(char type, int fd, size_t size, F && f) {
+    if (g_what == FILES && is_inside(fd) && now(FILES, type)) {
         if (g_how != SHORT) {
             errno = g_how;
             return -1;
@@ -148,7 +154,7 @@ int note(int fd, bool inside) {
 
 int open_at(int dir, const char * path, int flags, unsigned mode) {
     const bool inside = is_inside(path);
-    if (inside && fails(path, true)) {
+    if (inside && fails(path, 'o', true)) {
         return -1;
     }
     return note(syscall(SYS_openat, dir, path, flags, mode), inside);
@@ -227,7 +233,7 @@ int mkstemp(char * path) {
     using function = int (*)(char *);
     static const function next = (function) dlsym((void *) -1l, "mkstemp");
 
-    return fails((const char *) path) ? -1 : note(next(path), is_inside(path));
+    return fails((const char *) path, 'o') ? -1 : note(next(path), is_inside(path));
 }
 
 int close(int fd) {
@@ -236,22 +242,22 @@ int close(int fd) {
 }
 
 long read(int fd, void * data, size_t size) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_read, fd, data, n); });
+    return transfer('r', fd, size, [&](size_t n) { return syscall(SYS_read, fd, data, n); });
 }
 long write(int fd, const void * data, size_t size) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_write, fd, data, n); });
+    return transfer('w', fd, size, [&](size_t n) { return syscall(SYS_write, fd, data, n); });
 }
 long pread(int fd, void * data, size_t size, long offset) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_pread64, fd, data, n, offset); });
+    return transfer('r', fd, size, [&](size_t n) { return syscall(SYS_pread64, fd, data, n, offset); });
 }
 long pread64(int fd, void * data, size_t size, long offset) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_pread64, fd, data, n, offset); });
+    return transfer('r', fd, size, [&](size_t n) { return syscall(SYS_pread64, fd, data, n, offset); });
 }
 long pwrite(int fd, const void * data, size_t size, long offset) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_pwrite64, fd, data, n, offset); });
+    return transfer('w', fd, size, [&](size_t n) { return syscall(SYS_pwrite64, fd, data, n, offset); });
 }
 long pwrite64(int fd, const void * data, size_t size, long offset) {
-    return transfer(fd, size, [&](size_t n) { return syscall(SYS_pwrite64, fd, data, n, offset); });
+    return transfer('w', fd, size, [&](size_t n) { return syscall(SYS_pwrite64, fd, data, n, offset); });
 }
 
 struct io_vector {
@@ -259,7 +265,10 @@ struct io_vector {
     size_t size;
 };
 static long read_vectors(int fd, const io_vector * to, int n, long offset, int flags) {
-    return transfer(fd, to->size, [&](size_t size) {
+    if (g_how == SHORT) { // it means that the rest is not in memory
+        return syscall(SYS_preadv2, fd, to, n, offset, 0, flags);
+    }
+    return transfer('n', fd, to->size, [&](size_t size) {
         const io_vector one = { to->base, size };
         return syscall(SYS_preadv2, fd, n == 1 ? &one : to, n, offset, 0, flags);
     });
@@ -267,18 +276,18 @@ static long read_vectors(int fd, const io_vector * to, int n, long offset, int f
 long preadv2  (int fd, const io_vector * to, int n, long offset, int flags) { return read_vectors(fd, to, n, offset, flags); }
 long preadv64v2(int fd, const io_vector * to, int n, long offset, int flags) { return read_vectors(fd, to, n, offset, flags); }
 
-int ftruncate  (int fd, long size) { return fails(fd) ? -1 : syscall(SYS_ftruncate, fd, size); }
-int ftruncate64(int fd, long size) { return fails(fd) ? -1 : syscall(SYS_ftruncate, fd, size); }
-int fsync      (int fd)            { return fails(fd) ? -1 : syscall(SYS_fsync, fd); }
+int ftruncate  (int fd, long size) { return fails(fd, 't') ? -1 : syscall(SYS_ftruncate, fd, size); }
+int ftruncate64(int fd, long size) { return fails(fd, 't') ? -1 : syscall(SYS_ftruncate, fd, size); }
+int fsync      (int fd)            { return fails(fd, 's') ? -1 : syscall(SYS_fsync, fd); }
 
 int rename(const char * from, const char * to) {
-    return fails(from) ? -1 : syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+    return fails(from, 'm') ? -1 : syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
 }
 int unlink(const char * path) {
-    return fails(path) ? -1 : syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    return fails(path, 'u') ? -1 : syscall(SYS_unlinkat, AT_FDCWD, path, 0);
 }
 int mkdir(const char * path, unsigned mode) {
-    return fails(path) ? -1 : syscall(SYS_mkdirat, AT_FDCWD, path, mode);
+    return fails(path, 'd') ? -1 : syscall(SYS_mkdirat, AT_FDCWD, path, mode);
 }
 
 // for tests/tools/faults.py
@@ -305,6 +314,11 @@ void faults_arm(int what, long n, int how, bool all, int log) {
     g_all   = all;
     g_log   = log;
     g_what  = what;
+}
+
+// a letter for each of these calls
+const char * faults_types() {
+    return g_types;
 }
 
 // how many calls there were since then

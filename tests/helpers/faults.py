@@ -1,4 +1,4 @@
-"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in front of a Python of its own."""
+"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in a Python of its own."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class Shim:
     def __init__(self, libraries: list[Path], folder: Path) -> None:
         self._shim = ctypes.CDLL(None)
         self._shim.faults_disarm.restype = ctypes.c_long
+        self._shim.faults_types.restype = ctypes.c_void_p
         self._shim.faults_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_bool, ctypes.c_int]
         self._names: list[tuple[int, str]] = []
         ranges: list[tuple[int, int, int]] = []
@@ -81,9 +82,10 @@ class Shim:
     def arm(self, fault: Fault, log: int = -1) -> None:
         self._shim.faults_arm(int(fault.of_files), fault.n, fault.how, fault.all_after, log)
 
-    def disarm(self) -> int:
-        """How many calls there were that could have failed."""
-        return int(self._shim.faults_disarm())
+    def disarm(self) -> str:
+        """A letter for each call that could have failed: what was called."""
+        n = int(self._shim.faults_disarm())
+        return ctypes.string_at(self._shim.faults_types(), min(n, 1 << 20)).decode()
 
     def names(self, addresses: bytes) -> list[str]:
         """The functions that these addresses, of 8 bytes each, lie in."""
@@ -139,15 +141,15 @@ def run(shim: Shim, fault: Fault, script: Callable[[Callable[[], None]], Any], l
     log.write_bytes(b"")
 
     def do() -> Any:
-        counts: list[int] = []
+        calls: list[str] = []
         fd = os.open(log, os.O_WRONLY | os.O_APPEND)
         shim.arm(fault, fd)
         try:
-            result = script(lambda: counts.append(shim.disarm()))
+            result = script(lambda: calls.append(shim.disarm()))
         finally:
-            counts.append(shim.disarm())
+            calls.append(shim.disarm())
             os.close(fd)
-        return result, counts[0]
+        return result, calls[0]
 
     result, ended = forked(do)
     return Outcome(fault, result, ended, shim.names(log.read_bytes()))

@@ -34,9 +34,8 @@ def forked(do: Callable[[], Any], *, kill_after: float | None = None) -> tuple[A
             code = 0
         except BaseException as error:
             data = json.dumps(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        with suppress(BaseException):
-            with os.fdopen(writer, "w") as file:
-                file.write(data)
+        with suppress(BaseException), os.fdopen(writer, "w") as file:
+            file.write(data)
         os._exit(code)
     os.close(writer)
     os.set_blocking(reader, False)

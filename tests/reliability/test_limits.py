@@ -67,7 +67,7 @@ assert found == answer(load(n_ctx=4096, kv_cold="memory")), found
 
 
 def test_the_size_of_a_file(tiny_model: Path, tmp_path: Path) -> None:
-    """What does not fit into the cold store is lost, and the conversation is read again; the library stays as it was."""
+    """What does not fit into the cold store is lost, and the conversation is read again; the library stays."""
     script = """
 expected = answer(load(kv_evicted="restore"))
 limit(resource.RLIMIT_FSIZE, 2**16)

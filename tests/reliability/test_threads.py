@@ -85,8 +85,7 @@ def test_streams_of_several_threads(tiny_model: Path) -> None:
                 pass
             ended.append("whole")
         except CacheStateError as error:
-            assert "cannot go on" in str(error)
-            ended.append("ended")
+            ended.append(str(error))
 
     threads = [threading.Thread(target=work, args=[prompt]) for prompt in PROMPTS]
     for thread in threads:
@@ -95,6 +94,7 @@ def test_streams_of_several_threads(tiny_model: Path) -> None:
         thread.join(60)
     assert len(ended) == N_THREADS
     assert "whole" in ended
+    assert all(how == "whole" or "cannot go on" in how for how in ended)
     assert answer(llm, PROMPTS[1]) == expected(tiny_model)[1]
 
 

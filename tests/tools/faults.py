@@ -14,7 +14,8 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from faults import Fault, Outcome
 from support import ctx_of, feed, load, logits
 from tiny import TinyModel, random_tokens
 
-from refreekv_cpp import Llama, ReFreeKV, RefreeKVError, native
+from refreekv_cpp import CacheStateError, Llama, ReFreeKV, RefreeKVError, native
 from refreekv_cpp._llama_cpp import library_dir
 
 KINDS = ["memory", "memory...", "EIO", "EIO...", "ENOSPC", "ENOSPC...", "EMFILE", "EINTR", "short"]
@@ -92,9 +93,23 @@ class Chat:
 
         self.answers[name] = self.step(name, do)
 
+    def restore(self) -> None:
+        with self.lost():
+            native.restore(ctx_of(self.llm), 0)
+
     def cut(self) -> None:
-        self.llm.n_tokens = 450
-        self.llm.eval(FED)
+        with self.lost():
+            self.llm.n_tokens = 450
+            self.llm.eval(FED)
+
+    @contextmanager
+    def lost(self) -> Iterator[None]:
+        """Inside, what was evicted may be wanted back, and may have been lost before."""
+        try:
+            yield
+        except CacheStateError as error:
+            self.errors.append(str(error))
+            self.llm.reset()
 
     def run(self) -> dict[str, Any]:
         self.step("load", self.load)
@@ -104,7 +119,7 @@ class Chat:
         self.answer("other", OTHER)
         self.step("load_state", lambda: self.llm.load_state(state))
         self.answer("next", NEXT)
-        self.step("restore", lambda: native.restore(ctx_of(self.llm), 0))
+        self.step("restore", self.restore)
         self.step("cut", self.cut)
         self.answer("again", TURN)
         self.llm.close()
@@ -132,8 +147,10 @@ def difference(a: list[float], b: list[float]) -> float:
 
 
 def is_exact(evicted: str, errors: list[str], name: str, i: int) -> bool:
-    """Whether nothing that was evicted takes part in the i-th logits of an answer. The second try of a text may go on from
-    the first one's cache, which was pruned."""
+    """Whether nothing that was evicted takes part in the i-th logits of an answer.
+
+    The second try of a text may go on from the cache of the first one, which was pruned.
+    """
     is_first = name in ("first", "other") and not any(error.startswith(name) for error in errors)
     return name == "fresh" or (i == 0 and (evicted == "restore" or is_first))
 
@@ -160,6 +177,14 @@ def verdict(outcome: Outcome, reference: Any, evicted: str) -> tuple[str, bool]:
     return "", degraded
 
 
+def spread(calls: str, most: int) -> list[int]:
+    """At most so many of each kind of call, and so many of all of them."""
+    of_kind = {kind: [n for n, each in enumerate(calls, start=1) if each == kind] for kind in sorted(set(calls))}
+    share = max(1, most // len(of_kind))
+    chosen = {its[int(i)] for its in of_kind.values() for i in np.linspace(0, len(its) - 1, min(share, len(its)))}
+    return sorted(chosen)
+
+
 def fault_of(kind: str, n: int) -> Fault:
     name, all_after = kind.removesuffix("..."), kind.endswith("...")
     if name == "memory":
@@ -168,7 +193,7 @@ def fault_of(kind: str, n: int) -> Fault:
 
 
 def main(
-    most: Annotated[int, typer.Option(help="Faults of a kind at most, spread evenly.")] = 1_000_000,
+    most: Annotated[int, typer.Option(help="Faults of a kind at most, spread evenly over its calls.")] = 1_000_000,
     kind: Annotated[list[str] | None, typer.Option(help=f"Some of: {', '.join(KINDS)}.")] = None,
     evicted: Annotated[list[str] | None, typer.Option(help="keep, restore, or both.")] = None,
     only: Annotated[int, typer.Option(help="The one fault of this number.")] = 0,
@@ -183,9 +208,8 @@ def main(
         folder = Path(name)
         TinyModel().write(folder / "tiny.gguf")
         work = folder / "work"
-        shim = faults.Shim(
-            [path for path in library_dir().glob("lib*.so") if "llama.so" in path.name or "ggml-cpu" in path.name], work
-        )
+        libraries = [*library_dir().glob("libllama.so"), *library_dir().glob("libggml-cpu*.so")]
+        shim = faults.Shim(libraries, work)
 
         for how in evicted or ["keep", "restore"]:
 
@@ -200,10 +224,10 @@ def main(
                 first = run(fault_of(each, 0))
                 if first.result is None:
                     raise SystemExit(first.ended)
-                reference, n_calls = first.result
+                reference, calls = first.result
                 assert reference["errors"] == []
                 assert reference["n_opened"] > 0
-                tried = sorted({int(n) for n in np.linspace(1, n_calls, min(most, n_calls))}) if not only else [only]
+                tried = [only] if only else spread(calls, most)
                 n_errors = n_degraded = 0
                 for n in tried:
                     outcome = run(fault_of(each, n))
@@ -215,7 +239,7 @@ def main(
                         callers = [name for name in outcome.where if not name.startswith("libfaults")]
                         print(f"BAD {how} {outcome.fault}: {wrong}\n    {' < '.join(callers[:10])}", flush=True)
                 print(
-                    f"{how}, {each}: {n_calls} calls, {len(tried)} of them failed: {n_errors} raised an error, "
+                    f"{how}, {each}: {len(calls)} calls, {len(tried)} of them failed: {n_errors} raised an error, "
                     f"{n_degraded} made answers less exact",
                     flush=True,
                 )
