@@ -7,6 +7,7 @@
 #ifdef REFREEKV_LANES
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace refreekv {
@@ -36,26 +37,44 @@ void attend_chunk(const ggml_tensor * dst, const decode_softmax & by, int64_t ch
 
     const int64_t cell = chunk*CHUNK;
 
+    // Tokens that see none of these cells, such as those of other sequences, are passed over
+    thread_local std::vector<uint8_t> sees;
+    sees.resize(n_tokens);
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        float * its = masks + t*CHUNK;
+
+        to_float(mask->type, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), its, CHUNK);
+        sees[t] = std::any_of(its, its + CHUNK, [](float x) { return x > -INFINITY; });
+    }
+    for (int64_t r = 0; r < n_lines; ++r) {
+        float * line = out + r*s.n_part;
+
+        std::fill_n(line, s.n_v, 0.0f);
+        line[s.n_v]     = -INFINITY;
+        line[s.n_v + 1] = 0.0f;
+    }
+    if (std::none_of(sees.begin(), sees.end(), [](uint8_t x) { return x; })) {
+        return;
+    }
+
     for (int64_t c = 0; c < CHUNK; c += TILE) {
         read_rows(k, cell + c, tile, n_rows_k);
 
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            for (int64_t h = 0; h < s.n_head; ++h) {
-                dot(query_of(q, t0 + t, h), tile + h/s.n_gqa*s.n_k, n_rows_k, s.n_k/N_LANES, weights + (t*s.n_head + h)*CHUNK + c);
+        for (int64_t r = 0; r < n_lines; ++r) {
+            if (sees[r/s.n_head]) {
+                const int64_t h = r % s.n_head;
+                dot(query_of(q, t0 + r/s.n_head, h), tile + h/s.n_gqa*s.n_k, n_rows_k, s.n_k/N_LANES, weights + r*CHUNK + c);
             }
         }
     }
 
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        to_float(mask->type, (const char *) mask->data + (t0 + t)*mask->nb[1] + ggml_row_size(mask->type, cell), masks + t*CHUNK, CHUNK);
-    }
-
     for (int64_t r = 0; r < n_lines; ++r) {
-        float * line = out + r*s.n_part;
+        if (sees[r/s.n_head]) {
+            float * line = out + r*s.n_part;
 
-        weigh(weights + r*CHUNK, CHUNK, masks + r/s.n_head*CHUNK, by, alibi_slope(by.max_bias, r % s.n_head, s.n_head), line[s.n_v], line[s.n_v + 1]);
-
-        std::fill_n(line, s.n_v, 0.0f);
+            weigh(weights + r*CHUNK, CHUNK, masks + r/s.n_head*CHUNK, by, alibi_slope(by.max_bias, r % s.n_head, s.n_head), line[s.n_v], line[s.n_v + 1]);
+        }
     }
 
     if (!is_trans(v)) {
@@ -63,6 +82,9 @@ void attend_chunk(const ggml_tensor * dst, const decode_softmax & by, int64_t ch
             read_rows(v, cell + c, tile, n_rows_v);
 
             for (int64_t r = 0; r < n_lines; ++r) {
+                if (!sees[r/s.n_head]) {
+                    continue;
+                }
                 add(weights + r*CHUNK + c, tile + r % s.n_head/s.n_gqa*s.n_v, n_rows_v, s.n_v/N_LANES, out + r*s.n_part);
             }
         }
@@ -78,7 +100,7 @@ void attend_chunk(const ggml_tensor * dst, const decode_softmax & by, int64_t ch
             to_float(v->type, src, tile + i*CHUNK, CHUNK);
         }
         for (int64_t t = 0; t < n_tokens; ++t) {
-            for (int64_t g = 0; g < s.n_gqa; ++g) {
+            for (int64_t g = 0; g < s.n_gqa && sees[t]; ++g) {
                 const int64_t r = t*s.n_head + line/s.n_v*s.n_gqa + g;
 
                 dot_tile<CHUNK/N_LANES>(weights + r*CHUNK, tile, CHUNK, 0, out + r*s.n_part + line % s.n_v);
