@@ -4,7 +4,6 @@
 #include "log.h"
 
 #include <algorithm>
-#include <csignal>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -103,9 +102,6 @@ bool set_policy(const std::string & text) {
     if (text.empty()) {
         return true;
     }
-#if defined(SIGXFSZ)
-    std::signal(SIGXFSZ, SIG_IGN); // a write beyond the limit of files is an error then, as on a full disk
-#endif
     try {
         read_options(text);
     } catch (const std::exception & err) {

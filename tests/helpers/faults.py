@@ -1,4 +1,4 @@
-"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in a Python of its own."""
+"""Faults: the n-th allocation of native/ fails, or the n-th call on a file. faults.cpp does it, in front of Python."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ _FOLDERS = tuple(str(Path(module.__file__).parent) for module in (refreekv_cpp, 
 
 
 def is_ignored_in(frame: FrameType | None) -> bool:
-    """Whether Python prints an exception there and goes on: in finalizers, and in what C calls."""
+    """Whether Python prints an exception there and goes on: in finalizers, in what C calls, in generators that end."""
+    if isinstance(sys.exc_info()[1], GeneratorExit):
+        return True
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith("_logger.py"):
             return True
