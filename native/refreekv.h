@@ -287,11 +287,12 @@ REFREEKV_API int32_t refreekv_library_keep(struct llama_context * ctx, llama_seq
         const int32_t * state_tokens, const void * const * states, const size_t * state_sizes, int32_t n_states, bool states_stay);
 
 // the key of the last block that was kept of a sequence, in hexadecimal digits; replaced: of the block that was removed then, because this one
-// has its tokens and more. "": there is none
+// has its tokens and more. "": there is none. It is there until the sequence is kept again
 REFREEKV_API const char * refreekv_library_key(struct llama_context * ctx, llama_seq_id seq_id, bool replaced);
 
-// REFREEKV_ERR_STATE: the file is none of a library's, or what is in it is not what was written. Any thread
-REFREEKV_API int32_t refreekv_library_check(const char * path);
+// REFREEKV_ERR_STATE: the file is none of a library's, or what is in it is not what was written. may_remove: it is removed then, unless it is
+// not this user's, or cannot be opened. Any thread
+REFREEKV_API int32_t refreekv_library_check(const char * path, bool may_remove);
 
 // Make the folder of a library where it is not there, and remove what was left behind, what was not used for longest beyond the limit, and states
 // of texts that are gone. Any thread

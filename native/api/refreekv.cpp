@@ -308,14 +308,19 @@ int32_t refreekv_library_keep(struct llama_context * ctx, llama_seq_id seq_id, c
 const char * refreekv_library_key(struct llama_context * ctx, llama_seq_id seq_id, bool replaced) {
     auto * store = get_library(ctx, seq_id);
 
-    return store ? store->books.key_of(seq_id, replaced).c_str() : "";
+    return store ? store->books.key_of(seq_id, replaced) : "";
 }
 
-int32_t refreekv_library_check(const char * path) {
+int32_t refreekv_library_check(const char * path, bool may_remove) {
     refreekv::clear_error();
 
     return refreekv::guard([&]() {
-        refreekv::check_file(path);
+        std::string why;
+        if (!may_remove) {
+            refreekv::check_file(path);
+        } else if (!refreekv::check_or_remove(path, nullptr, why)) {
+            throw std::runtime_error(why);
+        }
         return (int32_t) REFREEKV_OK;
     });
 }

@@ -34,7 +34,7 @@ parts::parts(cache & kv, const refreekv_params & params) :
     kv(kv), model(kv.model), hparams(kv.hparams), v_trans(kv.v_trans), n_stream(kv.n_stream), logical(kv.v_cells, kv.seq_to_stream), params(params),
     layouts(layers, logical, kv.hparams.use_alibi, kv.n_pad),
     ring(params.n_window + 1, kv.n_seq_max),
-    pruned(logical.n_seq_ids(), -1), exact(logical.n_seq_ids(), 0), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
+    pruned(logical.n_seq_ids(), -1), exact(logical.n_seq_ids(), 0), loaded(logical.n_seq_ids(), 0), spans(logical.n_seq_ids()), mover(layers, params.by_graph, n_generation),
     cold(params, kv.hparams, is_on_host(kv.layers), logical.size()), warm(kv.hparams, logical, mover, cold, n_generation),
     transfer(logical, layouts, mover, cold, params.cold_limit > 0), evictor(this->params, kv.hparams, logical, layers, spans, ring, layouts, mover, transfer, warm),
     turn(this->params, logical, layers, layouts, cold, evictor, pruned) {
@@ -172,6 +172,7 @@ void parts::release_stale() {
 void parts::forget_seq(llama_seq_id seq_id) {
     pruned[seq_id] = -1;
     exact [seq_id] = 0;
+    loaded[seq_id] = 0;
     spans [seq_id].clear();
     ring.forget(seq_id);
     turn.forget(seq_id);

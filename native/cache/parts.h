@@ -45,6 +45,7 @@ struct parts {
 
     std::vector<llama_pos> pruned; // [n_seq_ids] the last position that a pruning has looked at; -1: the sequence is whole
     std::vector<uint32_t>  exact;  // [n_seq_ids] leading tokens that were read while nothing before them was evicted
+    std::vector<uint8_t>   loaded; // [n_seq_ids] some of it came with a state
     std::vector<span_list> spans;  // [n_seq_ids] protected positions
 
     std::atomic<uint64_t> n_generation { 0 }; // counts up when a graph built before must not run again
@@ -96,6 +97,9 @@ struct parts {
 
     // a sequence that has no cells any more
     void forget_seq(llama_seq_id seq_id);
+
+    // whether rows come back from the cold store as they were
+    bool keeps_exact_rows() const { return params.cold_type < 0; }
 
     // tokens have been read
     void note_exact(const llama_ubatch & ubatch);

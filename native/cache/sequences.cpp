@@ -166,6 +166,7 @@ bool sequences::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos
     p.spans[dst].insert(p.spans[dst].end(), p.spans[src].begin(), p.spans[src].end());
     p.pruned[dst] = p.pruned[src];
     p.exact [dst] = p0 > 0 ? 0 : p1 < 0 ? p.exact[src] : std::min<uint32_t>(p.exact[src], p1);
+    p.loaded[dst] |= p.loaded[src];
     p.ring.forget(dst);
     p.turn.copy(src, dst);
 

@@ -21,7 +21,7 @@ const char * block_io::refusal() const {
     if (!p.cold.exists()) {
         return "this context has no cold store";
     }
-    if (p.params.n_hot == 0 || p.params.mask_only || p.warm.theta() == 0.0f) {
+    if (p.params.policy == REFREEKV_POLICY_ELASTIC || p.params.n_hot == 0 || p.params.mask_only || p.warm.theta() == 0.0f) {
         return "decoding does not attend to codes of what is evicted, or attention decides what is";
     }
     if (p.warm.has_tensors()) {

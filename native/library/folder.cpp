@@ -44,11 +44,11 @@ static std::vector<std::string> fields_of(const std::string & name, const char *
     return ours ? res : std::vector<std::string>();
 }
 
-// ... that begin with two keys. Those of an earlier version are longer
+// ... that begin with two keys
 static std::vector<std::string> keyed_fields(const std::string & name, const char * suffix, size_t n_fields) {
     const auto res = fields_of(name, suffix, n_fields);
 
-    return !res.empty() && std::min(res[0].size(), res[1].size()) >= REFREEKV_KEY_DIGITS ? res : std::vector<std::string>();
+    return !res.empty() && res[0].size() == REFREEKV_KEY_DIGITS && res[1].size() == REFREEKV_KEY_DIGITS ? res : std::vector<std::string>();
 }
 
 static std::vector<std::string> block_fields(const std::string & name) { return keyed_fields(name, BLOCK, 2); }
@@ -62,7 +62,13 @@ template <typename F>
 void folder::for_files(F && f) const {
     std::error_code err;
     for (fs::directory_iterator it(fs::u8path(path), err), end; !err && it != end; it.increment(err)) {
-        f(it->path().filename().u8string());
+        std::string name;
+        try {
+            name = it->path().filename().u8string();
+        } catch (const std::exception &) {
+            continue; // no text, and none of ours
+        }
+        f(name);
     }
 }
 
@@ -153,26 +159,9 @@ bool folder::read_block(const std::string & parent, const std::string & key, uin
 
 void folder::remove_damaged(const std::string & path) const {
     std::string why;
-    if (!check(path, nullptr, why) && !why.empty()) {
+    if (!check_or_remove(path, nullptr, why)) {
         set_error("%s", why.c_str());
     }
-}
-
-bool folder::check(const std::string & path, const text_block * block, std::string & why) const {
-    try {
-        check_file(path);
-        if (block && open_block(path).label != block->label()) {
-            throw std::runtime_error(path + ": a block of another text");
-        }
-        return true;
-    } catch (const std::runtime_error & err) {
-        // else it is gone, or what is wrong is not the file, such as too many open ones
-        if (file::open(path)) {
-            remove_file(path);
-            why = std::string("the library has a damaged file, which is removed: ") + err.what();
-        }
-    }
-    return false;
 }
 
 // of a state's file
@@ -223,6 +212,24 @@ void check_file(const std::string & path) {
         throw std::runtime_error(path + ": it is another block than its name says");
     }
     check_sections(b, path);
+}
+
+bool check_or_remove(const std::string & path, const text_block * block, std::string & why) {
+    try {
+        check_file(path);
+        if (block && open_block(path).label != block->label()) {
+            throw std::runtime_error(path + ": a block of another text");
+        }
+        return true;
+    } catch (const std::runtime_error & err) {
+        why = err.what();
+        // else it is gone, or what is wrong is not the file, such as too many open ones
+        if (file::open(path)) {
+            remove_file(path);
+            why = "the library has a damaged file, which is removed: " + why;
+        }
+    }
+    return false;
 }
 
 bool folder::read_state(const text_block & block, std::string & res) const {

@@ -39,9 +39,6 @@ public:
     // the block of a file, by what that says; salt: as in make_block(). false: it depends on something else, or as read_state()
     bool read_block(const std::string & parent, const std::string & key, uint32_t first, const std::string & salt, text_block & res) const;
 
-    // Whether a file is what was written; block: that it has to be of. One that is damaged is removed, and why says so. Any thread
-    bool check(const std::string & path, const text_block * block, std::string & why) const;
-
     // false: it is gone, or damaged; then it is removed, and the error says so
     bool read_state(const text_block & block, std::string & res) const;
 
@@ -72,5 +69,9 @@ private:
 
 // A file of a library, of either kind. Throws std::runtime_error: it cannot be read, or is not what was written
 void check_file(const std::string & path);
+
+// Whether a file is what was written; block: that it has to be of. One that is damaged is removed; one that cannot be opened, or is not ours,
+// is not. why: what is wrong. Any thread
+bool check_or_remove(const std::string & path, const text_block * block, std::string & why);
 
 } // namespace refreekv

@@ -12,7 +12,7 @@ namespace refreekv {
 static const uint32_t N_MIN      = 64; // tokens; a shorter text is read as quickly as it is opened
 static const uint32_t WORTHWHILE = 32; // one part in so many of a prefix has to be new, else the cache goes on from what it has
 
-static const std::string KEY_VERSION = "2";
+static const std::string KEY_VERSION = "3";
 
 static bool begins_with(const std::vector<llama_token> & tokens, const std::vector<llama_token> & beginning) {
     return tokens.size() >= beginning.size() && std::equal(beginning.begin(), beginning.end(), tokens.begin());
@@ -33,7 +33,7 @@ static std::string policy_text(const refreekv_params & params) {
             (double) params.sinks_in_measure, (double) params.n_window, (double) params.window_step, (double) params.n_sink,
             (double) params.n_recent, (double) params.n_hot, (double) params.n_full_layers, (double) params.n_pool, (double) params.n_block,
             (double) params.n_min, (double) params.beta, (double) params.threshold, (double) params.mass_floor, (double) params.top_p,
-            params.budget, (double) params.memory_limit, (double) params.theta, (double) params.max_error });
+            params.budget, (double) params.memory_limit, (double) params.cold_limit, (double) params.theta, (double) params.max_error });
 }
 
 void library::use(const source & from) {
@@ -159,14 +159,12 @@ uint32_t library::find(llama_seq_id seq_id, const std::vector<llama_token> & tok
     std::vector<uint8_t>     good(blocks.size());
     std::vector<std::string> why (blocks.size());
     run_parallel(blocks.size(), p.mover.n_threads(), [&](uint32_t i, uint32_t) {
-        good[i] = dir->check(dir->path_of(blocks[i]), &blocks[i], why[i]);
+        good[i] = check_or_remove(dir->path_of(blocks[i]), &blocks[i], why[i]);
         return REFREEKV_OK;
     });
     const size_t n_good = std::find(good.begin(), good.end(), 0) - good.begin();
     if (n_good < blocks.size()) {
-        if (!why[n_good].empty()) {
-            set_error("%s", why[n_good].c_str());
-        }
+        set_error("%s", why[n_good].c_str());
         n = n_good == 0 ? 0 : blocks[n_good - 1].end();
         blocks.resize(n_good);
     }
@@ -194,6 +192,7 @@ int32_t library::open(llama_seq_id seq_id) {
     }
     const int32_t status = blocks.open(seq_id, paths, from.n_tokens);
     if (status != REFREEKV_OK) {
+        p.kv.seq_rm(seq_id, -1, -1); // it may be what it was
         return status;
     }
     uint32_t n_exact = 0;
@@ -201,7 +200,7 @@ int32_t library::open(llama_seq_id seq_id) {
         n_exact = from.chain[i].exact ? std::min(from.n_tokens, from.chain[i].end()) : n_exact;
     }
     dir->touch(paths);
-    p.exact[seq_id] = n_exact;
+    p.exact[seq_id] = p.keeps_exact_rows() ? n_exact : 0; // what is read next is read behind rows that were rounded
     kept[seq_id].tail = {};
 
     return REFREEKV_OK;
@@ -241,11 +240,14 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
 
     const std::vector<llama_token> tokens(read.begin(), read.begin() + std::min<size_t>(read.size(), n_there));
 
-    if (!dir || tokens.size() < N_MIN) {
+    auto & text = kept[seq_id];
+    text.replaced.clear();
+    text.key.clear();
+
+    // a state may be of another model, which its bytes do not say
+    if (!dir || tokens.size() < N_MIN || p.loaded[seq_id]) {
         return 0;
     }
-    auto & text   = kept[seq_id];
-    text.replaced.clear();
     chain  blocks = blocks_of(tokens, p.exact[seq_id]);
     chain  written;
     try {
@@ -275,9 +277,11 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
             paths.push_back(dir->path_of(block));
         }
         dir->touch(paths);
-        keep_states(seq_id, tokens, states, stays);
+        const bool has_states = keep_states(seq_id, { tokens.begin(), tokens.begin() + blocks.back().end() }, states, stays);
         if (!written.empty()) {
             replace_tail(text, blocks);
+        }
+        if (!written.empty() || has_states) {
             dir->trim();
         }
         text.key = blocks.back().key;
@@ -291,8 +295,16 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
     return blocks.back().end();
 }
 
-void library::keep_states(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays) {
+const char * library::key_of(llama_seq_id seq_id, bool replaced) const {
+    const auto it = kept.find(seq_id);
+
+    return it == kept.end() ? "" : (replaced ? it->second.replaced : it->second.key).c_str();
+}
+
+bool library::keep_states(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays) {
     auto & before = kept[seq_id].states;
+
+    bool res = false;
 
     std::vector<std::pair<std::vector<llama_token>, std::string>> now;
     for (const auto & s : states) {
@@ -303,10 +315,14 @@ void library::keep_states(llama_seq_id seq_id, const std::vector<llama_token> & 
 
         const auto block = blocks_of(its, std::min<uint32_t>(p.exact[seq_id], s.n_tokens)).back();
         const auto path  = dir->path_of_state(block);
-        if (dir->has(path)) {
-            dir->touch({ path });
-        } else {
+        if (!dir->has(path)) {
             dir->write_state(block, s.data, s.size);
+            res = true;
+        } else {
+            dir->touch({ path });
+            if (std::find(before.begin(), before.end(), std::make_pair(its, path)) == before.end()) {
+                continue; // others may want it to stay
+            }
         }
         now.emplace_back(its, path);
     }
@@ -321,6 +337,7 @@ void library::keep_states(llama_seq_id seq_id, const std::vector<llama_token> & 
     if (stays) {
         before.clear();
     }
+    return res;
 }
 
 // the last block that was written is of no use once one with more tokens has its place

@@ -53,7 +53,7 @@ public:
     int32_t keep(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays);
 
     // of the last block that keep() has written or found of a sequence; replaced: of the one that was removed for it. "": none
-    const std::string & key_of(llama_seq_id seq_id, bool replaced) { return replaced ? kept[seq_id].replaced : kept[seq_id].key; }
+    const char * key_of(llama_seq_id seq_id, bool replaced) const;
 
 private:
     parts &  p;
@@ -90,7 +90,9 @@ private:
     chain blocks_of(const std::vector<llama_token> & tokens, uint32_t n_exact) const;
 
     void write(llama_seq_id seq_id, const text_block & block);
-    void keep_states(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays);
+
+    // whether any was written
+    bool keep_states(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<state_of> & states, bool stays);
     void replace_tail(written_text & text, const chain & blocks) const;
 };
 

@@ -2,8 +2,7 @@
 
 #include "tiers/file.h"
 
-#define XXH_INLINE_ALL
-#include "xxhash/xxhash.h"
+#include "hash.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -18,17 +17,7 @@ static std::string bytes_of(const std::vector<llama_token> & tokens) {
 }
 
 std::string hash_of(const std::string & bytes) {
-    XXH128_canonical_t hash;
-    XXH128_canonicalFromHash(&hash, XXH3_128bits(bytes.data(), bytes.size()));
-
-    static const char digits[] = "0123456789abcdef";
-
-    std::string res;
-    for (const uint8_t byte : hash.digest) {
-        res += digits[byte >> 4];
-        res += digits[byte & 15];
-    }
-    return res;
+    return hash_sha256_hex(bytes.data(), bytes.size()).substr(0, REFREEKV_KEY_DIGITS);
 }
 
 std::string text_of(const std::vector<double> & numbers) {
@@ -66,7 +55,7 @@ text_block read_label(const std::string & label, uint32_t first) {
 std::string file_identity(const std::string & path) {
     static const uint64_t N_SAMPLES = 256, SAMPLE = 16 << 10, HEAD = 8 << 20; // bytes
 
-    const auto in   = file::open(path);
+    const auto in   = file::open(path, false);
     const auto size = in ? in->size() : -1;
     if (size < 0) {
         throw std::runtime_error(path + ": " + strerror(errno));

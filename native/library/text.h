@@ -15,10 +15,11 @@ namespace refreekv {
 // An *exact* block was read while nothing before it was evicted: it depends on nothing else. The others, of answers and of what follows them,
 // were computed with codes in the place of what was evicted. Their keys depend on the options of the policy, too: the `salt`.
 //
-// Keys are not cryptographic: whoever opens a block compares its tokens, and those of all blocks before it, with the text that it wants.
+// Keys are cryptographic hashes, because one library may have the texts of several users. Whoever opens a block compares its tokens with those
+// that it wants, too.
 
 static const uint32_t REFREEKV_BLOCK_TOKENS = 256; // in a whole block, which has the sinks besides where it is the first
-static const size_t   REFREEKV_KEY_DIGITS   = 32;
+static const size_t   REFREEKV_KEY_DIGITS   = 40;
 
 struct text_block {
     std::string              key;    // hexadecimal digits
@@ -33,7 +34,7 @@ struct text_block {
     std::string label() const;
 };
 
-// in hexadecimal digits
+// the first 160 bits of SHA-256, in hexadecimal digits
 std::string hash_of(const std::string & bytes);
 
 // of several numbers, for a hash: equal texts are equal numbers

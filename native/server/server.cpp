@@ -120,6 +120,9 @@ static const char * library_refusal(llama_context * ctx, const common_params & p
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || (llama_model_n_swa(model) > 0 && !params.swa_full)) {
         return "the server keeps no states of recurrent layers and of layers with a window";
     }
+    if (g_evicted == evicted::RECOMPUTE) {
+        return "evicted is recompute: each prompt is read";
+    }
     if (has_draft) {
         return "a draft model reads its prompts itself";
     }
@@ -165,10 +168,12 @@ bool use_library(llama_context * ctx, const common_params & params, bool has_dra
         }
     }
     if (why) {
-        LOG_INF("the library is not used: %s\n", why);
+        LOG_INF("what is read is not kept in the library: %s\n", why);
         g_library = {};
+        return false;
     }
-    return !why;
+    LOG_INF("what is read is kept in %s (--no-library: it is not), and not in memory (--cache-ram)\n", g_library.folder.c_str());
+    return true;
 }
 
 // without images

@@ -27,13 +27,23 @@ namespace refreekv::server {
 // "": none is set, which leaves it to the environment. False after logging what is wrong
 bool set_policy(const std::string & text);
 
-// Opens the library, if set_policy() was given one and the model can have it, else logs why it cannot. has_draft: there is a draft model, too.
+// Opens the library, if set_policy() was given one and the model can have it, and logs where it is, or why there is none. has_draft: there is a draft model, too.
 // Whether there is one
 bool use_library(llama_context * ctx, const common_params & params, bool has_draft);
 
 // Whether cells are evicted: then the server must not move or cut what is in the cache by itself (cache reuse, context shift), since upstream ends
 // the process where that is refused
 bool evicts(llama_context * ctx);
+
+// of upstream's server_tokens, with LLAMA_TOKEN_NULL in the places of an image
+template <typename T>
+std::vector<llama_token> all_tokens(const T & tokens) {
+    std::vector<llama_token> res;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        res.push_back(tokens[i]);
+    }
+    return res;
+}
 
 // A prompt is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what lies behind, or
 // opens more of it from the library (may_open); brings back what was evicted of the rest where the next prompt needs it, and announces the

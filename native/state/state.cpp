@@ -273,6 +273,7 @@ bool states::read(llama_io_read_i & io, uint32_t cell_count, const llama_kv_cach
 
     for (llama_seq_id s = 0; s < p.logical.n_seq_ids(); ++s) {
         for (uint32_t i = 0; i < cell_count; ++i) {
+            p.loaded[s] |= p.logical.seq_has(list[i], s);
             if (behind[i] && p.logical.seq_has(list[i], s)) {
                 p.pruned[s] = std::max(p.pruned[s], p.logical.pos_of(list[i]));
                 p.ring.forget(s);

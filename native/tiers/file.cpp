@@ -34,7 +34,7 @@
 namespace refreekv {
 
 static int     open_unnamed(const std::string & dir); // -1: errno says why not
-static int     open_path(const std::string & path, bool is_new);
+static int     open_path(const std::string & path, bool is_new, bool own);
 static bool    set_file_size(int fd);
 static int64_t file_size(int fd);
 static int64_t write_at(int fd, const void * data, size_t size, uint64_t offset);
@@ -63,11 +63,11 @@ std::unique_ptr<file> file::make_unnamed(const std::string & dir) {
 }
 
 std::unique_ptr<file> file::make(const std::string & path) {
-    return of(open_path(path, true));
+    return of(open_path(path, true, true));
 }
 
-std::unique_ptr<file> file::open(const std::string & path) {
-    return of(open_path(path, false));
+std::unique_ptr<file> file::open(const std::string & path, bool own) {
+    return of(open_path(path, false, own));
 }
 
 file::~file() {
@@ -110,7 +110,7 @@ void make_folder(const std::string & path) {
     namespace fs = std::filesystem;
 
     std::error_code err;
-    fs::create_directories(fs::u8path(path).parent_path(), err);
+    fs::create_directories((fs::u8path(path)/".").parent_path().parent_path(), err);
     if (!make_one_folder(path) || !fs::is_directory(fs::u8path(path), err)) {
         throw std::runtime_error(path + ": " + (errno == EEXIST ? "it is not a folder" : strerror(errno)));
     }
@@ -134,7 +134,7 @@ static std::wstring wide(const std::string & path) {
     return res;
 }
 
-static int open_path(const std::string & path, bool is_new) {
+static int open_path(const std::string & path, bool is_new, bool) {
     int fd = -1;
     errno = _wsopen_s(&fd, wide(path).c_str(), _O_BINARY | _O_NOINHERIT | (is_new ? _O_RDWR | _O_CREAT | _O_EXCL : _O_RDONLY), _SH_DENYNO, _S_IREAD | _S_IWRITE);
 
@@ -255,12 +255,13 @@ static bool is_own(int fd) {
     return fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && info.st_nlink <= 1 && (info.st_uid == geteuid() || info.st_uid == 0);
 }
 
-static int open_path(const std::string & path, bool is_new) {
+static int open_path(const std::string & path, bool is_new, bool own) {
     if (is_new) {
         return repeat_interrupted([&]() { return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600); });
     }
-    const int fd = repeat_interrupted([&]() { return ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); }); // a pipe would wait for its writer
-    if (fd < 0 || is_own(fd)) {
+    // a pipe would wait for its writer
+    const int fd = repeat_interrupted([&]() { return ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC | (own ? O_NOFOLLOW : 0)); });
+    if (fd < 0 || !own || is_own(fd)) {
         return fd;
     }
     close(fd);

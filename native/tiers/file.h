@@ -14,7 +14,8 @@ public:
     // nullptr: it cannot be had, and errno says why
     static std::unique_ptr<file> make_unnamed(const std::string & dir); // it is gone when it is closed, however the process ends
     static std::unique_ptr<file> make(const std::string & path);        // a new one, for its owner alone
-    static std::unique_ptr<file> open(const std::string & path);        // to be read; not one that others may have put there (is_own)
+    // to be read; own: not one that others may have put there (is_own)
+    static std::unique_ptr<file> open(const std::string & path, bool own = true);
 
     ~file();
 
@@ -43,7 +44,7 @@ private:
 
 void remove_file(const std::string & path);
 
-// for its owner alone, if it is not there; and those above it. Throws std::runtime_error
+// for its owner alone, if it is not there; and those above it as others are made. Throws std::runtime_error
 void make_folder(const std::string & path);
 
 // a process that was forked off from another has the same files

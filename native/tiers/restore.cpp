@@ -107,7 +107,8 @@ int64_t restoration::restore_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p
             return std::none_of(its.begin(), its.end(), [&](const placed & c) { return layer.lacks(c.cell); });
         });
         if (whole) {
-            p.pruned[s]     = -1;
+            p.pruned[s] = -1;
+            p.exact [s] = p.keeps_exact_rows() ? p.exact[s] : 0;
             p.layouts.make_stale();
         }
     }

@@ -8,21 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from refreekv_cpp import native
+from refreekv_cpp._files import remove_left_behind, why_not_private, write_file
 from refreekv_cpp.errors import CacheStateError
 
-# A folder may have files of others in it: copies that a program has made of a block, or anything. Keys of an earlier
-# version are longer.
-_BLOCK_NAME = re.compile(r"(?P<parent>[0-9a-f]{32,})-(?P<key>[0-9a-f]{32,})\.block")
-_STATE_NAME = re.compile(r"[0-9a-f]{32,}-[0-9a-f]{32,}-[0-9]+\.state")
+# a folder may have files of others in it: copies that a program has made of a block, or anything
+_BLOCK_NAME = re.compile(r"(?P<parent>[0-9a-f]{40})-(?P<key>[0-9a-f]{40})\.block")
+_STATE_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}-[0-9]+\.state")
 _NO_LIMIT = 2**63 - 1
 
 
@@ -58,8 +56,12 @@ class Library:
         self.folder = folder
         self.names = folder / "names"
         native.library_tidy(folder, _NO_LIMIT)
+        if reason := why_not_private(folder):  # somebody else may have been faster
+            raise CacheStateError(f"{folder}: {reason}")
         with contextlib.suppress(OSError):
             self.names.mkdir(mode=0o700, exist_ok=True)
+        remove_left_behind(self.names)
+        self._remove_names()
 
     def texts(self) -> list[Text]:
         """All, the one that was used last first. A text that another one begins with is listed if it has a name."""
@@ -96,6 +98,9 @@ class Library:
         for path in text.blocks:
             if path not in needed:
                 _remove(path)
+        for path, name in self._named():
+            if name["key"] == text.key:
+                _remove(path)
         native.library_tidy(self.folder, _NO_LIMIT)  # which removes its states
         self._remove_names()
         return before - self.n_bytes()
@@ -110,17 +115,14 @@ class Library:
 
     def check_all(self) -> tuple[int, list[str]]:
         """Read all files. Returns how many are whole, and what is wrong with the others. Those that are damaged are
-        removed, those that cannot be opened are not."""
+        removed; those that cannot be opened, or are not this user's, are not."""
         n_good, errors = 0, []
         for path in list(self._files()):
             try:
-                native.library_check(path)
+                native.library_check(path, may_remove=True)
                 n_good += 1
             except CacheStateError as error:
                 errors.append(str(error))
-                with contextlib.suppress(OSError):
-                    path.open("rb").close()
-                    _remove(path)
         return n_good, errors
 
     # -- names
@@ -131,15 +133,9 @@ class Library:
         Raises:
             OSError: it cannot be written.
         """
-        temporary = self.names / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
         # the name of a file may be no text, which Python reads as lone surrogates
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-                json.dump({"name": name, "key": key}, file)
-            temporary.replace(self.names / f"{digest}.json")
-        finally:
-            _remove(temporary)
+        write_file(self.names / f"{digest}.json", json.dumps({"name": name, "key": key}))
 
     def follow(self, key: str, later: str) -> None:
         """The text that ended with a block ends with a later one now: so does its name."""
@@ -164,7 +160,7 @@ class Library:
 
     def _blocks(self) -> Iterator[tuple[Path, re.Match[str]]]:
         for path in self.folder.glob("*.block"):
-            if match := _BLOCK_NAME.fullmatch(path.name):
+            if (match := _BLOCK_NAME.fullmatch(path.name)) and path.is_file():  # a pipe would wait for its writer
                 yield path, match
 
     def _files(self) -> Iterator[Path]:

@@ -256,13 +256,16 @@ def library_key(ctx: Any, seq_id: int, *, replaced: bool = False) -> str:
     return str(ffi.string(_lib.refreekv_library_key(_context(ctx), seq_id, replaced)).decode())
 
 
-def library_check(path: Path) -> None:
+def library_check(path: Path, *, may_remove: bool = False) -> None:
     """Read a file of the library, and compare its checksums.
+
+    Args:
+        may_remove: it is removed if it is damaged, unless it cannot be opened, or is not this user's.
 
     Raises:
         CacheStateError: it is damaged, none of a library's, or cannot be read.
     """
-    _check(_lib.refreekv_library_check(os.fsencode(path)))
+    _check(_lib.refreekv_library_check(os.fsencode(path), may_remove))
 
 
 def library_tidy(folder: Path, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Damaged and made-up inputs: states, blocks of a library, calls of the C API. docs/reliability.md.
+"""Damaged and made-up inputs: states, blocks of a library, calls of the C API. docs/development/reliability.md.
 
     python tests/fuzz/fuzz.py [--target state --target block ...] [--inputs 1000000] [--first 0]
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import llama_cpp
 import numpy as np
 import typer
-from books import TEXT, files, write
+from books import files
 from support import Sequences
 from tiny import TinyModel, random_tokens
 
@@ -132,25 +132,35 @@ def whole_state(model: Path, folder: Path) -> tuple[list[bytes], Run]:
 
 
 def block(model: Path, folder: Path) -> tuple[list[bytes], Run]:
-    """refreekv_library_check and _open. The checksums are mended after a change, where there is a compiler for them."""
-    write(model, folder / "library", TEXT[:700])
-    seeds = [path.read_bytes() for path in files(folder / "library")]
+    """A text that is opened from a library with one such block. The checksums are mended after a change, where there is
+    a compiler for them."""
     checksum = _xxh3(folder)
     ctx = _context(model)
-    path = folder / "one.block"
+    tokens = random_tokens(700)
+    native.library_use(ctx.ctx, folder / "library", 2**40, [model], "", "")
+    ctx.read(0, tokens)
+    native.prune(ctx.ctx, 0)
+    native.library_keep(ctx.ctx, 0, tokens, [], stay=False)
+    whole = {path: path.read_bytes() for path in files(folder / "library")}
+    names = {data[_HEADER.size : _HEADER.size + 40]: path for path, data in whole.items()}  # by their keys
 
     def run(data: bytes) -> None:
-        path.write_bytes(data if checksum is None else _mended(data, checksum))
+        data = data if checksum is None else _mended(data, checksum)
+        changed = names.get(data[_HEADER.size : _HEADER.size + 40], next(iter(whole)))
+        changed.write_bytes(data)
         with suppress(RefreeKVError):
-            native.library_check(path, None)
+            native.library_check(changed)
+        with suppress(RefreeKVError):
             ctx.remove(0)
-            native.library_open(ctx.ctx, 0, [path], max(1, int.from_bytes(data[20:22], "little") % 700))
+            if native.library_find(ctx.ctx, 0, tokens, 0, with_state=False):
+                native.library_open(ctx.ctx, 0)
             _decode(ctx, 0)
         if ctx.n_tokens(1) > 300:
             ctx.remove(1)
         _decode(ctx, 1)
+        changed.write_bytes(whole[changed])
 
-    return seeds, run
+    return list(whole.values()), run
 
 
 def calls(model: Path, folder: Path) -> tuple[list[bytes], Run]:
@@ -160,7 +170,9 @@ def calls(model: Path, folder: Path) -> tuple[list[bytes], Run]:
     n_vocab = ctx.model.n_vocab()
     saved: dict[int, bytes] = {}
     rng = np.random.default_rng(0)
-    path = folder / "a.block"
+    for its in (ctx, other):
+        native.library_use(its.ctx, folder / "library", 1 << 20, [model], "", "")
+    texts = [random_tokens(700, seed=i) for i in range(3)]
     seeds = [rng.integers(0, 256, 4 * n, dtype=np.uint8).tobytes() for n in (4, 16, 64)]
 
     def one(its: Sequences, what: int, a: int, b: int, c: int) -> None:
@@ -199,10 +211,10 @@ def calls(model: Path, folder: Path) -> tuple[list[bytes], Run]:
         elif what == 15:
             native.usable_prefix(its.ctx, any_seq, b, c)
         elif what == 16:
-            path.unlink(missing_ok=True)
-            native.library_write(its.ctx, seq, p0, p1, c % 8, b"label", path)
+            native.library_keep(its.ctx, any_seq, texts[b % 3][: c * 4], [(c, memoryview(b"state"))], stay=bool(b % 2))
         elif what == 17:
-            native.library_open(its.ctx, seq, [path] * (b % 3), p1)
+            native.library_find(its.ctx, any_seq, texts[b % 3], c, with_state=b > 200)
+            native.library_open(its.ctx, seq)
         elif what == 18:
             native.kept(its.ctx, any_seq, c % 6)
             native.read_queries(its.ctx, any_seq, c % 6)

@@ -204,6 +204,27 @@ def test_with_another_model_it_is_another_text(tiny: Tiny, tmp_path: Path) -> No
     assert opened(tiny("mha"), tmp_path).n_tokens == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_model_may_be_a_link(tiny_model: Path, tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """As in the folders where downloads are kept."""
+    link(tiny_model, tmp_path / "model.gguf")
+    write(tmp_path / "model.gguf", tmp_path / "library")
+    assert opened(tiny_model, tmp_path / "library").n_tokens == len(TEXT)
+
+
+def test_what_came_with_a_state_is_not_kept(tiny_model: Path, tmp_path: Path) -> None:
+    """It may be of another model, which its bytes do not say."""
+    other = read(reader(tiny_model, None))
+    llm = reader(tiny_model, tmp_path)
+    llm.load_state(other.save_state())
+    assert llm.keep_kv() == 0
+    assert files(tmp_path) == []
+    llm.reset()
+    llm.eval(TEXT)
+    assert llm.keep_kv() == len(TEXT)
+
+
 def test_with_an_adapter_it_is_another_text(tiny_model: Path, tmp_path: Path) -> None:
     write_lora(adapter := tmp_path / "adapter.gguf", tiny_model)
     write(tiny_model, tmp_path / "library", lora_path=str(adapter))
@@ -371,6 +392,19 @@ def test_there_is_no_room_to_open_it(tiny_model: Path, tmp_path: Path) -> None:
     other = reader(tiny_model, None)
     other.eval(TEXT[:50])
     np.testing.assert_array_equal(feed(llm, MORE), feed(other, MORE))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_file_of_two_names_is_not_damaged(tiny_model: Path, tmp_path: Path) -> None:
+    """A backup that shares files with the folder: they are not opened, and stay."""
+    write(tiny_model, tmp_path / "library")
+    before = files(tmp_path / "library")
+    for path in before:
+        os.link(path, tmp_path / path.name)
+    llm = opened(tiny_model, tmp_path / "library")
+    assert llm.n_tokens == 0
+    assert llm._library.check_all()[0] == 0
+    assert files(tmp_path / "library") == before
 
 
 def test_the_library_keeps_to_its_limit(tiny_model: Path, tmp_path: Path) -> None:

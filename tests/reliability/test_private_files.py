@@ -110,10 +110,10 @@ def replace_by_pipe(path: Path, target: Path) -> None:
 def test_a_block_is_a_plain_file(tiny_model: Path, tmp_path: Path, replace: object) -> None:
     write(tiny_model, tmp_path / "library")
     path = files(tmp_path / "library")[0]
-    native.library_check(path, None)
+    native.library_check(path)
     replace(path, tmp_path / "target")  # type: ignore[operator]
     with pytest.raises(CacheStateError, match=str(path)):
-        native.library_check(path, None)
+        native.library_check(path)
 
 
 @pytest.mark.parametrize("replace", [replace_by_link, replace_by_hard_link])

@@ -1,4 +1,4 @@
-"""Short forms of the programs in docs/reliability.md: faults, kills."""
+"""Short forms of the programs in docs/development/reliability.md: faults, kills."""
 
 from __future__ import annotations
 

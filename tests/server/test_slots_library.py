@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from serving import send, serving
+from compatibility.images import N_EMBD
+from serving import send, serving, user
 from tiny import N_SPECIAL
 from tiny_lora import write_lora
+from tiny_projector import random_png, write_projector
 
 from refreekv_cpp import Llama
 from refreekv_cpp._cache_dir import VARIABLE
@@ -90,6 +94,24 @@ def test_what_was_damaged_is_read(tiny_model: Path, env: dict[str, str], tmp_pat
         again, n_there = ask(client, LONG, id_slot=0)
         assert again == answer
         assert n_there < 10
+
+
+@pytest.mark.parametrize("policy", ["full", "refreekv"])
+def test_images_are_read(tiny: Callable[[str], Path], env: dict[str, str], tmp_path: Path, policy: str) -> None:
+    """A prompt with an image is not in the library; one without is, also where there is a projector."""
+    write_projector(projector := tmp_path / "projector.gguf", "mlp", N_EMBD)
+    options = ["--mmproj", str(projector), "--kv-policy", policy, "--no-jinja", "--parallel", "1"]
+    url = "data:image/png;base64," + base64.b64encode(random_png(64, 64)).decode()
+    image = user([{"type": "text", "text": LONG}, {"type": "image_url", "image_url": {"url": url}}])
+    text = user(LONG)
+    with serving(tiny("gqa"), *QUICK, *options, env=env) as client:
+        counts = []
+        for messages in (image, text, image, text):
+            answer = client.chat.completions.create(model="x", messages=messages, max_tokens=4, temperature=0)
+            counts.append(answer.timings["cache_n"])
+    assert counts[0] == 0
+    assert counts[3] > 1000
+    assert bool(list((tmp_path / "cache").rglob("*.block"))) == (policy == "refreekv")
 
 
 def test_with_adapters_there_is_none(tiny_model: Path, env: dict[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every allocation of native/, and every call on a file, fails once: docs/reliability.md.
+"""Every allocation of native/, and every call on a file, fails once: docs/development/reliability.md.
 
     python tests/tools/faults.py [--most 1000000] [--kind memory --kind EIO ...]
 

@@ -1,4 +1,4 @@
-"""A process is killed while it spills, writes to its library, or saves a conversation: docs/reliability.md.
+"""A process is killed while it spills, writes to its library, or saves a conversation: docs/development/reliability.md.
 
     python tests/tools/kills.py [--kills 200] [--seed 0]
 

@@ -13,7 +13,6 @@ from refreekv_cpp.cli.common import ModelArgument
 from refreekv_cpp.cli.options import ChatOptions, takes_options
 from refreekv_cpp.cli.serve_python import serve_python
 from refreekv_cpp.models import resolve
-from refreekv_cpp.options import read_option
 
 # what a model cannot have a policy with
 _NO_CACHE = ("--embedding", "--rerank")
@@ -76,10 +75,9 @@ def serve(
     load = {"n_ctx": 0} if options.n_ctx == "0" else {}
     path = resolve(model)
     fit.check_model(path)
-    llama_options = options.with_library().llama_options(path, **load)
     line = llama_server.arguments(
         path,
-        llama_options,
+        options.with_library().llama_options(path, **load),
         slots=slots,
         shared=options.n_ctx == "auto",  # as much as memory has room for
         host=host,
@@ -87,10 +85,6 @@ def serve(
     )
     if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
         line += ["--alias", path.stem]  # else the model's name would be its path on this machine
-    if folder := read_option("kv_library", llama_options.get("kv_library")):
-        common.print_note(
-            f"What is read is kept in {folder}, so that it is not read again; --no-library: it is not kept"
-        )
     if port:
         address = llama_server.address(host, port)
         common.print_note(
