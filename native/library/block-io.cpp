@@ -174,6 +174,17 @@ int32_t block_io::write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32
     return status;
 }
 
+bool block_io::came_from_blocks(llama_seq_id seq_id, llama_pos first, uint32_t n) const {
+    const auto & all = p.logical.table_of_seq(seq_id).seq_pos_get(seq_id);
+
+    for (auto it = all.lower_bound({ first, 0 }); it != all.end() && (uint32_t) (it->first - first) < n; ++it) {
+        if (!p.cold.is_attached(p.layers.front(), p.logical.first_of(seq_id) + it->second)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // cells: in the order of positions; hot: those whose rows are to be in the cache
 int32_t block_io::open_layer(layer & layer, const std::vector<uint32_t> & cells, const std::vector<uint8_t> & hot, const std::vector<part> & blocks, size_t i_layer, rows::host_rows & in) {
     std::vector<uint8_t>  codes;

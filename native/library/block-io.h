@@ -22,6 +22,9 @@ public:
     // is no file
     int32_t write(llama_seq_id seq_id, llama_pos first, uint32_t n, uint32_t n_before, const std::string & label, const std::string & path);
 
+    // whether all rows of these positions came from block files, if there are any
+    bool came_from_blocks(llama_seq_id seq_id, llama_pos first, uint32_t n) const;
+
     // The sequence becomes what these blocks have of its first n positions. A refreekv_status. After an error, the sequence is empty, or
     // what it was where the blocks do not fit
     int32_t open(llama_seq_id seq_id, const std::vector<std::string> & paths, uint32_t n);

@@ -256,6 +256,11 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
             const auto its = dir->path_of(blocks[i]);
 
             const bool is_new = !dir->has(its);
+            // a block that was opened and is gone now may have been damaged: it is not written again with what was read from it
+            if (is_new && this->blocks.came_from_blocks(seq_id, blocks[i].first, blocks[i].tokens.size())) {
+                blocks.resize(i);
+                break;
+            }
             if (is_new) {
                 write(seq_id, blocks[i]);
                 written.push_back(blocks[i]);
@@ -268,6 +273,9 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
                 }
                 blocks.resize(i);
             }
+        }
+        if (blocks.empty() && n_bytes == 0) {
+            return 0;
         }
         if (blocks.empty()) {
             throw std::runtime_error("there is no room for one block within its limit of " + std::to_string(dir->get_limit()) + " bytes");

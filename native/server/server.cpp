@@ -117,7 +117,7 @@ bool set_policy(const std::string & text) {
 static const char * library_refusal(llama_context * ctx, const common_params & params, bool has_draft) {
     const auto * model = llama_get_model(ctx);
 
-    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || (llama_model_n_swa(model) > 0 && !params.swa_full)) {
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || llama_model_n_swa(model) > 0) {
         return "the server keeps no states of recurrent layers and of layers with a window";
     }
     if (g_evicted == evicted::RECOMPUTE) {
@@ -203,8 +203,16 @@ static int32_t open_from_library(llama_context * ctx, llama_seq_id seq_id, int32
 
 // turns
 
+// asked once for each context, since the answer "no" is an error that is logged
 static bool has_policy(llama_context * ctx) {
-    return refreekv_pruned_pos(ctx, 0) >= -1;
+    static llama_context * asked = nullptr;
+    static bool            res   = false;
+
+    if (ctx != asked) {
+        asked = ctx;
+        res   = refreekv_pruned_pos(ctx, 0) >= -1;
+    }
+    return res;
 }
 
 bool evicts(llama_context * ctx) {

@@ -33,6 +33,7 @@ public:
     bool     any()    const { return n_bytes + n_attached > 0; }
 
     bool has(const layer & g, uint32_t cell) const { return exists() && g.is_cold[cell]; }
+    bool is_attached(const layer & g, uint32_t cell) const { return exists() && g.is_cold[cell] == ATTACHED; } // to a file that others wrote
 
     // empty, with places for the rows of these layers
     void reset(std::vector<layer> & layers);

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
+
 from refreekv_cpp import _chat, _upstream, native, spans
 from refreekv_cpp._library import Library
 from refreekv_cpp._log import inform, logger
@@ -31,6 +33,8 @@ class KeptSequence(PrunedSequence):
             reason = "a chat handler may read images"
         elif _upstream.keeps_all_logits(self):
             reason = "logits_all=True (or a draft model) needs the logits of all tokens"
+        elif self.context_params.swa_full and llama_cpp.llama_model_n_swa(self.model) > 0:
+            reason = "swa_full=True: the layers with a window would be in no block and in no state"
         if reason is None:
             files = [*shards(Path(self.model_path)), *([] if self.lora_path is None else [Path(self.lora_path)])]
             reads_with = "" if self.lora_path is None else f"lora {self.lora_scale}"

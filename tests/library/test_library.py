@@ -213,6 +213,17 @@ def test_a_model_may_be_a_link(tiny_model: Path, tmp_path: Path, link: Callable[
     assert opened(tiny_model, tmp_path / "library").n_tokens == len(TEXT)
 
 
+def test_what_was_opened_is_not_written_again(tiny_model: Path, tmp_path: Path) -> None:
+    """A block that is gone may have been damaged after it was opened."""
+    write(tiny_model, tmp_path)
+    llm = opened(tiny_model, tmp_path)
+    for path in files(tmp_path):
+        path.unlink()
+    llm.eval(MORE)
+    assert llm.keep_kv() == 0
+    assert files(tmp_path) == []
+
+
 def test_what_came_with_a_state_is_not_kept(tiny_model: Path, tmp_path: Path) -> None:
     """It may be of another model, which its bytes do not say."""
     other = read(reader(tiny_model, None))

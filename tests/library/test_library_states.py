@@ -51,6 +51,14 @@ def test_a_conversation_goes_on_where_it_stopped(tiny: Tiny, tmp_path: Path, nam
     assert answer == generate(first, [*tokens, *QUESTION])
 
 
+def test_with_swa_full_there_is_none(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layers with a window have room for the whole context then, and are neither in blocks nor in states."""
+    llm = reader(tiny(MODELS[0]), tmp_path, swa_full=True, verbose=True)
+    assert "kv_library is not used: swa_full=True" in capsys.readouterr().err
+    generate(llm, TEXT)
+    assert files(tmp_path) == []
+
+
 def test_a_text_that_grows_has_two(tiny: Tiny, tmp_path: Path) -> None:
     llm = reader(tiny(MODELS[2]), tmp_path)
     texts = [TEXT[:600], random_tokens(300, seed=4)]

@@ -114,6 +114,27 @@ def test_images_are_read(tiny: Callable[[str], Path], env: dict[str, str], tmp_p
     assert bool(list((tmp_path / "cache").rglob("*.block"))) == (policy == "refreekv")
 
 
+def test_with_windows_there_is_none(tiny: Callable[[str], Path], env: dict[str, str], tmp_path: Path) -> None:
+    for options in ([], ["--swa-full"]):
+        with serving(tiny("gemma3 (sliding window)"), *QUICK, *options, env=env) as client:
+            ask(client, LONG)
+        assert list((tmp_path / "cache").rglob("*.block")) == []
+
+
+def test_what_came_from_a_slot_file_is_not_kept(
+    tiny: Callable[[str], Path], env: dict[str, str], tmp_path: Path
+) -> None:
+    """It may be of another model of the same shape."""
+    slots = [*QUICK, "--slot-save-path", str(tmp_path), "--parallel", "1"]
+    with serving(tiny("gqa"), *slots, "--no-library", env=env) as client:
+        ask(client, LONG)
+        assert send(client, "/slots/0?action=save", {"filename": "a"})[0] == 200
+    with serving(tiny("gqa"), *slots, env=env) as client:
+        assert send(client, "/slots/0?action=restore", {"filename": "a"})[0] == 200
+        assert ask(client, LONG)[1] > 1000
+    assert list((tmp_path / "cache").rglob("*.block")) == []
+
+
 def test_with_adapters_there_is_none(tiny_model: Path, env: dict[str, str], tmp_path: Path) -> None:
     """They can be changed with each request."""
     write_lora(adapter := tmp_path / "adapter.gguf", tiny_model)
