@@ -60,14 +60,7 @@ static std::string this_host() {
 
 template <typename F>
 void folder::for_files(F && f) const {
-    std::error_code err;
-    for (fs::directory_iterator it(fs::u8path(path), err), end; !err && it != end; it.increment(err)) {
-        std::string name;
-        try {
-            name = it->path().filename().u8string();
-        } catch (const std::exception &) {
-            continue; // no text, and none of ours
-        }
+    for (const auto & name : list_folder(path)) {
         f(name);
     }
 }

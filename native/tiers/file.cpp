@@ -23,6 +23,7 @@
 #include <mutex>
 #include <random>
 #else
+#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
@@ -166,6 +167,22 @@ static int open_unnamed(const std::string & dir) {
     return fd;
 }
 
+std::vector<std::string> list_folder(const std::string & path) {
+    namespace fs = std::filesystem;
+
+    std::vector<std::string> res;
+
+    std::error_code err;
+    for (fs::directory_iterator it(fs::u8path(path), err), end; !err && it != end; it.increment(err)) {
+        try {
+            res.push_back(it->path().filename().u8string());
+        } catch (const std::system_error &) {
+            // its name is no text, and none of ours
+        }
+    }
+    return res;
+}
+
 static bool make_one_folder(const std::string & path) {
     return _wmkdir(wide(path).c_str()) == 0 || errno == EEXIST;
 }
@@ -277,6 +294,16 @@ static int64_t file_size(int fd) {
 
 void remove_file(const std::string & path) {
     unlink(path.c_str());
+}
+
+std::vector<std::string> list_folder(const std::string & path) {
+    std::vector<std::string> res;
+
+    const std::unique_ptr<DIR, int (*)(DIR *)> dir(opendir(path.c_str()), closedir);
+    while (const dirent * entry = dir ? readdir(dir.get()) : nullptr) {
+        res.push_back(entry->d_name);
+    }
+    return res;
 }
 
 static bool make_one_folder(const std::string & path) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace refreekv {
 
@@ -43,6 +44,9 @@ private:
 };
 
 void remove_file(const std::string & path);
+
+// The names of what is in a folder; none where it cannot be read. Throws std::bad_alloc, where std::filesystem would end the process
+std::vector<std::string> list_folder(const std::string & path);
 
 // for its owner alone, if it is not there; and those above it as others are made. Throws std::runtime_error
 void make_folder(const std::string & path);

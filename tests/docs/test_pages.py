@@ -61,3 +61,9 @@ def test_python_in_pages_can_be_compiled() -> None:
                 compile(code, str(page), "exec")
                 n_blocks += 1
     assert n_blocks
+
+
+def test_the_page_of_examples_shows_each_script() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for script in (ROOT / "examples").glob("*.py"):
+        assert f'--8<-- "examples/{script.name}"' in text
