@@ -241,13 +241,16 @@ void folder::write_state(const text_block & block, const void * data, size_t siz
     const auto head = head_of(block.key, data, size);
     const auto its  = temporary();
 
-    const auto out = file::make(its);
-    if (!out || cold_failure.now() || !out->write(0, &head, sizeof(head)) || !out->write(sizeof(head), data, size)) {
-        const std::string why = strerror(errno);
+    try {
+        const auto out = file::make(its);
+        if (!out || cold_failure.now() || !out->write(0, &head, sizeof(head)) || !out->write(sizeof(head), data, size)) {
+            throw std::runtime_error(its + ": " + strerror(errno));
+        }
+        rename(its, path_of_state(block));
+    } catch (...) {
         remove_file(its);
-        throw std::runtime_error(its + ": " + why);
+        throw;
     }
-    rename(its, path_of_state(block));
 }
 
 std::string folder::temporary() const {

@@ -229,10 +229,15 @@ void library::write(llama_seq_id seq_id, const text_block & block) {
     const auto     temporary = dir->temporary();
     const uint32_t n_before  = block.first == 0 ? std::min<uint32_t>(p.params.n_sink, block.tokens.size()) : 0;
 
-    if (blocks.write(seq_id, block.first, block.tokens.size(), n_before, block.label(), temporary) != REFREEKV_OK) {
-        throw std::runtime_error(last_error());
+    try {
+        if (blocks.write(seq_id, block.first, block.tokens.size(), n_before, block.label(), temporary) != REFREEKV_OK) {
+            throw std::runtime_error(last_error());
+        }
+        dir->rename(temporary, dir->path_of(block));
+    } catch (...) {
+        remove_file(temporary);
+        throw;
     }
-    dir->rename(temporary, dir->path_of(block));
 }
 
 int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read, const std::vector<state_of> & states, bool stays) {

@@ -4,6 +4,7 @@
 
 #include "json.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,15 @@ std::vector<llama_token> all_tokens(const T & tokens) {
         res.push_back(tokens[i]);
     }
     return res;
+}
+
+// The tokens of a slot, of which the first n_shared are those of a prompt, become the first n of the prompt
+template <typename T>
+void follow(T & tokens, const T & prompt, int n_shared, int n) {
+    tokens.keep_first(std::min(n_shared, n));
+    for (int i = n_shared; i < n; ++i) {
+        tokens.push_back(prompt[i]);
+    }
 }
 
 // A prompt is about to be read into a sequence, whose first n_past tokens, up to position p_past, it shares. Removes what lies behind, or

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -120,6 +120,15 @@ def test_it_can_be_used_afterwards(tiny_model: Path, tmp_path: Path, step: str, 
         in_another_thread(llm.close)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, also in a process that was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("at", [1, 3, 4, 6], ids=["prefill", "the prompt's last batch", "decode", "later"])
 def test_a_signal_between_batches(tiny_model: Path, at: int) -> None:
     """The signal itself, at a batch of the prompt and of the answer. The prompt is pruned before the fourth batch."""
