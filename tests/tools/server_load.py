@@ -1,4 +1,4 @@
-"""Several conversations at once on llama.cpp's server, with a policy and without one: docs/results/server.md.
+"""Several conversations at once on llama.cpp's server, with a policy and without one.
 
     python tests/tools/server_load.py MODEL [--conversations 8] [--tokens 3000] [--slots 4] [--rounds 2]
 
