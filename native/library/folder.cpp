@@ -264,7 +264,6 @@ void folder::rename(const std::string & temporary, const std::string & path) con
     std::error_code err;
     fs::rename(fs::u8path(temporary), fs::u8path(path), err);
     if (err) {
-        remove_file(temporary);
         throw std::runtime_error(path + ": " + err.message());
     }
 }

@@ -45,7 +45,7 @@ public:
     // throw std::runtime_error
     void        write_state(const text_block & block, const void * data, size_t size) const;
     std::string temporary() const;                                                  // a new name
-    void        rename(const std::string & temporary, const std::string & path) const;
+    void        rename(const std::string & temporary, const std::string & path) const; // the temporary one stays where it fails
 
     // They were used now. Of several, the last ones are removed first
     void touch(const std::vector<std::string> & paths) const;

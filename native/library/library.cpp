@@ -253,8 +253,8 @@ int32_t library::keep(llama_seq_id seq_id, const std::vector<llama_token> & read
     if (!dir || tokens.size() < N_MIN || p.loaded[seq_id]) {
         return 0;
     }
-    chain  blocks = blocks_of(tokens, p.exact[seq_id]);
-    chain  written;
+    chain blocks = blocks_of(tokens, p.exact[seq_id]);
+    chain written;
     try {
         uint64_t n_bytes = 0; // of this text
         for (size_t i = 0; i < blocks.size(); ++i) {

@@ -29,8 +29,6 @@ public:
     // nullptr: this cache can be written and opened, else why it cannot
     const char * refusal() const { return blocks.refusal(); }
 
-    bool is_used() const { return dir != nullptr; }
-
     // How many of these tokens, from the first on, open() would have the sequence hold; 0: no more than reading is worth, where n_have of
     // them are there already. with_state: only what has a state behind it
     uint32_t find(llama_seq_id seq_id, const std::vector<llama_token> & tokens, uint32_t n_have, bool with_state);
