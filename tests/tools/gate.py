@@ -91,11 +91,9 @@ def _evaluate(model: Path, folder: Path, items: int, threads: int) -> list[Recor
         ]
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     out = folder / "run"
-    app.app(
-        ["eval", str(weights), "--out", str(out), "--data", str(data), "--policies", "refreekv", "--question", "seen"]
-        + ["--continuation", "65", "--items", str(items), "--same-kernel", "--threads", str(threads)],
-        standalone_mode=False,
-    )
+    where = [str(weights), "--out", str(out), "--data", str(data)]
+    what = ["--policies", "refreekv", "--question", "seen", "--same-kernel", "--continuation", "65"]
+    app(["eval", *where, *what, "--items", str(items), "--threads", str(threads)], standalone_mode=False)
     return [record for record in read_records(out) if record["cache"] == "refreekv"]
 
 

@@ -3,12 +3,12 @@
     pip install wonderwords scipy tqdm pyyaml
     python tests/tools/ruler_items.py RULER MODEL --lengths 4096,8192 --items 10 --out DATA
 
-RULER is a folder with its generators (`niah.py` and so on), `constants.py`, `synthetic.yaml` and `json/` with its texts,
-which this project does not have. They run as they are; what they import from their own package is given to them here.
-Each task and length is a file of DATA, and a dataset of its own. Texts are as long as MODEL's tokenizer says.
+RULER is a folder with its generators (`niah.py` and so on), `constants.py`, `synthetic.yaml` and `json/` with its
+texts, which this project does not have. They run as they are; what they import from their own package is given to them
+here. Each task and length is a file of DATA, and a dataset of its own. Texts are as long as MODEL's tokenizer says.
 
-The generators split sentences with NLTK's model; here a regular expression does. An item has the text as its context and
-RULER's question as its question, without the beginning of the answer that RULER gives to models that do not chat.
+The generators split sentences with NLTK's model; here a regular expression does. An item has the text as its context
+and RULER's question as its question, without the beginning of the answer that RULER gives to models that do not chat.
 """
 
 from __future__ import annotations
