@@ -357,6 +357,22 @@ def test_report_by_hand(tmp_path: Path) -> None:
     assert rows_of(report, "Speed")[1][2:5] == ["50", "250", "10.0"]
 
 
+def test_a_long_answer_in_parts(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
+    n_tokens = {"a": 300, "b": 130}
+    columns = ("same_top", "delta_p", "nll", "nll_full")
+    records = [
+        record(
+            item, cache, None, greedy={"kl": [float(i < 128) for i in range(n)], **{key: [1.0] * n for key in columns}}
+        )
+        for cache in ("full", "paper")
+        for item, n in n_tokens.items()
+    ]
+    (tmp_path / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in records))
+    rows = rows_of(write_report(tmp_path), "Mean KL from token to token of that answer")
+    assert rows == [["1 to 128", "1"], ["129 to 256", "0"], ["257 to 512", "0"]]
+
+
 def test_a_retrieval_map_by_hand(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
     places = {"a": (0.5, 100), "b": (0.5, 100), "c": (0.5, 200), "e": (0, 100)}

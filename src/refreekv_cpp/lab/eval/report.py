@@ -91,6 +91,7 @@ def write_report(folder: Path) -> str:
         ("Fidelity: along the full cache's greedy answer", _fidelity(rows, "greedy")),
         ("Fidelity: along the text that really follows", _fidelity(rows, "real")),
         ("Mean KL along the full cache's greedy answer, per dataset", _kl_per_dataset(others, datasets)),
+        ("Mean KL from token to token of that answer", _kl_along(others)),
         ("Tasks", _tasks(others, datasets, settings["seed"], "score")),
         ("A second question about another fact", _tasks(others, datasets, settings["seed"], "second_score")),
         ("Where a fact was found", _maps(once, datasets)),
@@ -152,6 +153,18 @@ def _kl_per_dataset(rows: Sequence[Row], datasets: Sequence[str]) -> str:
         summaries = [summarise([Fidelity(**record["greedy"]) for record in row.of(dataset).records]) for row in rows]
         cells.append([dataset, *("-" if summary is None else f"{summary.kl_mean:.2g}" for summary in summaries)])
     return markdown(["dataset", *(title(*row.name) for row in rows)], cells) if rows else ""
+
+
+def _kl_along(rows: Sequence[Row]) -> str:
+    """In parts of the answer that double in length; nothing where no answer has more than one part."""
+    cells = []
+    start, end = 0, 128
+    while any(len(record["greedy"]["kl"]) > start for row in rows for record in row.records):
+        parts = [[kl for record in row.records for kl in record["greedy"]["kl"][start:end]] for row in rows]
+        means = (f"{statistics.fmean(part):.2g}" if part else "-" for part in parts)
+        cells.append([f"{start + 1} to {end}", *means])
+        start, end = end, 2 * end
+    return markdown(["tokens", *(title(*row.name) for row in rows)], cells) if len(cells) > 1 else ""
 
 
 def _divergence(row: Row) -> tuple[str, str]:
