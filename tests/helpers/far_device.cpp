@@ -25,6 +25,7 @@ struct crossing {
 
 static std::vector<crossing> crossings;
 static std::set<int>         refused; // ggml_op
+static bool                  shares = true; // has host memory that it can read
 
 extern "C" {
 
@@ -43,6 +44,9 @@ void far_device_refuse(const char * op) {
         }
     }
 }
+
+// whether there is host memory that the device can read, from now on
+void far_device_share(bool shares_now) { shares = shares_now; }
 
 }
 
@@ -178,10 +182,10 @@ static const char * host_buft_name(ggml_backend_buffer_type_t) { return "FarDevi
 
 static ggml_backend_buffer_t host_buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
-    if (buf) {
+    if (buf && shares) {
         buf->buft = buft;
     }
-    return buf;
+    return buf; // as CUDA does, it may be of another type
 }
 
 static bool host_buft_is_host(ggml_backend_buffer_type_t) { return true; }
