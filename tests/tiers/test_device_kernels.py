@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from far_device import FarDevice, compile_device, plugged_in
-from support import CACHE_TYPES, ctx_of, feed, kept, load
+from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load
 from tiny import random_tokens
 from tiny_architectures import ARCHITECTURES
 
@@ -179,3 +179,25 @@ def test_states_of_the_cpu_and_of_the_device_have_the_same_codes(
     other.load_state(state)
     assert other.kv_stats.bytes_codes > 0
     assert_alike(feed(other, MORE), expected)
+
+
+def test_sequences_side_by_side(tiny: Tiny, device: FarDevice) -> None:
+    """A copied prefix, tokens of both sequences in one batch, and what is cut from one of them."""
+
+    def run(*, on_device: bool) -> Floats:
+        device.forget()
+        cold = {"cold": native.enum_value("COLD_MEMORY")}
+        sequences = Sequences(tiny("gqa64"), ReFreeKV(), codes=True, cold=cold, offload_kqv=on_device)
+        sequences.read(0, PROMPT)
+        assert native.prune(sequences.ctx, 0) > 0
+        sequences.copy(0, 1)
+        rows = list(sequences.read_together({0: MORE[:3], 1: MORE[3:]}).values())
+        assert sequences.remove(0, 500)
+        rows += sequences.read_together({0: MORE[:2], 1: MORE[2:4]}).values()
+        assert sequences.remove(1)
+        rows.append(sequences.read(0, MORE))
+        sequences.close()
+        assert any("codes" in crossing.name for crossing in device.crossings()) == on_device
+        return np.array(rows)
+
+    assert_alike(run(on_device=True), run(on_device=False))

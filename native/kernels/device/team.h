@@ -21,7 +21,7 @@ struct lone {
     static constexpr int rank = 0;
     static constexpr int size = 1;
 
-    void sync() const {}
+    REFREEKV_DEVICE void sync() const {}
 };
 
 #ifdef __CUDACC__
