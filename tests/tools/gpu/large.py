@@ -310,11 +310,11 @@ def main(
             print(f"| {n_tokens} | {name} | {cells} |", flush=True)
     print(
         f"\n{shape}, f16, flash attention. KV, codes, cold (in host memory) and kept: after pruning. VRAM: what the "
-        f"driver says is in use more than before the process, with the model loaded, the prompt read, pruned, after all "
-        f"tokens, and with the model closed. Rows read: as far as the library has counted them. Decode: the median of "
-        f"{N_DECODE} tokens after pruning; its ratio to {base}'s. Growth: the slowest of {1 + N_DECODE + N_MORE} tokens at "
-        f"which the cache grew, or, without that, upstream builds the graph anew. Distance: the largest between two "
-        f"logits of the first decoded token and {base}'s."
+        f"driver says is in use more than before the process, with the model loaded, the prompt read, pruned, after "
+        f"all tokens, and with the model closed. Rows read: as far as the library has counted them. Decode: the median "
+        f"of {N_DECODE} tokens after pruning; its ratio to {base}'s. Growth: the slowest of {1 + N_DECODE + N_MORE} "
+        f"tokens at which the cache grew, or, without that, upstream builds the graph anew. Distance: the largest "
+        f"between two logits of the first decoded token and {base}'s."
     )
     raise SystemExit(int(failed))
 
