@@ -63,6 +63,9 @@ parts::parts(cache & kv, const refreekv_params & params) :
     add_readers();
     cold.reset(layers);
     warm.open(params, layers);
+    if (auto * buft = warm.shared_memory()) {
+        cold.share_by(buft);
+    }
     const auto at_most = [&](int32_t & n) { n = std::min<int64_t>(n, logical.size()); };
     at_most(this->params.n_sink);
     at_most(this->params.n_hot);

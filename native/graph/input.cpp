@@ -4,6 +4,7 @@
 #include "api/process.h"
 #include "cache/store.h"
 #include "graph/codes.h"
+#include "graph/device-node.h"
 #include "kernels/decode.h"
 #include "kernels/kernels.h"
 #include "tiers/warm-cells.h"
@@ -263,11 +264,15 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
 
         return graph.build_attn_mha(q, k, v, nullptr, ggml_cont(ctx, mask), call.sinks, call.v_mla, 0, call.kq_scale, call.il);
     }
-    const auto & codes = *store.codes_of(i_layer)->get_tensors();
+    const auto & warm  = *store.codes_of(i_layer);
+    const auto & codes = *warm.get_tensors();
 
-    ggml_tensor * cur = attend_to_codes(ctx, { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() });
+    const codes_call by_codes = { q, k, v, kind.mask, call.sinks, *softmax, codes.k(), codes.v() };
 
-    store.run_with_cache(cur, i_layer);
+    ggml_tensor * node = nullptr;
+    ggml_tensor * cur  = codes.for_kernels() ? attend_on_device(ctx, { by_codes, codes.exact(), codes.n_read(), warm.view.theta, warm.view.type_k, warm.view.type_v }, node)
+                                             : attend_to_codes(ctx, by_codes);
+    store.run_with_cache(node ? node : cur, i_layer);
 
     return finish(cur);
 }

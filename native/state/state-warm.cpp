@@ -34,7 +34,7 @@ static const uint32_t REFREEKV_TENSORS = 1u << 16;
 
 // which codes a layer has: those of our kernel, with so many bits, or tensors of these types
 static uint32_t kind_of(const warm_cells & its) {
-    return its.get_tensors() ? REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | its.get_tensors()->get_type_v() : its.view.bits_k << 8 | its.view.bits_v;
+    return its.get_tensors() && !its.get_tensors()->for_kernels() ? REFREEKV_TENSORS | code_tensors::TYPE_K << 8 | its.get_tensors()->get_type_v() : its.view.bits_k << 8 | its.view.bits_v;
 }
 
 // bytes of a block; 0: there is no such kind

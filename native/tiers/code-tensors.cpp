@@ -1,6 +1,9 @@
 #include "tiers/code-tensors.h"
 
 #include "api/process.h"
+#include "kernels/codes.h"
+#include "kernels/device/call.h"
+#include "kernels/kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -18,16 +21,33 @@ static uint32_t room_for(uint32_t n_blocks, bool first) {
 }
 
 code_tensors::pair code_tensors::make_tensors(ggml_context * ctx, ggml_type type_v, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t capacity) {
-    return { ggml_new_tensor_3d(ctx, TYPE_K, padded(n_k), capacity, n_head_kv), ggml_new_tensor_3d(ctx, type_v, capacity, n_v, n_head_kv) };
+    return { ggml_new_tensor_3d(ctx, TYPE_K, padded(n_k), capacity, n_head_kv), ggml_new_tensor_3d(ctx, type_v, capacity, n_v, n_head_kv), nullptr, nullptr };
+}
+
+code_tensors::pair code_tensors::make_kernel_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t n_blocks) {
+    return {
+        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_k, device::BITS_K), n_blocks, n_head_kv),
+        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_v, device::BITS_V), n_blocks, n_head_kv),
+        ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_blocks*N_CELLS), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_head_kv),
+    };
+}
+
+size_t code_tensors::block_k() const {
+    return for_kernels() ? codes_bytes(n_k, device::BITS_K) : N_CELLS*line_k(n_k);
+}
+
+size_t code_tensors::line_v(uint32_t n_blocks) const {
+    return for_kernels() ? n_blocks*codes_bytes(n_v, device::BITS_V) : ggml_row_size(type_v, n_blocks*N_CELLS);
 }
 
 code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
     tensors res = {};
 
-    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+    ggml_init_params params = { 4*ggml_tensor_overhead(), nullptr, true };
     res.ctx.reset(ggml_init(params));
 
-    static_cast<pair &>(res) = make_tensors(res.ctx.get(), type_v, n_head_kv, n_k, n_v, n_blocks*N_CELLS);
+    static_cast<pair &>(res) = for_kernels() ? make_kernel_tensors(res.ctx.get(), n_head_kv, n_k, n_v, n_blocks)
+                                             : make_tensors(res.ctx.get(), type_v, n_head_kv, n_k, n_v, n_blocks*N_CELLS);
 
     ggml_format_name(res.k, "refreekv_codes_k_l%d", il);
     ggml_format_name(res.v, "refreekv_codes_v_l%d", il);
@@ -43,6 +63,33 @@ code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
     return res;
 }
 
+void code_tensors::replace_by(tensors && then) {
+    n_counted = take_n_read();
+    sent_exact.clear();
+    now = std::move(then);
+}
+
+void code_tensors::set_exact(const std::vector<uint64_t> & addresses) {
+    if (addresses != sent_exact && !addresses.empty()) {
+        ggml_backend_tensor_set(now.exact, addresses.data(), 0, addresses.size()*sizeof(addresses[0]));
+        sent_exact = addresses;
+    }
+}
+
+uint64_t code_tensors::take_n_read() {
+    uint64_t res = n_counted;
+    n_counted = 0;
+    if (now.n_read) {
+        std::vector<uint64_t> by_heads(n_head_kv);
+
+        ggml_backend_tensor_get(now.n_read, by_heads.data(), 0, ggml_nbytes(now.n_read));
+        ggml_backend_tensor_memset(now.n_read, 0, 0, ggml_nbytes(now.n_read));
+
+        res = std::accumulate(by_heads.begin(), by_heads.end(), res);
+    }
+    return res;
+}
+
 // block i gets what block order[i] has
 void code_tensors::move_to(tensors && then, const std::vector<uint32_t> & order) {
     if (now.k && !order.empty()) {
@@ -51,21 +98,20 @@ void code_tensors::move_to(tensors && then, const std::vector<uint32_t> & order)
 
         get(0, from);
 
-        const size_t block_k = N_CELLS*line_k(n_k);
         const size_t block_v = line_v(1);
 
         for (size_t i = 0; i < order.size(); ++i) {
             for (int64_t h = 0; h < n_head_kv; ++h) {
-                memcpy(to.k.data() + (h*to.n + i)*block_k, from.k.data() + (h*from.n + order[i])*block_k, block_k);
+                memcpy(to.k.data() + (h*to.n + i)*block_k(), from.k.data() + (h*from.n + order[i])*block_k(), block_k());
             }
-            for (int64_t c = 0; c < n_head_kv*n_v; ++c) {
+            for (int64_t c = 0; c < n_head_kv*n_lines_v(); ++c) {
                 memcpy(to.v.data() + (c*to.n + i)*block_v, from.v.data() + (c*from.n + order[i])*block_v, block_v);
             }
         }
-        now = std::move(then);
+        replace_by(std::move(then));
         set(0, to);
     } else {
-        now = std::move(then);
+        replace_by(std::move(then));
     }
 }
 
@@ -93,7 +139,7 @@ bool code_tensors::copy_to(const tensors & then) const {
 
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
 
-    for (const auto & [src, dst, n] : { std::tuple { now.k, then.k, n_head_kv }, std::tuple { now.v, then.v, n_head_kv*n_v } }) {
+    for (const auto & [src, dst, n] : { std::tuple { now.k, then.k, n_head_kv }, std::tuple { now.v, then.v, n_head_kv*n_lines_v() } }) {
         const size_t line_src = ggml_nbytes(src)/n;
         const size_t line_dst = ggml_nbytes(dst)/n;
 
@@ -117,7 +163,7 @@ void code_tensors::reserve(uint32_t n) {
 
     // layers in host memory grow beside each other, and a backend computes one graph at a time
     if (now.k && !ggml_backend_buffer_is_host(now.buf.get()) && copy_to(then)) {
-        now = std::move(then);
+        replace_by(std::move(then));
     } else {
         move_to(std::move(then), order);
     }
@@ -125,7 +171,7 @@ void code_tensors::reserve(uint32_t n) {
 
 void code_tensors::arrange(const std::vector<uint32_t> & order) {
     if (order.empty()) {
-        now = {};
+        replace_by({});
         return;
     }
     tensors then = {};
@@ -152,6 +198,15 @@ void code_tensors::copy(const std::vector<uint32_t> & src, const std::vector<uin
 }
 
 void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, int64_t stride_k, const float * v, int64_t stride_v) const {
+    if (for_kernels()) {
+        const auto * kernels = find_kernels();
+
+        for (int64_t h = 0; h < n_head_kv; ++h) {
+            kernels->encode(k + h*n_k, stride_k, n, n_k, device::BITS_K, false, to.k.data() + (h*to.n + i)*block_k());
+            kernels->encode(v + h*n_v, stride_v, n, n_v, device::BITS_V, true,  to.v.data() + (h*to.n + i)*line_v(1));
+        }
+        return;
+    }
     const auto to_k = ggml_get_type_traits(TYPE_K)->from_float_ref;
     const auto to_v = ggml_get_type_traits(type_v)->from_float_ref;
 
@@ -177,19 +232,19 @@ void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, i
 }
 
 void code_tensors::set(uint32_t first, const blocks & from) {
-    const size_t piece_k = from.n*N_CELLS*line_k(n_k);
+    const size_t piece_k = from.n*block_k();
     const size_t piece_v = line_v(from.n);
 
-    ggml_backend_tensor_set_2d(now.k, from.k.data(), first*N_CELLS*line_k(n_k), piece_k, n_head_kv,     now.k->nb[2], piece_k);
-    ggml_backend_tensor_set_2d(now.v, from.v.data(), line_v(first),          piece_v, n_head_kv*n_v, now.v->nb[1], piece_v);
+    ggml_backend_tensor_set_2d(now.k, from.k.data(), first*block_k(), piece_k, n_head_kv,               n_room()*block_k(), piece_k);
+    ggml_backend_tensor_set_2d(now.v, from.v.data(), line_v(first),   piece_v, n_head_kv*n_lines_v(), line_v(n_room()),   piece_v);
 }
 
 void code_tensors::get(uint32_t first, blocks & to) const {
-    const size_t piece_k = to.n*N_CELLS*line_k(n_k);
+    const size_t piece_k = to.n*block_k();
     const size_t piece_v = line_v(to.n);
 
-    ggml_backend_tensor_get_2d(now.k, to.k.data(), first*N_CELLS*line_k(n_k), piece_k, n_head_kv,     now.k->nb[2], piece_k);
-    ggml_backend_tensor_get_2d(now.v, to.v.data(), line_v(first),          piece_v, n_head_kv*n_v, now.v->nb[1], piece_v);
+    ggml_backend_tensor_get_2d(now.k, to.k.data(), first*block_k(), piece_k, n_head_kv,               n_room()*block_k(), piece_k);
+    ggml_backend_tensor_get_2d(now.v, to.v.data(), line_v(first),   piece_v, n_head_kv*n_lines_v(), line_v(n_room()),   piece_v);
 }
 
 } // namespace refreekv

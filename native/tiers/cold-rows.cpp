@@ -60,6 +60,23 @@ bool cold_rows::readable() const {
     return store && store->readable();
 }
 
+bool cold_rows::in_memory() const {
+    return store && !store->is_file();
+}
+
+void cold_rows::share_by(ggml_backend_buffer_type_t buft) {
+    store->share_by(buft);
+}
+
+uint64_t cold_rows::shared_address(const layer & g, uint32_t cell) const {
+    if (!store || g.is_cold[cell] != OWN) {
+        return 0;
+    }
+    const auto address = (uint64_t) (uintptr_t) store->shared_address(place_of(g, cell), g.record.bytes());
+
+    return address%4 == 0 ? address : 0; // as kernels read it
+}
+
 static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n_rows, int64_t n_embd) {
     std::vector<float> values(n_rows*n_embd);
 

@@ -3,6 +3,8 @@
 #include "refreekv.h"
 #include "cache/layer.h"
 
+#include "ggml-backend.h"
+
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -58,6 +60,13 @@ public:
     // cannot be read
     using rows_fn = std::function<void(size_t i, size_t n, const uint8_t * k, const uint8_t * v)>;
     bool get(const layer & g, const std::vector<uint32_t> & cells, const rows_fn & f) const;
+
+    // whether rows are in host memory, and from now on in memory that a device can read (cold_store::share_by)
+    bool in_memory() const;
+    void share_by(ggml_backend_buffer_type_t buft);
+
+    // the address of a cell's record for a device; 0: it cannot read it
+    uint64_t shared_address(const layer & g, uint32_t cell) const;
 
     // for those who read single rows of the store (warm_cells)
     const cold_store * get_store() const { return store.get(); }

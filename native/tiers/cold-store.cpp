@@ -1,10 +1,12 @@
 #include "tiers/cold-store.h"
 
 #include "api/process.h"
+#include "cache/pages.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 namespace refreekv {
@@ -49,11 +51,36 @@ char * cold_store::page_at(uint64_t offset) {
     std::lock_guard<std::mutex> lock(pages_mutex);
 
     auto & page = pages[offset/REFREEKV_COLD_PAGE];
-    if (!page) {
-        page = pages_alloc(REFREEKV_COLD_PAGE);
+    if (!page.data) {
+        page = make_page();
     }
 
-    return (char *) page.get();
+    return (char *) page.data.get();
+}
+
+cold_store::page cold_store::make_page() const {
+    if (shared_by) {
+        // a buffer type without such memory may give another's
+        ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(shared_by, REFREEKV_COLD_PAGE);
+        if (buf && ggml_backend_buffer_get_type(buf) == shared_by) {
+            return { std::shared_ptr<void>(ggml_backend_buffer_get_base(buf), [buf](void *) { ggml_backend_buffer_free(buf); }), true };
+        }
+        ggml_backend_buffer_free(buf);
+    }
+    return { pages_alloc(REFREEKV_COLD_PAGE), false };
+}
+
+const void * cold_store::shared_address(uint64_t offset, size_t size) const {
+    const auto it = pages.find(offset/REFREEKV_COLD_PAGE);
+
+    if (own || it == pages.end() || !it->second.is_shared || offset%REFREEKV_COLD_PAGE + size > REFREEKV_COLD_PAGE) {
+        return nullptr;
+    }
+    const auto range = attached.upper_bound(offset + size - 1);
+    if (range != attached.begin() && std::prev(range)->first + std::prev(range)->second.size > offset) {
+        return nullptr;
+    }
+    return (const char *) it->second.data.get() + offset%REFREEKV_COLD_PAGE;
 }
 
 bool cold_store::readable() const {
@@ -67,11 +94,11 @@ bool cold_store::get_own(uint64_t offset, void * data, size_t size) const {
 
     for (char * dst = (char *) data; size > 0;) {
         const auto it = pages.find(offset/REFREEKV_COLD_PAGE);
-        if (it == pages.end() || !it->second) {
+        if (it == pages.end() || !it->second.data) {
             return false;
         }
         const size_t n = std::min<uint64_t>(size, REFREEKV_COLD_PAGE - offset%REFREEKV_COLD_PAGE);
-        memcpy(dst, (const char *) it->second.get() + offset%REFREEKV_COLD_PAGE, n);
+        memcpy(dst, (const char *) it->second.data.get() + offset%REFREEKV_COLD_PAGE, n);
 
         dst    += n;
         offset += n;

@@ -1,7 +1,8 @@
 #pragma once
 
-#include "cache/pages.h"
 #include "tiers/file.h"
+
+#include "ggml-backend.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -53,6 +54,12 @@ public:
 
     bool is_file() const { return own != nullptr; }
 
+    // Host memory is allocated by this buffer type from now on, so that its device can read it. Where that has none, it is the system's
+    void share_by(ggml_backend_buffer_type_t buft) { shared_by = buft; }
+
+    // Where these bytes of the store's own memory are; nullptr: they do not lie in one piece that a device can read
+    const void * shared_address(uint64_t offset, size_t size) const;
+
 private:
     struct range {
         size_t                      size;
@@ -63,14 +70,21 @@ private:
     std::unique_ptr<file> own;
     int64_t               owner = 0; // a process that was forked off has the same file, and must leave it alone
 
-    std::map<uint64_t, pages_ptr> pages; // by offset/REFREEKV_COLD_PAGE
+    struct page {
+        std::shared_ptr<void> data;
+        bool                  is_shared; // a device can read it
+    };
+    std::map<uint64_t, page> pages; // by offset/REFREEKV_COLD_PAGE
     std::mutex pages_mutex;
+
+    ggml_backend_buffer_type_t shared_by = nullptr;
 
     std::map<uint64_t, range> attached; // by offset; they do not overlap
 
     bool   get    (uint64_t offset, void * data, size_t size) const;
     bool   get_own(uint64_t offset, void * data, size_t size) const;
     char * page_at(uint64_t offset); // made when it is not there; nullptr: no memory
+    page   make_page() const;
 
     // f(file, offset in it, destination, size) for the pieces of a range that lie in one place; file: nullptr: in this store's own. It
     // stops where f returns false

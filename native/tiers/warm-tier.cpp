@@ -2,7 +2,9 @@
 
 #include "api/error.h"
 #include "graph/codes.h"
+#include "graph/device-node.h"
 #include "kernels/codes.h"
+#include "kernels/device/call.h"
 #include "kernels/kernels.h"
 
 #include "llama-batch.h"
@@ -20,6 +22,8 @@ namespace refreekv {
 // bits of codes: docs/lab/constants.md says what other choices give
 static const int BITS_K = 4;
 static const int BITS_V = 2;
+
+static_assert(BITS_K == device::BITS_K && BITS_V == device::BITS_V, "kernels for devices read the same codes");
 
 static const size_t N_CELLS = REFREEKV_CODED_CELLS;
 static const size_t N_SENT  = 16; // blocks on their way to a device
@@ -39,7 +43,26 @@ bool warm_tier::fits_kernel(const layer & layer) const {
            kernels && few_heads && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V);
 }
 
+// the same of our kernels on the layer's device, which read exact rows from host memory
+bool warm_tier::fits_device_kernels(const layer & layer) const {
+    const auto & shape   = layer.rows.get_shape();
+    const auto * kernels = find_kernels(); // that encode
+
+    const int64_t n_k = hparams.n_embd_head_k(layer.il);
+    const int64_t n_v = hparams.n_embd_head_v(layer.il);
+
+    return !ggml_backend_buft_is_host(shape.buft) && layer.has_v() && cold.in_memory() && kernels && kernels->codes_fit(n_k, BITS_K) && kernels->codes_fit(n_v, BITS_V) &&
+           std::all_of(layer.readers.begin(), layer.readers.end(), [&](const reader & r) {
+               return device_has_kernels(ggml_backend_buft_get_device(shape.buft), {
+                   hparams.n_head(r.il), hparams.n_head_kv(layer.il), n_k, n_v, shape.type_k, shape.type_v, cold.type_of(layer, false), cold.type_of(layer, true), shape.v_trans,
+               });
+           });
+}
+
 ggml_type warm_tier::type_of_v(const layer & layer) const {
+    if (n_by_device > 0 && fits_device_kernels(layer)) {
+        return GGML_TYPE_I8;
+    }
     return code_tensors::type_of_v(layer.il, hparams.n_layer());
 }
 
@@ -57,18 +80,22 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
 
         if (fits_kernel(layer) && !params.by_graph) {
             n_by_kernel++;
+        } else if (fits_device_kernels(layer) && !params.by_graph) {
+            n_by_device++;
+            shared = ggml_backend_dev_host_buffer_type(device);
         } else if (!device || device_attends_to_codes(device, type_of_v(layer), hparams.n_head(layer.il), hparams.n_head_kv(layer.il), hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.attn_soft_cap)) {
             n_by_graph++;
         } else {
             why = std::string("device ") + ggml_backend_dev_name(device) + " lacks an operation for it";
         }
     }
-    if (params.max_error > 0.0f && (n_by_graph > 0 || !why.empty())) {
+    if (params.max_error > 0.0f && (has_tensors() || !why.empty())) {
         set_error("max_error reads exact rows, which needs the cache in host memory, heads that the CPU's kernel fits, and attention without ALiBi");
         throw std::runtime_error(last_error());
     }
     if (!why.empty()) {
-        n_by_kernel = n_by_graph = 0;
+        n_by_kernel = n_by_graph = n_by_device = 0;
+        shared      = nullptr;
         LLAMA_LOG_WARN("refreekv: what is evicted takes no part in attention: %s\n", why.c_str());
         return;
     }
@@ -76,6 +103,9 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     max_error = params.max_error;
     by_graph  = params.by_graph;
 
+    if (n_by_device > 0) {
+        LLAMA_LOG_WARN("refreekv: %u of %zu layers attend to what is evicted by our kernels on their device, which have never run on a GPU (REFREEKV_DEVICE_KERNELS)\n", n_by_device, layers.size());
+    }
     if (n_by_graph > 0) {
         LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s to %s), and read no exact rows of it\n",
                 n_by_graph, layers.size(), ggml_type_name(code_tensors::TYPE_K), ggml_type_name(type_of_v(layers.front())), ggml_type_name(type_of_v(layers.back())));
@@ -95,6 +125,12 @@ void warm_tier::make(layer & layer) const {
         const auto backend = [this, &layer]() { return mover.backend_of(layer); };
 
         layer.warm = std::make_unique<warm_cells>(std::make_unique<code_tensors>(layer.rows.get_shape().buft, backend, layer.il, type_of_v(layer), n_head_kv, n_k, n_v));
+
+        layer.warm->view.bits_k = BITS_K; // of our kernels' tensors
+        layer.warm->view.bits_v = BITS_V;
+        layer.warm->view.theta  = share;
+        layer.warm->view.type_k = cold.type_of(layer, false);
+        layer.warm->view.type_v = cold.type_of(layer, true);
         return;
     }
     layer.warm = std::make_unique<warm_cells>(n_head_kv, n_k, n_v, BITS_K, layer.has_v() ? BITS_V : 0);
@@ -263,8 +299,33 @@ void warm_tier::copy(layer & layer, uint32_t first_src, uint32_t first_dst, uint
     layer.warm->copy(first_src, first_dst, n);
 }
 
+void warm_tier::update_exact(layer & layer) const {
+    auto & tensors = *layer.warm->get_tensors();
+
+    std::vector<uint64_t> addresses(layer.warm->n_blocks()*N_CELLS, 0);
+    for (uint32_t b = 0; b < layer.warm->n_blocks(); ++b) {
+        for (uint64_t left = layer.warm->cells_there(b); left; left &= left - 1) {
+            const int64_t i = lowest_bit(left);
+            addresses[b*N_CELLS + i] = cold.shared_address(layer, layer.warm->cell(b, i));
+        }
+    }
+    tensors.set_exact(addresses);
+
+    layer.warm->counts.n_read += tensors.take_n_read();
+}
+
 void warm_tier::begin_batch(std::vector<layer> & layers, const llama_ubatch & ubatch) {
     const bool readable = share > 0.0f && cold.readable();
+
+    if (n_by_device > 0 && exact_generation != n_generation) {
+        mover.synchronize(); // the graph before reads them
+        for (auto & layer : layers) {
+            if (layer.warm && layer.warm->get_tensors() && layer.warm->get_tensors()->for_kernels()) {
+                update_exact(layer);
+            }
+        }
+        exact_generation = n_generation;
+    }
 
     for (auto & layer : layers) {
         if (!layer.warm || layer.warm->get_tensors() || layer.warm->n_blocks() == 0) {

@@ -17,7 +17,8 @@ struct llama_ubatch;
 namespace refreekv {
 
 // The warm tier of a cache: what was evicted, and is held in codes so that decoding goes on attending to it. A layer in host memory has the
-// codes of our kernel, where that fits the model; any other has tensors (tiers/code-tensors.h).
+// codes of our kernel, where that fits the model; any other has tensors (tiers/code-tensors.h), of which our kernels for devices have the same
+// codes (graph/device-node.h).
 class warm_tier {
 public:
     // Until it is opened there is no warm tier
@@ -30,10 +31,13 @@ public:
     bool exists() const { return share > 0.0f; }
 
     // whether some layer has tensors
-    bool has_tensors() const { return n_by_graph > 0; }
+    bool has_tensors() const { return n_by_graph + n_by_device > 0; }
 
     // the part of a head's attention at which a row is read from the cold store; 0: no row ever is
-    float theta() const { return n_by_kernel > 0 ? share : 0.0f; }
+    float theta() const { return n_by_kernel + n_by_device > 0 ? share : 0.0f; }
+
+    // host memory that devices with our kernels read rows from; nullptr: there is no such device
+    ggml_backend_buffer_type_t shared_memory() const { return shared; }
 
     // bytes of codes over those of the same rows in f16; 0: there are none
     float share_of_f16(const std::vector<layer> & layers) const;
@@ -67,12 +71,20 @@ private:
     bool     by_graph       = false; // tensors where our kernel could do it (debug)
     uint32_t n_by_kernel    = 0; // layers
     uint32_t n_by_graph     = 0;
+    uint32_t n_by_device    = 0; // by our kernels for devices
+    ggml_backend_buffer_type_t shared = nullptr;
     bool     warned_of_lost = false;
 
+    uint64_t exact_generation = UINT64_MAX; // of the addresses that devices have
+
     bool fits_kernel(const layer & layer) const;
+    bool fits_device_kernels(const layer & layer) const;
 
     // of codes that are tensors
     ggml_type type_of_v(const layer & layer) const;
+
+    // the addresses of a device's exact rows, after cells came or went; and what it has read
+    void update_exact(layer & layer) const;
 
     void encode(const layer & layer, bool is_v, int64_t n, const float * numbers) const;
 };

@@ -25,6 +25,7 @@ struct crossing {
 
 static std::vector<crossing> crossings;
 static std::set<int>         refused; // ggml_op
+static bool                  shares = true; // has host memory that it can read
 
 extern "C" {
 
@@ -43,6 +44,9 @@ void far_device_refuse(const char * op) {
         }
     }
 }
+
+// whether there is host memory that the device can read, from now on
+void far_device_share(bool shares_now) { shares = shares_now; }
 
 }
 
@@ -173,6 +177,24 @@ static ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t dev) {
     return &buft;
 }
 
+// host memory that the device can read: its buffers say so by their type
+static const char * host_buft_name(ggml_backend_buffer_type_t) { return "FarDevice_Host"; }
+
+static ggml_backend_buffer_t host_buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    if (buf && shares) {
+        buf->buft = buft;
+    }
+    return buf; // as CUDA does, it may be of another type
+}
+
+static bool host_buft_is_host(ggml_backend_buffer_type_t) { return true; }
+
+static ggml_backend_buffer_type_t device_host_buft(ggml_backend_dev_t dev) {
+    static ggml_backend_buffer_type buft = { { host_buft_name, host_buft_alloc, buft_alignment, nullptr, nullptr, host_buft_is_host }, dev, nullptr };
+    return &buft;
+}
+
 // as on Vulkan, there is no matrix product with a part of quantised rows
 static bool is_part_of_rows(const ggml_tensor * op) {
     const ggml_tensor * a = op->src[0];
@@ -192,12 +214,15 @@ static const char *       reg_name        (ggml_backend_reg_t) { return "FarDevi
 static size_t             reg_device_count(ggml_backend_reg_t) { return 1; }
 static ggml_backend_dev_t reg_device      (ggml_backend_reg_t reg, size_t) {
     static ggml_backend_device device = {
-        { device_name, device_desc, device_memory, device_type, device_props, device_init, device_buft, nullptr, nullptr,
+        { device_name, device_desc, device_memory, device_type, device_props, device_init, device_buft, device_host_buft, nullptr,
           device_supports_op, device_supports_buft, nullptr, nullptr, nullptr, nullptr }, reg, nullptr };
     return &device;
 }
 
+// It has our kernels for devices: their nodes come with a function for the CPU
+static void * reg_proc_address(ggml_backend_reg_t, const char * name) { return strcmp(name, "refreekv_device_kernels") == 0 ? (void *) reg_proc_address : nullptr; }
+
 extern "C" ggml_backend_reg_t ggml_backend_init() {
-    static ggml_backend_reg reg = { GGML_BACKEND_API_VERSION, { reg_name, reg_device_count, reg_device, nullptr }, nullptr };
+    static ggml_backend_reg reg = { GGML_BACKEND_API_VERSION, { reg_name, reg_device_count, reg_device, reg_proc_address }, nullptr };
     return &reg;
 }

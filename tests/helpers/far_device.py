@@ -59,6 +59,15 @@ class FarDevice:
         finally:
             self._device.far_device_refuse(None)
 
+    @contextmanager
+    def without_shared_memory(self) -> Iterator[None]:
+        """There is no more host memory that the device can read."""
+        self._device.far_device_share(ctypes.c_bool(False))
+        try:
+            yield
+        finally:
+            self._device.far_device_share(ctypes.c_bool(True))
+
 
 def compile_device(folder: Path) -> Path:
     """Seconds, once llama.cpp's headers are there."""

@@ -60,6 +60,8 @@ SCENARIOS = {
 
 TABLE_POLICIES = ["full", "refreekv", "paper", "released-code", "streaming", "snapkv", "h2o", "pyramidkv", "top-p"]
 CODES = "refreekv, codes"
+KERNELS = "refreekv, kernels"
+"""The codes of our kernels: on the CPU, and on a device that has them (--env REFREEKV_DEVICE_KERNELS=1)."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,10 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
 
     # as on a device on the CPU, too: there our kernel has codes of its own
     by_codes = Debug(policy=ReFreeKV(), by_graph=True, theta=0.003)
-    chosen = by_codes if policy == CODES else POLICIES.get(policy, policy)
+    named = {**POLICIES, CODES: by_codes, KERNELS: ReFreeKV(theta=0.003)}
+    chosen = named.get(policy, policy)
     defaults = {"kv_elastic": True, "n_gpu_layers": -1}
-    llm = load(model, chosen, codes=policy == CODES, **{**defaults, **scenario.options, **options})
+    llm = load(model, chosen, codes=policy in (CODES, KERNELS), **{**defaults, **scenario.options, **options})
     evicts = policy != "full"
     llm.eval(random_tokens(N_PROMPT))
     rows = [logits(llm)]

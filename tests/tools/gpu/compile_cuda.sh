@@ -19,11 +19,14 @@ ggml=$out/llama.cpp/ggml
 for name in getrows concat cpy set-rows softmax pool2d scale unary clamp binbcast ggml-cuda; do
     nvcc -std=c++17 -O3 -use_fast_math -extended-lambda \
         -gencode arch=compute_86,code=sm_86 -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90,code=sm_90 \
-        -I"$ggml/include" -I"$ggml/src" ${CUBLAS_INCLUDE:+-I"$CUBLAS_INCLUDE"} \
+        -Inative -I"$ggml/include" -I"$ggml/src" ${CUBLAS_INCLUDE:+-I"$CUBLAS_INCLUDE"} \
         -c "$ggml/src/ggml-cuda/$name.cu" -o "$out/$name.o"
     echo "$name.o: $(stat -c %s "$out/$name.o") bytes"
 done
 
-name=region-cuda
-nvcc -std=c++17 -O3 -DREFREEKV_CUDA_VMM -Inative -I"$ggml/include" -c "native/cache/$name.cpp" -o "$out/$name.o"
-echo "$name.o: $(stat -c %s "$out/$name.o") bytes"
+# compile_kernels.sh has our kernels, for all architectures
+for source in native/cache/region-cuda.cpp native/kernels/device/hooks-cuda.cpp; do
+    name=$(basename "$source" .cpp)
+    nvcc -std=c++17 -O3 -DREFREEKV_CUDA_VMM -Inative -I"$ggml/include" -c "$source" -o "$out/$name.o"
+    echo "$name.o: $(stat -c %s "$out/$name.o") bytes"
+done

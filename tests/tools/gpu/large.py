@@ -52,11 +52,23 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "refreekv": {"kv_policy": "refreekv"},
     "snapkv": {"kv_policy": "snapkv"},
     "refreekv-drop": {"kv_policy": "refreekv", "kv_evicted": "drop"},
+    "kernels": {"kv_policy": "refreekv"},  # by our kernels, where the device has them (docs/lab/backends.md)
 }
+ENVIRONMENT = {"kernels": {"REFREEKV_DEVICE_KERNELS": "1"}}
 FIRST_LENGTH_ONLY = {"refreekv-drop"}
 
-COLUMNS = ("prefill t/s", "KV MiB", "kept", "VRAM MiB, prompt", "pruned", "prune ms", "decode ms", "ratio")
-COLUMNS += ("growth ms", "restore ms", "bounced bytes", "distance")
+COLUMNS = ("prefill t/s", "KV MiB", "codes MiB", "cold MiB", "kept", "VRAM MiB, loaded", "prompt", "pruned", "decoded")
+COLUMNS += (
+    "closed",
+    "prune ms",
+    "decode ms",
+    "ratio",
+    "growth ms",
+    "restore ms",
+    "rows read",
+    "bounced bytes",
+    "distance",
+)
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Result = tuple[dict[str, float], Floats]  # what is in COLUMNS; logits after the first decoded token
@@ -184,6 +196,7 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
     """Read a prompt, prune, go on, restore, in this process."""
     vram_before = vram()
     llm = load(name, model, n_tokens + 1024)
+    vram_loaded = vram() - vram_before
     import llama_cpp  # the library that `load` took
 
     ours = name != "stock"
@@ -206,11 +219,14 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
     llm.eval([5])
     llm.reset()
 
-    res = {"prefill t/s": n_tokens * 1000 / ms(llm.eval, tokens), "VRAM MiB, prompt": vram() - vram_before}
+    res = {"prefill t/s": n_tokens * 1000 / ms(llm.eval, tokens), "VRAM MiB, loaded": vram_loaded}
+    res["prompt"] = vram() - vram_before
     if evicts:
         res |= {"prune ms": ms(llm.prune_kv), "pruned": vram() - vram_before}
     if ours:
-        res |= {"KV MiB": llm.kv_stats.bytes / 2**20, "kept": llm.kv_stats.budget}
+        stats = llm.kv_stats
+        res |= {"KV MiB": stats.bytes / 2**20, "codes MiB": stats.bytes_codes / 2**20}
+        res |= {"cold MiB": stats.bytes_cold / 2**20, "kept": stats.budget}
 
     steps, growing, logits = [], [], None
     for token in prompt(1 + N_DECODE + N_MORE, llm.n_vocab(), seed=1):
@@ -222,18 +238,20 @@ def measure(name: str, model: Path, n_tokens: int) -> Result:
             pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
             logits = np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
     res |= {"decode ms": statistics.median(steps[1 : 1 + N_DECODE]), "growth ms": max(growing, default=math.nan)}
+    res["decoded"] = vram() - vram_before
     if evicts and llm.kv_evicted == "restore":
         res["restore ms"] = ms(native.restore, llm.ctx, 0)
     if ours:
-        res["bounced bytes"] = llm.kv_stats.bytes_bounced
+        res |= {"bounced bytes": llm.kv_stats.bytes_bounced, "rows read": llm.kv_stats.n_rows_read}
     llm.close()
+    res["closed"] = vram() - vram_before
     return res, logits
 
 
 def in_a_process(name: str, model: Path, n_tokens: int, against: Path | None) -> Result | None:
     """None: it failed, and has said why."""
     out = model.with_suffix(".result")
-    environment = dict(os.environ)
+    environment = {**os.environ, **ENVIRONMENT.get(name, {})}
     if name == "stock":
         library = str(against)
         environment |= {"PYTHONPATH": str(python_dir()), "LLAMA_CPP_LIB_PATH": library, "MTMD_CPP_LIB": library}
@@ -291,10 +309,12 @@ def main(
             cells = " | ".join(show(numbers.get(column, math.nan)) for column in COLUMNS)
             print(f"| {n_tokens} | {name} | {cells} |", flush=True)
     print(
-        f"\n{shape}, f16, flash attention. KV and kept: after pruning. VRAM: in use more than before the process, with "
-        f"the prompt read, and pruned. Decode: the median of {N_DECODE} tokens after pruning; its ratio to {base}'s. "
-        f"Growth: the slowest of {1 + N_DECODE + N_MORE} tokens at which the cache grew, or, without that, upstream "
-        f"builds the graph anew. Distance: the largest between two logits of the first decoded token and {base}'s."
+        f"\n{shape}, f16, flash attention. KV, codes, cold (in host memory) and kept: after pruning. VRAM: what the "
+        f"driver says is in use more than before the process, with the model loaded, the prompt read, pruned, after "
+        f"all tokens, and with the model closed. Rows read: as far as the library has counted them. Decode: the median "
+        f"of {N_DECODE} tokens after pruning; its ratio to {base}'s. Growth: the slowest of {1 + N_DECODE + N_MORE} "
+        f"tokens at which the cache grew, or, without that, upstream builds the graph anew. Distance: the largest "
+        f"between two logits of the first decoded token and {base}'s."
     )
     raise SystemExit(int(failed))
 
