@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import CACHE_TYPES, Sequences, ctx_of, feed, kept, load
 from tiny import random_tokens
-from tiny_architectures import DRAFT
+from tiny_architectures import SHARING_DRAFT
 
 from refreekv_cpp import Full, ReFreeKV, UnsupportedModelError, native
 
@@ -213,7 +213,7 @@ def test_without_a_causal_mask_gemma4s_dense_layers_stay_causal(tiny: Tiny) -> N
 
 
 def open_draft(tiny: Tiny, target: Sequences) -> Sequences:
-    return Sequences(tiny(DRAFT.title), Full(), ctx_other=target.ctx)
+    return Sequences(tiny(SHARING_DRAFT.title), Full(), ctx_other=target.ctx)
 
 
 def test_a_draft_that_reads_a_cache_with_a_policy_is_refused(tiny: Tiny) -> None:
