@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from native_build import ROOT
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), ROOT / "native/README.md"]
 GENERATED = {"compatibility.md", "upstream-tests.md"}
 MOST_COLUMNS = 120
 

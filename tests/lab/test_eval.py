@@ -155,13 +155,38 @@ def test_more_caches_join_a_run(model: Path, tmp_path: Path) -> None:
     assert [record["cache"] for record in read_records(tmp_path)] == ["full", "paper"]
 
 
+def test_more_items_join_a_run(model: Path, tmp_path: Path) -> None:
+    options = ["--generate", "needle", "--depths", "0.2", *SHORT, "--question", "hidden", "--policies", "full"]
+    evaluate(model, tmp_path, *options, "--lengths", "600")
+    (first,) = read_records(tmp_path)
+    evaluate(model, tmp_path, *options, "--lengths", "500,600")
+    assert [record["item"] for record in read_records(tmp_path)] == [first["item"], "needle/500/0.2/0"]
+    assert read_records(tmp_path)[0] == first
+    assert "2 items" in (tmp_path / "report.md").read_text()
+
+
+def test_an_item_that_has_changed_does_not_join_a_run(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for answer, code in (("red", 0), ("blue", 2)):
+        item = {
+            "id": "x/1",
+            "dataset": "x",
+            "context": "The door is red. " * 20,
+            "question": "Which?",
+            "answers": [answer],
+        }
+        (data / "x.jsonl").write_text(json.dumps(item) + "\n")
+        result = refreekv("eval", model, "--out", tmp_path / "run", "--data", data, *SHORT, "--policies", "full")
+        assert result.exit_code == code, result.stderr
+    assert "x/1 was another one" in result.stderr
+
+
 def test_a_folder_holds_one_run(model: Path, finished: Path) -> None:
     before = (finished / RECORDS).read_bytes()
     for options, message in (
         (["--seed", "1"], "seed 0, not 1"),
         (["--continuation", "9"], "n_continuation 8, not 9"),
-        (["--generate", "needle"], "items 3, not 1"),
-        (["--lengths", "601"], "items_sha256"),
     ):
         result = refreekv("eval", model, "--out", finished, *MADE_UP, *options)
         assert result.exit_code == 2

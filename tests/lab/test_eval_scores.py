@@ -54,6 +54,10 @@ def test_the_best_of_several_answers_counts() -> None:
     assert scores.score("exact", "ferry", ["boat", "ferry", "ship"]) == 1
 
 
+def test_the_share_of_all_answers_counts() -> None:
+    assert scores.score("all_found", "They are 7 and 12, I think.", ["12", "7", "9", "5"]) == 0.5
+
+
 def test_the_bootstrap_covers() -> None:
     rng = np.random.default_rng(0)
     n_runs, hits = 300, 0

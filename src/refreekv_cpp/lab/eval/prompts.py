@@ -72,7 +72,8 @@ class Prompter:
         return self._llm.detokenize([token], special=True).decode(errors="replace") if token >= 0 else ""
 
     def prompt(self, item: Item) -> Prompt:
-        real = self._tokens(item.question.answers[0])
+        answers = item.question.answers
+        real = self._tokens(", ".join(answers) if item.score == "all_found" else answers[0])
         if item.is_continuation:
             return Prompt(self._start("", item.context), [], real, None)
         head, tail = self._parts[:2]

@@ -51,12 +51,14 @@ class Run:
     """A folder with the records of one model on some items.
 
     A run that was stopped goes on where it was. Its records are the same as if it had not been, but for their seconds.
+    It can go on with more items and other caches, too: what is recorded stays.
 
     Args:
-        specs: caches; the first one is the reference. They may be others when a run goes on.
+        specs: caches; the first one is the reference.
 
     Raises:
-        ValueError: the folder holds a run of another model, of other items or settings.
+        ValueError: the folder holds a run of another model or with other settings, or one of these items was another
+            one when it was recorded.
     """
 
     def __init__(
@@ -69,18 +71,15 @@ class Run:
         settings: Settings,
     ) -> None:
         self.folder, self.model, self.tasks, self.specs, self.settings = folder, model, tasks, specs, settings
-        texts = json.dumps([task.item.as_dict() for task in tasks])
-        keep_settings(
-            folder,
-            {
-                "model": model.name,
-                "model_bytes": model.stat().st_size,
-                **asdict(settings),
-                "items": len(tasks),
-                "items_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-            },
-        )
-        done = {(record["item"], record["cache"], record["mode"]) for record in read_records(folder)}
+        keep_settings(folder, {"model": model.name, "model_bytes": model.stat().st_size, **asdict(settings)})
+        records = read_records(folder)
+        hashes = {task.item.id: _hash(task.item) for task in tasks}
+        for record in records:
+            if record["item"] in hashes and record.get("item_sha256") != hashes[record["item"]]:
+                raise ValueError(
+                    f"{folder}: the item {record['item']} was another one when it was recorded; take another --out"
+                )
+        done = {(record["item"], record["cache"], record["mode"]) for record in records}
         jobs = [Job(task, spec, mode) for task in tasks for spec in specs for mode in modes_of(task.item, modes)]
         self.jobs = [job for job in jobs if job.key not in done]
         self.n_done = len(jobs) - len(self.jobs)
@@ -165,6 +164,10 @@ def _write(out: Any, record: Record, job: Job, done: Callable[[Job], None]) -> N
     done(job)
 
 
+def _hash(item: Item) -> str:
+    return hashlib.sha256(json.dumps(item.as_dict()).encode()).hexdigest()
+
+
 def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer) -> Record:
     """A line of records.jsonl; docs/reference/files.md describes it."""
     item, session, stats = job.task.item, turn.session, turn.stats
@@ -177,6 +180,7 @@ def _record(job: Job, turn: Turn, reference: Turn, said: Answer, answer: Answer)
     text = session.text(answer.tokens)
     record: Record = {
         "item": item.id,
+        "item_sha256": _hash(item),
         "dataset": item.dataset,
         "cache": job.spec.text,
         "mode": job.mode,

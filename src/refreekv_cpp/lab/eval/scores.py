@@ -78,13 +78,16 @@ SCORES: dict[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l,
     "exact": exact,
     "found": found,
+    "all_found": found,
     "number": number,
 }
+_OF_ALL = frozenset({"all_found"})
 
 
 def score(name: str, answer: str, expected: Sequence[str]) -> float:
-    """The best over the texts that count as right."""
-    return max(SCORES[name](answer, text) for text in expected)
+    """The best over the texts that count as right; with `all_found`, the share of the texts that the answer says."""
+    each = [SCORES[name](answer, text) for text in expected]
+    return sum(each) / len(each) if name in _OF_ALL else max(each)
 
 
 @dataclass(frozen=True)
