@@ -332,7 +332,6 @@ _LIST = [
         "apertus",
         keys={**_HEADS, ".xielu.alpha_n": 0.8, ".xielu.alpha_p": 0.8, ".xielu.beta": 0.5, ".xielu.eps": -1e-6},
     ),
-    Architecture("chameleon", keys=_HEADS, n_vocab=8200),  # tokens of images, 4 to 8195, are never chosen
     Architecture("bitnet"),
     Architecture(
         "step35",
@@ -376,8 +375,10 @@ _LIST = [
 # it has embeddings, and no text to complete
 ENCODER = Architecture("bert", "encoder", {**_ENCODER, "pooling_type": 2})
 
-# what has no KV cache that a policy could work on, or no text to complete
+# What has no KV cache that a policy could work on, or no text to complete; and Chameleon, with which llama.cpp ends the
+# process where nothing of a batch is put out, as of most of a prompt in llama-cpp-python
 _OTHERS = [
+    Architecture("chameleon", keys=_HEADS, n_vocab=8200),  # tokens of images, 4 to 8195, are never chosen
     ENCODER,
     Architecture("nomic-bert", "encoder", _ENCODER),
     Architecture("nomic-bert-moe", "encoder, experts", {**_ENCODER, **_EXPERTS, "moe_every_n_layers": 2}),

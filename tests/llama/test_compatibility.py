@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from compatibility import CHECKS, POLICIES, Check
+from memory_kinds import MEMORY_KINDS
 from tiny_architectures import ARCHITECTURES
-from write_compatibility import TABLE, features, row
+from write_compatibility import TABLE, features, memory_rows, row
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.feature)
@@ -21,6 +22,14 @@ def test_a_feature_does_what_the_table_says(check: Check, tiny: Callable[[str], 
     assert row(check.feature, *outcomes) in TABLE.read_text().splitlines(), (
         "run tests/tools/write_compatibility.py again"
     )
+
+
+def test_a_memory_can_have_what_the_table_says(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lines = TABLE.read_text().splitlines()
+    for kind in MEMORY_KINDS:
+        assert any(line.startswith(f"| {kind.title} |") for line in lines), kind.title
+    rows = memory_rows(tmp_path, [kind for kind in MEMORY_KINDS if kind.is_ours], tiny)
+    assert [row for row in rows if row not in lines] == [], "run tests/tools/write_compatibility.py again"
 
 
 def test_architectures_have_rows_that_agree_with_their_checks() -> None:
