@@ -26,6 +26,10 @@ static bool has_full_attention(const llama_model & model) {
     return false;
 }
 
+static bool is_draft_model(const llama_model & model) {
+    return model.arch == LLM_ARCH_GEMMA4_ASSISTANT || model.arch == LLM_ARCH_EAGLE3 || model.arch == LLM_ARCH_DFLASH;
+}
+
 // Names what cannot have a policy before a context is created. Other memories than those of composite.h are refused in any case
 // (create_memory below), as are graphs with an attention of their own (cache_context).
 std::string why_not(const llama_model & model) {
@@ -33,7 +37,14 @@ std::string why_not(const llama_model & model) {
 
     const std::string name = llm_arch_name(model.arch);
 
+    static const char * sparse = ": trained sparse attention: an index of its own chooses the cells that each token attends to, and must find all of them";
+
     switch (model.arch) {
+        case LLM_ARCH_HY_V4:
+            if (hparams.indexer_top_k > 0) {
+                return name + sparse;
+            }
+            break;
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_GLM5_NEXT:
@@ -41,9 +52,7 @@ std::string why_not(const llama_model & model) {
         case LLM_ARCH_MINIMAX_M3:
         case LLM_ARCH_GLM_DSA:
         case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_DFLASH:
-            return name + ": trained sparse attention: an index of its own chooses the cells that each token attends to, and must find all of them";
+            return name + sparse;
         case LLM_ARCH_DREAM:
         case LLM_ARCH_LLADA:
         case LLM_ARCH_LLADA_MOE:
@@ -52,13 +61,14 @@ std::string why_not(const llama_model & model) {
         case LLM_ARCH_T5:
         case LLM_ARCH_T5ENCODER:
             return name + ": encoder-decoder models, whose attention has a bias by relative positions, are not supported";
+        case LLM_ARCH_LLAMA_EMBED:
         case LLM_ARCH_WAVTOKENIZER_DEC:
-            return name + ": it has no KV cache";
-        case LLM_ARCH_GEMMA4_ASSISTANT:
-        case LLM_ARCH_EAGLE3:
-            return name + ": a draft model that reads another context's cache";
+            return name + ": its attention uses no KV cache";
         default:
             break;
+    }
+    if (is_draft_model(model)) {
+        return name + ": a draft model, which has no context of its own; the one that it drafts for can have a policy";
     }
 
     if (llm_arch_is_recurrent(model.arch)) {
@@ -78,6 +88,12 @@ std::string why_not(const llama_model & model) {
     return "";
 }
 
+// A draft head (MTP) has K and V of its own few layers. It and most draft models are given hidden states of the context that they draft for,
+// and none of its cells
+static bool is_draft(const llama_model & model, const llama_memory_params & params) {
+    return params.ctx_type == LLAMA_CONTEXT_TYPE_MTP || is_draft_model(model);
+}
+
 [[noreturn]] static void refuse(const std::string & why) {
     set_error("%s", why.c_str());
     throw std::runtime_error(why);
@@ -85,11 +101,11 @@ std::string why_not(const llama_model & model) {
 
 // why the context that is created cannot have a policy; empty when it can
 static std::string why_not(const llama_model & model, const llama_memory_params & params) {
+    if (is_draft(model, params)) {
+        return "it drafts for another one, which can have a policy";
+    }
     const std::string why = why_not(model);
 
-    if (why.empty() && params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        return "contexts of draft heads (MTP) cannot have a KV policy";
-    }
     if (why.empty() && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         return "split_mode tensor divides each row of the cache between devices; with a KV policy split_mode must be one of none (0), layer (1) and row (2)";
     }
@@ -97,9 +113,8 @@ static std::string why_not(const llama_model & model, const llama_memory_params 
 }
 
 llama_memory_i * create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    skip_forced(false);
-
-    if (cache::of(llama_get_memory(cparams.ctx_other))) {
+    // of a draft model that has no K and V of its own
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && cache::of(params.mem_other)) {
         refuse(std::string(llm_arch_name(model.arch)) + ": a draft model that reads another context's cache; the other context must not have a KV policy");
     }
 
@@ -118,11 +133,12 @@ llama_memory_i * create_memory(const llama_model & model, const llama_memory_par
         why = std::string(llm_arch_name(model.arch)) + ": this kind of memory cannot have a KV policy";
     }
 
-    if (!next_is_forced()) {
+    if (!next_is_forced() && !is_draft(model, params)) {
         refuse(why);
     }
-    LLAMA_LOG_WARN("refreekv: REFREEKV_NATIVE_POLICY does not apply to this context: %s\n", why.c_str());
-    skip_forced(true);
+    LLAMA_LOG_WARN("refreekv: %s does not apply to this context: %s\n", next_is_forced() ? "REFREEKV_NATIVE_POLICY" : "the KV policy", why.c_str());
+
+    const without_policy without;
 
     return model.create_memory(params, cparams);
 }

@@ -15,9 +15,12 @@ enum next_state { NEXT_UNSET, NEXT_NONE, NEXT_PARAMS };
 
 static thread_local next_state      g_state = NEXT_UNSET;
 static thread_local refreekv_params g_params;
-static thread_local bool            g_skip_forced = false;
+static thread_local bool            g_without = false;
 
 const refreekv_params * next_params() {
+    if (g_without) {
+        return nullptr;
+    }
     if (g_state == NEXT_PARAMS) {
         return &g_params;
     }
@@ -25,11 +28,15 @@ const refreekv_params * next_params() {
 }
 
 bool next_is_forced() {
-    return g_state == NEXT_UNSET && !g_skip_forced && get_environment().has_policy;
+    return g_state == NEXT_UNSET && get_environment().has_policy;
 }
 
-void skip_forced(bool skip) {
-    g_skip_forced = skip;
+without_policy::without_policy() {
+    g_without = true;
+}
+
+without_policy::~without_policy() {
+    g_without = false;
 }
 
 void set_next_params(const refreekv_params * params) {

@@ -19,9 +19,15 @@ const refreekv_params * next_params();
 void set_next_params(const refreekv_params * params); // nullptr: none, whatever the environment says
 void forget_next_params();
 
-// whether next_params() is the environment's. A context that cannot have that goes without: skip_forced(true)
+// whether next_params() is the environment's; a context that cannot have that goes without
 bool next_is_forced();
-void skip_forced(bool skip);
+
+// While it exists, next_params() is nullptr: the context that is created goes without a policy
+class without_policy {
+public:
+    without_policy();
+    ~without_policy();
+};
 
 // Whether the llama_kv_cache that is constructed next on this thread can have a policy (cache/create.h).
 class open_place {

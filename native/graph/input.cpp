@@ -231,7 +231,10 @@ ggml_tensor * graph_input::attention(const llm_graph_context & graph, const atte
         ggml_build_forward_expand(graph.gf, store.get_views().cpy_k(ctx, call.k_cur, kind.k_idxs, i_layer, reservation, tail_idxs && kind.k_idxs == tail_idxs));
     }
     if (call.v_cur && store.has_v(i_layer)) {
-        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, call.v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
+        // PLM's heads are joined already
+        ggml_tensor * v_cur = call.v_cur->ne[2] == q->ne[2] ? call.v_cur : ggml_reshape_3d(ctx, call.v_cur, call.v_cur->ne[0], 1, q->ne[2]);
+
+        ggml_build_forward_expand(graph.gf, store.get_views().cpy_v(ctx, v_cur, kind.v_idxs, i_layer, reservation, tail_idxs && kind.v_idxs == tail_idxs));
     }
 
     if (ring && known) {

@@ -97,11 +97,21 @@ def test_info_of_quantised_cache(tiny: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "attention", "per_token"),
     [
-        ("gemma4 (E2B: layers that share K and V)", "2 of 8, and 2 that share their K and V", "0.25 KiB"),
+        (
+            "gemma4 (E2B: layers that share K and V)",
+            "2 of 8, and 2 that share their K and V; others have a window of 128 tokens",
+            "0.25 KiB",
+        ),
+        (
+            "gpt-oss (attention sinks, sliding window, experts)",
+            "2 of 4; others have a window of 128 tokens",
+            "0.25 KiB",
+        ),
+        ("qwen35 (hybrid, with a draft head)", "2 of 4; others are recurrent", "0.25 KiB"),
         ("deepseek2 (MLA, experts)", "4 of 4", "0.38 KiB"),  # 4 layers, one row of 48 values for K and V
     ],
 )
-def test_info_of_shared_and_latent_rows(tiny: Callable[[str], Path], name: str, attention: str, per_token: str) -> None:
+def test_info_of_each_kind_of_layer(tiny: Callable[[str], Path], name: str, attention: str, per_token: str) -> None:
     result = refreekv("info", tiny(name))
     assert result.exit_code == 0
     lines = [line.strip("│ ").split("│") for line in result.stdout.splitlines() if "│" in line]

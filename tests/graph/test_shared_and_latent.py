@@ -29,6 +29,8 @@ SHARED = "gemma4 (E2B: layers that share K and V)"
 SHARED_3N = "gemma3n (layers that share K and V)"
 MLA = "deepseek2 (MLA, experts)"
 GROK = "grok (experts, attention logits with a cap)"
+SINKS = "gpt-oss (attention sinks, sliding window, experts)"
+HYBRID = "qwen35 (hybrid, with a draft head)"
 MODELS = [SHARED, SHARED_3N, MLA, GROK]
 
 PROMPT = random_tokens(700)
@@ -276,7 +278,7 @@ def talk(llm: Llama, history: list[dict[str, str]], question: str) -> str:
 
 
 @pytest.mark.parametrize("evicted", ["keep", "restore"])
-@pytest.mark.parametrize("name", [SHARED, MLA, GROK])
+@pytest.mark.parametrize("name", [SHARED, MLA, GROK, SINKS, HYBRID])
 def test_three_turns_of_chat(tiny: Tiny, name: str, evicted: str) -> None:
     """With all exact rows the answers are the full cache's; an answer comes again, and goes on from a state."""
     answers = {}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from native_build import ROOT, build
-from tiny_architectures import ARCHITECTURES, ENCODER
+from tiny_architectures import ARCHITECTURES, DRAFTS, OTHERS, UNKNOWN
 
 FOLDER = ROOT / "build" / "stock"
 """Of upstream's own library and of the program."""
@@ -25,7 +25,8 @@ def write_models(folder: Path, tiny: Callable[[str], Path], *, all_of_ours: bool
 
     Args:
         tiny: writes a model of ours (`tiny_architectures.tiny_models`).
-        all_of_ours: also models of ours whose architecture upstream makes one of, and the encoder.
+        all_of_ours: also models of ours whose architecture upstream makes one of, and those that have no text to
+            complete or draft for another model.
     """
     log = subprocess.run(
         [str(FOLDER / "bin" / "refreekv_architectures"), "-s", "1234", "-o", str(folder)],
@@ -38,7 +39,7 @@ def write_models(folder: Path, tiny: Callable[[str], Path], *, all_of_ours: bool
     assert n_saved == len(list(folder.iterdir()))
 
     theirs = {path.stem.rpartition("-")[0] for path in folder.iterdir()}
-    ours = {**ARCHITECTURES, **({ENCODER.title: ENCODER} if all_of_ours else {})}
+    ours = {**ARCHITECTURES, **({**OTHERS, **DRAFTS, **UNKNOWN} if all_of_ours else {})}
     for title, architecture in ours.items():
         if all_of_ours or architecture.name not in theirs:
             (folder / f"{title}.gguf").symlink_to(tiny(title))

@@ -121,15 +121,19 @@ TINY_MODELS = {
 }
 
 
-def write_tokenizer(out: gguf.GGUFWriter, *, short_spaces: bool = False) -> None:
+def write_tokenizer(out: gguf.GGUFWriter, *, n_vocab: int = N_VOCAB, short_spaces: bool = False) -> None:
     """The smallest SentencePiece vocabulary that llama.cpp takes: special tokens and bytes.
 
+    n_vocab: more than these are tokens that are not used.
     short_spaces: a token for the space, which else is three bytes, in the place of the byte 0xFF, which no text has.
     """
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, *[gguf.TokenType.BYTE] * 256]
     if short_spaces:
         tokens[-1], kinds[-1] = "▁", gguf.TokenType.NORMAL
+    for i in range(N_VOCAB, n_vocab):
+        tokens.append(f"<{i}>")
+        kinds.append(gguf.TokenType.UNUSED)
     out.add_tokenizer_model("llama")
     out.add_token_list(tokens)
     out.add_token_scores([0.0] * len(tokens))

@@ -7,6 +7,7 @@ table below is all that a new one needs.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from tiny import N_VOCAB, TINY_MODELS, write_tokenizer
+from tiny import N_SPECIAL, N_VOCAB, TINY_MODELS, write_tokenizer
 
 import refreekv_cpp  # noqa: F401  (it loads the library that llama_cpp then uses)
 
@@ -43,6 +44,20 @@ _EXPERTS = {
     "expert_weights_scale": 1.0,
 }
 _WINDOW = {"attention.sliding_window": 128}
+_MLA = {
+    **_EXPERTS,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 1,
+    "expert_gating_func": 2,
+    "attention.head_count_kv": 1,
+    "attention.q_lora_rank": 32,
+    "attention.kv_lora_rank": 32,
+    "attention.key_length": 48,
+    "attention.value_length": 32,
+    "attention.key_length_mla": 32,
+    "attention.value_length_mla": 16,
+    "rope.dimension_count": 16,
+}
 _SSM = {
     "ssm.conv_kernel": 4,
     "ssm.inner_size": 2 * _N_EMBD,
@@ -78,6 +93,18 @@ _GEMMA3N = {
     "altup.active_idx": 0,
     "activation_sparsity_scale": [0.0] * 30,
 }
+_HEADS = {"attention.head_count_kv": _N_HEAD}
+_ENCODER = {**_HEADS, "attention.causal": False, "pooling_type": 1}
+_RELATIVE = {**_HEADS, "attention.relative_buckets_count": 8, "attention.key_length": 16, "attention.value_length": 16}
+_RWKV = {
+    "wkv.head_size": 64,
+    "embedding_length": 128,
+    "attention.head_count": 0,
+    "attention.head_count_kv": 0,
+    "time_mix_extra_dim": 32,
+    "time_decay_extra_dim": 64,
+    **{f"attention.{name}_lora_rank": 32 for name in ("decay", "iclr", "value_residual_mix", "gate")},
+}
 # every other layer has attention, the others have none
 _EVERY_OTHER = {"attention.head_count_kv": [0, 2] * (N_LAYER // 2)}
 
@@ -88,8 +115,10 @@ class Architecture:
     Attributes:
         name: llama.cpp's.
         what: what is special about it.
-        keys: metadata, without the architecture's prefix.
+        keys: metadata, without the architecture's prefix; a key that begins with a dot has none.
         rope_factors: it needs factors of RoPE's frequencies.
+        without: beginnings of the names, in a block, of tensors that would make it another kind of model.
+        n_vocab: more tokens than bytes and special ones.
         shapes: of its tensors, by name; llama.cpp is not asked then.
         calm: what the norm of its queries is divided by. Some models do not divide attention logits by the root of the
             head size, and with random weights such logits make much of little.
@@ -99,6 +128,8 @@ class Architecture:
     what: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
     rope_factors: bool = False
+    without: tuple[str, ...] = ()
+    n_vocab: int = N_VOCAB
     shapes: Mapping[str, tuple[int, ...]] | None = None
     calm: float = 1
 
@@ -110,7 +141,7 @@ class Architecture:
         metadata = path.with_suffix(".metadata")
         self._write(metadata, {})
         rng = np.random.default_rng(seed)
-        shapes = self.shapes or self._shapes(metadata)
+        shapes = self._shapes(metadata) if self.shapes is None else self.shapes
         weights = {name: _weights(name, shape, rng) for name, shape in shapes.items()}
         for name in weights:
             if "attn_q_norm" in name:
@@ -121,9 +152,9 @@ class Architecture:
     def _write(self, path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         out = gguf.GGUFWriter(path, self.name)
         for key, value in {**_COMMON, **self.keys}.items():
-            _add(out, f"{self.name}.{key}", value)
+            _add(out, key[1:] if key.startswith(".") else f"{self.name}.{key}", value)
         out.add_token_type_count(1)
-        write_tokenizer(out, short_spaces=True)
+        write_tokenizer(out, n_vocab=self.n_vocab, short_spaces=True)
         for name, weights in tensors.items():
             out.add_tensor(name, weights)
         out.write_header_to_file()
@@ -135,7 +166,10 @@ class Architecture:
         # factors of RoPE and scales of quantised weights are for models that have such
         left_out = (*(() if self.rope_factors else ("rope_",)), ".scale", ".input_scale")
         return {
-            name: shape for name, shape in _tensors_of(metadata).items() if not any(part in name for part in left_out)
+            name: shape
+            for name, shape in _tensors_of(metadata).items()
+            if not any(part in name for part in left_out)
+            and not re.sub(r"^blk\.\d+\.", "", name).startswith(self.without)
         }
 
 
@@ -205,7 +239,9 @@ def _tensors_of(metadata: Path) -> dict[str, tuple[int, ...]]:
     llama_cpp._logger.set_verbose(False)
     context = _ggml.gguf_init_from_file(str(metadata).encode(), _GGUFParams(no_alloc=True, ctx=None))
     try:
-        model = llama_cpp.llama_model_init_from_user(context, note, None, llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.load_mtp = True
+        model = llama_cpp.llama_model_init_from_user(context, note, None, params)
         if not model:
             raise ValueError(f"{metadata.name}: llama.cpp makes no model of this metadata")
         llama_cpp.llama_model_free(model)
@@ -257,19 +293,17 @@ _LIST = [
     Architecture(
         "deepseek2",
         "MLA, experts",
+        _MLA,
+    ),
+    Architecture(
+        "hy_v4",
+        "MLA, experts, no index",
         {
-            **_EXPERTS,
-            "leading_dense_block_count": 1,
-            "expert_shared_count": 1,
-            "expert_gating_func": 2,
-            "attention.head_count_kv": 1,
-            "attention.q_lora_rank": 32,
-            "attention.kv_lora_rank": 32,
-            "attention.key_length": 48,
-            "attention.value_length": 32,
-            "attention.key_length_mla": 32,
-            "attention.value_length_mla": 16,
-            "rope.dimension_count": 16,
+            **_MLA,
+            "hyper_connection.count": 2,
+            "hyper_connection.epsilon": 1e-6,
+            "hyper_connection.magnitude": 2.0,
+            "expert_weights_norm": True,
         },
     ),
     Architecture(
@@ -287,6 +321,16 @@ _LIST = [
             "attention.value_length": 16,
             "rope.dimension_count": 16,
         },
+    ),
+    Architecture(
+        "deepseek2-ocr",
+        "experts",
+        {**_EXPERTS, **_HEADS, "leading_dense_block_count": 1, "expert_shared_count": 1},
+    ),
+    Architecture("plm", "MLA, decompressed", {**_HEADS, "attention.kv_lora_rank": 32, "rope.dimension_count": 8}),
+    Architecture(
+        "apertus",
+        keys={**_HEADS, ".xielu.alpha_n": 0.8, ".xielu.alpha_p": 0.8, ".xielu.beta": 0.5, ".xielu.eps": -1e-6},
     ),
     Architecture("bitnet"),
     Architecture(
@@ -309,19 +353,85 @@ _LIST = [
     Architecture("jamba", "hybrid", {**_SSM, **_EVERY_OTHER}),
     Architecture("granitehybrid", "hybrid", {**_SSM, **_EVERY_OTHER}),
     Architecture("falcon-h1", "hybrid", _SSM),
+    Architecture(
+        "qwen35",
+        "hybrid, with a draft head",
+        {
+            **_SSM,
+            "ssm.inner_size": 64,
+            "ssm.group_count": 2,
+            "block_count": N_LAYER + 1,
+            "nextn_predict_layers": 1,
+            "full_attention_interval": 2,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "rope.dimension_sections": [2, 3, 3, 0],
+        },
+    ),
     Architecture("lfm2", "hybrid", {**_EVERY_OTHER, "shortconv.l_cache": 3}),
     Architecture("lfm2", "hybrid, all of it sliding window", {**_WINDOW, **_EVERY_OTHER, "shortconv.l_cache": 3}),
 ]
 
 # it has embeddings, and no text to complete
-ENCODER = Architecture(
-    "bert", "encoder", {"attention.head_count_kv": _N_HEAD, "attention.causal": False, "pooling_type": 2}
-)
+ENCODER = Architecture("bert", "encoder", {**_ENCODER, "pooling_type": 2})
+
+# What has no KV cache that a policy could work on, or no text to complete; and Chameleon, with which llama.cpp ends the
+# process where nothing of a batch is put out, as of most of a prompt in llama-cpp-python
+_OTHERS = [
+    Architecture("chameleon", keys=_HEADS, n_vocab=8200),  # tokens of images, 4 to 8195, are never chosen
+    ENCODER,
+    Architecture("nomic-bert", "encoder", _ENCODER),
+    Architecture("nomic-bert-moe", "encoder, experts", {**_ENCODER, **_EXPERTS, "moe_every_n_layers": 2}),
+    Architecture("modern-bert", "encoder", {**_ENCODER, **_WINDOW}),
+    Architecture("neo-bert", "encoder", _ENCODER),
+    Architecture("eurobert", "encoder", _ENCODER),
+    Architecture("jina-bert-v2", "encoder", _ENCODER),
+    Architecture("jina-bert-v3", "encoder", _ENCODER),
+    Architecture("gemma-embedding", "encoder", {**_WINDOW, "block_count": 6}),
+    Architecture("llama-embed", "encoder", {"pooling_type": 1}),
+    Architecture("t5", "encoder and decoder", _RELATIVE),
+    Architecture("t5encoder", "encoder", _RELATIVE),
+    Architecture("rwkv6", "recurrent", _RWKV),
+    Architecture(
+        "rwkv6qwen2",
+        "recurrent",
+        {**_RWKV, "attention.head_count": 2, "attention.head_count_kv": 2, "token_shift_count": 1},
+        without=("time_mix_first",),
+    ),
+    Architecture("rwkv7", "recurrent", _RWKV),
+    Architecture("arwkv7", "recurrent", {**_RWKV, "token_shift_count": 1}),
+    Architecture(
+        "graniteswitch",
+        "adapters that control tokens select",
+        {
+            "logit_scale": 2.0,
+            "adapters.count": 2,
+            "adapters.lora_rank": 4,
+            "adapters.token_ids_activate": [N_VOCAB - 2, N_VOCAB - 3],
+            "adapters.token_ids_substitute": [N_SPECIAL, N_SPECIAL + 1],
+        },
+    ),
+    Architecture(
+        "wavtokenizer-dec",
+        "from codes to sound",
+        {
+            "block_count": 6,
+            "features_length": _N_EMBD,
+            "embedding_length_out": _N_EMBD,
+            "attention.group_norm_epsilon": 1e-5,
+            "attention.group_norm_groups": 4,
+            "posnet.block_count": 6,
+            "posnet.embedding_length": _N_EMBD,
+            "convnext.block_count": 2,
+            "convnext.embedding_length": _N_EMBD,
+        },
+    ),
+]
 
 # a draft model whose layers are views of another context's cache
-DRAFT = Architecture(
+SHARING_DRAFT = Architecture(
     "gemma4-assistant",
-    "draft",
+    "draft that has no K and V",
     {
         **_WINDOW,
         **_GEMMA4,
@@ -357,12 +467,31 @@ DRAFT = Architecture(
     },
 )
 
+# Draft models that are given hidden states of the context they draft for, and have K and V of their own. Token
+# embeddings and output are those of the model they draft for, which must have 4 layers.
+EAGLE3 = Architecture(
+    "eagle3",
+    "draft",
+    {"block_count": 1, "target_layers": [1, 2, 3], "target_hidden_size": _N_EMBD},
+    without=("token_embd", "output.weight"),
+)
+DFLASH = Architecture(
+    "dflash",
+    "draft",
+    {"block_count": 2, "target_layers": [1, 2], "block_size": 8, ".tokenizer.ggml.mask_token_id": N_VOCAB - 2},
+    without=("token_embd", "output.weight", "attn_sinks", "layer_output_scale", "post_"),
+)
+
 ARCHITECTURES = {architecture.title: architecture for architecture in _LIST}
+OTHERS = {architecture.title: architecture for architecture in _OTHERS}
+# named in llama.cpp, which loads no model of them
+UNKNOWN = {name: Architecture(name, shapes={}) for name in ("clip", "gptj")}
+DRAFTS = {architecture.title: architecture for architecture in (SHARING_DRAFT, EAGLE3, DFLASH)}
 
 
 def tiny_models(folder: Path) -> Callable[[str], Path]:
-    """The GGUF of a model of these tables, of `ENCODER` or of `DRAFT`, by its name; written when asked for."""
-    models = {**TINY_MODELS, **ARCHITECTURES, ENCODER.title: ENCODER, DRAFT.title: DRAFT}
+    """The GGUF of a model of these tables by its name; written when asked for."""
+    models = {**TINY_MODELS, **ARCHITECTURES, **OTHERS, **DRAFTS, **UNKNOWN}
 
     def path_of(name: str) -> Path:
         path = folder / f"{name}.gguf"

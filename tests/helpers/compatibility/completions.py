@@ -8,7 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from support import feed, logits
 from tiny import random_tokens
 from tiny_lora import merge_lora, write_lora
@@ -221,6 +221,28 @@ def draft_model(run: Run) -> None:
     generator.close()
     assert sum(drafted) > 0
     assert answer == run.by_hand(run.load(logits_all=True), prompt, 24, logits_processor=None)
+
+
+@check("draft model (another Llama)")
+def draft_by_another(run: Run) -> None:
+    class Another(LlamaDraftModel):
+        def __init__(self) -> None:
+            self.llm = run.load()
+            self.n_read: list[int] = []
+
+        def __call__(self, input_ids: Any, /, **_: Any) -> Any:
+            generator = self.llm.generate(input_ids.tolist(), temp=0.0)
+            tokens = [next(generator) for _ in range(4)]
+            generator.close()
+            self.n_read.append(len(input_ids))
+            return np.array(tokens, np.intc)
+
+    draft = Another()
+    generator = run.load(draft_model=draft, logits_all=True).generate(PROMPT, temp=0.0)
+    answer = [next(generator) for _ in range(24)]
+    generator.close()
+    assert max(np.diff(draft.n_read)) > 1  # some were taken
+    assert answer == run.by_hand(run.load(logits_all=True), PROMPT, 24, logits_processor=None)
 
 
 @check("LoRA (lora_path, lora_scale)")
