@@ -52,18 +52,20 @@ def opened(stderr: str) -> int:
     return int(found[-1]) if found else 0
 
 
-def test_a_document_is_read_once(tiny_model: Path, document: Path) -> None:
+def test_a_document_is_read_once(tiny_model: Path, document: Path, cache: Path) -> None:
     result = refreekv("read", tiny_model, document, *_OPTIONS)
     assert result.exit_code == 0
     n_tokens = int(re.search(r"(\d+) tokens are in the library", result.stderr)[1])
     assert n_tokens > 1000
     for command in (["run", "--prompt", "Where?"], ["chat"]):
-        result = refreekv(command[0], tiny_model, "--file", document, *command[1:], *_SHORT, stdin="Where?\n")
+        result = refreekv(command[0], tiny_model, "--file", document, *command[1:], *_SHORT, stdin="Why?\n")
         assert result.exit_code == 0
         assert opened(result.stderr) > n_tokens - 20
     listed = refreekv("library")
     assert "document.md" in listed.stdout
     assert str(n_tokens) in listed.stdout
+    names = {text.name for text in Library(cache / "library").texts()}
+    assert names == {"document.md", "question about document.md", "chat about document.md"}
 
 
 def test_chat_reads_a_document_on_request(tiny_model: Path, document: Path) -> None:

@@ -39,7 +39,7 @@ def chat(
     options = options.with_library()
     conversation = Conversation(system, session)
     for path in file or []:
-        conversation.documents.append(read_document(path))
+        conversation.read(path)
     with contextlib.closing(options.load(resolve(model))) as llm:
         if conversation.history and session:
             common.print_note(f"session {session}: it has {len(conversation.history)} messages; /clear begins anew")
@@ -57,19 +57,30 @@ class Conversation:
     Attributes:
         history: its messages.
         documents: that the next question is about, and that are not in it yet.
-        name: in the library.
     """
 
     def __init__(self, system: str | None, session: str | None) -> None:
         self._session = Session(session) if session is not None else None
         self._system = system
-        self.name = f"session {session}" if session else ""
+        self._files: list[str] = []
         self.documents: list[str] = []
         self.history: list[Any] = self._session.messages if self._session else []
         if not self.history:
             self.history = common.messages(system)
         elif system is not None and self.history[: len(begun := common.messages(system))] != begun:
             raise ValueError(f"--session {session} --system: the conversation has begun without this system message")
+
+    @property
+    def name(self) -> str:
+        """In the library; "" for a conversation about no document."""
+        if self._session is not None:
+            return f"session {self._session.name}"
+        return f"chat about {', '.join(self._files)}" if self._files else ""
+
+    def read(self, path: Path) -> None:
+        """Adds a document to the next question. Errors are those of `read_document`."""
+        self.documents.append(read_document(path))
+        self._files.append(path.name)
 
     def add(self, *messages: Any) -> None:
         self.history += messages
@@ -78,7 +89,7 @@ class Conversation:
 
     def clear(self) -> None:
         self.history = common.messages(self._system)
-        self.documents = []
+        self.documents, self._files = [], []
         self._write()
 
     def _write(self) -> None:
@@ -108,7 +119,7 @@ def _read_file(conversation: Conversation, name: str) -> None:
     try:
         if not name:
             raise ValueError("/read: must be /read FILE")
-        conversation.documents.append(read_document(Path(name).expanduser()))
+        conversation.read(Path(name).expanduser())
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         common.print_error(error)
         return

@@ -51,6 +51,8 @@ def run(
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+        if file:
+            llm.keep_kv(f"question about {', '.join(path.name for path in file)}")
         common.print_receipt(llm)
 
 
