@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -68,18 +69,21 @@ class Case:
         return self.n_head_kv * self.n_gqa
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compile_tiles(source: str, out: Path, *flags: str) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if not compiler:
         pytest.skip("no compiler")
-    res = tmp_path_factory.mktemp("tiles") / "tiles.so"
-    # a product and a sum rounded at once are another result than both by themselves
-    command = [compiler, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"]
+    command = [compiler, "-std=c++17", "-w", "-pthread", *flags]
     include = [f"-I{ROOT / 'native'}", f"-I{upstream_tree() / 'ggml' / 'include'}"]
-    source = ROOT / "tests" / "helpers" / "device_tiles.cpp"
-    subprocess.run([*command, *include, str(source), "-o", str(res)], check=True)
-    return ctypes.CDLL(str(res))
+    subprocess.run([*command, *include, str(ROOT / "tests" / "helpers" / source), "-o", str(out)], check=True)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    out = tmp_path_factory.mktemp("tiles") / "tiles.so"
+    # a product and a sum rounded at once are another result than both by themselves
+    compile_tiles("device_tiles.cpp", out, "-O2", "-shared", "-fPIC", "-ffp-contract=off")
+    return ctypes.CDLL(str(out))
 
 
 def pointer(x: npt.NDArray[Any] | None) -> ctypes.c_void_p:
@@ -263,6 +267,20 @@ def test_the_number_of_threads_changes_no_bit(library: ctypes.CDLL, n_threads: i
     expected, n_expected = attention.run()
     assert n_found == n_expected
     np.testing.assert_array_equal(found, expected)
+
+
+def test_every_barrier_that_threads_need_is_there(tmp_path: Path) -> None:
+    program = tmp_path / "races"
+    try:
+        compile_tiles("device_races.cpp", program, "-O1", "-g", "-fsanitize=thread", "-ffp-contract=off")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel")
+    assert "WARNING" not in run.stderr
+    assert run.returncode == 0
+    assert run.stdout == "49 rows, the same\n"
 
 
 def test_tokens_in_pieces(library: ctypes.CDLL) -> None:

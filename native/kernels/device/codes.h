@@ -19,7 +19,7 @@ REFREEKV_DEVICE uint32_t four_codes(const uint8_t * codes, int n_channels, int p
 
     uint32_t res   = 0;
     int      first = 0; // bit of the code, and line of the pack, where a plane begins
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
     for (int w = 4; w > 0; w /= 2) {
@@ -33,6 +33,11 @@ REFREEKV_DEVICE uint32_t four_codes(const uint8_t * codes, int n_channels, int p
     return res;
 }
 
+// read at once
+struct alignas(16) four_numbers {
+    float x[4];
+};
+
 // sums[i] = sum over the channels of scaled[i][channel]*code of the cell, for LINES lines: [LINES][n_channels]
 template <int BITS>
 REFREEKV_DEVICE void dot_codes(const uint8_t * codes, int n_channels, int cell, const float * scaled, float * sums) {
@@ -42,20 +47,15 @@ REFREEKV_DEVICE void dot_codes(const uint8_t * codes, int n_channels, int cell, 
     for (int d = 0; d < n_channels; d += 4) {
         const uint32_t four = four_codes<BITS>(codes, n_channels, d/8, cell/16*2 + d%8/4, cell%16);
 
-        for (int j = 0; j < 4; ++j) {
-            const float code = (float) (four >> 8*j & 255);
+        for (int i = 0; i < LINES; ++i) {
+            const four_numbers q = load<four_numbers>(scaled + i*n_channels + d);
 
-            for (int i = 0; i < LINES; ++i) {
-                sums[i] += scaled[i*n_channels + d + j]*code;
+            for (int j = 0; j < 4; ++j) {
+                sums[i] += q.x[j]*(float) (four >> 8*j & 255);
             }
         }
     }
 }
-
-// read at once
-struct alignas(16) four_numbers {
-    float x[4];
-};
 
 // sums[i] = sum over the cells of weights[i][cell]*code of the channel, for LINES lines
 template <int BITS>

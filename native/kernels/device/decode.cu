@@ -10,7 +10,7 @@ constexpr int JUDGES  = CELLS;
 constexpr int MERGERS = MERGED;
 constexpr int OTHERS  = 128;
 
-extern __shared__ float shared_room[];
+extern __shared__ __align__(16) float shared_room[]; // four numbers of it are read at once
 
 static __device__ cuda_block this_block() {
     return { (int) threadIdx.x, (int) blockDim.x };
