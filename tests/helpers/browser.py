@@ -54,9 +54,7 @@ class Browser:
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session)
-        page.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         page.go(url)
         return page
 
@@ -130,7 +128,7 @@ class Page:
         self.wait_for(element)
         place: list[float] = self.evaluate(
             f"""(() => {{
-                let e = {element}; e.scrollIntoView({{ block: 'nearest' }});
+                let e = {element}; e.scrollIntoView({{ block: 'center' }});
                 let r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;
                 for (let w = e.ownerDocument.defaultView; w.frameElement; w = w.parent) {{
                     const f = w.frameElement.getBoundingClientRect(); x += f.x; y += f.y;
