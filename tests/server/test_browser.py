@@ -191,12 +191,13 @@ def test_the_cache_on_a_phone(tiny_model: Path, chromium: Browser) -> None:
             assert figure in shown
 
 
-def test_two_answers_at_once_on_the_cache_page(tiny_model: Path, chromium: Browser) -> None:
+def test_several_conversations_on_the_cache_page(tiny_model: Path, chromium: Browser) -> None:
     with serving(tiny_model, "--n-ctx", "2048", "--threads", "1", "--kv-policy", "streaming", *QUIET) as client:
         page = chromium.open(address(client, "/cache"))
         page.wait_for("/Nothing has been read yet/.test(document.body.innerText)")
         for slot, char in enumerate("xyz"):
             send(client, "/completion", {"prompt": char * 700, "n_predict": 2, "id_slot": slot, "ignore_eos": True})
         page.wait_for("/^3 conversations with 2,1\\d\\d tokens/m.test(document.body.innerText)")
+        assert page.evaluate("document.querySelectorAll('#layers .exact').length") == 4  # a column for each layer
         assert "not in the cache" in page.text()  # a policy without codes
         assert "compressed entries" in page.text()
