@@ -28,10 +28,31 @@ struct figures {
     refreekv_stats                   stats = {};
     std::vector<refreekv_layer_info> layers; // empty: no policy
     std::vector<sequence>            seqs;   // [n_seq_max]
+    double                           bytes_resident = 0.0; // of this process
 };
 
 static std::mutex g_mutex;
 static figures    g_figures;
+
+// of memory, in this process now; 0: the platform does not say
+static double resident_bytes() {
+#if defined(__linux__)
+    std::ifstream statm("/proc/self/statm");
+
+    int64_t n_pages = 0;
+    int64_t n_resident = 0;
+    if (statm >> n_pages >> n_resident) {
+        return (double) n_resident*sysconf(_SC_PAGESIZE);
+    }
+#elif defined(__APPLE__)
+    mach_task_basic_info info;
+    mach_msg_type_number_t n = MACH_TASK_BASIC_INFO_COUNT;
+    if (task_info(mach_task_self(), MACH_TASK_BASIC_INFO, (task_info_t) &info, &n) == KERN_SUCCESS) {
+        return (double) info.resident_size;
+    }
+#endif
+    return 0.0;
+}
 
 void forget_figures(llama_context * ctx, llama_seq_id seq_id) {
     std::lock_guard<std::mutex> lock(g_mutex);
@@ -54,6 +75,7 @@ void note_decoded(llama_context * ctx) {
     f.layers.resize(std::max(0, refreekv_get_stats(ctx, &f.stats, nullptr, 0)));
     refreekv_get_stats(ctx, &f.stats, f.layers.data(), f.layers.size());
     f.seqs.resize(llama_n_seq_max(ctx));
+    f.bytes_resident = resident_bytes();
 
     std::vector<sequence *> pruned; // since the batch before
     for (llama_seq_id s = 0; s < (llama_seq_id) f.seqs.size(); ++s) {
@@ -162,28 +184,9 @@ std::vector<metric> get_counters() {
         { "kv_restores_total",        "Times that evicted rows were brought back",            (double) s.n_restores },
         { "kv_restore_seconds_total", "Time spent bringing them back",                        s.restore_us/1e6      },
         { "kv_rows_read_total",       "Evicted rows that decoding read from the cold store",  (double) s.n_rows_read },
+        { "kv_rows_left_total",       "Those it wanted, whose codes had to do",               (double) s.n_rows_left },
         { "kv_turns_failed_total",    "Prunings that were due and failed",                    (double) s.n_turns_failed },
     };
-}
-
-// of memory, in this process now; 0: the platform does not say
-static double resident_bytes() {
-#if defined(__linux__)
-    std::ifstream statm("/proc/self/statm");
-
-    int64_t n_pages = 0;
-    int64_t n_resident = 0;
-    if (statm >> n_pages >> n_resident) {
-        return (double) n_resident*sysconf(_SC_PAGESIZE);
-    }
-#elif defined(__APPLE__)
-    mach_task_basic_info info;
-    mach_msg_type_number_t n = MACH_TASK_BASIC_INFO_COUNT;
-    if (task_info(mach_task_self(), MACH_TASK_BASIC_INFO, (task_info_t) &info, &n) == KERN_SUCCESS) {
-        return (double) info.resident_size;
-    }
-#endif
-    return 0.0;
 }
 
 std::vector<metric> get_gauges() {
@@ -200,7 +203,7 @@ std::vector<metric> get_gauges() {
         { "kv_bytes_codes", "Codes of evicted rows",                                    (double) s.bytes_codes },
         { "kv_bytes_cold",  "Evicted rows in the cold store",                           (double) s.bytes_cold  },
         { "kv_bytes_disk",  "Of these, in a file",                                      s.cold == REFREEKV_COLD_FILE ? (double) s.bytes_cold : 0.0 },
-        { "process_resident_bytes", "Memory of this process, resident now",             resident_bytes()       },
+        { "process_resident_bytes", "Memory of this process, resident after the last batch", g_figures.bytes_resident },
     };
 }
 
