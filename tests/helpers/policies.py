@@ -80,6 +80,18 @@ class Debug(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CellByCell(ReFreeKV):
+    """Evicts not in blocks of 256 cells, but one by one: the prompts of upstream's tests have a dozen tokens."""
+
+    n_min: int = 0
+    n_recent: int = 2
+    n_sink: int = 1
+
+    def native_options(self) -> dict[str, Any]:
+        return {**super().native_options(), "n_block": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
 class PythonStreaming(PythonPolicy):
     """`Streaming` a second time."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -213,18 +214,84 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
     assert status == 401
 
 
-@pytest.mark.parametrize("n_read", [0, 1])
-def test_a_client_that_leaves_frees_its_slot(tiny_model: Path, n_read: int) -> None:
-    with serving(tiny_model, *QUICK, *STREAMING, "--parallel", "1") as client:
-        body = {"prompt": LONG, "n_predict": 100000, "ignore_eos": True, "stream": True, "temperature": 0}
-        request = json.dumps(body).encode()
-        with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
-            head = "POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            head += f"Content-Length: {len(request)}\r\n\r\n"
-            connection.sendall(head.encode() + request)
-            for _ in range(n_read):
-                connection.recv(1000)
-        assert len(answer(client, "x")["content"]) == 8
+@contextlib.contextmanager
+def asking(client: openai.OpenAI, prompt: str) -> Iterator[socket.socket]:
+    """A client that asks for a stream without an end, and leaves."""
+    body = {"prompt": prompt, "n_predict": 100000, "ignore_eos": True, "stream": True, "temperature": 0}
+    request = json.dumps(body).encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+        head = "POST /completion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(request)}\r\n\r\n"
+        connection.sendall(head.encode() + request)
+        yield connection
+
+
+def metric(client: openai.OpenAI, name: str) -> float:
+    return float(re.findall(rf"^llamacpp:{name} (\S+)", get(client, "/metrics"), re.MULTILINE)[0])
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming"])
+def test_clients_that_leave_free_their_slot_and_their_place(tiny_model: Path, policy: str) -> None:
+    """One leaves in the middle of its answer, one while its long prompt waits for the slot."""
+    options = ["--n-ctx", "4096", "--threads", "1", "--log-verbosity", "1", "--kv-policy", policy, "--no-library"]
+    with serving(tiny_model, *options, "--parallel", "1") as client:
+        with asking(client, "x") as first:
+            first.recv(1000)
+            with asking(client, "y" * 4000):
+                pass
+        assert len(answer(client, "z")["content"]) == 8
+        assert metric(client, "tokens_predicted_total") < 4000
+        assert metric(client, "prompt_tokens_total") < 4000
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read(tiny_model: Path) -> None:
+    options = ["--n-ctx", "4096", "--threads", "1", "--log-verbosity", "1", *STREAMING, "--no-library"]
+    with serving(tiny_model, *options, "--parallel", "1", "--batch-size", "32") as client:
+        with asking(client, "y" * 4000):
+            pass
+        assert len(answer(client, "z")["content"]) == 8
+        assert metric(client, "prompt_tokens_total") < 4000
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "refreekv"])
+def test_a_draft_changes_no_answer(tiny_model: Path, policy: str) -> None:
+    draft = ["--model-draft", str(tiny_model), "--spec-type", "draft-simple", "--spec-draft-n-max", "4"]
+    said = []
+    for options in ([], draft):
+        with serving(tiny_model, *QUICK, "--kv-policy", policy, "--parallel", "1", *options) as client:
+            first = answer(client, LONG, n=32)
+            second = answer(client, LONG + first["content"] + "and?", n=32)
+            assert second["timings"]["cache_n"] > 1500
+            said.append((first["content"], second["content"]))
+    assert second["timings"]["draft_n"] > 0
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", ["falcon-h1 (hybrid)", "gemma3 (sliding window)"])
+@pytest.mark.parametrize("policy", ["streaming", "refreekv"])
+def test_models_with_other_layers_answer_as_in_llama(tiny: Callable[[str], Path], name: str, policy: str) -> None:
+    llm = Llama(str(tiny(name)), kv_policy=policy, n_ctx=2048, n_threads=1, verbose=False)
+    bias = {token: -100.0 for token, _ in PRINTABLE}
+    expected = llm.create_completion(LONG, max_tokens=8, temperature=0, logit_bias=bias)["choices"][0]["text"]
+    with serving(tiny(name), *QUICK, "--kv-policy", policy, "--parallel", "1") as client:
+        said = answer(client, LONG)
+        assert said["content"] == expected
+        assert said["timings"]["kv"]["cells_kept"] < 1000
+        assert answer(client, LONG + expected + "and?")["timings"]["cache_n"] > 1400
+
+
+def test_a_model_that_can_have_no_policy_is_refused(tiny: Callable[[str], Path]) -> None:
+    assert_one_error_line(refreekv("serve", tiny("mamba (recurrent)")), 'kv_policy="full" runs it')
+
+
+def test_without_a_policy_nothing_is_logged_about_it(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(tiny_model, *QUICK, "--kv-policy", "full", "--log-file", str(log)) as client:
+        answer(client, "x")
+    assert "refreekv" not in log.read_text().replace(str(tiny_model), "")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -252,6 +319,7 @@ def test_a_model_that_cannot_be_loaded_is_its_exit_code(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_one_line(tiny_model: Path) -> None:
     assert_one_error_line(refreekv("serve", tiny_model, "--config_file", "x.yaml"), "which --python runs")
     assert_one_error_line(refreekv("serve", tiny_model, "--ssl_keyfile", "x"), "--python")
+    assert_one_error_line(refreekv("serve", tiny_model, "--models-dir", "x"), "a `refreekv serve` of its own")
     assert_one_error_line(refreekv("serve", tiny_model, "--kv-policy", "refrekv"), "did you mean 'refreekv'")
     quiet = ["--gpu-layers", "0", "--n-ctx", "512"]
     assert_one_error_line(refreekv("serve", tiny_model, *quiet, "--option", "logits_all=true"), "--usage")

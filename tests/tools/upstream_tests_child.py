@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import _helpers  # noqa: F401  (first: it makes the other imports possible)
 import pytest
 
 
@@ -26,15 +26,9 @@ def use_ours(name: str) -> None:
 
     policy: refreekv_cpp.Policy = refreekv_cpp.Full()
     if name == "refreekv":
+        from policies import CellByCell
 
-        @dataclass(frozen=True, kw_only=True)
-        class CellByCell(refreekv_cpp.ReFreeKV):
-            """Evicts not in blocks of 256 cells, but one by one: these prompts have a dozen."""
-
-            def native_options(self) -> dict[str, Any]:
-                return {**super().native_options(), "n_block": 1}
-
-        policy = CellByCell(n_min=0, n_recent=2, n_sink=1)
+        policy = CellByCell()
 
     class Llama(refreekv_cpp.Llama):
         def __init__(self, *args: Any, **options: Any) -> None:

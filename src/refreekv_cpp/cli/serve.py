@@ -105,5 +105,10 @@ def _check_others(args: list[str]) -> None:
             "--config_file: configuration files are those of llama-cpp-python's server, which --python runs; without "
             "it, options stand on the command line, and each model has a `refreekv serve` of its own"
         )
+    if several := [arg for arg in args if arg.startswith(("--models-", "--no-models-"))]:
+        raise ValueError(
+            f"{several[0]}: one server has one model here, since its options depend on it; each model has a "
+            "`refreekv serve` of its own, or `refreekv serve --python --config_file` has several"
+        )
     if any(arg.startswith("--ssl") for arg in args):
         raise ValueError("--ssl_...: this llama-server is built without TLS; `refreekv serve --python` has it")
