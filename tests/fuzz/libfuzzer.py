@@ -4,9 +4,9 @@
 
 Builds the library with AddressSanitizer, UndefinedBehaviorSanitizer and coverage of native/ (long the first time; the
 same build as that of tests/tools/sanitized.py), and one program for each target from its C++ file beside this one. A
-target begins with valid inputs, which it makes itself, and with what earlier runs have found to reach new code. An input
-that ends the process, takes more than 10 s, or allocates more than 64 MiB at once is kept, and can be given to the
-program again: the command is printed. Linux, GCC, and clang's libFuzzer (Debian: clang, libclang-rt-dev).
+target begins with valid inputs, which it makes itself, and with what earlier runs have found to reach new code. An
+input that ends the process, takes more than 10 s, or allocates more than 64 MiB at once is kept, and can be given to
+the program again: the command is printed. Linux, GCC, and clang's libFuzzer (Debian: clang and libclang-rt-14-dev).
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def compile_target(name: str, build_folder: Path) -> Path:
     upstream, libraries = build_folder / "llama.cpp", build_folder / "bin"
     includes = [ROOT / "native", upstream / "include", upstream / "ggml" / "include", upstream / "vendor" / "hash"]
     command = [os.environ.get("CXX", "c++"), *FLAGS, *(f"-I{each}" for each in includes), str(HERE / f"{name}.cpp")]
-    link = [str(runtime()), f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base", "-rdynamic"]
-    subprocess.run([*command, "-o", str(path), *link, "-lpthread"], check=True)
+    link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base", "-lpthread", "-rdynamic"]
+    # target.h has calls of its own in the place of some of libFuzzer's
+    link += [str(runtime()), "-Wl,--allow-multiple-definition"]
+    subprocess.run([*command, "-o", str(path), *link], check=True)
     return path
 
 
@@ -95,14 +97,15 @@ def fuzz(program: Path, folder: Path, inputs: int, seconds: int) -> bool:
         "print_final_stats": 1,
     }
     env = environment(folder)
-    command = [str(program), str(corpus), str(folder / "seeds"), *(f"-{name}={value}" for name, value in options.items())]
     log = folder / "log"
+    command = [str(program), str(corpus), str(folder / "seeds")]
+    command += [f"-{name}={value}" for name, value in options.items()]
     with log.open("wb") as stderr:
         code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr).returncode
     said = log.read_text(errors="replace")
     n = re.findall(r"stat::number_of_executed_units:\s+(\d+)", said)
     reached = re.findall(r"ft: (\d+)", said)
-    print(f"{program.name}: {n[-1] if n else '?'} inputs, {reached[-1] if reached else '?'} features reached", flush=True)
+    print(f"{program.name}: {n[-1] if n else '?'} inputs, {reached[-1] if reached else '?'} features", flush=True)
     if code:
         variables = " ".join(f"{name}={env[name]}" for name in env if name.startswith("REFREEKV_FUZZ"))
         print(f"BAD: {log} says why; again: {variables} {program} {found}/...", flush=True)

@@ -2,10 +2,11 @@
 
     python tests/fuzz/metadata.py [--inputs 1000000] [--first 0]
 
-GGUF files are read by llama.cpp, which trusts them. What is tried here is what our code makes of numbers that llama.cpp
-accepts: heads, sizes of rows, layers, windows, scales. Inputs are numbered: the n-th is the same in every run. Each is a
-tiny model of a random architecture with a few numbers changed, and the tensors that llama.cpp wants with them. Where a
-process without a policy can load it and decode, one with a policy has to do so, too, or to refuse it with an error.
+GGUF files are read by llama.cpp, which trusts them. What is tried here is what our code makes of numbers that
+llama.cpp accepts: heads, sizes of rows, layers, windows, scales. Inputs are numbered: the n-th is the same in every
+run. Each is a tiny model of a random architecture with a few numbers changed, and the tensors that llama.cpp wants with
+them. Where a process without a policy can load it and decode, one with a policy has to do so, too, or to refuse it with
+an error.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def stock(architecture: Architecture, path: Path) -> None:
 
 
 def ours(path: Path) -> str:
-    """"pruned", or why it was refused."""
+    """ "pruned", or why it was refused."""
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     try:
         decode(path, ReFreeKV(n_min=0))

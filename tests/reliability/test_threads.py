@@ -65,8 +65,8 @@ def test_threads_with_one_library(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_everything_at_once(tiny_model: Path, tmp_path: Path) -> None:
-    """Several of them, each with threads that evict and restore, files of their own, and a thread that reads statistics,
-    share a library with too little room, in which each removes what the others may be opening."""
+    """Several of them share a library with too little room, in which each removes what the others may be opening. Each
+    has threads that evict and restore, a file of its own, and a thread that reads its statistics."""
 
     def work(i: int) -> list[str]:
         llm = reader(

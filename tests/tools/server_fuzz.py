@@ -2,9 +2,9 @@
 
     python tests/tools/server_fuzz.py [--seconds 600] [--clients 8] [--seed 0]
 
-A tiny model. Valid prompts are asked alone first; while clients send damaged requests, leave in the middle of an answer
-and ask for long texts, each valid request has to be given the same answer, token by token. The server must not end, must
-answer each request within a minute, and may not grow after the first third of the time.
+A tiny model. Valid prompts are asked alone first. Then clients send damaged requests, leave in the middle of answers and
+ask for long texts; each valid request between them has to be given the answer that it was given alone. The server must
+not end, must answer each request within a minute, and may not grow after the first third of the time.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ _PRINTABLE = [[N_SPECIAL + byte, False] for byte in (*range(32), *range(127, 256
 _PATHS = [
     *["/completion"] * 6,
     *["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/apply-template", "/embedding"],
-    *["/infill", "/slots/0?action=erase", "/slots/99?action=save", "/props", "/lora-adapters", "/v1/messages", "/nothing"],
+    *["/infill", "/slots/0?action=erase", "/slots/99?action=save", "/props", "/lora-adapters", "/v1/messages"],
+    "/nothing",
 ]
 _NAMES = [
-    *["prompt", "n_predict", "temperature", "top_k", "top_p", "min_p", "n_probs", "stop", "logit_bias", "stream", "seed"],
+    *["prompt", "n_predict", "temperature", "top_k", "top_p", "min_p", "n_probs", "stop", "logit_bias", "stream"],
+    "seed",
     *["grammar", "json_schema", "samplers", "id_slot", "cache_prompt", "n_keep", "n_discard", "min_keep", "mirostat"],
     *["dry_multiplier", "dry_sequence_breakers", "repeat_last_n", "typical_p", "t_max_predict_ms", "n_indent", "lora"],
     *["response_fields", "post_sampling_probs", "return_tokens", "timings_per_token", "ignore_eos", "n", "messages"],
@@ -96,7 +98,7 @@ def valid_bodies(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def damaged(rng: random.Random, bodies: list[dict[str, Any]]) -> bytes:
-    """The body of a request that need not be valid. It asks for few tokens, so that most of the time goes to other requests."""
+    """The body of a request that need not be valid. It asks for few tokens, so that others get most of the time."""
     body: Any = {**rng.choice(bodies), "n_predict": 4, "cache_prompt": rng.random() < 0.5}
     for _ in range(rng.choice((1, 1, 2, 4))):
         body[rng.choice(_NAMES)] = rng.choice(_VALUES)

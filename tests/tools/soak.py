@@ -1,4 +1,4 @@
-"""Random chats for a long time: nothing grows, and the logits stay as close to the full cache's as they were at the start.
+"""Random chats for a long time: nothing grows, and the logits stay as close to the full cache's as they were.
 
     python tests/tools/soak.py [--tokens 1000000] [--model MODEL] [--seed 0]
 
@@ -104,6 +104,7 @@ class Soak:
         """Some turns of a conversation, which may go on from a part of it, or from a state that was saved."""
         tokens = [1, *self.text(900)]
         state: Any = None
+        n_cached = 0
         for _ in range(int(self.rng.integers(1, 6))):
             n_most = int(self.rng.integers(1, 60))
             generator = self.llm.generate(tokens, temp=1.0)
@@ -113,7 +114,7 @@ class Soak:
                 if len(tokens) - before >= n_most:
                     break
             generator.close()
-            self.n_tokens += len(tokens)  # those that were in the cache already count as read: the cache had to serve them
+            self.n_tokens += len(tokens) - n_cached
             what = self.rng.random()
             if what < 0.1:
                 state = (self.llm.save_state(), list(tokens))
@@ -122,6 +123,7 @@ class Soak:
                 tokens = list(state[1])
             elif what < 0.3:
                 tokens = tokens[: int(self.rng.integers(1, len(tokens)))]
+            n_cached = len(tokens)
             tokens += self.text(200)
             if len(tokens) > N_CTX - 80:
                 return
