@@ -23,12 +23,6 @@ static bytes contents(const std::string & path) {
     return res;
 }
 
-static void write(const std::string & path, const uint8_t * data, size_t size) {
-    FILE * const file = fopen(path.c_str(), "wb");
-    fwrite(data, 1, size, file);
-    fclose(file);
-}
-
 static std::string label_of(const uint8_t * data, size_t size) {
     const size_t at = sizeof(refreekv::block_header);
     return size < at + 40 ? "" : std::string((const char *) data + at, 40);

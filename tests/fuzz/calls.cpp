@@ -2,8 +2,6 @@
 
 #include "target.h"
 
-#include <filesystem>
-
 static llama_context *                       contexts[2]; // one cache for all sequences; one each
 static bytes                                 saved[4];
 static std::vector<std::vector<llama_token>> texts;
@@ -128,8 +126,7 @@ void run(const uint8_t * data, size_t size) {
             refreekv_prompt(ctx, seq, -1);
         }
         if (decode(ctx, 0, { 1, 5 }) != 0) {
-            fprintf(stderr, "an empty context refuses a batch: %s\n", refreekv_last_error());
-            abort();
+            fail("an empty context refuses a batch");
         }
         llama_memory_clear(llama_get_memory(ctx), true);
     }

@@ -68,9 +68,10 @@ def compile_target(name: str, build_folder: Path) -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """What a target needs, whose files lie in this folder."""
-    for name in ("library", "seeds"):
+    for name in ("library", "seeds", "history"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "seeds").mkdir(parents=True)
+    for name in ("seeds", "history"):
+        (folder / name).mkdir(parents=True)
     return {
         **os.environ,
         "REFREEKV_FUZZ_MODEL": str(model(folder)),

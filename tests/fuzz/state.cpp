@@ -20,12 +20,17 @@ std::vector<bytes> setup() {
 }
 
 void run(const uint8_t * data, size_t size) {
-    static int n = 0;
+    static size_t n = 0;
     if (llama_state_seq_set_data(ctx, data, size, 0) > 0 && n_tokens(ctx, 0) > 0) {
         decode(ctx, 0, { 5 });
     }
     llama_memory_seq_rm(llama_get_memory(ctx), 0, -1, -1);
-    if (++n % 64 == 0) {
+    refreekv_stats stats;
+    refreekv_get_stats(ctx, &stats, nullptr, 0);
+    if (stats.n_tokens != 0) {
+        fail(std::to_string(stats.n_tokens) + " cells are left");
+    }
+    if (++n % N_HISTORY == 0) {
         other->check();
     }
 }

