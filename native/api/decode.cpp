@@ -3,6 +3,7 @@
 #include "hooks.h"
 
 #include "api/error.h"
+#include "cache/figures.h"
 #include "cache/store.h"
 
 #include "llama-context.h"
@@ -15,6 +16,7 @@ int32_t decode(llama_context * lctx, const std::function<int32_t()> & decode) {
     auto * mem   = lctx->get_memory();
     auto * store = store::of(mem);
     if (!store) {
+        const full_decoding now(lctx);
         return decode(); // as upstream
     }
     llama_pos last[LLAMA_MAX_SEQ]; // that each sequence has now

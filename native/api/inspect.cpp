@@ -36,10 +36,11 @@ static int32_t get_stats(llama_context * ctx, llama_memory_t mem, refreekv_stats
             std::copy_n(f.layers.begin(), std::min<int32_t>(n_max, f.layers.size()), layers);
         });
     } else {
-        *stats = refreekv::full_stats(mem, ctx->get_model().hparams);
+        const uint32_t n_tokens = refreekv::full_tokens(ctx);
+
+        *stats = refreekv::full_stats(mem, ctx->get_model().hparams, n_tokens);
         for (int32_t i = 0; i < std::min(n_max, stats->n_layer); ++i) {
-            layers[i] = refreekv::full_layer(mem, ctx->get_model().hparams, i);
-            layers[i].n_kept = stats->n_tokens; // one number, read once: a decode may be going on
+            layers[i] = refreekv::full_layer(mem, ctx->get_model().hparams, i, n_tokens);
         }
     }
 

@@ -25,15 +25,41 @@ struct any_cache : llama_kv_cache {
     }
 };
 
-static uint32_t n_tokens(const llama_kv_cache & kv) {
+static uint32_t count_tokens(llama_memory_t mem) {
+    const auto * kv = cache::part_of(mem);
+
     uint32_t res = 0;
-    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
-        res += kv.get_cells(s).get_used(); // a stream is that of the sequence with its number
+    for (uint32_t s = 0; kv && s < kv->get_n_stream(); ++s) {
+        res += kv->get_cells(s).get_used(); // a stream is that of the sequence with its number
     }
     return res;
 }
 
-refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams) {
+uint32_t full_tokens(llama_context * lctx) {
+    if (!lctx->buffers) {
+        return count_tokens(lctx->get_memory());
+    }
+    std::lock_guard<std::mutex> lock(lctx->buffers->mutex);
+
+    return lctx->buffers->is_decoding ? lctx->buffers->n_tokens : count_tokens(lctx->get_memory());
+}
+
+full_decoding::full_decoding(llama_context * lctx) : buffers(lctx->buffers.get()) {
+    if (buffers) {
+        std::lock_guard<std::mutex> lock(buffers->mutex);
+        buffers->n_tokens    = count_tokens(lctx->get_memory());
+        buffers->is_decoding = true;
+    }
+}
+
+full_decoding::~full_decoding() {
+    if (buffers) {
+        std::lock_guard<std::mutex> lock(buffers->mutex);
+        buffers->is_decoding = false;
+    }
+}
+
+refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams, uint32_t n_tokens) {
     refreekv_stats res = {};
 
     const auto * kv = cache::part_of(mem);
@@ -47,10 +73,10 @@ refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams) {
     for (const auto & [_, size] : kv->memory_breakdown()) {
         res.bytes += size;
     }
-    res.n_tokens = n_tokens(*kv);
+    res.n_tokens = n_tokens;
 
     for (int32_t i = 0; i < res.n_layer; ++i) {
-        res.bytes_full += (uint64_t) res.n_tokens*full_layer(mem, hparams, i).row_bytes;
+        res.bytes_full += (uint64_t) n_tokens*full_layer(mem, hparams, i, n_tokens).row_bytes;
     }
 
     return res;
@@ -60,7 +86,7 @@ static uint32_t row_numbers(const llama_hparams & hparams, uint32_t il, bool has
     return hparams.n_head_kv(il)*(hparams.n_embd_head_k(il) + (has_v ? hparams.n_embd_head_v(il) : 0));
 }
 
-refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer) {
+refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer, uint32_t n_tokens) {
     const auto * kv    = cache::part_of(mem);
     const auto & layer = any_cache::layers_of(*kv)[i_layer];
 
@@ -74,7 +100,7 @@ refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams
     res.n_capacity  = kv->get_size()*kv->get_n_stream();
     res.row_bytes   = layer.k->nb[1] + (layer.v ? layer.v->nb[1] : 0);
     res.row_numbers = row_numbers(hparams, layer.il, layer.v);
-    res.n_kept      = n_tokens(*kv);
+    res.n_kept      = n_tokens;
 
     return res;
 }

@@ -38,7 +38,10 @@ const int SHORT = -1; // reads and writes do a part of what they were asked for
 const range * g_ranges   = nullptr; // ascending
 size_t        g_n_ranges = 0;
 
-char g_types[1 << 20]; // of the calls so far
+const long N_NOTED = 1 << 20;
+
+char     g_types [N_NOTED]; // of the calls so far
+uint64_t g_places[N_NOTED]; // of each, what tells its callers from those of others; only where no call fails
 
 char g_folder[4096] = "";
 bool g_is_inside[1 << 12];
@@ -83,14 +86,26 @@ bool is_ours(const void * caller) {
     return false;
 }
 
+// the same for calls that come the same way: a hash of the addresses of the nearest callers
+uint64_t place() {
+    void * frames[20];
+    const int n = backtrace(frames, 20);
+    uint64_t res = 14695981039346656037u; // FNV-1a
+    for (int i = 0; i < n; ++i) {
+        res = (res ^ (uint64_t) frames[i])*1099511628211u;
+    }
+    return res;
+}
+
 // whether this is the call that fails; type: what is called, a letter
 bool now(what w, char type) {
     if (g_what != w) {
         return false;
     }
     const long n = ++g_count;
-    if (n <= (long) sizeof(g_types)) {
+    if (n <= N_NOTED) {
         g_types[n - 1] = type;
+        g_places[n - 1] = g_n == 0 ? place() : 0;
     }
     const bool after = g_all && n > g_n && type != 'u'; // what cannot be removed is left, of course
     if (g_n == 0 || (n != g_n && !after)) {
@@ -319,6 +334,11 @@ void faults_arm(int what, long n, int how, bool all, int log) {
 // a letter for each of these calls
 const char * faults_types() {
     return g_types;
+}
+
+// and a number for each; they are the same where the callers are
+const uint64_t * faults_places() {
+    return g_places;
 }
 
 // how many calls there were since then

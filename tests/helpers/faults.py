@@ -52,6 +52,7 @@ class Shim:
         self._shim = ctypes.CDLL(None)
         self._shim.faults_disarm.restype = ctypes.c_long
         self._shim.faults_types.restype = ctypes.c_void_p
+        self._shim.faults_places.restype = ctypes.POINTER(ctypes.c_uint64)
         self._shim.faults_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_bool, ctypes.c_int]
         self._names: list[tuple[int, str]] = []
         ranges: list[tuple[int, int, int]] = []
@@ -82,10 +83,12 @@ class Shim:
     def arm(self, fault: Fault, log: int = -1) -> None:
         self._shim.faults_arm(int(fault.of_files), fault.n, fault.how, fault.all_after, log)
 
-    def disarm(self) -> str:
-        """A letter for each call that could have failed: what was called."""
-        n = int(self._shim.faults_disarm())
-        return ctypes.string_at(self._shim.faults_types(), min(n, 1 << 20)).decode()
+    def disarm(self) -> list[str]:
+        """For each call that could have failed: a letter that says what was called, and, where none was to fail, a
+        number that is the same for all calls with the same callers."""
+        n = min(int(self._shim.faults_disarm()), 1 << 20)
+        letters = ctypes.string_at(self._shim.faults_types(), n).decode()
+        return [f"{letter}{place:x}" for letter, place in zip(letters, self._shim.faults_places()[:n], strict=True)]
 
     def names(self, addresses: bytes) -> list[str]:
         """The functions that these addresses, of 8 bytes each, lie in."""
@@ -141,7 +144,7 @@ def run(shim: Shim, fault: Fault, script: Callable[[Callable[[], None]], Any], l
     log.write_bytes(b"")
 
     def do() -> Any:
-        calls: list[str] = []
+        calls: list[list[str]] = []
         fd = os.open(log, os.O_WRONLY | os.O_APPEND)
         shim.arm(fault, fd)
         try:

@@ -52,7 +52,7 @@ def serving(*args: str | Path, env: dict[str, str] | None = None) -> Iterator[op
     process = subprocess.Popen([sys.executable, "-c", code, "serve", *options, *args], env=env)
     try:
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300  # a machine that is busy takes long to start Python
             while True:
                 with contextlib.suppress(openai.APIConnectionError, openai.InternalServerError):  # 503: it is loading
                     client.models.list()

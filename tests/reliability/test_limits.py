@@ -162,3 +162,32 @@ for turn in range(2):
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("no file system can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that has huge pages by request")
+def test_without_huge_pages(tmp_path: Path) -> None:
+    """Rows lie in huge pages where the system gives them, and in small ones elsewhere."""
+    TinyModel(n_layer=2, n_embd=64, n_head=16, n_head_kv=16, n_embd_head=64).write(tmp_path / "wide.gguf")
+    script = """
+import ctypes
+expected = answer(load(kv_evicted="restore"))
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+assert answer(load(kv_evicted="restore")) == expected
+"""
+    run(script, tmp_path / "wide.gguf", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_it_needs_neither_shared_memory_nor_io_uring(tiny_model: Path, tmp_path: Path) -> None:
+    """So a small /dev/shm (64 MiB in a container) and a system without io_uring (seccomp) are no limits."""
+    script = """
+llm = load(kv_evicted="restore", kv_cold="file", kv_cold_dir=folder, kv_library=folder / "library")
+answer(llm)
+assert llm.kv_stats.cold == "file"
+used = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+used += Path("/proc/self/maps").read_text().splitlines()
+used = [each for each in used if str(folder.parent) not in each]  # the tests' own files may lie there
+assert not [each for each in used if "/dev/shm" in each or "io_uring" in each], used
+"""
+    run(script, tiny_model, tmp_path)

@@ -1,4 +1,4 @@
-"""Short forms of the programs in docs/development/reliability.md: faults, kills."""
+"""Short forms of the programs in docs/development/reliability.md."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def test_allocations_and_calls_on_files_fail(evicted: str) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="a process is killed")
 def test_processes_are_killed() -> None:
     run("kills.py", "--kills", "9")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_nothing_grows() -> None:
+    run("soak.py", "--tokens", "30000")
+
+
+def test_random_requests() -> None:
+    run("server_fuzz.py", "--seconds", "10")

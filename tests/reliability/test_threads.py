@@ -64,6 +64,46 @@ def test_threads_with_one_library(tiny_model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_everything_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    """Several of them share a library with too little room, in which each removes what the others may be opening. Each
+    has threads that evict and restore, a file of its own, and a thread that reads its statistics."""
+
+    def work(i: int) -> list[str]:
+        llm = reader(
+            tiny_model,
+            tmp_path / "library",
+            n_threads=2,
+            n_threads_batch=2,
+            kv_evicted="restore",
+            kv_cold="file",
+            kv_cold_dir=tmp_path,
+            kv_library_limit=1 << 20,
+        )
+        done = threading.Event()
+        found = []
+
+        def read() -> None:
+            while not done.is_set():
+                found.append(llm.kv_stats.n_tokens)
+
+        statistics = threading.Thread(target=read)
+        statistics.start()
+        try:
+            answers = [answer(llm, prompt) for prompt in [*PROMPTS[i:], *PROMPTS[:i]]]
+        finally:
+            done.set()
+            statistics.join()
+        assert found
+        llm.close()
+        return answers
+
+    with ThreadPoolExecutor(N_THREADS) as threads:
+        found = list(threads.map(work, range(N_THREADS)))
+    without = expected(tiny_model, kv_evicted="restore", n_batch=256)
+    for i in range(N_THREADS):
+        assert found[i] == [*without[i:], *without[:i]]
+
+
 @pytest.mark.parametrize("evicted", ["keep", "restore"])
 def test_several_threads_use_one(tiny_model: Path, evicted: str) -> None:
     one_by_one = expected(tiny_model, kv_evicted=evicted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+import sys
 from pathlib import Path
 
 import llama_cpp
@@ -135,3 +137,32 @@ def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None
             alone = Sequences(tiny_model, ReFreeKV(n_min=0))
             alone.restore(states[1], 0)
             np.testing.assert_array_equal(logits, alone.read(0, tokens))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_negative_positions_are_refused(tiny_model: Path, whole: bool) -> None:
+    # once the cells were taken, and could not be removed any more: after some such states there was no room
+    sequences = Sequences(tiny_model, POLICY)
+    sequences.read(0, random_tokens(100, 0))
+    state = bytearray(whole_state(sequences) if whole else sequences.save(0))
+    cell = struct.pack("<iIi", 5, 1, 0)  # position, number of sequences, sequence
+    at = state.index(cell)
+    for pos in (-2, -1, -(2**31)):
+        state[at : at + 4] = struct.pack("<i", pos)
+        assert (load_whole(sequences, state) if whole else sequences.restore(state, 0)) == 0
+        assert sequences.remove(0)
+        assert native.stats(sequences.ctx).n_tokens == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it asks for the peak of the memory")
+def test_a_name_that_is_too_long_takes_no_memory(tiny_model: Path) -> None:
+    # once 4 GiB were allocated and cleared before the state was refused
+    import resource
+
+    sequences = Sequences(tiny_model, POLICY)
+    sequences.read(0, random_tokens(100, 0))
+    state = bytearray(whole_state(sequences))
+    state[:4] = struct.pack("<I", 2**32 - 1)  # the length of the architecture's name
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_whole(sequences, state) == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB, or bytes on macOS

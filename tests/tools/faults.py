@@ -1,10 +1,12 @@
 """Every allocation of native/, and every call on a file, fails once: docs/development/reliability.md.
 
-    python tests/tools/faults.py [--most 1000000] [--kind memory --kind EIO ...]
+    python tests/tools/faults.py [--each] [--most 1000000] [--kind memory --kind EIO ...]
 
-A script of a chat, on a tiny model, runs in a process of its own for each of them. It reads, prunes, saves and loads a
-state, restores, cuts, and opens what it has read from its library. A call that fails has to raise one of the documented
-errors or none, the same call has to work then, and what comes out has to be right. Linux, with a C++ compiler.
+A script of a chat, on a tiny model, runs in a process of its own for each of them. Most calls come many times from the
+same callers (rows are read one by one, for example): of those the first and the last one fails, and with --each every
+one. The script reads, prunes, saves and loads a state, restores, cuts, and opens what it has read from its library. A
+call that fails has to raise one of the documented errors or none, the same call has to work then, and what comes out
+has to be right. Linux, with a C++ compiler.
 """
 
 from __future__ import annotations
@@ -181,12 +183,13 @@ def verdict(outcome: Outcome, reference: Any, evicted: str) -> tuple[str, bool]:
     return "", degraded
 
 
-def spread(calls: str, most: int) -> list[int]:
-    """At most so many of each kind of call, and so many of all of them."""
-    of_kind = {kind: [n for n, each in enumerate(calls, start=1) if each == kind] for kind in sorted(set(calls))}
-    share = max(1, most // len(of_kind))
-    chosen = {its[int(i)] for its in of_kind.values() for i in np.linspace(0, len(its) - 1, min(share, len(its)))}
-    return sorted(chosen)
+def spread(calls: list[str], most: int, each: bool) -> list[int]:
+    """The first and the last call of each place (or each call), but no more than so many of them, spread evenly."""
+    its: dict[str, list[int]] = {}
+    for n, place in enumerate(calls, start=1):
+        its.setdefault(place, []).append(n)
+    chosen = sorted(set().union(*(numbers if each else (numbers[0], numbers[-1]) for numbers in its.values())))
+    return [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, min(most, len(chosen)))]
 
 
 def fault_of(kind: str, n: int) -> Fault:
@@ -197,7 +200,8 @@ def fault_of(kind: str, n: int) -> Fault:
 
 
 def main(
-    most: Annotated[int, typer.Option(help="Faults of a kind at most, spread evenly over its calls.")] = 1_000_000,
+    most: Annotated[int, typer.Option(help="Faults of a kind at most, spread evenly over its places.")] = 1_000_000,
+    each: Annotated[bool, typer.Option("--each", help="Each call, not the first and the last of each place.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help=f"Some of: {', '.join(KINDS)}.")] = None,
     evicted: Annotated[list[str] | None, typer.Option(help="keep, restore, or both.")] = None,
     only: Annotated[int, typer.Option(help="The one fault of this number.")] = 0,
@@ -210,7 +214,7 @@ def main(
     n_bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        TinyModel().write(folder / "tiny.gguf")
+        TinyModel(n_layer=2).write(folder / "tiny.gguf")
         work = folder / "work"
         libraries = [*library_dir().glob("libllama.so"), *library_dir().glob("libggml-cpu*.so")]
         shim = faults.Shim(libraries, work)
@@ -224,20 +228,20 @@ def main(
                     shim, fault, lambda heal: Chat(folder / "tiny.gguf", work, how, heal).run(), folder / "log"
                 )
 
-            for each in kind or KINDS:
-                first = run(fault_of(each, 0))
+            for which in kind or KINDS:
+                first = run(fault_of(which, 0))
                 if first.result is None:
                     raise SystemExit(first.ended)
                 reference, calls = first.result
                 assert reference["errors"] == []
                 assert reference["n_opened"] > 0
                 if not calls:  # its memory is known by the addresses of its functions
-                    print(f"{how}, {each}: not tried, because the library is stripped of its symbols", flush=True)
+                    print(f"{how}, {which}: not tried, because the library is stripped of its symbols", flush=True)
                     continue
-                tried = [only] if only else spread(calls, most)
+                tried = [only] if only else spread(calls, most, each)
                 n_errors = n_degraded = 0
                 for n in tried:
-                    outcome = run(fault_of(each, n))
+                    outcome = run(fault_of(which, n))
                     wrong, degraded = verdict(outcome, reference, how)
                     n_degraded += degraded
                     n_errors += outcome.result is not None and bool(outcome.result[0]["errors"])
@@ -246,7 +250,8 @@ def main(
                         callers = [name for name in outcome.where if not name.startswith("libfaults")]
                         print(f"BAD {how} {outcome.fault}: {wrong}\n    {' < '.join(callers[:10])}", flush=True)
                 print(
-                    f"{how}, {each}: {len(calls)} calls, {len(tried)} of them failed: {n_errors} raised an error, "
+                    f"{how}, {which}: {len(calls)} calls of {len(set(calls))} places, {len(tried)} of them failed: "
+                    f"{n_errors} raised an error, "
                     f"{n_degraded} made answers less exact",
                     flush=True,
                 )

@@ -1,13 +1,15 @@
-"""The tests of the cache with AddressSanitizer and UndefinedBehaviorSanitizer: docs/development/testing.md.
+"""The tests of the cache with sanitizers: docs/development/testing.md.
 
-    python tests/tools/sanitized.py [--folder DIR] [-D NAME=VALUE ...] [TEST ...]
+    python tests/tools/sanitized.py [--sanitizer address | thread] [--folder DIR] [-D NAME=VALUE ...] [TEST ...]
 
-Builds the library (long the first time), runs the tests on it and prints what the sanitizers found. The first finding
-ends the run; the exit code is then 1, as when a test fails. Linux and GCC.
+"address" is AddressSanitizer with UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer. Builds the library and the
+server (long the first time), runs the tests on them and prints what was found. The exit code is 1 where something was
+found, or a test failed. Linux and GCC.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 import shutil
@@ -20,18 +22,38 @@ import _helpers  # noqa: F401  (first: it makes the other imports possible)
 import typer
 from native_build import ROOT, build
 
-# the tests that go through native/ most, and need neither a real model nor a second process
-TESTS = [
-    "cache",
-    "tiers",
-    "evict",
-    "graph",
-    "kernels",
-    "library",
-    "state",
-    "llama/test_spans.py",
-    "llama/test_images.py",
-]
+
+class Sanitizer(enum.Enum):
+    ADDRESS = "address"
+    THREAD = "thread"
+
+
+# the tests that go through native/ most, and need no real model
+TESTS = {
+    Sanitizer.ADDRESS: [
+        "cache",
+        "tiers",
+        "evict",
+        "graph",
+        "kernels",
+        "library",
+        "state",
+        "llama/test_spans.py",
+        "llama/test_images.py",
+    ],
+    # those with threads in them: readers of statistics, several Llama objects, one library, cold stores, slots
+    Sanitizer.THREAD: [
+        "reliability/test_threads.py",
+        "llama/test_statistics.py",
+        "tiers",
+        "library",
+        "server/test_slots.py",
+        "server/test_slots_library.py",
+    ],
+}
+COMPILED = {Sanitizer.ADDRESS: "address,undefined", Sanitizer.THREAD: "thread"}
+RUNTIME = {Sanitizer.ADDRESS: "libasan.so", Sanitizer.THREAD: "libtsan.so"}
+SUPPRESSIONS = Path(__file__).parent / "races_of_upstream.txt"
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
 
@@ -45,49 +67,56 @@ def install(folder: Path) -> Path:
     return package
 
 
-def preload() -> str:
+def preload(sanitizer: Sanitizer) -> str:
     """The sanitizer's own library, which has to be there before Python's first allocation, and the C++ library, whose
     exceptions it watches."""
     compiler = os.environ.get("CXX", "c++")
     paths = []
-    for name in ("libasan.so", "libstdc++.so"):
+    for name in (RUNTIME[sanitizer], "libstdc++.so"):
         done = subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
         path = Path(done.stdout.strip())
         if not path.is_absolute():
-            raise SystemExit(f"{compiler} has no {name}: a GCC with its sanitizer runtime is needed (libasan)")
+            raise SystemExit(f"{compiler} has no {name}: a GCC with its sanitizer runtimes is needed")
         paths.append(str(path.resolve()))
     return " ".join(paths)
 
 
 def main(
-    tests: Annotated[list[str] | None, typer.Argument(help=f"For pytest; by default {', '.join(TESTS)}")] = None,
-    folder: Annotated[Path, typer.Option(help="Where the build goes.")] = ROOT / "build" / "sanitize",
+    tests: Annotated[list[str] | None, typer.Argument(help="For pytest; by default those in this file.")] = None,
+    sanitizer: Annotated[Sanitizer, typer.Option(help="Which one.")] = Sanitizer.ADDRESS,
+    folder: Annotated[Path | None, typer.Option(help="Where the build goes; by default build/sanitize-NAME.")] = None,
     define: Annotated[list[str] | None, typer.Option("-D", help="More CMake definitions, NAME=VALUE.")] = None,
 ) -> None:
-    folder = folder.resolve()
-    build(folder, ["REFREEKV_SANITIZE=address,undefined", *(define or [])], ["llama", "mtmd", "refreekv_binding"])
+    folder = (folder or ROOT / "build" / f"sanitize-{sanitizer.value}").resolve()
+    definitions = [f"REFREEKV_SANITIZE={COMPILED[sanitizer]}", *(define or [])]
+    if sanitizer is Sanitizer.THREAD:  # it does not see how OpenMP's threads wait for each other
+        definitions.append("GGML_OPENMP=OFF")
+    build(folder, definitions, ["llama", "mtmd", "llama-server", "refreekv_binding"])
     package = install(folder)
 
+    for old in folder.glob("report.*"):
+        old.unlink()
+    # A file for each process: some tests silence stderr, and a server is a process of its own
+    log = f"log_path={folder / 'report'}"
     environment = {
         **os.environ,
         "PYTHONPATH": str(package),
-        "LD_PRELOAD": preload(),
+        "LD_PRELOAD": preload(sanitizer),
         # Python and NumPy keep much until the process ends
-        "ASAN_OPTIONS": "detect_leaks=0",
-        # some tests silence stderr for a while: only a process that ends cannot be overlooked
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "ASAN_OPTIONS": f"{log}:detect_leaks=0",
+        "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
+        # a test may fork while there are threads; an exit code of its own would be taken for a failed test of a program
+        "TSAN_OPTIONS": f"{log}:suppressions={SUPPRESSIONS}:die_after_fork=0:exitcode=0:history_size=4",
     }
-    # -s: else pytest keeps what it caught to itself when the process ends
     pytest = [sys.executable, "-m", "pytest", "-s", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-    paths = [ROOT / "tests" / name for name in TESTS]
+    paths = [ROOT / "tests" / name for name in TESTS[sanitizer]]
     selected = [str(Path(test).resolve()) if Path(test).exists() else test for test in tests or map(str, paths)]
-    report = folder / "report.txt"
-    with report.open("w") as stderr:
-        code = subprocess.run([*pytest, *selected], cwd=package, env=environment, stderr=stderr).returncode
+    code = subprocess.run([*pytest, *selected], cwd=package, env=environment).returncode
 
-    findings = FINDING.findall(report.read_text(errors="replace"))
-    print("\n".join(["", *findings] if findings else ["the sanitizers found nothing"]))
-    print(f"what the tests wrote to stderr, with the stacks: {report}")
+    reports = sorted(folder.glob("report.*"))
+    findings = [line for report in reports for line in FINDING.findall(report.read_text(errors="replace"))]
+    print("\n".join(["", *sorted(set(findings))] if findings else ["the sanitizer found nothing"]))
+    print(*(f"with stacks: {report}" for report in reports), sep="\n")
     raise SystemExit(int(code != 0 or bool(findings)))
 
 
