@@ -20,6 +20,6 @@ def test_no_input_ends_the_process(target: str, n: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 def test_models_with_made_up_metadata() -> None:
-    command = [sys.executable, str(Path(__file__).parent / "metadata.py"), "--inputs", "40"]
+    command = [sys.executable, str(Path(__file__).parent / "metadata.py"), "--inputs", "15"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -32,7 +32,7 @@ def test_processes_are_killed() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_nothing_grows() -> None:
-    run("soak.py", "--tokens", "30000")
+    run("soak.py", "--tokens", "12000")
 
 
 def test_random_requests() -> None:

@@ -140,14 +140,14 @@ def test_states_with_other_layouts_one_after_the_other(tiny_model: Path) -> None
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_negative_positions_are_refused(tiny_model: Path, whole: bool) -> None:
+def test_positions_that_cannot_be_removed_are_refused(tiny_model: Path, whole: bool) -> None:
     # once the cells were taken, and could not be removed any more: after some such states there was no room
     sequences = Sequences(tiny_model, POLICY)
     sequences.read(0, random_tokens(100, 0))
     state = bytearray(whole_state(sequences) if whole else sequences.save(0))
     cell = struct.pack("<iIi", 5, 1, 0)  # position, number of sequences, sequence
     at = state.index(cell)
-    for pos in (-2, -1, -(2**31)):
+    for pos in (-2, -1, -(2**31), 2**31 - 1):
         state[at : at + 4] = struct.pack("<i", pos)
         assert (load_whole(sequences, state) if whole else sequences.restore(state, 0)) == 0
         assert sequences.remove(0)
