@@ -41,6 +41,21 @@ from refreekv_cpp.options import KVOptions
 TESTS = "tools/server/tests"
 
 _COMMIT = "0" * 40
+# why tests fail on some of the servers, by their names
+_ROUNDING = "expects equal numbers of a prompt alone and beside others; our kernel adds in the order in which cells lie"
+_QUERIES = "a rule that looks at attention reads the last 64 tokens again after loading, since queries are not saved"
+_DIFFERENCES = {
+    r"timings_are_finite|timings_on_prompt_progress": "takes all of `timings` for numbers; `timings.kv` is an object",
+    r"with_tokens_input|vision_embeddings": _ROUNDING,
+    r"clear_and_restore|restore_with_two_images|restore_with_image_across_restart": _QUERIES,
+    r"completion_unified|ctx_shift_disabled_short": "the model in place may end its answer before the limit of the test",
+}
+# and why on all of them; the others expect words of the original model
+_ALIKE = {
+    r"infill": "the model in place has no tokens for filling in",
+    r"mcp_proxy|remote_preset|download_model": "needs the internet",
+    r"docker|podman": "needs containers from the internet",
+}
 # a test that needs longer hangs
 _TIMEOUT_S = 3600
 
@@ -186,6 +201,15 @@ def read_results(path: Path) -> dict[str, Result]:
     return results
 
 
+def reason(test: str, results: list[Result]) -> str:
+    """Why a test does not pass everywhere, and what it said."""
+    outcomes = {result.outcome for result in results}
+    known = _ALIKE if len(outcomes) == 1 else _DIFFERENCES
+    said = list(dict.fromkeys(result.reason for result in results if result.reason))
+    why = next((why for pattern, why in known.items() if re.search(pattern, test)), None)
+    return f"{why}: {said[0]}" if why else " / ".join(said)
+
+
 def table(results: dict[str, dict[str, Result]], model: str) -> str:
     names = list(results)
     tests = list(dict.fromkeys(test for each in results.values() for test in each))
@@ -204,8 +228,7 @@ def table(results: dict[str, dict[str, Result]], model: str) -> str:
         each = [results[name].get(test, Result()) for name in names]
         if all(result.outcome == "passed" for result in each):
             continue
-        reasons = list(dict.fromkeys(result.reason for result in each if result.reason))
-        note = " / ".join(reasons).replace("|", "\\|")
+        note = reason(test, each).replace("|", "\\|")
         cells = [test.replace("|", "\\|"), *(result.outcome for result in each), note]
         rows.append("| " + " | ".join(cells) + " |")
     head = _HEAD.format(
@@ -226,7 +249,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = ROOT / "docs/lab/upstream-server-tests.md",
     configuration: Annotated[list[str] | None, typer.Option(help="A column of the table; otherwise all.")] = None,
 ) -> None:
-    """Exit code 1: a test passes on one of the servers and fails on another one."""
+    """Exit code 1: a test passes on one of the servers and fails on another one, for no reason that is known."""
     upstream = sdist / "vendor" / "llama.cpp"
     if not (upstream / TESTS).is_dir():
         raise typer.BadParameter(f"{upstream / TESTS}: no such folder")
@@ -255,6 +278,7 @@ def main(
         test
         for test in next(iter(results.values()))
         if len({each.get(test, Result()).outcome for each in results.values()} - {"refused"}) > 1
+        and not any(re.search(pattern, test) for pattern in _DIFFERENCES)
     ]
     if differing:
         print("do not end alike:", *differing, sep="\n  ", file=sys.stderr)
