@@ -165,7 +165,9 @@ public:
 private:
     std::vector<float> look() {
         auto * const memory = llama_get_memory(ctx);
-        llama_memory_seq_rm(memory, seq, -1, -1);
+        // Rows are cleared, too: a state may have any numbers, and NaN of a cell that was removed counts even with weight 0 until the cell
+        // is written anew (as in llama.cpp)
+        llama_memory_clear(memory, true);
         refreekv_forget_last_error();
         if (llama_state_seq_set_data(ctx, state.data(), state.size(), seq) != state.size()) {
             fail("a valid state is refused");

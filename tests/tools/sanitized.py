@@ -53,7 +53,7 @@ TESTS = {
 }
 COMPILED = {Sanitizer.ADDRESS: "address,undefined", Sanitizer.THREAD: "thread"}
 RUNTIME = {Sanitizer.ADDRESS: "libasan.so", Sanitizer.THREAD: "libtsan.so"}
-SUPPRESSIONS = Path(__file__).parent / "races_of_upstream.txt"
+SUPPRESSIONS = Path(__file__).parent / "races.txt"
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
 
