@@ -310,7 +310,7 @@ REFREEKV_API llama_pos refreekv_pruned_pos(struct llama_context * ctx, llama_seq
 
 // The figures of the cache and of the layers that have one, all of one moment: the end of the last operation on it, or of the last
 // batch. Returns the number of layers, writes at most n_max of them. Any thread. Works without a policy, too: the only figure that
-// changes is n_tokens then. It is that of now, and while another thread decodes a batch, that before it
+// changes is n_tokens then: the current number, and while another thread decodes a batch, the number before that batch
 REFREEKV_API int32_t refreekv_get_stats(struct llama_context * ctx, struct refreekv_stats * stats, struct refreekv_layer_info * layers, int32_t n_max);
 
 // upstream's llama_get_memory_breakdown, of the same moment; returns the number of buffer types, writes at most n_max of

@@ -68,7 +68,7 @@ std::string why_not(const llama_model & model) {
             break;
     }
     if (is_draft_model(model)) {
-        return name + ": a draft model, which has no context of its own; the one that it drafts for can have a policy";
+        return name + ": a draft model, whose own cache is small and has no policy; the model that it drafts for can have one";
     }
 
     if (llm_arch_is_recurrent(model.arch)) {

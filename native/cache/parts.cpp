@@ -64,7 +64,7 @@ parts::parts(cache & kv, const refreekv_params & params) :
     cold.reset(layers);
     warm.open(params, layers);
     if (auto * buft = warm.shared_memory()) {
-        cold.share_by(buft);
+        cold.share_by(buft, [this]() { mover.synchronize(); });
     }
     const auto at_most = [&](int32_t & n) { n = std::min<int64_t>(n, logical.size()); };
     at_most(this->params.n_sink);

@@ -29,6 +29,7 @@ struct figures {
     std::vector<refreekv_layer_info> layers; // empty: no policy
     std::vector<sequence>            seqs;   // [n_seq_max]
     double                           bytes_resident = 0.0; // of this process
+    int64_t                          resident_us    = 0;   // when that was looked up
 };
 
 static std::mutex g_mutex;
@@ -75,7 +76,11 @@ void note_decoded(llama_context * ctx) {
     f.layers.resize(std::max(0, refreekv_get_stats(ctx, &f.stats, nullptr, 0)));
     refreekv_get_stats(ctx, &f.stats, f.layers.data(), f.layers.size());
     f.seqs.resize(llama_n_seq_max(ctx));
-    f.bytes_resident = resident_bytes();
+    const int64_t now_us = ggml_time_us();
+    if (now_us - f.resident_us > 1000*1000) { // not with every token
+        f.bytes_resident = resident_bytes();
+        f.resident_us    = now_us;
+    }
 
     std::vector<sequence *> pruned; // since the batch before
     for (llama_seq_id s = 0; s < (llama_seq_id) f.seqs.size(); ++s) {
@@ -203,7 +208,7 @@ std::vector<metric> get_gauges() {
         { "kv_bytes_codes", "Codes of evicted rows",                                    (double) s.bytes_codes },
         { "kv_bytes_cold",  "Evicted rows in the cold store",                           (double) s.bytes_cold  },
         { "kv_bytes_disk",  "Of these, in a file",                                      s.cold == REFREEKV_COLD_FILE ? (double) s.bytes_cold : 0.0 },
-        { "process_resident_bytes", "Memory of this process, resident after the last batch", g_figures.bytes_resident },
+        { "process_resident_bytes", "Memory of this process, resident at most a second before the end of the last batch", g_figures.bytes_resident },
     };
 }
 

@@ -78,15 +78,13 @@ void code_tensors::set_exact(const std::vector<uint64_t> & addresses) {
 
 uint64_t code_tensors::take_n_read() {
     uint64_t res = n_counted;
-    n_counted = 0;
     if (now.n_read) {
-        std::vector<uint64_t> by_heads(n_head_kv);
-
         ggml_backend_tensor_get(now.n_read, by_heads.data(), 0, ggml_nbytes(now.n_read));
         ggml_backend_tensor_memset(now.n_read, 0, 0, ggml_nbytes(now.n_read));
 
         res = std::accumulate(by_heads.begin(), by_heads.end(), res);
     }
+    n_counted = 0;
     return res;
 }
 

@@ -35,7 +35,7 @@ public:
     // n_k, n_v: channels of a KV head. backend: that of the layer; nullptr: there is none yet. type_v: GGML_TYPE_I8: the codes are those of our
     // kernels
     code_tensors(ggml_backend_buffer_type_t buft, std::function<ggml_backend_t()> backend, int32_t il, ggml_type type_v, int64_t n_head_kv, int64_t n_k, int64_t n_v) :
-        buft(buft), backend(std::move(backend)), il(il), type_v(type_v), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v) {}
+        buft(buft), backend(std::move(backend)), il(il), type_v(type_v), n_head_kv(n_head_kv), n_k(n_k), n_v(n_v), by_heads(n_head_kv) {}
 
     bool for_kernels() const { return type_v == GGML_TYPE_I8; }
 
@@ -120,6 +120,7 @@ private:
 
     std::vector<uint64_t> sent_exact; // what `exact` has
     uint64_t              n_counted = 0; // of rows read, before there was more room
+    std::vector<uint64_t> by_heads;      // [n_head_kv], room for what the device has counted
 
     static int64_t padded(int64_t n_k) { return GGML_PAD(n_k, ggml_blck_size(TYPE_K)); }
 

@@ -64,8 +64,8 @@ bool cold_rows::in_memory() const {
     return store && !store->is_file();
 }
 
-void cold_rows::share_by(ggml_backend_buffer_type_t buft) {
-    store->share_by(buft);
+void cold_rows::share_by(ggml_backend_buffer_type_t buft, std::function<void()> wait) {
+    store->share_by(buft, std::move(wait));
 }
 
 uint64_t cold_rows::shared_address(const layer & g, uint32_t cell) const {

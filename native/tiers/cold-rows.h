@@ -63,7 +63,7 @@ public:
 
     // whether rows are in host memory, and from now on in memory that a device can read (cold_store::share_by)
     bool in_memory() const;
-    void share_by(ggml_backend_buffer_type_t buft);
+    void share_by(ggml_backend_buffer_type_t buft, std::function<void()> wait);
 
     // the address of a cell's record for a device; 0: it cannot read it
     uint64_t shared_address(const layer & g, uint32_t cell) const;

@@ -193,6 +193,9 @@ file::result cold_store::try_read(uint64_t offset, void * data, size_t size) con
 }
 
 void cold_store::clear() {
+    if (wait_for_readers && !pages.empty()) {
+        wait_for_readers();
+    }
     pages.clear();
     attached.clear();
     if (own && process_id() == owner) {

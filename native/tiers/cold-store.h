@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -55,9 +56,14 @@ public:
     bool is_file() const { return own != nullptr; }
 
     // Host memory is allocated by this buffer type from now on, so that its device can read it. Where that has none, it is the system's
-    void share_by(ggml_backend_buffer_type_t buft) { shared_by = buft; }
+    // A graph may still read it when it is to be freed: wait() returns when none does
+    void share_by(ggml_backend_buffer_type_t buft, std::function<void()> wait) {
+        shared_by = buft;
+        wait_for_readers = std::move(wait);
+    }
 
-    // Where these bytes of the store's own memory are; nullptr: they do not lie in one piece that a device can read
+    // Where these bytes of the store's own memory are; nullptr: they do not lie in one piece that a device can read. Not while another thread
+    // writes
     const void * shared_address(uint64_t offset, size_t size) const;
 
 private:
@@ -78,6 +84,7 @@ private:
     std::mutex pages_mutex;
 
     ggml_backend_buffer_type_t shared_by = nullptr;
+    std::function<void()>      wait_for_readers;
 
     std::map<uint64_t, range> attached; // by offset; they do not overlap
 

@@ -72,7 +72,9 @@ class Conversation:
             ValueError: there is none, or a line is no dialogue (the message says which).
         """
         dialogues = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 data = json.loads(line)
                 questions = [Question(turn["question"], tuple(turn["answers"])) for turn in data["turns"]]
@@ -85,6 +87,11 @@ class Conversation:
         if not dialogues:
             raise ValueError(f"{file}: there is no dialogue in it")
         return dialogues
+
+    def count(self, llm: Any) -> int:
+        """Its tokens, but for the chat template and answers of the model."""
+        texts = [self.document, *(question.text for question in self.questions), *(self.replies or [])]
+        return sum(len(llm.tokenize(text.encode(), add_bos=False)) for text in texts)
 
     def hold(self, llm: Llama, *, max_tokens: int) -> Iterator[Turn]:
         """Asks one question after the other, greedily answered."""

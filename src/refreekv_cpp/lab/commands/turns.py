@@ -35,7 +35,7 @@ def turns(
     data: Annotated[
         Path | None, typer.Option(help="A *.jsonl of dialogues in place of a made-up one (docs/how-to/evaluate.md).")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=100, help="Length of the document; of a dialogue at most.")] = 6000,
+    tokens: Annotated[int, typer.Option(min=100, help="Length of a made-up document.")] = 6000,
     n_turns: Annotated[int, typer.Option("--turns", min=1, max=12, help="Questions of a made-up one.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with at most.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the document and the questions.")] = 0,
@@ -49,9 +49,11 @@ def turns(
     dialogues = None if data is None else Conversation.read(data)
     path = resolve(model)
     with common.vocabulary(path) as vocabulary:
-        common.check_length("--tokens", tokens, vocabulary)
-    longest = n_turns if dialogues is None else max(len(each.questions) for each in dialogues)
-    n_ctx = tokens + 400 + longest * (max_tokens + 200)
+        if dialogues is not None:
+            tokens = max(each.count(vocabulary) for each in dialogues)
+            n_turns = max(len(each.questions) for each in dialogues)
+        common.check_length("--tokens" if dialogues is None else "--data", tokens, vocabulary)
+    n_ctx = tokens + 400 + n_turns * (max_tokens + 200)
     # the layers that fit with the full cache fit with the others, too
     shared = options.llama_options(path, n_ctx=n_ctx, kv_policy=_FULL, kv_elastic=True)
     held: dict[str, list[list[Turn]]] = {}

@@ -68,7 +68,7 @@ def read_items(folder: Path) -> list[Item]:
         raise ValueError(f"{folder}: there is no *.jsonl in it")
     items: dict[str, Item] = {}
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

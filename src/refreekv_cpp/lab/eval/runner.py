@@ -77,7 +77,8 @@ class Run:
         for record in records:
             if record["item"] in hashes and record.get("item_sha256") != hashes[record["item"]]:
                 raise ValueError(
-                    f"{folder}: the item {record['item']} was another one when it was recorded; take another --out"
+                    f"{folder}: the item {record['item']} was another one when it was recorded, or an earlier version "
+                    "recorded it; take another --out"
                 )
         done = {(record["item"], record["cache"], record["mode"]) for record in records}
         jobs = [Job(task, spec, mode) for task in tasks for spec in specs for mode in modes_of(task.item, modes)]
