@@ -12,14 +12,13 @@ The exit code is 1 if a figure is above its limit.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import llama_cpp
 import typer
+from f32 import unpack
 from rich.console import Console
 from rich.table import Table
 
@@ -70,10 +69,7 @@ def figures_of(records: list[Record]) -> dict[tuple[str, str], float]:
 
 def _evaluate(model: Path, folder: Path, items: int, threads: int) -> list[Record]:
     weights = folder / "weights.gguf"
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-    if llama_cpp.llama_model_quantize(str(model).encode(), str(weights).encode(), ctypes.byref(options)):
-        raise typer.BadParameter(f"{model}: its weights cannot be unpacked")
+    unpack(model, weights)
     data = folder / "data"
     data.mkdir()
     for name, files in TEXTS.items():
