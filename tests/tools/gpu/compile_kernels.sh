@@ -20,6 +20,6 @@ for arch in 75 80 86 89 90 100 120; do
     awk -v arch="sm_$arch" '
         /Compiling entry/ { match($0, /[a-z]+_kernel/); kernel = substr($0, RSTART, RLENGTH) }
         /spill stores/    { spilled = $5 }
-        /Used .* regist/  { match($0, /Used [0-9]+/); print "| " arch " | " kernel " | " substr($0, RSTART + 5, RLENGTH - 5) " | " spilled " |" }
+        /Used .* registers/  { match($0, /Used [0-9]+/); print "| " arch " | " kernel " | " substr($0, RSTART + 5, RLENGTH - 5) " | " spilled " |" }
     ' "$out/sm_$arch.log"
 done
