@@ -245,11 +245,13 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
         }
         return n;
     };
-    const int64_t n_wanted = count(warm.theta);
+    const int64_t   n_wanted = count(warm.theta);
+    const uint8_t * visible  = warm.visible + token*warm.n_blocks;
+    const int64_t   budget   = warm_budget(warm.theta, warm_spans(std::count(visible, visible + warm.n_blocks, 1)));
 
     float   theta  = warm.theta;
     int64_t n_read = 0;
-    for (int64_t n = n_wanted; n > warm_budget(warm.theta) && warm.max_error == 0.0f; n = count(theta)) {
+    for (int64_t n = n_wanted; n > budget && warm.max_error == 0.0f; n = count(theta)) {
         theta *= 2.0f;
     }
 

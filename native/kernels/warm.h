@@ -71,9 +71,10 @@ static inline int64_t warm_spans(int64_t n_blocks) {
     return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;
 }
 
-// Rows that a token reads of a span at most. (A head can give theta to 1/theta rows.) Beyond it those with the largest weights are read
-static inline int64_t warm_budget(float theta) {
-    return std::max(16.0f, std::min(0.1f/theta, (float) (REFREEKV_WARM_SPAN*64)));
+// Rows that a token reads of a span at most, if it sees so many spans. A head can give theta to 1/theta rows: each span may have its share
+// of these, and not less than a tenth of them. Beyond it the rows with the largest weights are read
+static inline int64_t warm_budget(float theta, int64_t n_spans) {
+    return std::clamp(std::max(0.1f, 1.0f/std::max<int64_t>(n_spans, 1))/theta, 16.0f, (float) (REFREEKV_WARM_SPAN*64));
 }
 
 // The lines of heads that a pass works on: line i is head h_kv*n_gqa + i of a token

@@ -208,6 +208,14 @@ def test_rows_count_by_what_they_would_draw(tiny: Callable[[str], Path]) -> None
     assert distance[0] < np.abs(feed(read(tiny("gqa64"), 0), ANSWER) - full).max(), "codes are worth nothing"
 
 
+def test_a_short_text_gets_every_row_that_is_asked_for(tiny: Callable[[str], Path]) -> None:
+    for theta in (0.01, 0.003):
+        llm = read(tiny("gqa64"), theta)
+        feed(llm, ANSWER)
+        assert llm.kv_stats.n_rows_read > 100
+        assert llm.kv_stats.n_rows_left == 0
+
+
 def test_many_tokens_at_once_are_as_each_by_itself(tiny: Callable[[str], Path]) -> None:
     tokens = random_tokens(70, seed=3)
     for theta in (NONE, 0.01):
