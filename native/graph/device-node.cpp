@@ -16,16 +16,16 @@ namespace refreekv {
 
 // What ggml calls where the node is on the CPU, as it is on the device of tests. Nothing can be thrown through its threads
 static void compute_on_host(ggml_tensor * node, int ith, int, void * no_memory) {
-    device::call c;
+    tiles::call c;
     if (ith != 0) {
         return;
     }
-    if (!device::call_of(node, c)) {
+    if (!tiles::call_of(node, c)) {
         *(std::atomic<bool> *) no_memory = true; // attend_on_device() made none like this; the batch fails
         return;
     }
     try {
-        device::for_pieces(c, [](const device::call & piece) { device::run(piece); });
+        tiles::for_pieces(c, [](const tiles::call & piece) { tiles::run(piece); });
     } catch (const std::bad_alloc &) {
         *(std::atomic<bool> *) no_memory = true;
     }
@@ -41,20 +41,20 @@ ggml_tensor * attend_on_device(ggml_context * ctx, const device_call & call, ggm
     const auto make = [&](int64_t size) {
         ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, size, 1, 1, 1, args, n_args, compute_on_host, 1, its.softmax.no_memory);
 
-        *device::params_of(res) = {
-            device::NODE_TAG, its.softmax.pre_scale, its.softmax.soft_cap, its.softmax.post_scale, call.theta, call.exact_type_k, call.exact_type_v,
+        *tiles::params_of(res) = {
+            tiles::NODE_TAG, its.softmax.pre_scale, its.softmax.soft_cap, its.softmax.post_scale, call.theta, call.exact_type_k, call.exact_type_v,
         };
         return res;
     };
 
     // how large it is depends on what it says
-    device::call c;
-    if (!device::call_of(make(1), c)) {
+    tiles::call c;
+    if (!tiles::call_of(make(1), c)) {
         throw std::runtime_error("our kernels for devices cannot attend to this layer");
     }
-    node = make(device::node_size(c));
+    node = make(tiles::node_size(c));
 
-    return ggml_view_2d(ctx, node, (int64_t) c.n_v*c.n_head(), c.n_tokens, c.n_v*c.n_head()*sizeof(float), 0);
+    return ggml_view_2d(ctx, node, (int64_t) c.s.n_v*c.s.n_head(), c.s.n_tokens, c.s.n_v*c.s.n_head()*sizeof(float), 0);
 }
 
 static bool asked_for() {
@@ -66,7 +66,7 @@ static bool asked_for() {
 bool device_has_kernels(ggml_backend_dev_t device, const device_layer & layer) {
     static const int64_t N_CELLS = 256;
 
-    if (!asked_for() || !device || !ggml_backend_dev_host_buffer_type(device) || !ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "refreekv_device_kernels")) {
+    if (!asked_for() || !device || !ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "refreekv_device_kernels")) {
         return false;
     }
     ggml_init_params params = { ggml_tensor_overhead()*32, nullptr, true };

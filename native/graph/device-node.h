@@ -7,8 +7,8 @@
 namespace refreekv {
 
 // Attention to the cells that a layer holds and to those that it has in codes, as one node for our kernels on a device
-// (kernels/device/node.h), in the place of attend_to_codes(). It also reads exact rows where they are in host memory that the device can
-// read.
+// (kernels/device/node.h), in the place of attend_to_codes(). On CUDA it also reads exact rows where they are in host memory that the device
+// can read.
 //
 // REFREEKV_DEVICE_KERNELS=1 asks for it. It has never run on a GPU.
 struct device_call {

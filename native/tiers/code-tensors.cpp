@@ -26,18 +26,18 @@ code_tensors::pair code_tensors::make_tensors(ggml_context * ctx, ggml_type type
 
 code_tensors::pair code_tensors::make_kernel_tensors(ggml_context * ctx, int64_t n_head_kv, int64_t n_k, int64_t n_v, int64_t n_blocks) {
     return {
-        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_k, device::BITS_K), n_blocks, n_head_kv),
-        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_v, device::BITS_V), n_blocks, n_head_kv),
+        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_k, tiles::BITS_K), n_blocks, n_head_kv),
+        ggml_new_tensor_3d(ctx, GGML_TYPE_I8, codes_bytes(n_v, tiles::BITS_V), n_blocks, n_head_kv),
         ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_blocks*N_CELLS), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_head_kv),
     };
 }
 
 size_t code_tensors::block_k() const {
-    return for_kernels() ? codes_bytes(n_k, device::BITS_K) : N_CELLS*line_k(n_k);
+    return for_kernels() ? codes_bytes(n_k, tiles::BITS_K) : N_CELLS*line_k(n_k);
 }
 
 size_t code_tensors::line_v(uint32_t n_blocks) const {
-    return for_kernels() ? n_blocks*codes_bytes(n_v, device::BITS_V) : ggml_row_size(type_v, n_blocks*N_CELLS);
+    return for_kernels() ? n_blocks*codes_bytes(n_v, tiles::BITS_V) : ggml_row_size(type_v, n_blocks*N_CELLS);
 }
 
 code_tensors::tensors code_tensors::allocate(uint32_t n_blocks) const {
@@ -200,8 +200,8 @@ void code_tensors::encode(blocks & to, uint32_t i, int64_t n, const float * k, i
         const auto * kernels = find_kernels();
 
         for (int64_t h = 0; h < n_head_kv; ++h) {
-            kernels->encode(k + h*n_k, stride_k, n, n_k, device::BITS_K, false, to.k.data() + (h*to.n + i)*block_k());
-            kernels->encode(v + h*n_v, stride_v, n, n_v, device::BITS_V, true,  to.v.data() + (h*to.n + i)*line_v(1));
+            kernels->encode(k + h*n_k, stride_k, n, n_k, tiles::BITS_K, false, to.k.data() + (h*to.n + i)*block_k());
+            kernels->encode(v + h*n_v, stride_v, n, n_v, tiles::BITS_V, true,  to.v.data() + (h*to.n + i)*line_v(1));
         }
         return;
     }

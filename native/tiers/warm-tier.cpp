@@ -23,7 +23,7 @@ namespace refreekv {
 static const int BITS_K = 4;
 static const int BITS_V = 2;
 
-static_assert(BITS_K == device::BITS_K && BITS_V == device::BITS_V, "kernels for devices read the same codes");
+static_assert(BITS_K == tiles::BITS_K && BITS_V == tiles::BITS_V, "kernels for devices read the same codes");
 
 static const size_t N_CELLS = REFREEKV_CODED_CELLS;
 static const size_t N_SENT  = 16; // blocks on their way to a device

@@ -24,14 +24,14 @@ int main() {
     const auto v    = numbers((N_CODED + N_HELD)*N_V, 1.0f);
     const auto mask = std::vector<float>(N_TOKENS*(N_CODED + N_HELD), 0.0f);
 
-    const size_t size_k = codes_bytes(N_K, device::BITS_K);
-    const size_t size_v = codes_bytes(N_V, device::BITS_V);
+    const size_t size_k = codes_bytes(N_K, tiles::BITS_K);
+    const size_t size_v = codes_bytes(N_V, tiles::BITS_V);
 
     std::vector<uint8_t> codes_k(N_CODED/64*size_k);
     std::vector<uint8_t> codes_v(N_CODED/64*size_v);
     for (int b = 0; b < N_CODED/64; ++b) {
-        codes_encode(k.data() + b*64*N_K, 64, N_K, device::BITS_K, false, codes_k.data() + b*size_k);
-        codes_encode(v.data() + b*64*N_V, 64, N_V, device::BITS_V, true,  codes_v.data() + b*size_v);
+        codes_encode(k.data() + b*64*N_K, 64, N_K, tiles::BITS_K, false, codes_k.data() + b*size_k);
+        codes_encode(v.data() + b*64*N_V, 64, N_V, tiles::BITS_V, true,  codes_v.data() + b*size_v);
     }
 
     std::vector<float>    rows;
@@ -49,7 +49,7 @@ int main() {
         const auto bytes = [](const float * p) { return (const uint8_t *) p; };
 
         const tiles_call call = {
-            N_TOKENS, 1, N_GQA, N_K, N_V, N_CODED, N_HELD, 0.18f, 0.0f, 1.0f, 0.003f, device::F32, device::F32, false, false,
+            N_TOKENS, 1, N_GQA, N_K, N_V, N_CODED, N_HELD, 0.18f, 0.0f, 1.0f, 0.003f, tiles::F32, tiles::F32, false, false,
             q.data(), bytes(mask.data()), nullptr, bytes(k.data() + N_CODED*N_K), bytes(v.data() + N_CODED*N_V), codes_k.data(), codes_v.data(),
             exact.data(), out.data(), &n_read,
         };

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <thread>
 
-namespace device = refreekv::device;
+namespace tiles = refreekv::tiles;
 
 // threads that wait for each other, as those of a block of a GPU do
 struct barrier {
@@ -43,8 +43,8 @@ struct threads {
     void sync() const { all.wait(); }
 };
 
-static void run_by_threads(const device::call & c, int n) {
-    device::run(c, [&](int64_t n_room, auto && f) {
+static void run_by_threads(const tiles::call & c, int n) {
+    tiles::run(c, [&](int64_t n_room, auto && f) {
         std::vector<float>       room(n_room, NAN); // as memory of a GPU may have it
         std::vector<std::thread> team;
         barrier                  all(n);
@@ -78,98 +78,101 @@ struct tiles_call {
     uint64_t *       n_read;
 };
 
-static int64_t row_bytes(device::number type, int64_t n) {
-    return type == device::Q8_0 ? n/32*34 : type == device::F32 ? 4*n : 2*n;
+static int64_t row_bytes(tiles::number type, int64_t n) {
+    return type == tiles::Q8_0 ? n/32*34 : type == tiles::F32 ? 4*n : 2*n;
 }
 
 // n_threads: of a team; 0: what the library does on the host. n_at_once: tokens, as memory for the scratch asks for
 void tiles_run(const tiles_call * in, int n_threads, int n_at_once) {
-    device::call c = {};
+    tiles::call c = {};
 
-    c.n_tokens   = in->n_tokens;
-    c.n_head_kv  = in->n_head_kv;
-    c.n_gqa      = in->n_gqa;
-    c.n_k        = in->n_k;
-    c.n_v        = in->n_v;
-    c.n_coded    = in->n_coded;
-    c.n_held     = in->n_held;
-    c.pre_scale  = in->pre_scale;
-    c.soft_cap   = in->soft_cap;
-    c.post_scale = in->post_scale;
-    c.theta      = in->theta;
+    c.s.n_tokens   = in->n_tokens;
+    c.s.n_head_kv  = in->n_head_kv;
+    c.s.n_gqa      = in->n_gqa;
+    c.s.n_k        = in->n_k;
+    c.s.n_v        = in->n_v;
+    c.s.n_coded    = in->n_coded;
+    c.s.n_held     = in->n_held;
+    c.s.pre_scale  = in->pre_scale;
+    c.s.soft_cap   = in->soft_cap;
+    c.s.post_scale = in->post_scale;
+    c.s.theta      = in->theta;
 
-    c.q            = in->q;
-    c.next_head_q  = c.n_k;
-    c.next_token_q = c.n_head()*c.n_k;
+    c.q              = in->q;
+    c.s.next_head_q  = c.s.n_k;
+    c.s.next_token_q = c.s.n_head()*c.s.n_k;
 
-    c.mask            = in->mask;
-    c.mask_type       = in->mask_is_half ? device::F16 : device::F32;
-    c.next_token_mask = row_bytes(c.mask_type, c.n_places());
-    c.sinks           = in->sinks;
+    c.mask              = in->mask;
+    c.s.mask_type       = in->mask_is_half ? tiles::F16 : tiles::F32;
+    c.s.next_token_mask = row_bytes(c.s.mask_type, c.s.n_places());
+    c.sinks             = in->sinks;
+    c.s.has_sinks       = in->sinks != nullptr;
 
-    const auto    type   = (device::number) in->type_cache;
-    const int64_t head_k = row_bytes(type, c.n_k);
-    const int64_t head_v = row_bytes(type, c.n_v);
+    const auto    type   = (tiles::number) in->type_cache;
+    const int64_t head_k = row_bytes(type, c.s.n_k);
+    const int64_t head_v = row_bytes(type, c.s.n_v);
     const int64_t size   = row_bytes(type, 1);
 
-    c.k = { in->k, type, c.n_head_kv*head_k, head_k, 0 };
-    c.v = in->v_is_transposed ? device::rows { in->v, type, size, c.n_v*c.n_held*size, c.n_held*size } : device::rows { in->v, type, c.n_head_kv*head_v, head_v, 0 };
+    c.k   = in->k;
+    c.v   = in->v;
+    c.s.k = { type, c.s.n_head_kv*head_k, head_k, 0 };
+    c.s.v = in->v_is_transposed ? tiles::rows { type, size, c.s.n_v*c.s.n_held*size, c.s.n_held*size } : tiles::rows { type, c.s.n_head_kv*head_v, head_v, 0 };
 
     c.codes_k = in->codes_k;
     c.codes_v = in->codes_v;
 
-    c.exact        = in->exact;
-    c.exact_type_k = c.exact_type_v = (device::number) in->type_exact;
-    c.exact_k      = row_bytes(c.exact_type_k, c.n_k);
-    c.exact_head   = c.exact_k + row_bytes(c.exact_type_v, c.n_v);
+    c.exact          = in->exact;
+    c.s.exact_type_k = c.s.exact_type_v = (tiles::number) in->type_exact;
+    c.s.exact_k      = row_bytes(c.s.exact_type_k, c.s.n_k);
+    c.s.exact_head   = c.s.exact_k + row_bytes(c.s.exact_type_v, c.s.n_v);
 
     c.out    = in->out;
     c.n_read = in->n_read;
 
-    std::vector<device::four_numbers> scratch(n_at_once*c.scratch_size()/4 + 1, { NAN, NAN, NAN, NAN });
+    std::vector<tiles::four_numbers> scratch(n_at_once*c.s.scratch_size()/4 + 1, { NAN, NAN, NAN, NAN });
     c.scratch = scratch[0].x;
 
     for (int t = 0; t < in->n_tokens; t += n_at_once) {
-        const device::call its = c.of_tokens(t, std::min(n_at_once, in->n_tokens - t));
+        const tiles::call its = c.of_tokens(t, std::min(n_at_once, in->n_tokens - t));
         if (n_threads > 0) {
             run_by_threads(its, n_threads);
         } else {
-            device::run(its);
+            tiles::run(its);
         }
     }
 }
 
 // one block by its codes: sums of products with LINES lines
 void tiles_dot(const uint8_t * codes, int n, int bits, const float * scaled, float * out) {
-    for (int cell = 0; cell < device::CELLS; ++cell) {
-        float * to = out + cell*device::LINES;
+    for (int cell = 0; cell < tiles::CELLS; ++cell) {
+        float * to = out + cell*tiles::LINES;
         switch (bits) {
-            case 2: device::dot_codes<2>(codes, n, cell, scaled, to); break;
-            case 3: device::dot_codes<3>(codes, n, cell, scaled, to); break;
-            case 4: device::dot_codes<4>(codes, n, cell, scaled, to); break;
-            case 5: device::dot_codes<5>(codes, n, cell, scaled, to); break;
-            case 6: device::dot_codes<6>(codes, n, cell, scaled, to); break;
+            case 2: tiles::dot_codes<2>(codes, n, cell, scaled, to); break;
+            case 3: tiles::dot_codes<3>(codes, n, cell, scaled, to); break;
+            case 4: tiles::dot_codes<4>(codes, n, cell, scaled, to); break;
+            case 5: tiles::dot_codes<5>(codes, n, cell, scaled, to); break;
+            case 6: tiles::dot_codes<6>(codes, n, cell, scaled, to); break;
         }
     }
 }
 
 void tiles_add(const uint8_t * codes, int n, int bits, const float * weights, float * out) {
-    const float * its[device::LINES];
-    for (int i = 0; i < device::LINES; ++i) {
-        its[i] = weights + i*device::CELLS;
+    const float * its[tiles::LINES];
+    for (int i = 0; i < tiles::LINES; ++i) {
+        its[i] = weights + i*tiles::CELLS;
     }
     for (int d = 0; d < n; ++d) {
-        float * to = out + d*device::LINES;
+        float * to = out + d*tiles::LINES;
         switch (bits) {
-            case 2: device::add_codes<2>(codes, n, d, its, to); break;
-            case 3: device::add_codes<3>(codes, n, d, its, to); break;
-            case 4: device::add_codes<4>(codes, n, d, its, to); break;
-            case 5: device::add_codes<5>(codes, n, d, its, to); break;
-            case 6: device::add_codes<6>(codes, n, d, its, to); break;
+            case 2: tiles::add_codes<2>(codes, n, d, its, to); break;
+            case 3: tiles::add_codes<3>(codes, n, d, its, to); break;
+            case 4: tiles::add_codes<4>(codes, n, d, its, to); break;
+            case 5: tiles::add_codes<5>(codes, n, d, its, to); break;
+            case 6: tiles::add_codes<6>(codes, n, d, its, to); break;
         }
     }
 }
 
-float tiles_half(uint16_t x) { return device::from_half(x); }
+float tiles_half(uint16_t x) { return tiles::from_half(x); }
 
 }

@@ -62,6 +62,8 @@ TABLE_POLICIES = ["full", "refreekv", "paper", "released-code", "streaming", "sn
 CODES = "refreekv, codes"
 KERNELS = "refreekv, kernels"
 """The codes of our kernels: on the CPU, and on a device that has them (--env REFREEKV_DEVICE_KERNELS=1)."""
+CODES_OF_KERNELS = "refreekv, kernels without rows"
+"""The same on a device that reads no exact rows, as Metal: no cell draws so much."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,12 @@ def answer(model: Path, policy: str, scenario: Scenario, **options: Any) -> Answ
 
     # as on a device on the CPU, too: there our kernel has codes of its own
     by_codes = Debug(policy=ReFreeKV(), by_graph=True, theta=0.003)
-    named = {**POLICIES, CODES: by_codes, KERNELS: ReFreeKV(theta=0.003)}
+    named = {**POLICIES, CODES: by_codes, KERNELS: ReFreeKV(theta=0.003), CODES_OF_KERNELS: ReFreeKV(theta=0.999)}
     chosen = named.get(policy, policy)
     defaults = {"kv_elastic": True, "n_gpu_layers": -1}
-    llm = load(model, chosen, codes=policy in (CODES, KERNELS), **{**defaults, **scenario.options, **options})
+    llm = load(
+        model, chosen, codes=policy in (CODES, KERNELS, CODES_OF_KERNELS), **{**defaults, **scenario.options, **options}
+    )
     evicts = policy != "full"
     llm.eval(random_tokens(N_PROMPT))
     rows = [logits(llm)]

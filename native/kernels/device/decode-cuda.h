@@ -4,8 +4,8 @@
 
 #include <cuda_runtime.h>
 
-namespace refreekv { namespace device {
+namespace refreekv { namespace tiles {
 
 void launch(const call & c, cudaStream_t stream);
 
-}} // namespace refreekv::device
+}} // namespace refreekv::tiles

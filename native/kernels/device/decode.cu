@@ -1,14 +1,9 @@
 // The tiles of this folder as CUDA kernels. Part of ggml's CUDA backend (CMakeLists.txt). Never run on a GPU yet.
 
-#include "kernels/device/attend.h"
 #include "kernels/device/decode-cuda.h"
+#include "kernels/device/launches.h"
 
-namespace refreekv { namespace device {
-
-// threads of a team
-constexpr int JUDGES  = CELLS;
-constexpr int MERGERS = MERGED;
-constexpr int OTHERS  = 128;
+namespace refreekv { namespace tiles {
 
 extern __shared__ __align__(16) float shared_room[]; // four numbers of it are read at once
 
@@ -35,10 +30,13 @@ static __global__ void __launch_bounds__(OTHERS) join_kernel(const call c) {
 // without an allocation, and without a word to the host: launches of a call are the same as long as its sizes are, so that a CUDA graph
 // can hold them
 void launch(const call & c, cudaStream_t stream) {
-    judge_kernel <<<dim3(c.n_blocks(), c.n_head_kv, c.n_tokens), JUDGES,  judge_room(c)*sizeof(float),         stream>>>(c);
-    merge_kernel <<<dim3(c.n_head(), c.n_tokens),                MERGERS, 2*MERGED*sizeof(float),              stream>>>(c);
-    attend_kernel<<<dim3(c.n_spans(), c.n_head_kv, c.n_tokens),  OTHERS,  attend_room::size(c)*sizeof(float),  stream>>>(c);
-    join_kernel  <<<dim3(c.n_head(), c.n_tokens),                OTHERS,  0,                                   stream>>>(c);
+    void (* const kernels[N_PASSES])(const call) = { judge_kernel, merge_kernel, attend_kernel, join_kernel };
+
+    for (int p = 0; p < N_PASSES; ++p) {
+        const launch_size size = size_of((pass) p, c.s);
+
+        kernels[p]<<<dim3(size.teams[0], size.teams[1], size.teams[2]), size.threads, size.bytes, stream>>>(c);
+    }
 }
 
-}} // namespace refreekv::device
+}} // namespace refreekv::tiles

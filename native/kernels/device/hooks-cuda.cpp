@@ -9,6 +9,8 @@
 
 namespace refreekv { namespace device {
 
+using namespace tiles;
+
 bool supports(const ggml_tensor * node) {
     call c;
     return call_of(node, c);

@@ -2,24 +2,25 @@
 
 #include "kernels/device/codes.h"
 
-namespace refreekv { namespace device {
+namespace refreekv { namespace tiles {
 
-constexpr int GROUPS = 8; // parts in which a sum over a block or over channels is made
+REFREEKV_CONSTANT int GROUPS = 8; // parts in which a sum over a block or over channels is made
 
 // numbers of memory that the team shares
-REFREEKV_DEVICE int64_t judge_room(const call & c) { return LINES*c.n_k + 2*LINES*GROUPS + LINES*CELLS + CELLS; }
+REFREEKV_DEVICE int64_t judge_room(in<sizes> s) { return LINES*s.n_k + 2*LINES*GROUPS + LINES*CELLS + CELLS; }
 
 // First pass: of one block of cells in one KV head, the logits of its lines, as weights relative to the block's largest
 template <typename Team>
-REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_kv, int token, float * room) {
-    float * q      = room;                   // [LINES][n_k] of codes times their steps
-    float * base   = q      + LINES*c.n_k;   // [LINES][GROUPS] what the least numbers of the channels make of q
-    float * some   = base   + LINES*GROUPS;  // [LINES][GROUPS] maxima, then sums
-    float * logits = some   + LINES*GROUPS;  // [LINES][CELLS], then weights
-    float * mask   = logits + LINES*CELLS;   // [CELLS]
+REFREEKV_DEVICE void judge(in<Team> team, in<call> c, int block, int h_kv, int token, team_ptr<float> room) {
+    const team_ptr<float> q      = room;                   // [LINES][n_k] of codes times their steps
+    const team_ptr<float> base   = q      + LINES*c.s.n_k; // [LINES][GROUPS] what the least numbers of the channels make of q
+    const team_ptr<float> some   = base   + LINES*GROUPS;  // [LINES][GROUPS] maxima, then sums
+    const team_ptr<float> logits = some   + LINES*GROUPS;  // [LINES][CELLS], then weights
+    const team_ptr<float> mask   = logits + LINES*CELLS;   // [CELLS]
 
-    const bool      coded = block < c.n_coded/CELLS;
-    const uint8_t * codes = coded ? c.codes_k + ((int64_t) h_kv*(c.n_coded/CELLS) + block)*block_bytes(c.n_k, BITS_K) : nullptr;
+    const bool coded = block < c.s.n_coded/CELLS;
+
+    const device_ptr<const uint8_t> codes = coded ? c.codes_k + ((int64_t) h_kv*(c.s.n_coded/CELLS) + block)*block_bytes(c.s.n_k, BITS_K) : nullptr;
 
     for (int i = team.rank; i < CELLS; i += team.size) {
         mask[i] = c.masked(token, block*CELLS + i);
@@ -31,9 +32,9 @@ REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_k
         any = any || mask[i] > NONE;
     }
 
-    for (int first = 0; first < c.n_gqa; first += LINES) {
-        const int     n = lesser(LINES, c.n_gqa - first);
-        const int64_t r = c.line(token, h_kv*c.n_gqa + first);
+    for (int first = 0; first < c.s.n_gqa; first += LINES) {
+        const int     n = lesser(LINES, c.s.n_gqa - first);
+        const int64_t r = c.s.line(token, h_kv*c.s.n_gqa + first);
 
         if (!any) {
             for (int i = team.rank; i < n; i += team.size) {
@@ -43,17 +44,17 @@ REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_k
             continue;
         }
 
-        for (int i = team.rank; i < LINES*c.n_k; i += team.size) {
-            const int   d = i%c.n_k;
-            const float x = i/c.n_k < n ? c.query(token, h_kv*c.n_gqa + first + i/c.n_k)[d] : 0.0f;
+        for (int i = team.rank; i < LINES*c.s.n_k; i += team.size) {
+            const int   d = i%c.s.n_k;
+            const float x = i/c.s.n_k < n ? c.query(token, h_kv*c.s.n_gqa + first + i/c.s.n_k)[d] : 0.0f;
 
-            q[i] = coded ? x*step_of(codes, c.n_k, d) : x;
+            q[i] = coded ? x*step_of(codes, c.s.n_k, d) : x;
         }
         for (int i = team.rank; i < n*GROUPS; i += team.size) {
-            const float * its = c.query(token, h_kv*c.n_gqa + first + i/GROUPS);
+            const device_ptr<const float> its = c.query(token, h_kv*c.s.n_gqa + first + i/GROUPS);
 
             base[i] = 0.0f;
-            for (int d = i%GROUPS; coded && d < c.n_k; d += GROUPS) {
+            for (int d = i%GROUPS; coded && d < c.s.n_k; d += GROUPS) {
                 base[i] += its[d]*least_of(codes, d);
             }
         }
@@ -62,13 +63,13 @@ REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_k
         for (int cell = team.rank; cell < CELLS; cell += team.size) {
             float sums[LINES] = {};
             if (coded) {
-                dot_codes<BITS_K>(codes, c.n_k, cell, q, sums);
+                dot_codes<BITS_K>(codes, c.s.n_k, cell, q, sums);
             } else {
-                for (int d = 0; d < c.n_k; ++d) {
-                    const float x = c.k.at(h_kv, block*CELLS - c.n_coded + cell, d);
+                for (int d = 0; d < c.s.n_k; ++d) {
+                    const float x = c.held_k(h_kv, block*CELLS - c.s.n_coded + cell, d);
 
                     for (int i = 0; i < LINES; ++i) {
-                        sums[i] += q[i*c.n_k + d]*x;
+                        sums[i] += q[i*c.s.n_k + d]*x;
                     }
                 }
             }
@@ -76,13 +77,13 @@ REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_k
                 for (int j = 0; j < GROUPS; ++j) {
                     sums[i] += base[i*GROUPS + j];
                 }
-                logits[i*CELLS + cell] = mask[cell] > NONE ? c.finished(sums[i]) + mask[cell] : NONE; // a free slot may have anything in it
+                logits[i*CELLS + cell] = mask[cell] > NONE ? c.s.finished(sums[i]) + mask[cell] : NONE; // a free slot may have anything in it
             }
         }
         team.sync();
 
         for (int i = team.rank; i < n*GROUPS; i += team.size) {
-            const float * its = logits + i*(CELLS/GROUPS);
+            const team_ptr<const float> its = logits + i*(CELLS/GROUPS);
 
             some[i] = its[0];
             for (int j = 1; j < CELLS/GROUPS; ++j) {
@@ -124,19 +125,19 @@ REFREEKV_DEVICE void judge(const Team & team, const call & c, int block, int h_k
     }
 }
 
-constexpr int MERGED = 32; // parts in which the sum over all blocks is made
+REFREEKV_CONSTANT int MERGED = 32; // parts in which the sum over all blocks is made
 
 // Between the passes: the logarithm of the sum of all e^logit of a line, with its sink. room: [2*MERGED]
 template <typename Team>
-REFREEKV_DEVICE void merge(const Team & team, const call & c, int head, int token, float * room) {
-    const int64_t r = c.line(token, head);
+REFREEKV_DEVICE void merge(in<Team> team, in<call> c, int head, int token, team_ptr<float> room) {
+    const int64_t r = c.s.line(token, head);
 
-    float * tops = room;
-    float * sums = room + MERGED;
+    const team_ptr<float> tops = room;
+    const team_ptr<float> sums = room + MERGED;
 
     for (int i = team.rank; i < MERGED; i += team.size) {
         tops[i] = NONE;
-        for (int b = i; b < c.n_blocks(); b += MERGED) {
+        for (int b = i; b < c.s.n_blocks(); b += MERGED) {
             tops[i] = fmaxf(tops[i], c.tops(r)[b]);
         }
     }
@@ -149,7 +150,7 @@ REFREEKV_DEVICE void merge(const Team & team, const call & c, int head, int toke
 
     for (int i = team.rank; i < MERGED; i += team.size) {
         sums[i] = 0.0f;
-        for (int b = i; b < c.n_blocks(); b += MERGED) {
+        for (int b = i; b < c.s.n_blocks(); b += MERGED) {
             if (c.tops(r)[b] > NONE) {
                 sums[i] += c.sums(r)[b]*expf(c.tops(r)[b] - top);
             }
@@ -166,4 +167,4 @@ REFREEKV_DEVICE void merge(const Team & team, const call & c, int head, int toke
     }
 }
 
-}} // namespace refreekv::device
+}} // namespace refreekv::tiles

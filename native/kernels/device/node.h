@@ -1,10 +1,10 @@
 #pragma once
 
-#include "kernels/device/attend.h"
+#include "kernels/device/launches.h"
 
 #include "ggml.h"
 
-namespace refreekv { namespace device {
+namespace refreekv { namespace tiles {
 
 // A call as a node of a graph: a custom operation (GGML_OP_CUSTOM), which ggml computes on the CPU by the function that it has, and a
 // device that has our kernels by these. Its tensor is the attention, [n_v*n_head, n_tokens] f32, and behind it the scratch. Its sources:
@@ -33,13 +33,13 @@ inline node_params * params_of(ggml_tensor * node) {
 constexpr int64_t SCRATCH_BYTES = 64 << 20;
 
 inline int tokens_at_once(const call & c) {
-    const int64_t n = SCRATCH_BYTES/(c.scratch_size()*(int64_t) sizeof(float));
+    const int64_t n = SCRATCH_BYTES/(c.s.scratch_size()*(int64_t) sizeof(float));
 
-    return n < 1 ? 1 : n < c.n_tokens ? (int) n : c.n_tokens;
+    return n < 1 ? 1 : n < c.s.n_tokens ? (int) n : c.s.n_tokens;
 }
 
 // of the node's tensor
-inline int64_t node_size(const call & c) { return (int64_t) c.n_v*c.n_head()*c.n_tokens + tokens_at_once(c)*c.scratch_size(); }
+inline int64_t node_size(const call & c) { return (int64_t) c.s.n_v*c.s.n_head()*c.s.n_tokens + tokens_at_once(c)*c.s.scratch_size(); }
 
 inline bool number_type(int32_t type, number & res) {
     switch (type) {
@@ -51,8 +51,8 @@ inline bool number_type(int32_t type, number & res) {
     }
 }
 
-// bytes of the team's memory that every device has
-constexpr int64_t ROOM_BYTES = 48 << 10;
+// bytes that the threads of a team can share on every CUDA device
+constexpr int64_t TEAM_BYTES = 48 << 10;
 
 // The call that a node stands for. false: it is another operation, or these kernels cannot compute it
 inline bool call_of(const ggml_tensor * node, call & c) {
@@ -70,55 +70,56 @@ inline bool call_of(const ggml_tensor * node, call & c) {
     const bool v_trans = v->nb[1] > v->nb[2];
 
     c = {};
-    c.n_tokens  = q->ne[2];
-    c.n_head_kv = k->ne[1];
-    c.n_gqa     = q->ne[1]/k->ne[1];
-    c.n_k       = k->ne[0];
-    c.n_v       = v->ne[v_trans ? 2 : 0];
-    c.n_coded   = node->src[SRC_EXACT]->ne[0];
-    c.n_held    = k->ne[2];
+    c.s.n_tokens  = q->ne[2];
+    c.s.n_head_kv = k->ne[1];
+    c.s.n_gqa     = q->ne[1]/k->ne[1];
+    c.s.n_k       = k->ne[0];
+    c.s.n_v       = v->ne[v_trans ? 2 : 0];
+    c.s.n_coded   = node->src[SRC_EXACT]->ne[0];
+    c.s.n_held    = k->ne[2];
 
-    c.pre_scale  = params.pre_scale;
-    c.soft_cap   = params.soft_cap;
-    c.post_scale = params.post_scale;
-    c.theta      = params.theta;
+    c.s.pre_scale  = params.pre_scale;
+    c.s.soft_cap   = params.soft_cap;
+    c.s.post_scale = params.post_scale;
+    c.s.theta      = params.theta;
 
-    c.q            = (const float *) q->data;
-    c.next_head_q  = q->nb[1]/sizeof(float);
-    c.next_token_q = q->nb[2]/sizeof(float);
+    c.q              = (const float *) q->data;
+    c.s.next_head_q  = q->nb[1]/sizeof(float);
+    c.s.next_token_q = q->nb[2]/sizeof(float);
 
-    c.mask            = (const uint8_t *) mask->data;
-    c.next_token_mask = mask->nb[1];
-    c.sinks           = sinks ? (const float *) sinks->data : nullptr;
+    c.mask              = (const uint8_t *) mask->data;
+    c.s.next_token_mask = mask->nb[1];
+    c.sinks             = sinks ? (const float *) sinks->data : nullptr;
+    c.s.has_sinks       = sinks != nullptr;
 
-    c.k.data      = (const uint8_t *) k->data;
-    c.k.next_cell = k->nb[2];
-    c.k.next_head = k->nb[1];
+    c.k             = (const uint8_t *) k->data;
+    c.s.k.next_cell = k->nb[2];
+    c.s.k.next_head = k->nb[1];
 
-    c.v.data         = (const uint8_t *) v->data;
-    c.v.next_cell    = v->nb[v_trans ? 0 : 2];
-    c.v.next_head    = v->nb[1];
-    c.v.next_channel = v_trans ? v->nb[2] : 0;
+    c.v                = (const uint8_t *) v->data;
+    c.s.v.next_cell    = v->nb[v_trans ? 0 : 2];
+    c.s.v.next_head    = v->nb[1];
+    c.s.v.next_channel = v_trans ? v->nb[2] : 0;
 
     c.codes_k = (const uint8_t *)  node->src[SRC_CODES_K]->data;
     c.codes_v = (const uint8_t *)  node->src[SRC_CODES_V]->data;
     c.exact   = (const uint64_t *) node->src[SRC_EXACT]->data;
     c.n_read  = (uint64_t *)       node->src[SRC_N_READ]->data;
 
-    c.exact_k    = ggml_row_size((ggml_type) params.exact_type_k, c.n_k);
-    c.exact_head = ggml_row_size((ggml_type) params.exact_type_v, c.n_v) + c.exact_k;
+    c.s.exact_k    = ggml_row_size((ggml_type) params.exact_type_k, c.s.n_k);
+    c.s.exact_head = ggml_row_size((ggml_type) params.exact_type_v, c.s.n_v) + c.s.exact_k;
 
     c.out     = (float *) node->data;
-    c.scratch = c.out + (int64_t) c.n_v*c.n_head()*c.n_tokens;
+    c.scratch = c.out + (int64_t) c.s.n_v*c.s.n_head()*c.s.n_tokens;
 
     const auto whole = [](int64_t n, number type) { return n%16 == 0 && (type != Q8_0 || n%32 == 0); };
 
-    return number_type(k->type, c.k.type) && number_type(v->type, c.v.type) && number_type(mask->type, c.mask_type) &&
-           number_type(params.exact_type_k, c.exact_type_k) && number_type(params.exact_type_v, c.exact_type_v) &&
-           whole(c.n_k, c.k.type) && whole(c.n_v, c.v.type) && whole(c.n_k, c.exact_type_k) && whole(c.n_v, c.exact_type_v) &&
-           !(v_trans && c.v.type == Q8_0) && (c.exact_type_v != F32 || c.exact_k%4 == 0) &&
-           q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && c.n_coded%CELLS == 0 && c.n_held%CELLS == 0 &&
-           judge_room(c)*(int64_t) sizeof(float) <= ROOM_BYTES && attend_room::size(c)*(int64_t) sizeof(float) <= ROOM_BYTES;
+    return number_type(k->type, c.s.k.type) && number_type(v->type, c.s.v.type) && number_type(mask->type, c.s.mask_type) &&
+           number_type(params.exact_type_k, c.s.exact_type_k) && number_type(params.exact_type_v, c.s.exact_type_v) &&
+           whole(c.s.n_k, c.s.k.type) && whole(c.s.n_v, c.s.v.type) && whole(c.s.n_k, c.s.exact_type_k) && whole(c.s.n_v, c.s.exact_type_v) &&
+           !(v_trans && c.s.v.type == Q8_0) && (c.s.exact_type_v != F32 || c.s.exact_k%4 == 0) &&
+           q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && c.s.n_coded%CELLS == 0 && c.s.n_held%CELLS == 0 &&
+           team_bytes(c.s) <= TEAM_BYTES;
 }
 
 // compute(call) for pieces of a call that its scratch has room for
@@ -126,9 +127,9 @@ template <typename F>
 void for_pieces(const call & c, F && compute) {
     const int n = tokens_at_once(c);
 
-    for (int t = 0; t < c.n_tokens; t += n) {
-        compute(c.of_tokens(t, lesser(n, c.n_tokens - t)));
+    for (int t = 0; t < c.s.n_tokens; t += n) {
+        compute(c.of_tokens(t, lesser(n, c.s.n_tokens - t)));
     }
 }
 
-}} // namespace refreekv::device
+}} // namespace refreekv::tiles

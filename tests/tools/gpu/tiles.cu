@@ -13,7 +13,7 @@
 #include <random>
 #include <tuple>
 
-using namespace refreekv::device;
+using namespace refreekv::tiles;
 
 static void check(cudaError_t err) {
     if (err != cudaSuccess) {
@@ -63,32 +63,32 @@ static bool run_one(const shape & s) {
     std::normal_distribution<float> normal;
 
     call c = {};
-    c.n_tokens  = s.n_tokens;
-    c.n_head_kv = s.n_head_kv;
-    c.n_gqa     = s.n_gqa;
-    c.n_k       = s.n_k;
-    c.n_v       = s.n_v;
-    c.n_coded   = s.n_coded;
-    c.n_held    = N_HELD;
+    c.s.n_tokens  = s.n_tokens;
+    c.s.n_head_kv = s.n_head_kv;
+    c.s.n_gqa     = s.n_gqa;
+    c.s.n_k       = s.n_k;
+    c.s.n_v       = s.n_v;
+    c.s.n_coded   = s.n_coded;
+    c.s.n_held    = N_HELD;
 
-    c.pre_scale  = 1.0f/sqrtf(s.n_k)/(s.soft_cap > 0.0f ? s.soft_cap : 1.0f);
-    c.soft_cap   = s.soft_cap;
-    c.post_scale = 1.0f;
-    c.theta      = s.theta;
+    c.s.pre_scale  = 1.0f/sqrtf(s.n_k)/(s.soft_cap > 0.0f ? s.soft_cap : 1.0f);
+    c.s.soft_cap   = s.soft_cap;
+    c.s.post_scale = 1.0f;
+    c.s.theta      = s.theta;
 
     const int n_blocks = s.n_coded/CELLS;
 
-    both<float>    q    ((size_t) s.n_tokens*c.n_head()*s.n_k);
-    both<uint16_t> mask ((size_t) s.n_tokens*c.n_places());
-    both<float>    sinks(c.n_head());
+    both<float>    q    ((size_t) s.n_tokens*c.s.n_head()*s.n_k);
+    both<uint16_t> mask ((size_t) s.n_tokens*c.s.n_places());
+    both<float>    sinks(c.s.n_head());
     both<uint16_t> k    ((size_t) N_HELD*s.n_head_kv*s.n_k);
     both<uint16_t> v    ((size_t) N_HELD*s.n_head_kv*s.n_v);
     both<uint8_t>  codes_k(s.n_head_kv*n_blocks*block_bytes(s.n_k, BITS_K));
     both<uint8_t>  codes_v(s.n_head_kv*n_blocks*block_bytes(s.n_v, BITS_V));
     both<uint64_t> exact  (s.n_coded);
     both<uint64_t> n_read (s.n_head_kv);
-    both<float>    out    ((size_t) s.n_tokens*c.n_head()*s.n_v);
-    both<float4>   scratch(s.n_tokens*c.scratch_size()/4 + 1);
+    both<float>    out    ((size_t) s.n_tokens*c.s.n_head()*s.n_v);
+    both<float4>   scratch(s.n_tokens*c.s.scratch_size()/4 + 1);
 
     for (auto & x : q.host)     { x = 1.5f*normal(rng); }
     for (auto & x : sinks.host) { x = 4.0f*normal(rng); }
@@ -109,9 +109,9 @@ static bool run_one(const shape & s) {
     }
 
     // exact rows, in host memory that the device reads
-    c.exact_type_k = c.exact_type_v = F16;
-    c.exact_k    = 2*s.n_k;
-    c.exact_head = 2*(s.n_k + s.n_v);
+    c.s.exact_type_k = c.s.exact_type_v = F16;
+    c.s.exact_k    = 2*s.n_k;
+    c.s.exact_head = 2*(s.n_k + s.n_v);
 
     uint16_t *   rows = nullptr;
     const size_t row  = (size_t) s.n_head_kv*(s.n_k + s.n_v);
@@ -119,18 +119,21 @@ static bool run_one(const shape & s) {
     for (size_t i = 0; i < s.n_coded*row; ++i) { rows[i] = half_of(1.2f*normal(rng)); }
     for (int i = 0; i < s.n_coded; ++i) { exact.host[i] = i%7 == 0 ? 0 : (uint64_t) (uintptr_t) (rows + i*row); }
 
-    c.next_head_q     = s.n_k;
-    c.next_token_q    = c.n_head()*s.n_k;
-    c.mask_type       = F16;
-    c.next_token_mask = 2*c.n_places();
+    c.s.next_head_q     = s.n_k;
+    c.s.next_token_q    = c.s.n_head()*s.n_k;
+    c.s.mask_type       = F16;
+    c.s.has_sinks       = s.sinks;
+    c.s.k = { F16, 2*s.n_head_kv*s.n_k, 2*s.n_k, 0 };
+    c.s.v = { F16, 2*s.n_head_kv*s.n_v, 2*s.n_v, 0 };
+    c.s.next_token_mask = 2*c.s.n_places();
 
     const auto at = [&](auto && get) {
         call res = c;
         res.q       = get(q);
         res.mask    = (const uint8_t *) get(mask);
-        res.sinks   = s.sinks ? get(sinks) : nullptr;
-        res.k       = { (const uint8_t *) get(k), F16, 2*s.n_head_kv*s.n_k, 2*s.n_k, 0 };
-        res.v       = { (const uint8_t *) get(v), F16, 2*s.n_head_kv*s.n_v, 2*s.n_v, 0 };
+        res.sinks   = get(sinks);
+        res.k       = (const uint8_t *) get(k);
+        res.v       = (const uint8_t *) get(v);
         res.codes_k = get(codes_k);
         res.codes_v = get(codes_v);
         res.exact   = get(exact);
