@@ -264,9 +264,10 @@ def rows_for_theta(estimate: Array, coded_cells: npt.NDArray[np.bool_], theta: f
     """
     read = np.zeros(len(coded_cells), dtype=bool)
     places = np.flatnonzero(coded_cells)
+    budget = max(16, max(0.1, 1 / max(1, -(-len(places) // SPAN))) / theta)  # of a span
     for first in range(0, len(places), SPAN):
         cells, least = places[first : first + SPAN], theta
-        while (estimate[:, cells] >= least).any(axis=0).sum() > max(16, 0.1 / theta):
+        while (estimate[:, cells] >= least).any(axis=0).sum() > budget:
             least *= 2  # too many for one token
         read[cells] = (estimate[:, cells] >= least).any(axis=0)
     return read

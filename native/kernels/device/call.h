@@ -75,7 +75,7 @@ struct sizes {
 
     // rows that a token reads of a span at most, as on the CPU (warm_budget)
     REFREEKV_DEVICE int budget() const {
-        const float n = 0.1f/theta;
+        const float n = fmaxf(0.1f, 1.0f/n_coded_spans())/theta;
 
         return n < 16.0f ? 16 : n > SPAN*CELLS ? SPAN*CELLS : (int) n;
     }
