@@ -71,8 +71,9 @@ static inline int64_t warm_spans(int64_t n_blocks) {
     return (n_blocks + REFREEKV_WARM_SPAN - 1)/REFREEKV_WARM_SPAN;
 }
 
-// Rows that a token reads of a span at most, if it sees so many spans. A head can give theta to 1/theta rows: each span may have its share
-// of these, and not less than a tenth of them. Beyond it the rows with the largest weights are read
+// Rows that a token reads of a span at most, if it sees as many cells as fill so many spans. One head can give theta to 1/theta rows: each
+// span may have its share of these, and not less than a tenth of them. Beyond it the rows with the largest weights are read. Query heads that
+// share a KV head share its rows, so they may want more together, and so may one head if all of its rows are in a few spans
 static inline int64_t warm_budget(float theta, int64_t n_spans) {
     return std::clamp(std::max(0.1f, 1.0f/std::max<int64_t>(n_spans, 1))/theta, 16.0f, (float) (REFREEKV_WARM_SPAN*64));
 }

@@ -104,7 +104,8 @@ void warm_tier::open(const refreekv_params & params, const std::vector<layer> & 
     by_graph  = params.by_graph;
 
     if (n_by_device > 0) {
-        LLAMA_LOG_WARN("refreekv: %u of %zu layers attend to what is evicted by our kernels on their device, which have never run on a GPU (REFREEKV_DEVICE_KERNELS)\n", n_by_device, layers.size());
+        LLAMA_LOG_WARN("refreekv: %u of %zu layers attend to what is evicted by our kernels on their device, which have never run on a GPU%s (REFREEKV_DEVICE_KERNELS)\n",
+                n_by_device, layers.size(), shared ? "" : ", and read no exact rows of it");
     }
     if (n_by_graph > 0) {
         LLAMA_LOG_INFO("refreekv: %u of %zu layers attend to what is evicted by codes on their device (K in %s, V in %s to %s), and read no exact rows of it\n",

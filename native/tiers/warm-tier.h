@@ -34,7 +34,7 @@ public:
     bool has_tensors() const { return n_by_graph + n_by_device > 0; }
 
     // the part of a head's attention at which a row is read from the cold store; 0: no row ever is
-    float theta() const { return n_by_kernel + n_by_device > 0 ? share : 0.0f; }
+    float theta() const { return n_by_kernel > 0 || (n_by_device > 0 && shared) ? share : 0.0f; }
 
     // host memory that devices with our kernels read rows from; nullptr: there is no such device
     ggml_backend_buffer_type_t shared_memory() const { return shared; }

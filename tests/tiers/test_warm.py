@@ -208,7 +208,7 @@ def test_rows_count_by_what_they_would_draw(tiny: Callable[[str], Path]) -> None
     assert distance[0] < np.abs(feed(read(tiny("gqa64"), 0), ANSWER) - full).max(), "codes are worth nothing"
 
 
-def test_a_short_text_gets_every_row_that_is_asked_for(tiny: Callable[[str], Path]) -> None:
+def test_two_spans_may_read_all_the_rows_that_a_head_can_ask_for(tiny: Callable[[str], Path]) -> None:
     for theta in (0.01, 0.003):
         llm = read(tiny("gqa64"), theta)
         feed(llm, ANSWER)

@@ -73,7 +73,8 @@ struct sizes {
         return (soft_cap > 0.0f ? tanhf(x)*soft_cap : x)*post_scale;
     }
 
-    // rows that a token reads of a span at most, as on the CPU (warm_budget)
+    // Rows that a token reads of a span at most. On the CPU (warm_budget) the spans are those that the token sees; here they are all that there
+    // is room for, so that the budget can be smaller
     REFREEKV_DEVICE int budget() const {
         const float n = fmaxf(0.1f, 1.0f/n_coded_spans())/theta;
 

@@ -25,7 +25,7 @@ using namespace refreekv;
     uint3 threads [[threads_per_threadgroup]],       \
     uint  rank    [[thread_index_in_threadgroup]]
 
-// numbers are copied to the thread, which clang cannot do in the check of this file (tests/tools/gpu/check_metal.sh)
+// numbers are copied to the thread, which clang cannot do in the check of this file (tests/tools/gpu/check_metal.py)
 #ifndef REFREEKV_COPY
 #define REFREEKV_COPY(numbers) numbers
 #endif
