@@ -79,7 +79,8 @@ struct receipt {
     uint64_t bytes_full =  0; // what all of them would take
     double   prune_ms   =  0.0;
 
-    void add_to(common_json & json) const;
+    // to the numbers in `timings`, each with kv_ before its name. There is no object in them, since clients take all of them for numbers
+    void add_to(common_json & timings) const;
 };
 
 receipt get_receipt(llama_seq_id seq_id);
