@@ -79,3 +79,8 @@ def test_embeddings_need_a_server_of_their_own(client: openai.OpenAI, tiny_model
     options = ["--embeddings", "--pooling", "mean", "--kv-policy", "full", "--n-ctx", "512", "--threads", "1"]
     with serving(tiny_model, *options) as embedder:
         assert len(embedder.embeddings.create(model="embed", input=["x", "y"]).data) == 2
+        with pytest.raises(openai.BadRequestError, match="too large"):
+            embedder.embeddings.create(model="embed", input="x" * 600)
+    options += ["--option", "n_batch=1024", "--option", "n_ubatch=1024", "--n-ctx", "1024"]
+    with serving(tiny_model, *options) as embedder:
+        assert len(embedder.embeddings.create(model="embed", input="x" * 600).data) == 1
