@@ -222,6 +222,11 @@ def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
     assert status == 401
 
 
+# tens of thousands of tokens, although the model has 4096
+ROOMY = ["--n-ctx", "32768", "--override-kv", "llama.context_length=int:32768", "--no-library"]
+ROOMY += ["--parallel", "1", "--threads", "1", "--log-verbosity", "1"]
+
+
 @contextlib.contextmanager
 def asking(client: openai.OpenAI, prompt: str) -> Iterator[socket.socket]:
     """A client that asks for a stream without an end, and leaves."""
@@ -241,8 +246,7 @@ def metric(client: openai.OpenAI, name: str) -> float:
 @pytest.mark.parametrize("policy", ["full", "streaming"])
 def test_clients_that_leave_free_their_slot_and_their_place(tiny_model: Path, policy: str) -> None:
     """One leaves in the middle of its answer, one while its long prompt waits for the slot."""
-    options = ["--n-ctx", "32768", "--threads", "1", "--log-verbosity", "1", "--kv-policy", policy, "--no-library"]
-    with serving(tiny_model, *options, "--parallel", "1") as client:
+    with serving(tiny_model, *ROOMY, "--kv-policy", policy) as client:
         with asking(client, "x") as first:
             first.recv(1000)
             with asking(client, "y" * 30000):
@@ -254,10 +258,9 @@ def test_clients_that_leave_free_their_slot_and_their_place(tiny_model: Path, po
 
 def test_who_leaves_the_queue_together_with_the_one_before_is_given_no_slot(tiny_model: Path) -> None:
     """Otherwise a batch of its prompt would be read."""
-    options = ["--n-ctx", "8192", "--threads", "1", "--log-verbosity", "1", *STREAMING, "--no-library"]
-    with serving(tiny_model, *options, "--parallel", "1") as client:
+    with serving(tiny_model, *ROOMY, *STREAMING) as client:
         for _ in range(5):
-            with asking(client, "x") as first, asking(client, "y" * 5000):
+            with asking(client, "x") as first, asking(client, "y" * 30000):
                 first.recv(1000)
                 wait_until(lambda: metric(client, "requests_deferred") == 1)
             assert len(answer(client, "z")["content"]) == 8
@@ -265,8 +268,7 @@ def test_who_leaves_the_queue_together_with_the_one_before_is_given_no_slot(tiny
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read(tiny_model: Path) -> None:
-    options = ["--n-ctx", "32768", "--threads", "1", "--log-verbosity", "1", *STREAMING, "--no-library"]
-    with serving(tiny_model, *options, "--parallel", "1", "--batch-size", "32") as client:
+    with serving(tiny_model, *ROOMY, *STREAMING, "--batch-size", "32") as client:
         with asking(client, "y" * 30000):
             pass
         assert len(answer(client, "z")["content"]) == 8
