@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-// What the patched sources of llama-server call (patches/0011-server.patch). It is part of that program, not of the library, and knows the
+// What the patched sources of llama-server call (patches/0012-server.patch). It is part of that program, not of the library, and knows the
 // cache by its C API alone. All of it belongs to the one context that the server generates with.
 //
 // But for the receipts, which are snapshots that any thread may read, the thread of the server's main loop calls it, and never while a
