@@ -56,6 +56,26 @@ def test_a_stream_ends_with_what_was_read(client: openai.OpenAI) -> None:
     assert last.timings["kv_n_tokens"] == last.usage.total_tokens - 1
 
 
+def test_a_request_with_what_zed_sends(client: openai.OpenAI) -> None:
+    said = client.chat.completions.create(
+        model="local",
+        messages=user([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
+        max_completion_tokens=4,
+        temperature=0,
+        parallel_tool_calls=False,
+    )
+    assert said.usage is not None
+    assert 0 < said.usage.completion_tokens <= 4
+
+
+def test_a_browser_may_ask(client: openai.OpenAI) -> None:
+    """As the page of another address."""
+    asks = {"Origin": "http://app.localhost", "Access-Control-Request-Method": "POST"}
+    allowed = client._client.options(f"{client.base_url}chat/completions", headers=asks).headers
+    assert allowed["Access-Control-Allow-Origin"] in ("*", asks["Origin"])
+    assert "POST" in allowed["Access-Control-Allow-Methods"]
+
+
 def test_tools_of_a_model_without_them_are_ignored(client: openai.OpenAI) -> None:
     options = {**OPTIONS, "tools": [SWITCH], "tool_choice": "required"}
     said = client.chat.completions.create(model="local", messages=user("x"), **options)

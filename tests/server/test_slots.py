@@ -217,6 +217,17 @@ def test_a_request_that_is_not_valid_is_400(client: openai.OpenAI, path: str, bo
     assert len(answer(client, "x")["content"]) == 8
 
 
+def test_messages_that_the_template_refuses_are_400(tiny_model: Path) -> None:
+    template = (
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('not that') }}{% endif %}{{ messages[0].content }}"
+    )
+    with serving(tiny_model, *QUICK, "--chat-template", template) as client:
+        assert send(client, "/v1/chat/completions", {"messages": user("good"), "max_tokens": 1})[0] == 200
+        status, text = send(client, "/v1/chat/completions", {"messages": user("bad")})
+        assert status == 400, text
+        assert "not that" in text
+
+
 def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
     status, _ = send(client, "/v1/completions", {"prompt": "x"}, key="wrong")
     assert status == 401

@@ -52,7 +52,7 @@ _DIFFERENCES = {
 }
 # and why on all of them; the others expect words of the original model
 _ALIKE = {
-    r"vision_format_accepted|tool_result_with_image": "expects 500 for an image without a projector; it is 400 (patch 0009)",
+    r"vision_format_accepted|tool_result_with_image": "expects 500 for an image without a projector; it is 400",
     r"test_infill|invalid_input_extra": "the model in place has no tokens for filling in",
     r"mcp_proxy|remote_preset|download_model": "needs the internet",
     r"docker|podman": "needs containers from the internet",
