@@ -17,5 +17,5 @@ answer = client.chat.completions.create(
     model="any", messages=[{"role": "user", "content": f"{document}\n\n{question}"}], max_tokens=200
 )
 print(answer.choices[0].message.content)
-kv = answer.timings["kv"]  # the receipt of the cache
-print(f"{kv['cells_kept']:.0f} of {kv['n_tokens']} tokens are exact in the cache; the others are compressed")
+kv = answer.timings  # has the receipt of the cache
+print(f"{kv['kv_cells_kept']:.0f} of {kv['kv_n_tokens']} tokens are exact in the cache; the others are compressed")

@@ -148,9 +148,13 @@ static common_json to_json(const receipt & r) {
     };
 }
 
-void receipt::add_to(common_json & json) const {
-    if (n_tokens >= 0) {
-        json["kv"] = to_json(*this);
+void receipt::add_to(common_json & timings) const {
+    if (n_tokens < 0) {
+        return;
+    }
+    const auto fields = to_json(*this);
+    for (const auto & [name, value] : fields.items()) {
+        timings["kv_" + name] = value;
     }
 }
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-// What the patched sources of llama-server call (patches/0011-server.patch). It is part of that program, not of the library, and knows the
+// What the patched sources of llama-server call (patches/0012-server.patch). It is part of that program, not of the library, and knows the
 // cache by its C API alone. All of it belongs to the one context that the server generates with.
 //
 // But for the receipts, which are snapshots that any thread may read, the thread of the server's main loop calls it, and never while a
@@ -79,7 +79,8 @@ struct receipt {
     uint64_t bytes_full =  0; // what all of them would take
     double   prune_ms   =  0.0;
 
-    void add_to(common_json & json) const;
+    // to the numbers in `timings`, each with kv_ before its name. There is no object in them, since clients take all of them for numbers
+    void add_to(common_json & timings) const;
 };
 
 receipt get_receipt(llama_seq_id seq_id);

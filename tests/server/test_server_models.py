@@ -63,7 +63,7 @@ def test_three_turns_of_chat(tiny: Tiny, tmp_path: Path, model: str, capfd: pyte
         history: list[dict[str, str]] = []
         for question in QUESTIONS:
             timings = talk(client, history, question)
-            assert timings["kv"]["cells_kept"] < 0.9 * timings["kv"]["n_tokens"]
+            assert timings["kv_cells_kept"] < 0.9 * timings["kv_n_tokens"]
         assert timings["prompt_n"] < 300  # of 1,100 tokens before
         said = history[-1]
         assert ask(client, "/slots/0?action=save", filename="talk")["n_saved"] > 1000
@@ -131,7 +131,7 @@ def test_an_answer_with_a_draft_is_that_without(
     if model == draft:
         assert timings[0]["draft_n_accepted"] > 0
     for turn in timings:
-        assert turn["kv"]["cells_kept"] < 0.9 * turn["kv"]["n_tokens"]
+        assert turn["kv_cells_kept"] < 0.9 * turn["kv_n_tokens"]
 
 
 def test_a_draft_that_attends_to_the_targets_cells_is_refused_by_name(tiny: Tiny) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 from command import assert_one_error_line, refreekv
-from serving import free_port, send, serving
+from serving import free_port, send, serving, user
 from tiny import N_SPECIAL
 
 from refreekv_cpp import Llama, PythonPolicy, llama_server
@@ -30,6 +30,7 @@ QUICK = ["--n-ctx", "2048", "--threads", "1", "--log-verbosity", "1"]
 STREAMING = ["--kv-policy", "streaming"]
 PRINTABLE = [[N_SPECIAL + byte, False] for byte in (*range(32), *range(127, 256))] + [[2, False]]
 LONG = "".join(chr(97 + i * i % 26) for i in range(1500))
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +65,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_slot_prunes_its_prompt_and_says_so(client: openai.OpenAI) -> None:
     said = answer(client, LONG)
-    receipt = said["timings"]["kv"]
-    assert receipt.keys() == {"n_tokens", "cells_kept", "bytes_kept", "bytes_full", "prune_ms"}
-    assert receipt["n_tokens"] == said["tokens_evaluated"] + 8 - 1  # the last one is not read
-    assert 0.3 < receipt["cells_kept"] / receipt["n_tokens"] < 0.6
-    assert receipt["bytes_kept"] / receipt["bytes_full"] == pytest.approx(
-        receipt["cells_kept"] / receipt["n_tokens"], rel=0.01
+    receipt = said["timings"]
+    names = {"kv_n_tokens", "kv_cells_kept", "kv_bytes_kept", "kv_bytes_full", "kv_prune_ms"}
+    assert {name for name in receipt if name.startswith("kv_")} == names
+    assert all(isinstance(value, (int, float)) for value in receipt.values())  # clients take them for numbers
+    assert receipt["kv_n_tokens"] == said["tokens_evaluated"] + 8 - 1  # the last one is not read
+    assert 0.3 < receipt["kv_cells_kept"] / receipt["kv_n_tokens"] < 0.6
+    assert receipt["kv_bytes_kept"] / receipt["kv_bytes_full"] == pytest.approx(
+        receipt["kv_cells_kept"] / receipt["kv_n_tokens"], rel=0.01
     )
-    assert receipt["prune_ms"] > 0
+    assert receipt["kv_prune_ms"] > 0
 
     figures = dict(line.split() for line in get(client, "/metrics").splitlines() if line.startswith("llamacpp:kv_"))
     assert float(figures["llamacpp:kv_prunes_total"]) >= 1
@@ -86,9 +89,9 @@ def test_a_slot_prunes_its_prompt_and_says_so(client: openai.OpenAI) -> None:
         assert layer["cells_kept"] + layer["cells_evicted"] == pruned["n_tokens"]
 
     # short prompts are left whole: what was pruned before is none of this request's
-    receipt = answer(client, "x")["timings"]["kv"]
-    assert receipt["cells_kept"] == receipt["n_tokens"] < 20
-    assert receipt["prune_ms"] == 0
+    receipt = answer(client, "x")["timings"]
+    assert receipt["kv_cells_kept"] == receipt["kv_n_tokens"] < 20
+    assert receipt["kv_prune_ms"] == 0
 
 
 def test_a_request_that_ends_with_its_first_token_is_pruned_too(tiny_model: Path) -> None:
@@ -113,9 +116,9 @@ def test_it_answers_as_llama_does(tiny_model: Path, policy: str) -> None:
 def test_protected_positions_stay(tiny_model: Path) -> None:
     protect = ["--option", "kv_protect=[[0, 900]]"]
     with serving(tiny_model, *QUICK, "--kv-policy", "streaming:budget=0.1", *protect) as client:
-        assert answer(client, LONG)["timings"]["kv"]["cells_kept"] >= 900
+        assert answer(client, LONG)["timings"]["kv_cells_kept"] >= 900
         # another prompt in the same slot
-        assert answer(client, "z" * 1500)["timings"]["kv"]["cells_kept"] >= 900
+        assert answer(client, "z" * 1500)["timings"]["kv_cells_kept"] >= 900
 
 
 def test_several_at_once_get_what_they_get_alone(client: openai.OpenAI) -> None:
@@ -136,7 +139,7 @@ def test_the_next_turn_goes_on(tiny_model: Path, policy: str, evicted: str, read
         second = answer(client, LONG + first["content"] + "and?")
         cached = second["timings"]["cache_n"]
         assert cached == (0 if evicted == "recompute" else first["tokens_evaluated"] + 8 - 1)
-        assert second["timings"]["kv"]["cells_kept"] < 1200
+        assert second["timings"]["kv_cells_kept"] < 1200
         # another end of the same conversation: what a pruning has looked at is cut
         other = answer(client, LONG[:1000] + "quite another end")
         assert len(other["content"]) == 8
@@ -173,7 +176,7 @@ def test_a_conversation_whose_slot_was_taken_comes_back_from_memory(tiny_model: 
         answer(client, "z" * 1000)
         second = answer(client, LONG + first["content"] + "and?")
         assert second["timings"]["cache_n"] == first["tokens_evaluated"] + 8 - 1
-        assert second["timings"]["kv"]["cells_kept"] < 1200
+        assert second["timings"]["kv_cells_kept"] < 1200
 
 
 def test_a_longer_prompt_than_the_limit_is_pruned_while_it_is_read(tiny_model: Path) -> None:
@@ -199,8 +202,13 @@ def test_the_model_has_the_name_of_its_file(client: openai.OpenAI, tiny_model: P
         ("/v1/completions", {"prompt": "x", "grammar": "root ::= ("}, "grammar"),
         ("/v1/completions", b"{", "parse error"),
         ("/v1/chat/completions", {"messages": "x"}, "messages"),
+        ("/v1/chat/completions", {"messages": user([IMAGE])}, "image input is not supported"),
+        ("/apply-template", {"messages": user("x"), "grammar": 'root ::= "a"', "json_schema": {}}, "both json_schema"),
+        ("/v1/messages", {"max_tokens": 4}, "'messages' is required"),
+        ("/detokenize", {"tokens": [5, 10**9]}, "1000000000 is not a token of this model"),
+        ("/tokenize", {"content": [5, -1], "with_pieces": True}, "-1 is not a token of this model"),
     ],
-    ids=["too long", "grammar", "no json", "messages"],
+    ids=["too long", "grammar", "no json", "messages", "image", "two grammars", "no messages", "token", "piece"],
 )
 def test_a_request_that_is_not_valid_is_400(client: openai.OpenAI, path: str, body: Any, part: str) -> None:
     status, text = send(client, path, body)
@@ -209,9 +217,25 @@ def test_a_request_that_is_not_valid_is_400(client: openai.OpenAI, path: str, bo
     assert len(answer(client, "x")["content"]) == 8
 
 
+def test_messages_that_the_template_refuses_are_400(tiny_model: Path) -> None:
+    template = (
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('not that') }}{% endif %}{{ messages[0].content }}"
+    )
+    with serving(tiny_model, *QUICK, "--chat-template", template) as client:
+        assert send(client, "/v1/chat/completions", {"messages": user("good"), "max_tokens": 1})[0] == 200
+        status, text = send(client, "/v1/chat/completions", {"messages": user("bad")})
+        assert status == 400, text
+        assert "not that" in text
+
+
 def test_a_wrong_key_is_refused(client: openai.OpenAI) -> None:
     status, _ = send(client, "/v1/completions", {"prompt": "x"}, key="wrong")
     assert status == 401
+
+
+# tens of thousands of tokens, although the model has 4096
+ROOMY = ["--n-ctx", "32768", "--override-kv", "llama.context_length=int:32768", "--no-library"]
+ROOMY += ["--parallel", "1", "--threads", "1", "--log-verbosity", "1"]
 
 
 @contextlib.contextmanager
@@ -233,8 +257,7 @@ def metric(client: openai.OpenAI, name: str) -> float:
 @pytest.mark.parametrize("policy", ["full", "streaming"])
 def test_clients_that_leave_free_their_slot_and_their_place(tiny_model: Path, policy: str) -> None:
     """One leaves in the middle of its answer, one while its long prompt waits for the slot."""
-    options = ["--n-ctx", "32768", "--threads", "1", "--log-verbosity", "1", "--kv-policy", policy, "--no-library"]
-    with serving(tiny_model, *options, "--parallel", "1") as client:
+    with serving(tiny_model, *ROOMY, "--kv-policy", policy) as client:
         with asking(client, "x") as first:
             first.recv(1000)
             with asking(client, "y" * 30000):
@@ -244,9 +267,19 @@ def test_clients_that_leave_free_their_slot_and_their_place(tiny_model: Path, po
         assert metric(client, "prompt_tokens_total") < 30000
 
 
+def test_who_leaves_the_queue_together_with_the_one_before_is_given_no_slot(tiny_model: Path) -> None:
+    """Otherwise a batch of its prompt would be read."""
+    with serving(tiny_model, *ROOMY, *STREAMING) as client:
+        for _ in range(5):
+            with asking(client, "x") as first, asking(client, "y" * 30000):
+                first.recv(1000)
+                wait_until(lambda: metric(client, "requests_deferred") == 1)
+            assert len(answer(client, "z")["content"]) == 8
+        assert metric(client, "prompt_tokens_total") < 512
+
+
 def test_a_client_that_leaves_while_its_prompt_is_read(tiny_model: Path) -> None:
-    options = ["--n-ctx", "32768", "--threads", "1", "--log-verbosity", "1", *STREAMING, "--no-library"]
-    with serving(tiny_model, *options, "--parallel", "1", "--batch-size", "32") as client:
+    with serving(tiny_model, *ROOMY, *STREAMING, "--batch-size", "32") as client:
         with asking(client, "y" * 30000):
             pass
         assert len(answer(client, "z")["content"]) == 8
@@ -279,7 +312,7 @@ def test_models_with_other_layers_answer_as_in_llama(tiny: Callable[[str], Path]
     with serving(tiny(name), *QUICK, "--kv-policy", policy, "--parallel", "1") as client:
         said = answer(client, LONG)
         assert said["content"] == expected
-        assert said["timings"]["kv"]["cells_kept"] < 1000
+        assert said["timings"]["kv_cells_kept"] < 1000
         assert answer(client, LONG + expected + "and?")["timings"]["cache_n"] > 1400
 
 
@@ -359,7 +392,7 @@ def test_the_options_of_llama_are_those_of_the_server(tiny_model: Path) -> None:
 
 def test_what_the_server_would_move_in_a_pruned_cache(client: openai.OpenAI) -> None:
     answer(client, LONG)
-    assert answer(client, LONG[:20] + LONG[100:], n_cache_reuse=1)["timings"]["kv"]["n_tokens"] > 0
+    assert answer(client, LONG[:20] + LONG[100:], n_cache_reuse=1)["timings"]["kv_n_tokens"] > 0
     answer(client, LONG)  # it is still there
 
 

@@ -57,6 +57,21 @@ def test_conversations_do_not_destroy_each_other(tiny_model: Path, env: dict[str
                 talks[i] += text + "and then?"
 
 
+@pytest.mark.parametrize("slots", ["1", "4"])
+def test_titles_of_a_chat_read_only_what_follows_their_instructions(
+    tiny_model: Path, env: dict[str, str], slots: str
+) -> None:
+    """As chat apps ask for them: the same instructions, and then what was said last."""
+    instructions, talk = LONG[:800], TEXTS[1]
+    with serving(tiny_model, *QUICK, "--parallel", slots, env=env) as client:
+        for turn in range(4):
+            text, n_there = ask(client, talk)
+            assert turn == 0 or len(talk) - n_there < 30
+            talk += text + "and then?"
+            _, n_there = ask(client, f"{instructions} {turn} {talk[-300:]}")
+            assert turn == 0 or n_there > len(instructions)
+
+
 def test_it_is_opened_after_a_restart(tiny_model: Path, env: dict[str, str]) -> None:
     with serving(tiny_model, *QUICK, env=env) as client:
         answer, _ = ask(client, LONG)

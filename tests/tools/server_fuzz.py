@@ -4,7 +4,8 @@
 
 A tiny model. Valid prompts are asked alone first. Then clients send damaged requests, leave in the middle of answers
 and ask for long texts; each valid request between them has to be given the answer that it was given alone. The server
-must not end, must answer each request within two minutes, and may not grow after the first third of the time.
+must not end, must answer each request within two minutes, must not answer with the status 500, which would blame the
+server for what the client has sent, and may not grow after the first third of the time.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ _NAMES = [
     *["dry_multiplier", "dry_sequence_breakers", "repeat_last_n", "typical_p", "t_max_predict_ms", "n_indent", "lora"],
     *["response_fields", "post_sampling_probs", "return_tokens", "timings_per_token", "ignore_eos", "n", "messages"],
     *["tools", "tool_choice", "response_format", "max_tokens", "content", "tokens", "input", "echo", "logprobs"],
+    "with_pieces",
 ]
 _VALUES: list[Any] = [
     *[None, True, False, 0, -1, 1, 7, 1.5, -1e308, 1e308, 2**31, 2**63, 2**64, -(2**63), "", "x", "x" * 5000, "\ud800"],
     *[[], {}, [[]], [{}], {"a": None}, ["x"], [1, 2, 3], [[1, -100]], [[10**9, 1.0]], [[-1, "x"]], ["\x00", ""]],
+    *[[10**9], [-1]],
     *[{"type": "object", "properties": {"a": {"type": "integer"}}}, {"type": "json_object"}, {"$ref": "#"}],
     *['root ::= "a"', "root ::= root", 'root ::= "a"{1,99999}', "root ::= (", {"role": "user", "content": "x"}],
     *[[{"role": "user", "content": "x"}], [{"role": "nobody"}], [{"role": "user", "content": [{"type": "image_url"}]}]],
@@ -143,6 +146,7 @@ class Client(threading.Thread):
         self.server, self.bodies, self.alone, self.end_of_time = server, bodies, alone, end
         self.rng = random.Random(seed)
         self.count: Counter[str] = Counter()
+        self.blamed: dict[str, str] = {}  # by what the server said with the status 500: a request
         self.wrong: list[str] = []
         self.last: Any = None
 
@@ -177,8 +181,10 @@ class Client(threading.Thread):
             method = rng.choice(("POST", "POST", "POST", "GET", "DELETE"))
             data = damaged(rng, self.bodies)
             self.last = f"{method} {path} {data!r}"
-            status, _ = self.server.send(method, path, data)
+            status, said = self.server.send(method, path, data)
             self.count[f"status {status}"] += 1
+            if status == 500:
+                self.blamed[said.decode()] = self.last
 
 
 def server_process() -> psutil.Process:
@@ -210,6 +216,8 @@ def main(seconds: float = 600, clients: int = 8, seed: int = 0) -> None:
                     resident.append(((time.monotonic() - begin) / seconds, process.memory_info().rss))
                 time.sleep(min(1.0, seconds / 50))
             wrong = [each for thread in threads for each in thread.wrong]
+            blamed = {said: request for thread in threads for said, request in thread.blamed.items()}
+            wrong += [f"status 500: {said} for {request[:2000]}" for said, request in blamed.items()]
             if not wrong and [server.answer(body) for body in bodies] != alone:
                 wrong.append("afterwards, answers are not what they were")
             count = sum((thread.count for thread in threads), Counter[str]())
