@@ -19,7 +19,9 @@ from native_build import ROOT, upstream_tree
 KERNELS = Path("kernels") / "device"
 
 # Apple's clang knows no OpenCL
-pytestmark = pytest.mark.skipif(not (shutil.which("clang") and shutil.which("clang++")) or sys.platform == "darwin", reason="needs clang")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("clang") and shutil.which("clang++")) or sys.platform == "darwin", reason="needs clang"
+)
 
 
 def test_clang_finds_nothing_wrong() -> None:
