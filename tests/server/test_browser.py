@@ -163,7 +163,7 @@ def test_two_people_at_once(client: openai.OpenAI, chromium: Browser, tmp_path: 
 
 @pytest.mark.model
 def test_a_picture_of_both(client: openai.OpenAI, chromium: Browser, tmp_path: Path) -> None:
-    page = chromium.open(address(client, "/cache"), height=960)
+    page = chromium.open(address(client, "/cache"), height=1180)
     page.wait_for(f"document.querySelector('iframe') && {FRAME}.querySelector('textarea')")
     page.drop(f"{FRAME}.querySelector('textarea')", document(tmp_path))
     page.wait_for(f"{FRAME}.body.innerText.includes('silver-heron.txt')")
@@ -203,4 +203,4 @@ def test_several_conversations_on_the_cache_page(tiny_model: Path, chromium: Bro
         page.wait_for("/^3 conversations with 2,1\\d\\d tokens/m.test(document.body.innerText)")
         assert page.evaluate("document.querySelectorAll('#layers .exact').length") == 4  # a column for each layer
         assert "not in the cache" in page.text()  # a policy without codes
-        assert "compressed entries" in page.text()
+        assert "exact entries for each token" in page.text()
