@@ -3,7 +3,7 @@
 #include "hooks.h"
 
 #include "api/error.h"
-#include "cache/figures.h"
+#include "cache/full-cache.h"
 #include "cache/store.h"
 
 #include "llama-context.h"
@@ -16,7 +16,7 @@ int32_t decode(llama_context * lctx, const std::function<int32_t()> & decode) {
     auto * mem   = lctx->get_memory();
     auto * store = store::of(mem);
     if (!store) {
-        const full_decoding now(lctx);
+        const full_cache::change now(full_cache::of(mem));
         return decode(); // as upstream
     }
     llama_pos last[LLAMA_MAX_SEQ]; // that each sequence has now

@@ -36,7 +36,7 @@ static int32_t get_stats(llama_context * ctx, llama_memory_t mem, refreekv_stats
             std::copy_n(f.layers.begin(), std::min<int32_t>(n_max, f.layers.size()), layers);
         });
     } else {
-        const uint32_t n_tokens = refreekv::full_tokens(ctx);
+        const uint32_t n_tokens = refreekv::full_tokens(mem);
 
         *stats = refreekv::full_stats(mem, ctx->get_model().hparams, n_tokens);
         for (int32_t i = 0; i < std::min(n_max, stats->n_layer); ++i) {

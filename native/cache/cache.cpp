@@ -138,6 +138,8 @@ void cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_
 }
 
 void cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const auto publish = store->publish_later();
+
     read_by_value by_value(io);
 
     llama_kv_cache::state_read(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? by_value : io, seq_id, flags);

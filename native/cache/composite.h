@@ -71,12 +71,15 @@ bool refused_shift (llama_memory_t mem);
 // hook of llama_model::create_memory: a memory that can have a policy, and has it if one was asked for
 template <typename Memory, typename... Args>
 llama_memory_i * new_memory(Args &&... args) {
-    if (!next_params()) {
-        return new Memory(std::forward<Args>(args)...);
-    }
     if constexpr (std::is_same_v<Memory, llama_kv_cache>) {
+        if (!next_params()) {
+            return new full_cache(std::forward<Args>(args)...);
+        }
         return new cache(std::forward<Args>(args)...);
     } else {
+        if (!next_params()) {
+            return new Memory(std::forward<Args>(args)...);
+        }
         const open_place open;
 
         return new composite<Memory>(std::forward<Args>(args)...);

@@ -3,6 +3,7 @@
 #include "cache/figures.h"
 
 #include "hooks.h"
+#include "cache/full-cache.h"
 #include "cache/store.h"
 
 #include "llama-context.h"
@@ -25,38 +26,10 @@ struct any_cache : llama_kv_cache {
     }
 };
 
-static uint32_t count_tokens(llama_memory_t mem) {
-    const auto * kv = cache::part_of(mem);
+uint32_t full_tokens(llama_memory_t mem) {
+    const auto * full = full_cache::of(mem);
 
-    uint32_t res = 0;
-    for (uint32_t s = 0; kv && s < kv->get_n_stream(); ++s) {
-        res += kv->get_cells(s).get_used(); // a stream is that of the sequence with its number
-    }
-    return res;
-}
-
-uint32_t full_tokens(llama_context * lctx) {
-    if (!lctx->buffers) {
-        return count_tokens(lctx->get_memory());
-    }
-    std::lock_guard<std::mutex> lock(lctx->buffers->mutex);
-
-    return lctx->buffers->is_decoding ? lctx->buffers->n_tokens : count_tokens(lctx->get_memory());
-}
-
-full_decoding::full_decoding(llama_context * lctx) : buffers(lctx->buffers.get()) {
-    if (buffers) {
-        std::lock_guard<std::mutex> lock(buffers->mutex);
-        buffers->n_tokens    = count_tokens(lctx->get_memory());
-        buffers->is_decoding = true;
-    }
-}
-
-full_decoding::~full_decoding() {
-    if (buffers) {
-        std::lock_guard<std::mutex> lock(buffers->mutex);
-        buffers->is_decoding = false;
-    }
+    return full ? full->n_tokens() : 0;
 }
 
 refreekv_stats full_stats(llama_memory_t mem, const llama_hparams & hparams, uint32_t n_tokens) {
@@ -217,6 +190,9 @@ void publish(parts & p) {
 }
 
 publishing::~publishing() {
+    if (--p.n_changes > 0) {
+        return;
+    }
     try {
         publish(p);
     } catch (const std::bad_alloc &) {

@@ -21,10 +21,6 @@ struct refreekv_buffers {
     std::vector<refreekv_buffer_info> infos; // bytes_context without the rows and rings of a store, which publishes its own
 
     uint64_t bytes_compute = 0; // the sum over the backends; nothing else changes once the context is there
-
-    // Of upstream's own cache, whose cells change, and change back, while a batch is decoded: how many it had before
-    bool     is_decoding = false;
-    uint32_t n_tokens    = 0;
 };
 
 namespace refreekv {
@@ -65,17 +61,7 @@ private:
 refreekv_stats      full_stats(llama_memory_t mem, const llama_hparams & hparams, uint32_t n_tokens);
 refreekv_layer_info full_layer(llama_memory_t mem, const llama_hparams & hparams, uint32_t i_layer, uint32_t n_tokens);
 
-// the tokens in it; while another thread decodes a batch, those before it
-uint32_t full_tokens(llama_context * lctx);
-
-// As long as it is there, its thread decodes a batch in a context without a policy
-class full_decoding {
-public:
-    explicit full_decoding(llama_context * lctx);
-    ~full_decoding();
-
-private:
-    refreekv_buffers * const buffers; // nullptr: the context is not finished
-};
+// The tokens in it; while another thread changes them, those before. 0: not a cache that can have a policy
+uint32_t full_tokens(llama_memory_t mem);
 
 } // namespace refreekv

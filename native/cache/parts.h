@@ -65,6 +65,7 @@ struct parts {
     refreekv::turn    turn;
 
     figures_board board;
+    uint32_t      n_changes = 0; // scopes of changes, one in the other (publishing)
 
     // for the figures
     int64_t  n_prunes       = 0;
@@ -116,10 +117,11 @@ struct parts {
 // the figures of now, for other threads to read. The owner's, between changes
 void publish(parts & p);
 
-// Publishes the figures at the end of a scope that changes what the cache holds
+// Publishes the figures at the end of a scope that changes what the cache holds, the outermost one: a state that is read, for example,
+// removes a sequence first
 class publishing {
 public:
-    explicit publishing(parts & p) : p(p) {}
+    explicit publishing(parts & p) : p(p) { p.n_changes++; }
     ~publishing();
 
     publishing(const publishing &) = delete;

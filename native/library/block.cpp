@@ -80,7 +80,7 @@ block open_block(const std::string & path) {
     if (h.version != REFREEKV_BLOCK_VERSION) {
         throw damaged("a block of another version");
     }
-    if (h.n_label > MAX_LABEL || h.n_layers > MAX_LAYERS || res.in->size() != (int64_t) h.n_bytes) {
+    if (h.n_label > MAX_LABEL || h.n_layers == 0 || h.n_layers > MAX_LAYERS || res.in->size() != (int64_t) h.n_bytes) {
         throw damaged("damaged, or cut off");
     }
     res.label .resize(h.n_label);

@@ -190,8 +190,6 @@ static bool read_mark(llama_io_read_i & io, int32_t il) {
 
 // false: the state is not one of this context, or is damaged; upstream then clears what was read and reports the failure
 bool states::read(llama_io_read_i & io, uint32_t cell_count, const llama_kv_cache::slot_info & sinfo) {
-    publishing publish(p);
-
     std::vector<uint32_t> list;
     p.logical.for_batch(sinfo, [&](uint32_t cell) { list.push_back(cell); });
 

@@ -76,8 +76,9 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "REFREEKV_FUZZ_MODEL": str(model(folder)),
         "REFREEKV_FUZZ_FOLDER": str(folder),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        # libFuzzer keeps the input where a signal ends the process
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:abort_on_error=1",
     }
 
 
@@ -95,7 +96,6 @@ def fuzz(program: Path, folder: Path, inputs: int, seconds: int) -> bool:
         "max_len": _N_MOST,
         "len_control": 0,
         "artifact_prefix": f"{found}/",
-        "print_final_stats": 1,
     }
     env = environment(folder)
     log = folder / "log"
@@ -104,7 +104,7 @@ def fuzz(program: Path, folder: Path, inputs: int, seconds: int) -> bool:
     with log.open("wb") as stderr:
         code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr).returncode
     said = log.read_text(errors="replace")
-    n = re.findall(r"stat::number_of_executed_units:\s+(\d+)", said)
+    n = re.findall(r"^#(\d+)\s", said, re.MULTILINE)  # the last one before a finding, too
     reached = re.findall(r"ft: (\d+)", said)
     print(f"{program.name}: {n[-1] if n else '?'} inputs, {reached[-1] if reached else '?'} features", flush=True)
     if code:

@@ -311,6 +311,16 @@ def test_what_is_damaged_is_read_again(
     assert opened(tiny_model, tmp_path).n_tokens == len(TEXT)  # it was written anew
 
 
+def test_a_block_without_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    write(tiny_model, tmp_path)
+    path = files(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[12:16] = bytes(4)  # the number of layers
+    path.write_bytes(data)
+    with pytest.raises(CacheStateError, match="damaged, or cut off"):
+        native.library_check(path)
+
+
 # -- files ----------------
 
 

@@ -17,6 +17,7 @@ from support import Sequences, ctx_of, kept, load
 from tiny import random_tokens
 
 from refreekv_cpp import ClosedError, KVStats, Llama, ReFreeKV, native
+from refreekv_cpp.policies import as_policy
 
 POLICY = ReFreeKV(n_min=0)
 PROMPT = random_tokens(1060)
@@ -75,6 +76,24 @@ def test_statistics_can_be_read_while_another_thread_generates(tiny_model: Path,
                 llm._ctx.kv_cache_clear()
     assert all(consistent(stats) for stats in found)
     assert found[-1].n_tokens <= llm.n_tokens == llm.kv_stats.n_tokens
+
+
+@pytest.mark.parametrize("policy", ["full", POLICY], ids=["full", "short"])
+def test_statistics_are_never_those_of_half_a_state(tiny_model: Path, policy: Any) -> None:
+    # llama.cpp removes the sequence, and then puts one cell after the other in its place
+    sequences = Sequences(tiny_model, as_policy(policy))
+    states = []
+    for n in (600, 1060):
+        sequences.read(0, PROMPT[sequences.n_tokens(0) : n])
+        states.append(sequences.save(0))
+    with read_meanwhile(lambda: native.stats(sequences.ctx).n_tokens) as (found, _):
+        for state in states * 150:
+            assert sequences.restore(state, 0) == len(state)
+    assert set(found) <= {600, 1060}
+    assert native.stats(sequences.ctx).n_tokens == 1060
+    assert sequences.remove(0)
+    assert native.stats(sequences.ctx).n_tokens == 0
+    sequences.close()
 
 
 def test_reading_statistics_changes_nothing(tiny_model: Path) -> None:

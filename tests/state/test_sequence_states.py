@@ -6,6 +6,7 @@ import ctypes
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from support import Sequences
 
 from refreekv_cpp import ReFreeKV, Streaming, native
+from refreekv_cpp.policies import as_policy
 
 POLICY = Streaming(budget=0.3)
 
@@ -154,16 +156,33 @@ def test_positions_that_cannot_be_removed_are_refused(tiny_model: Path, whole: b
         assert native.stats(sequences.ctx).n_tokens == 0
 
 
+@pytest.mark.parametrize("policy", [POLICY, "full"], ids=["policy", "full"])
+def test_a_cell_that_names_a_sequence_twice_is_refused(tiny_model: Path, policy: Any) -> None:
+    # once it was taken, and counted twice: the sequence had a last position after its removal
+    sequences = Sequences(tiny_model, as_policy(policy))
+    sequences.read(0, random_tokens(100, 0))
+    sequences.copy(0, 1)
+    state = bytearray(whole_state(sequences))
+    cell = struct.pack("<iIii", 99, 2, 0, 1)  # position, number of sequences, sequences
+    at = state.index(cell)
+    state[at : at + 16] = struct.pack("<iIii", 99, 2, 0, 0)
+    assert load_whole(sequences, state) == 0
+    for seq_id in (0, 1):
+        assert sequences.remove(seq_id)
+        assert sequences.n_tokens(seq_id) == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="it asks for the peak of the memory")
-def test_a_name_that_is_too_long_takes_no_memory(tiny_model: Path) -> None:
+def test_a_name_that_is_too_long_or_empty_is_refused_and_takes_no_memory(tiny_model: Path) -> None:
     # once 4 GiB were allocated and cleared before the state was refused
     import resource
 
     sequences = Sequences(tiny_model, POLICY)
     sequences.read(0, random_tokens(100, 0))
     state = bytearray(whole_state(sequences))
-    state[:4] = struct.pack("<I", 2**32 - 1)  # the length of the architecture's name
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert load_whole(sequences, state) == 0
+    for length in (2**32 - 1, 0):
+        state[:4] = struct.pack("<I", length)  # of the architecture's name
+        assert load_whole(sequences, state) == 0
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 2**28

@@ -53,7 +53,6 @@ TESTS = {
 }
 COMPILED = {Sanitizer.ADDRESS: "address,undefined", Sanitizer.THREAD: "thread"}
 RUNTIME = {Sanitizer.ADDRESS: "libasan.so", Sanitizer.THREAD: "libtsan.so"}
-SUPPRESSIONS = Path(__file__).parent / "races.txt"
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
 
@@ -106,7 +105,7 @@ def main(
         "ASAN_OPTIONS": f"{log}:detect_leaks=0",
         "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
         # a test may fork while there are threads; an exit code of its own would be taken for a failed test of a program
-        "TSAN_OPTIONS": f"{log}:suppressions={SUPPRESSIONS}:die_after_fork=0:exitcode=0:history_size=4",
+        "TSAN_OPTIONS": f"{log}:die_after_fork=0:exitcode=0:history_size=4",
     }
     pytest = [sys.executable, "-m", "pytest", "-s", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     paths = [ROOT / "tests" / name for name in TESTS[sanitizer]]
