@@ -4,8 +4,6 @@
 
 #include <atomic>
 
-struct llama_context;
-
 namespace refreekv {
 
 // A llama_kv_cache without a policy. It is upstream's, but for the number of its tokens, which any thread may read.

@@ -245,9 +245,15 @@ void warm_attend(const warm_view & warm, int64_t token, int64_t h_kv, int64_t n_
         }
         return n;
     };
-    const int64_t   n_wanted = count(warm.theta);
-    const uint8_t * visible  = warm.visible + token*warm.n_blocks;
-    const int64_t   budget   = warm_budget(warm.theta, warm_spans(std::count(visible, visible + warm.n_blocks, 1)));
+    const int64_t n_wanted = count(warm.theta);
+
+    // The blocks that the token sees are counted only where that matters: each span would look at all of them
+    int64_t budget = warm_budget(warm.theta, warm_spans(warm.n_blocks));
+    if (n_wanted > budget) {
+        const uint8_t * visible = warm.visible + token*warm.n_blocks;
+
+        budget = warm_budget(warm.theta, warm_spans(std::count(visible, visible + warm.n_blocks, 1)));
+    }
 
     float   theta  = warm.theta;
     int64_t n_read = 0;
