@@ -394,14 +394,19 @@ def test_the_report_is_written_again(finished: Path, tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_a_real_model_without_its_cache_is_lost(default_model: Path, tmp_path: Path) -> None:
+    """A small model misses a needle here and there even with the full cache, and which one depends on the processor's
+    arithmetic. So three needles are asked for, and two have to be found."""
     caches = "full,streaming:0.01"
-    options = ["--generate", "needle", "--lengths", "1000", "--depths", "0.3", "--continuation", "24"]
+    options = ["--generate", "needle", "--lengths", "600", "--depths", "0.1,0.3,0.5", "--continuation", "24"]
     evaluate(default_model, tmp_path, *options, "--policies", caches, "--question", "seen", "--threads", "2")
-    full, lost = read_records(tmp_path)
-    assert full["score"] == 1
-    assert lost["score"] == 0
-    assert np.mean(lost["greedy"]["kl"]) > 1
-    assert np.mean(lost["real"]["nll"]) > np.mean(lost["real"]["nll_full"]) + 3
+    records = read_records(tmp_path)
+    full, lost = ([record for record in records if record["cache"] == cache] for cache in caches.split(","))
+    assert len(full) == len(lost) == 3
+    assert sum(record["score"] for record in full) >= 2
+    assert sum(record["score"] for record in lost) == 0
+    assert np.mean([kl for record in lost for kl in record["greedy"]["kl"]]) > 1
+    for record in lost:
+        assert np.mean(record["real"]["nll"]) > np.mean(record["real"]["nll_full"]) + 3
 
 
 @pytest.mark.model
