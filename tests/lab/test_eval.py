@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from refreekv_cpp import Streaming, native
 from refreekv_cpp.lab.eval.data import Item, Question
 from refreekv_cpp.lab.eval.generators import generate
 from refreekv_cpp.lab.eval.prompts import Prompter, _render
-from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS, read_records
+from refreekv_cpp.lab.eval.records import PACKED, RECORDS, SETTINGS, read_records
 from refreekv_cpp.lab.eval.session import Session
 from refreekv_cpp.lab.eval.spec import parse_spec
 from refreekv_cpp.lab.eval.turn import Settings, Turn
@@ -146,6 +147,22 @@ def test_a_run_that_was_stopped_goes_on(model: Path, finished: Path, tmp_path: P
     assert without_seconds(tmp_path) == without_seconds(finished)
     reports = [(folder / "report.md").read_text().split("## Speed") for folder in (tmp_path, finished)]
     assert reports[0][0] == reports[1][0]
+
+
+def test_a_packed_run_is_reported_and_goes_on(model: Path, finished: Path, tmp_path: Path) -> None:
+    packed = lzma.compress((finished / RECORDS).read_bytes().partition(b"\n")[0] + b"\n")
+    (tmp_path / SETTINGS).write_text((finished / SETTINGS).read_text())
+    (tmp_path / PACKED).write_bytes(packed)
+    assert "1 item" in refreekv("eval-report", tmp_path).stdout
+    assert not (tmp_path / RECORDS).exists()
+    assert "1 records are there" in evaluate(model, tmp_path, *MADE_UP).stderr
+    assert without_seconds(tmp_path) == without_seconds(finished)
+
+    (tmp_path / RECORDS).unlink()
+    (tmp_path / PACKED).write_bytes(packed[:-8])
+    result = refreekv("eval-report", tmp_path)
+    assert result.exit_code == 2
+    assert "damaged" in result.stderr
 
 
 def test_more_caches_join_a_run(model: Path, tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
-"""The folder of a run: settings.json, and records.jsonl with a line for each (item, cache, mode)."""
+"""The folder of a run: settings.json, and records.jsonl with a line for each (item, cache, mode).
+
+A run that is kept has records.jsonl.xz in its place. It can be reported on and resumed like any other.
+"""
 
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Record = dict[str, Any]
 
 RECORDS = "records.jsonl"
+PACKED = "records.jsonl.xz"
 SETTINGS = "settings.json"
 
 
@@ -16,12 +21,10 @@ def read_records(folder: Path) -> list[Record]:
     """The whole lines; the last one is left out when the run was stopped in the middle of it.
 
     Raises:
-        ValueError: another line is no record.
+        ValueError: another line is no record, or the packed file is damaged.
     """
     path = folder / RECORDS
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = _content(folder).split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -31,14 +34,28 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
-def cut_broken_line(folder: Path) -> None:
-    """Takes away a last line that is not whole, so that lines can be added."""
+def open_for_more(folder: Path) -> IO[str]:
+    """The file that further lines are written to. A last line that is not whole is taken away first."""
     path = folder / RECORDS
-    if path.exists():
-        text = path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            path.write_bytes(text[:whole])
+    text = _content(folder)
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text) or not path.exists():
+        path.write_bytes(text[:whole])
+    return path.open("a", encoding="utf-8")
+
+
+def _content(folder: Path) -> bytes:
+    for name, read in ((RECORDS, Path.read_bytes), (PACKED, _unpacked)):
+        if (folder / name).exists():
+            return read(folder / name)
+    return b""
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return lzma.decompress(path.read_bytes())
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from refreekv_cpp.lab.divergence import Logits
 from refreekv_cpp.lab.eval.data import Item
 from refreekv_cpp.lab.eval.fidelity import compare, first_divergence
 from refreekv_cpp.lab.eval.prompts import Prompt
-from refreekv_cpp.lab.eval.records import RECORDS, Record, cut_broken_line, keep_settings, read_records
+from refreekv_cpp.lab.eval.records import Record, keep_settings, open_for_more, read_records
 from refreekv_cpp.lab.eval.scores import score
 from refreekv_cpp.lab.eval.session import Session
 from refreekv_cpp.lab.eval.spec import Spec
@@ -98,8 +98,7 @@ class Run:
         """
         n_ctx = max(task.prompt.n_tokens for task in self.tasks) + self.settings.n_continuation
         n_ctx += self.settings.n_second
-        cut_broken_line(self.folder)
-        with ExitStack() as stack, (self.folder / RECORDS).open("a", encoding="utf-8") as out:
+        with ExitStack() as stack, open_for_more(self.folder) as out:
             sessions: dict[str, Session] = {}
             for spec in dict.fromkeys([*self._sources.values(), *(job.spec for job in self.jobs)] if self.jobs else []):
                 working(f"loading the model for {spec.text}")
