@@ -401,7 +401,7 @@ def test_the_report_is_written_again(finished: Path, tmp_path: Path) -> None:
     result = refreekv("eval-report", finished)
     assert result.exit_code == 0
     assert report.read_text() == text == result.stdout.removesuffix("\n")
-    for name in ("quality", "layers", "retrieval"):
+    for name in ("quality", "layers", "tasks", "retrieval"):
         assert (finished / f"{name}.png").stat().st_size > 5000
 
     result = refreekv("eval-report", tmp_path)

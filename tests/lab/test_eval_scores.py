@@ -17,6 +17,7 @@ from refreekv_cpp.lab.eval import scores
 from refreekv_cpp.lab.eval.data import draw, of_datasets, read_items
 from refreekv_cpp.lab.eval.fidelity import Fidelity, compare, first_divergence, summarise
 from refreekv_cpp.lab.eval.generators import GENERATORS, generate
+from refreekv_cpp.lab.eval.plots import write_plots
 from refreekv_cpp.lab.eval.records import RECORDS, SETTINGS
 from refreekv_cpp.lab.eval.report import write_report
 from refreekv_cpp.lab.eval.spec import parse_spec, parse_specs
@@ -369,8 +370,13 @@ def test_a_long_answer_in_parts(tmp_path: Path) -> None:
         for item, n in n_tokens.items()
     ]
     (tmp_path / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in records))
-    rows = rows_of(write_report(tmp_path), "Mean KL from token to token of that answer")
+    report = write_report(tmp_path)
+    rows = rows_of(report, "Mean KL from token to token of that answer")
     assert rows == [["1 to 128", "1"], ["129 to 256", "0"], ["257 to 512", "0"]]
+    worst = rows_of(report, "The tokens that are furthest off")
+    assert worst == [["a", "greedy", str(i + 1), "0.37", "0.37", "1"] for i in range(10)]
+    assert tmp_path / "along.png" in write_plots(tmp_path)
+    assert tmp_path / "tasks.png" not in write_plots(tmp_path)  # there is one dataset only, without scores
 
 
 def test_a_retrieval_map_by_hand(tmp_path: Path) -> None:

@@ -12,11 +12,20 @@ from refreekv_cpp.lab.eval.records import Record, read_records
 from refreekv_cpp.lab.eval.report import Row, bytes_part, layer_budgets, reference_once, retrieval_map, rows_of, title
 from refreekv_cpp.lab.figure import new_figure
 
+_WINDOW = 64  # tokens
+
 
 def write_plots(folder: Path) -> list[Path]:
-    """Writes quality.png (KL and scores against budget and bytes), layers.png and, for planted facts, retrieval.png."""
+    """Writes quality.png (KL and scores against budget and bytes), layers.png and, where there is something to show,
+    tasks.png (scores of each dataset), along.png (KL along long answers) and retrieval.png (planted facts)."""
     rows = reference_once(rows_of(read_records(folder)))
-    figures = {"quality": _quality(rows), "layers": _layers(rows), "retrieval": _retrieval(rows)}
+    figures = {
+        "quality": _quality(rows),
+        "layers": _layers(rows),
+        "tasks": _tasks(rows),
+        "along": _along(rows),
+        "retrieval": _retrieval(rows),
+    }
     paths = []
     for name, figure in figures.items():
         if figure is not None:
@@ -79,6 +88,48 @@ def _layers(rows: list[Row]) -> Any:
         axis.plot(layer_budgets(row), style, color=_colour(rows, row), label=title(*row.name))
     axis.set(xlabel="layer", ylabel="cells kept", ylim=(0, 1.05))
     axis.legend(fontsize=7)
+    return figure
+
+
+def _tasks(rows: list[Row]) -> Any | None:
+    """A panel for each mode, a line for each dataset, a point for each cache."""
+    datasets = list(dict.fromkeys(record["dataset"] for record in rows[0].records if record["score"] is not None))
+    if len(datasets) < 2:
+        return None
+    modes = [mode for mode in ("seen", "hidden") if any(row.mode == mode for row in rows[1:])]
+    figure = new_figure(figsize=(1.5 + 4 * len(modes), 1.3 + 0.32 * len(datasets)))
+    for axis, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes, strict=True):
+        shown = [rows[0], *(row for row in rows[1:] if row.mode == mode)]
+        for i, row in enumerate(shown):
+            scores = [_mean_score(row.of(dataset)) for dataset in datasets]
+            places = np.arange(len(datasets)) + 0.14 * (i - (len(shown) - 1) / 2)  # beside each other where they agree
+            axis.scatter(scores, places, s=28, color=_colour(rows, row), label=row.cache)
+        axis.set(xlabel=f"mean score, question {mode}", xlim=(-0.04, 1.04))
+        axis.set_yticks(range(len(datasets)), datasets)
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(shown), fontsize=8)
+    return figure
+
+
+def _along(rows: list[Row]) -> Any | None:
+    """Means over windows of the greedy answer, each from the items whose answers are that long."""
+    longest = max(len(record["greedy"]["kl"]) for row in rows for record in row.records)
+    if longest <= 2 * _WINDOW:
+        return None
+    figure = new_figure(figsize=(8, 4.5))
+    axis = figure.subplots()
+    for row in rows[1:]:
+        parts = [
+            [kl for record in row.records for kl in record["greedy"]["kl"][start : start + _WINDOW]]
+            for start in range(0, longest, _WINDOW)
+        ]
+        means = [np.mean(part) if part else np.nan for part in parts]
+        ends = np.arange(1, len(parts) + 1) * _WINDOW
+        axis.plot(ends, means, "-o", markersize=3, color=_colour(rows, row), label=title(*row.name))
+    axis.set(xlabel="token of the answer", ylabel=f"mean KL of {_WINDOW} tokens, nats", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return figure
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,7 @@ def write_report(folder: Path) -> str:
         ("Fidelity: along the text that really follows", _fidelity(rows, "real")),
         ("Mean KL along the full cache's greedy answer, per dataset", _kl_per_dataset(others, datasets)),
         ("Mean KL from token to token of that answer", _kl_along(others)),
+        ("The tokens that are furthest off", _worst(others)),
         ("Tasks", _tasks(others, datasets, settings["seed"], "score")),
         ("A second question about another fact", _tasks(others, datasets, settings["seed"], "second_score")),
         ("Where a fact was found", _maps(once, datasets)),
@@ -165,6 +169,29 @@ def _kl_along(rows: Sequence[Row]) -> str:
         cells.append([f"{start + 1} to {end}", *means])
         start, end = end, 2 * end
     return markdown(["tokens", *(title(*row.name) for row in rows)], cells) if len(cells) > 1 else ""
+
+
+def _worst(rows: Sequence[Row]) -> str:
+    """Ten tokens of the first cache, with the KL that the other caches have at each of them."""
+    if not rows:
+        return ""
+    mode = rows[0].mode
+    columns = [row for row in rows if row.mode == mode]
+    by_item = [{record["item"]: record for record in row.records} for row in columns]
+    tokens = (
+        (kl, item, continuation, i)
+        for item, record in by_item[0].items()
+        for continuation in ("greedy", "real")
+        for i, kl in enumerate(record[continuation]["kl"])
+    )
+    cells = []
+    for _, item, continuation, i in heapq.nlargest(10, tokens, key=itemgetter(0)):
+        own = by_item[0][item][continuation]
+        others = [f"{records[item][continuation]['kl'][i]:.2g}" if item in records else "-" for records in by_item]
+        chances = [f"{math.exp(-own[name][i]):.2f}" for name in ("nll_full", "nll")]
+        cells.append([item, continuation, str(i + 1), *chances, *others])
+    header = ["item", "along", "token", "probability, full", f"probability, {rows[0].cache}"]
+    return markdown([*header, *(f"KL, {title(*row.name)}" for row in columns)], cells) if cells else ""
 
 
 def _divergence(row: Row) -> tuple[str, str]:
