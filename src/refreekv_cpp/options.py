@@ -104,12 +104,13 @@ class KVOptions:
         "keep",
         _one_of(*get_args(Evicted)),
         Evicted,
-        "Evicted rows: keep (in the cold store, to be read where they are looked at), restore (all of them come back "
-        "before the next prompt), recompute (gone; the next prompt reads the conversation again) or drop (gone).",
+        "What becomes of the exact rows of evicted cells: keep (in a file or in memory, and read where they get much "
+        "attention), restore (all of them come back before the next prompt), recompute (discarded; the next prompt "
+        "reads the conversation again) or drop (discarded).",
         variable="REFREEKV_EVICTED",
     )
     kv_elastic: bool | None = _option(
-        None, _one_of(None, True, False), Optional[bool], "With kv_policy full: let memory follow the contents."
+        None, _one_of(None, True, False), Optional[bool], "With kv_policy full: let the cache grow with the prompt."
     )
     kv_memory_limit: int | None = _option(
         None,
@@ -135,11 +136,9 @@ class KVOptions:
         None,
         _one_of(None, *get_args(ColdType)),
         Optional[ColdType],
-        "What evicted rows are rounded to; by default they stay as they are.",
+        "The type that evicted rows are rounded to; by default they stay exact.",
     )
-    kv_cold_state: bool = _option(
-        True, _one_of(True, False), bool, "Whether cached states (cache: true) have the evicted rows in them."
-    )
+    kv_cold_state: bool = _option(True, _one_of(True, False), bool, "Whether saved states contain the evicted rows.")
     kv_library: Path | None = _option(
         None,
         _library,
@@ -151,7 +150,7 @@ class KVOptions:
         4 * 2**30,
         _n_bytes,
         Union[str, int],
-        "A cap on these files, such as 4GiB; what was not used for longest is removed.",
+        "A cap on the bytes of these files, such as 4GiB; what was unused for longest is removed first.",
     )
     from_environment: bool = False
 

@@ -12,7 +12,7 @@ _COLD_MEMORY, _COLD_FILE = native.enum_value("COLD_MEMORY"), native.enum_value("
 
 @dataclass(frozen=True)
 class Buffer:
-    """One kind of memory of a model and its context, in bytes as the allocator has it (upstream's memory breakdown).
+    """The bytes that a model and its context have allocated in one kind of memory, by llama.cpp's own count.
 
     Attributes:
         name: ggml's name of the buffer type: "CPU", "CUDA0", ...
@@ -34,15 +34,15 @@ class ProcessMemory:
     What is allocated on a GPU is not resident in the process. `KVStats.buffers` says where each part is.
 
     Attributes:
-        rss: resident in the process now, weights that are mapped from the file among it.
-        rss_peak: the most there was at once; None where the operating system does not say.
-        weights: of the model.
+        rss: resident in the process now, including weights that are mapped from the file.
+        rss_peak: the peak of `rss`; None if the operating system does not say.
+        weights: the model's weights.
         compute: buffers for graphs.
-        kv: K and V.
-        codes: of evicted rows, which decoding attends to.
-        rings: the last queries, which an evicting policy judges by.
+        kv: K and V that are exact.
+        codes: codes of evicted rows.
+        rings: the last queries, for a policy that looks at attention.
         other: the rest of the context: layers with a sliding window, recurrent states.
-        checkpoints: copies of these at earlier positions that are in memory, and not where the cold store is.
+        checkpoints: copies of `other` at earlier positions, if they are in memory and not in files.
     """
 
     rss: int
@@ -60,27 +60,30 @@ class ProcessMemory:
 class KVStats:
     """The memory of the process and the figures of the KV cache (`Llama.kv_stats`): a snapshot of one moment.
 
+    docs/explanation/three-tiers.md explains cells, rows, codes and the cold store. Sizes are in bytes.
+
     Attributes:
-        memory: of the whole process.
+        memory: the memory of the whole process.
         policy: the policy's name.
-        n_tokens: logical tokens in the cache.
+        n_tokens: tokens of the conversation, exact or evicted.
         layers: the numbers of the layers whose cache a policy can work on.
         cells_kept: cells that each of these layers holds exactly.
-        cells_capacity: cells that each of them has room for.
+        cells_capacity: cells that each of these layers has room for.
         budget: bytes_kept / bytes_full; 1.0 for an empty cache.
-        bytes: K and V storage as the allocator has it now.
-        bytes_kept: what the kept cells need.
-        bytes_ring: storage of the last queries, which a policy judges by; fixed when the model is loaded.
+        bytes: allocated for exact K and V now.
+        bytes_kept: what the exact cells need of it.
+        bytes_ring: the last queries, for a policy that looks at attention; fixed when the model is loaded.
         bytes_other: the rest of the context's memory, which no policy touches: layers with a sliding window, recurrent
             states.
         bytes_checkpoints: copies of these at earlier positions, so that the sequence can go back
             (docs/explanation/conversations.md). They are in files if the cold store is a file, else in memory.
         bytes_full: what the full cache of n_tokens would need.
-        bytes_freed: given back by prunings so far.
-        bytes_read: what prunings so far have read back from the layers' backends: scores and sums, not keys or values.
+        bytes_freed: what all prunings so far have given back.
+        bytes_read: what all prunings so far have read back from the layers' backends: scores and sums, not keys or
+            values.
         bytes_bounced: keys, values and queries that came to the host because their backend lacks a kernel; 0 with the
             backends in docs/lab/backends.md.
-        bytes_per_token: of the full cache, over all layers.
+        bytes_per_token: what one token takes in the full cache, over all layers.
         n_prunes: prunings that evicted something.
         n_limit_prunes: prunings that `kv_memory_limit` forced while a prompt was read; counted in n_prunes too.
         prune_ms: the time of all prunings together, in milliseconds.
@@ -89,18 +92,18 @@ class KVStats:
         cold_full: rows were lost because the cold store had no room.
         n_restores: how often evicted rows were brought back.
         restore_ms: the time of all restores together, in milliseconds.
-        codes_share: bytes of an evicted row's codes over its bytes in f16; 0: evicted cells are not attended to.
-        theta: the share of a head's attention from which on decoding reads an evicted row; 0: it reads none, as on a
-            device.
-        n_rows_read: evicted rows (of one KV head each) that decoding has read from the cold store.
-        n_rows_left: rows that decoding should have read, but that were not in memory in time or were too many for one
-            token. Their codes stood for them.
+        codes_share: bytes of an evicted row's codes over its bytes in f16; 0: there are no codes, and evicted cells get
+            no attention.
+        theta: the share of a head's attention from which on the exact row of an evicted cell is read; 0: none is read,
+            as on a device.
+        n_rows_read: exact rows (of one KV head each) that were read from the cold store.
+        n_rows_left: rows whose codes were used because they were not in memory in time, or were too many for one token.
         bytes_codes: codes of evicted rows.
         by_codes: the share of a head's attention that relied on codes: the mean over heads, layers and tokens so far.
         error_bound: with `ReFreeKV.max_error`, the largest share of a head's attention that codes can have misplaced,
-            over heads, layers and tokens so far. Without it, it is not computed.
+            over heads, layers and tokens so far. It is not computed without `max_error`.
         n_opened: tokens that were opened from the library (`kv_library`) instead of read.
-        n_layouts: distinct layouts among the layers, which is the number of masks that a graph needs.
+        n_layouts: how many different masks a graph needs for these layers.
         buffers: where the memory of the model and the context is.
     """
 

@@ -112,7 +112,7 @@ MemoryLimitOption = Annotated[
 
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 MaxTokensOption = Annotated[int, typer.Option(min=0, help="Tokens to answer with at most; 0: as many as fit.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 
 

@@ -73,14 +73,14 @@ def _last(steps: range, holds: Callable[[int], bool]) -> int | None:
 
 
 def n_ctx(model_path: str | os.PathLike[str], **options: Any) -> int:
-    """The tokens of context that fit into memory now: a multiple of 256, at least 512, at most 32768 and what the model
-    was made for.
+    """The longest context, in tokens, that fits into memory now: a multiple of 256, at least 512, at most 32768 and
+    what the model was made for.
 
-    With a policy, the cache counts as full (or as `kv_memory_limit` allows it), which it is while a prompt is read.
+    With a policy, the cache is counted at full size (or at `kv_memory_limit`), which it has while a prompt is read.
 
     Args:
         model_path: a GGUF file.
-        **options: those of `Llama`; n_ctx is ignored. Without n_gpu_layers, they are those of `gpu_layers`.
+        **options: those of `Llama`; n_ctx is ignored. The default of n_gpu_layers is what `gpu_layers` returns.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,12 +112,12 @@ class _UnknownError(Exception):
 
 
 def gpu_layers(model_path: str | os.PathLike[str], **options: Any) -> int:
-    """As many layers as fit into the free memory of the GPUs, as `n_gpu_layers` counts them: -1 is all of them, 0 none.
+    """How many layers fit into the free memory of the GPUs, for the option `n_gpu_layers`: -1 is all layers, 0 is none.
 
     Args:
         model_path: a GGUF file.
-        **options: those of `Llama`; n_gpu_layers is ignored. Without n_ctx, there is to be room for 8192 tokens beside
-            the layers, or as many as the model was made for.
+        **options: those of `Llama`; n_gpu_layers is ignored. The default of n_ctx is 8192 tokens, or as many as the
+            model was made for.
 
     Raises:
         FileNotFoundError: there is no such file.

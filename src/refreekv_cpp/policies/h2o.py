@@ -10,12 +10,13 @@ from refreekv_cpp.policies.base import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """H2O (arXiv 2306.14048) over the last queries: half of a fixed budget for the most recent cells, half for those
-    with the most accumulated attention of the last `n_window` queries, on the mean of the heads. Every layer alike.
+    """H2O (arXiv 2306.14048), over the last queries: half of a fixed budget is for the most recent cells, half for
+    those with the most accumulated attention of the last `n_window` queries (the mean over heads). The budget is the
+    same in every layer.
 
     Args:
         budget: what is kept of the prompt: a fraction in (0, 1], or a number of cells when above 1.
-        n_window: queries whose attention is accumulated, 1 to 256. The method's own is all of them; no more are kept.
+        n_window: queries whose attention is accumulated, 1 to 256. The published method accumulates over all queries.
         n_min: prompts shorter than this many tokens are left whole.
     """
 

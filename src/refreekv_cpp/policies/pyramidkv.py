@@ -11,8 +11,8 @@ class PyramidKV(SnapKV):
     """PyramidKV (arXiv 2406.02069): SnapKV with budgets that fall linearly from the first layer to the last.
 
     Args:
-        budget: the mean over the layers; otherwise as in `SnapKV`, like the options that are not named here.
-        beta: the last layer keeps 1/beta of the mean, beside the window; 1: every layer the same.
+        budget: the mean over the layers. It and the options that are not named here are those of `SnapKV`.
+        beta: the last layer keeps 1/beta of the mean besides the window. 1: every layer keeps the same.
     """
 
     beta: int = 20

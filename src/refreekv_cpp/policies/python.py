@@ -17,10 +17,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class PythonPolicy(Policy):
-    """A policy of your own, written with NumPy: subclass it and define `select`. The attention is computed as for every
-    other policy and handed over as a whole, so it is slower than one in native/policies.
+    """A policy of your own, written with NumPy: subclass it and define `select`. It is slower than a policy in C++,
+    because all of the attention is copied to Python.
 
-    A subclass that has parameters is a frozen dataclass, as this one.
+    A subclass with parameters is a frozen dataclass, as this class is.
 
     Args:
         n_window: queries that are looked at, 1 to 256 (the last ones of the prompt).
@@ -42,15 +42,15 @@ class PythonPolicy(Policy):
     def select(self, attention: native.Floats, positions: native.Positions, layer: int) -> Mask:
         """Which cells of a layer stay: bool [n_cells], at least one of them.
 
-        What is left out is rounded down to whole blocks of `n_block`: the last ones of it stay, too. A policy that
-        has a better choice leaves out whole blocks itself.
+        Cells are evicted in multiples of `n_block`: if the mask leaves out another number of cells, the last ones of
+        them stay. A policy that ranks cells does better if it leaves out a multiple itself.
 
         Args:
-            attention: softmax rows of the last queries, oldest first: [n_head, n_rows, n_cells]. n_rows is n_window, or
-                less where there are not so many queries.
-            positions: of the cells, ascending: [n_cells]. With M-RoPE the cells of an image share one, and all of them
-                stay where one does.
-            layer: its number in the model.
+            attention: attention (after softmax) of the last queries, oldest first: [n_head, n_rows, n_cells]. n_rows is
+                n_window, or less if there are fewer queries.
+            positions: the positions of the cells, ascending: [n_cells]. With M-RoPE the cells of an image share one
+                position, and all of them stay if one does.
+            layer: the layer's number in the model.
         """
 
     @property

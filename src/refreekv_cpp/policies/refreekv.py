@@ -17,39 +17,41 @@ _CHOICES = {"ranking": get_args(Ranking), "rows": get_args(Rows), "measure": get
 
 @dataclass(frozen=True, kw_only=True)
 class ReFreeKV(Policy):
-    """The policy `refreekv`: sinks and the last cells stay exact, all others become codes that decoding attends to.
+    """The policy `refreekv`: the first and the last cells stay exact, and all others become codes, which get attention
+    too (docs/explanation/three-tiers.md).
 
-    With parameters of your own, or where there can be no codes, a rule chooses the exact cells, after ReFreeKV (arXiv
-    2502.16886, section 3): each layer keeps the shortest prefix of a ranking of its cells that loses at most
-    `threshold` of a measure of its last attention rows. There is no budget to choose.
+    If there can be no codes, or if you set a parameter of the rule, a rule chooses the exact cells by their attention,
+    after ReFreeKV (arXiv 2502.16886, section 3). Each layer ranks its cells, and keeps as few of the first ones as
+    possible, such that at most `threshold` of a measure of the last queries' attention is lost. There is no budget to
+    choose. docs/reference/policies.md has the details.
 
     `ReFreeKV.paper()` is the paper's own rule, `ReFreeKV.released_code()` that of its released code.
 
     Args:
-        threshold: the part of the measure that may be lost, 0 to 1.
-        ranking: "position": sinks, then from the last position backwards (the paper's). "score": sinks, recent, then
-            by the maximum over heads of the mean attention of the window, max-pooled over positions.
-        rows: which attention rows are measured. "last": that of the last query, averaged over heads (the paper's).
-            "mean": the mean over the window and heads. "worst": every row in every head has to stay within the
-            threshold.
-        measure: "norm": the L2 norm of a row (the paper's). "mass": its sum.
-        sinks_in_measure: whether the sinks count in the measure.
-        n_window: how many of the prompt's last queries are looked at, 1 to 256.
-        window_step: look at every n-th of them, counted back from the last.
-        n_sink: first positions that are always kept.
-        n_recent: last positions that the score ranking always keeps.
+        threshold: of the rule: the part of the measure that may be lost, 0 to 1.
+        ranking: of the rule. "position": sinks, then from the last position backwards (the paper's). "score": sinks,
+            recent, then by the maximum over heads of the mean attention of the window, max-pooled over positions.
+        rows: of the rule: which attention rows are measured. "last": that of the last query, averaged over heads (the
+            paper's). "mean": the mean over the window and heads. "worst": every row in every head has to stay within
+            the threshold.
+        measure: of the rule. "norm": the L2 norm of a row (the paper's). "mass": its sum.
+        sinks_in_measure: of the rule: whether the sinks count in the measure.
+        n_window: of the rule: how many of the prompt's last queries are looked at, 1 to 256.
+        window_step: of the rule: look at every n-th of these queries, counted back from the last.
+        n_sink: how many first positions always stay exact (the sinks).
+        n_recent: of the rule: last positions that the score ranking always keeps.
         theta: the share of a head's attention from which on the exact row of an evicted cell is read from the cold
-            store. All other evicted cells count by their codes (4 bits for K, 2 for V). 0: no codes, what is evicted
-            is gone. On a device no rows are read; models with ALiBi have no codes.
+            store. For all other evicted cells their codes are used (4 bits for K, 2 for V). 0: there are no codes, and
+            evicted cells get no attention. On a device no rows are read; models with ALiBi have no codes.
         max_error: read so many more rows that codes misplace no more than this share of any head's attention. 0: only
             theta decides. The bound follows from the steps of the codes, as in verified sparse attention (arXiv
             2510.05688).
         n_hot: how many last positions stay exact besides the sinks, without looking at attention. 0: the rule decides.
-            None: 64, unless a parameter of the rule is not the default. A larger number saves reads and hardly changes
+            None: 64, or 0 if a parameter of the rule is not the default. A larger number saves reads and hardly changes
             the answer (docs/lab/constants.md).
         n_full_layers: leading attention layers that are kept whole.
-        n_pool: width of the max-pool over scores in positions, odd.
-        mass_floor: floor of the denominator of the mass, for rows whose mass is nearly all in the sinks.
+        n_pool: of the rule: width of the max-pool over scores in positions, odd.
+        mass_floor: of the rule: floor of the denominator of the mass, for rows whose mass is nearly all in the sinks.
         n_min: prompts shorter than this many tokens are left whole.
     """
 

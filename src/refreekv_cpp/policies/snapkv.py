@@ -18,15 +18,15 @@ Pooling = Literal["mean", "max"]
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    """SnapKV (arXiv 2404.14469): the last queries' cells, and those before that get the most of their attention; a
-    fixed budget, every layer alike. The heads of a layer keep the same cells: those with the most on the mean of them.
-    The defaults, but for the budget, are those of the method's LongBench runs.
+    """SnapKV (arXiv 2404.14469): keeps the cells of the last queries, and those before that get the most attention from
+    them. The budget is fixed, and the same in every layer. All heads of a layer keep the same cells, chosen by the mean
+    over the heads. The defaults, except for the budget, are those of the method's LongBench runs.
 
     Args:
         budget: what is kept of the prompt: a fraction in (0, 1], or a number of cells when above 1.
         n_window: queries that are looked at, and whose cells are kept, 1 to 256.
         n_pool: over how many positions the attention is pooled, odd.
-        pooling: by their "max" or their "mean".
+        pooling: how it is pooled: by the "max" or the "mean" of these positions.
         n_min: prompts shorter than this many tokens are left whole.
     """
 

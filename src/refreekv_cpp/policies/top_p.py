@@ -11,8 +11,8 @@ from refreekv_cpp.policies.base import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class TopP(Policy):
-    """The nucleus of the attention, after Twilight (arXiv 2502.02770): the last queries' cells, and the fewest before
-    them with which `p` of the mean attention of the last queries stays. No fixed budget: a layer keeps what it needs.
+    """Top-p, after Twilight (arXiv 2502.02770): keeps the cells of the last queries, and the fewest cells before them
+    that hold the part `p` of the mean attention of these queries. There is no fixed budget.
 
     Args:
         p: the part of the attention that stays, above 0 and up to 1. The mean is over the queries and the heads.
