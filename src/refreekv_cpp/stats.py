@@ -215,13 +215,14 @@ class KVStats:
         """One line for a person, in MiB: the process, and what of it the model and the cache have."""
         memory = self.memory
         peak = "" if memory.rss_peak is None else f" (peak {_mib(memory.rss_peak)})"
-        small = {name: _mib(getattr(memory, name)) for name in ("codes", "rings", "other", "checkpoints")}
+        small = {name: _mib(getattr(memory, name)) for name in ("rings", "other", "checkpoints")}
+        exact = f"{_mib(memory.kv)} exact, {_mib(memory.codes)} compressed; " if memory.codes else ""
+        cache = f"KV {_mib(memory.kv + memory.codes)} for {self.n_tokens} tokens"
         parts = [
             f"weights {_mib(memory.weights)}",
-            f"compute {_mib(memory.compute)}",
-            f"KV {_mib(memory.kv)} "
-            f"({self.policy}: {self.budget:.0%} of {_mib(self.bytes_full)} for {self.n_tokens} tokens)",
+            f"{cache} ({exact}full cache {_mib(self.bytes_full)})",
             *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
+            f"compute up to {_mib(memory.compute)}",
         ]
         pruned = f"; pruned {_times(self.n_prunes)} in {self.prune_ms:.0f} ms" if self.n_prunes else ""
         opened = f"; {self.n_opened} tokens from the library" if self.n_opened else ""

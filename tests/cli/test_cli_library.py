@@ -77,6 +77,26 @@ def test_chat_reads_a_document_on_request(tiny_model: Path, document: Path) -> N
     assert "none.txt: no such file" in result.stderr
 
 
+def test_a_document_that_is_too_long_is_refused_at_once(tiny_model: Path, document: Path) -> None:
+    document.write_text("The ship left the harbour. " * 100)
+    for command in (["run", "--prompt", "Where?"], ["chat"]):
+        result = refreekv(command[0], tiny_model, "--file", document, *command[1:], *_SHORT, stdin="Why?\n")
+        assert_one_error_line(result, "document.md: ", " tokens, more than the context of 2048", "--n-ctx")
+    result = refreekv("chat", tiny_model, *_SHORT, stdin=f"/read {document}\nWhere?\n")
+    assert result.exit_code == 0
+    assert "more than the context of 2048" in result.stderr
+    assert "the next question is about it" not in result.stderr
+
+
+def test_chat_knows_its_commands(tiny_model: Path, document: Path) -> None:
+    result = refreekv("chat", tiny_model, "--file", document, *_SHORT, stdin="/help\n/raed note.md\n/clear\n/exit\n")
+    assert result.exit_code == 0
+    assert "/help: no such command; /read FILE" in result.stderr
+    assert "/raed: no such command" in result.stderr
+    assert "document.md: no longer part of the conversation" in result.stderr
+    assert "process " not in result.stderr  # nothing was asked
+
+
 def test_a_named_conversation_goes_on(tiny_model: Path, document: Path, cache: Path) -> None:
     command = ["chat", tiny_model, *_SHORT, "--session", "ships"]
     assert refreekv(*command, "--file", document, stdin="Where?\n").exit_code == 0
@@ -227,6 +247,9 @@ def test_a_pdf_is_read(tmp_path: Path) -> None:
     path = tmp_path / "ship.pdf"
     path.write_bytes(data)
     assert "The ship left the harbour." in read_document(path)
+    path.write_bytes(b"Annual report")
+    with pytest.raises(ValueError, match="not a PDF, although"):
+        read_document(path)
     path.write_bytes(b"%PDF-1.4 nothing")
     with pytest.raises(ValueError, match="cannot be read as a PDF"):
         read_document(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,14 @@ def test_a_context_that_no_machine_has_room_for_is_refused(command: list[str], t
     result = refreekv(*command, tiny_model, "--n-ctx", str(2**31 - 1))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "n_ctx=2147483647: must be at most " in result.stderr.splitlines()[-1]
+
+
+def test_a_port_that_another_program_uses_is_refused(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = refreekv("serve", tiny_model, "--n-ctx", "512", "--port", str(port))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"--port {port}: another program uses it; --port must be one that is free"
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Path) -> None:

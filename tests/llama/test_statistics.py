@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -188,8 +189,11 @@ def test_the_memory_of_the_process_leads(tiny_model: Path) -> None:
     receipt = stats.receipt()
     assert receipt.startswith("process ")
     assert "\n" not in receipt
-    for part in ("(peak ", "weights ", "compute ", "KV ", f"{stats.n_tokens} tokens", "pruned once in "):
+    for part in ("(peak ", "weights ", "compute up to ", f" for {stats.n_tokens} tokens (", "pruned once in "):
         assert part in receipt
+    found = re.search(r"KV ([\d.]+) for", receipt)
+    assert found
+    assert float(found[1]) == pytest.approx((stats.bytes + stats.bytes_codes) / 2**20, abs=0.5)
 
 
 def close_while_read(llm: Llama) -> None:

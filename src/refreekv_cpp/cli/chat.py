@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ import typer
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, SystemOption, TemperatureOption
-from refreekv_cpp.cli.documents import ask_about, read_document
+from refreekv_cpp.cli.documents import ask_about, check_room, read_document
 from refreekv_cpp.cli.options import ChatOptions, takes_options
 from refreekv_cpp.cli.sessions import Session
 from refreekv_cpp.llama import Llama
@@ -17,6 +18,8 @@ from refreekv_cpp.models import resolve
 
 with contextlib.suppress(ImportError):  # Windows has none
     import readline  # noqa: F401  (makes input() editable)
+
+_COMMANDS = "/read FILE adds a document, /clear forgets the conversation, /exit ends it"
 
 
 @common.user_errors()
@@ -41,13 +44,20 @@ def chat(
     for path in file or []:
         conversation.read(path)
     with contextlib.closing(options.load(resolve(model))) as llm:
+        check_room(llm, conversation.files, conversation.documents)
+        if sys.stdin is not None and sys.stdin.isatty():
+            common.print_note(f"{_COMMANDS}; Ctrl-C stops an answer")
         if conversation.history and session:
             common.print_note(f"session {session}: it has {len(conversation.history)} messages; /clear begins anew")
         while (line := _read_line()) not in (None, "/exit"):
             if line == "/clear":
+                if conversation.files:
+                    common.print_note(f"{', '.join(conversation.files)}: no longer part of the conversation")
                 conversation.clear()
             elif line.partition(" ")[0] == "/read":
-                _read_file(conversation, line.partition(" ")[2].strip())
+                _read_file(llm, conversation, line.partition(" ")[2].strip())
+            elif re.fullmatch(r"/[a-z]*( .*)?", line):
+                common.print_error(f"{line.partition(' ')[0]}: no such command; {_COMMANDS}")
             elif line:
                 _turn(llm, conversation, line, max_tokens=max_tokens, temperature=temperature)
 
@@ -56,13 +66,14 @@ class Conversation:
     """
     Attributes:
         history: its messages.
+        files: the names of all documents.
         documents: that the next question is about, and that are not in it yet.
     """
 
     def __init__(self, system: str | None, session: str | None) -> None:
         self._session = Session(session) if session is not None else None
         self._system = system
-        self._files: list[str] = []
+        self.files: list[str] = []
         self.documents: list[str] = []
         self.history: list[Any] = self._session.messages if self._session else []
         if not self.history:
@@ -75,12 +86,15 @@ class Conversation:
         """In the library; "" for a conversation about no document."""
         if self._session is not None:
             return f"session {self._session.name}"
-        return f"chat about {', '.join(self._files)}" if self._files else ""
+        return f"chat about {', '.join(self.files)}" if self.files else ""
 
     def read(self, path: Path) -> None:
         """Adds a document to the next question. Errors are those of `read_document`."""
-        self.documents.append(read_document(path))
-        self._files.append(path.name)
+        self.add_document(path.name, read_document(path))
+
+    def add_document(self, name: str, text: str) -> None:
+        self.documents.append(text)
+        self.files.append(name)
 
     def add(self, *messages: Any) -> None:
         self.history += messages
@@ -89,7 +103,7 @@ class Conversation:
 
     def clear(self) -> None:
         self.history = common.messages(self._system)
-        self.documents, self._files = [], []
+        self.documents, self.files = [], []
         self._write()
 
     def _write(self) -> None:
@@ -115,11 +129,14 @@ def _read_line() -> str | None:
         return ""
 
 
-def _read_file(conversation: Conversation, name: str) -> None:
+def _read_file(llm: Llama, conversation: Conversation, name: str) -> None:
     try:
         if not name:
             raise ValueError("/read: must be /read FILE")
-        conversation.read(Path(name).expanduser())
+        path = Path(name).expanduser()
+        document = read_document(path)
+        check_room(llm, [path.name], [document])
+        conversation.add_document(path.name, document)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         common.print_error(error)
         return

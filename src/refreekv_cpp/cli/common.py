@@ -160,6 +160,13 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
             return ReadingLlama(str(model), **{**options, "verbose": verbose})
         except (TypeError, AttributeError, ctypes.ArgumentError) as error:  # a value of --option that nothing checks
             raise ValueError(f"an option has a value of a wrong kind: {error}") from error
+        except ValueError as error:
+            if "Failed to create llama_context" not in str(error):
+                raise
+            raise ValueError(
+                f"the context of {options.get('n_ctx')} tokens could not be created, most likely for lack of memory; "
+                "`refreekv plan MODEL` shows what fits"
+            ) from error
 
 
 @contextmanager

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
+
+from refreekv_cpp import _upstream
 from refreekv_cpp._extras import needs_extra
 from refreekv_cpp._files import check_file
 from refreekv_cpp.cli import common
@@ -25,6 +29,19 @@ def read_document(path: Path) -> str:
     return common.whole_text(text)
 
 
+def check_room(llm: llama_cpp.Llama, names: Sequence[str], documents: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the context cannot hold these documents.
+    """
+    n_tokens = sum(len(llm.tokenize(document.encode(), add_bos=False)) for document in documents)
+    if n_tokens >= llm.n_ctx():
+        raise ValueError(
+            f"{', '.join(names)}: {n_tokens} tokens, more than the context of {llm.n_ctx()}. A longer one is made by "
+            f"--n-ctx; the model was made for {_upstream.n_ctx_train(llm)}"
+        )
+
+
 def ask_about(documents: Sequence[str], question: str) -> str:
     """A message with documents and a question. The documents come first, so that other questions begin alike."""
     return "\n\n".join([*(document.strip() for document in documents), question])
@@ -40,6 +57,10 @@ def _read_text(path: Path) -> str:
 def _read_pdf(path: Path) -> str:
     with needs_extra("pdf", "a PDF"):
         from pypdf import PdfReader
+    with path.open("rb") as file:
+        if b"%PDF" not in file.read(1024):
+            raise ValueError(f"{path}: not a PDF, although its name says so")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # the errors that matter are raised
     try:
         return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
     except MemoryError:

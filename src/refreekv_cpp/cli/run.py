@@ -10,7 +10,7 @@ import typer
 
 from refreekv_cpp.cli import common
 from refreekv_cpp.cli.common import MaxTokensOption, ModelArgument, RawOption, SystemOption, TemperatureOption
-from refreekv_cpp.cli.documents import ask_about, read_document
+from refreekv_cpp.cli.documents import ask_about, check_room, read_document
 from refreekv_cpp.cli.options import ChatOptions, takes_options
 from refreekv_cpp.llama import Llama
 from refreekv_cpp.models import resolve
@@ -43,6 +43,8 @@ def run(
     options = options.with_library(bool(file))
     text = _read_prompt(prompt, file or [])
     with closing(options.load(resolve(model))) as llm:
+        if file:
+            check_room(llm, [path.name for path in file], [text])
         if raw:
             pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
         else:

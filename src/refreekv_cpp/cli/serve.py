@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
+import socket
 from typing import Annotated, Any
 
 import typer
@@ -86,6 +88,7 @@ def serve(
     if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
         line += ["--alias", path.stem]  # else the model's name would be its path on this machine
     if port:
+        _check_port(host, port)
         address = llama_server.address(host, port)
         common.print_note(
             f"OpenAI's API is at {address}/v1 once the model is loaded; {address}/cache shows the cache; Ctrl-C ends it"
@@ -93,6 +96,19 @@ def serve(
         if open_page:
             llama_server.open_when_ready(address, "/cache")
     raise typer.Exit(llama_server.run([*line, *context.args]))
+
+
+def _check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ValueError: another program listens there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"--port {port}: another program uses it; --port must be one that is free") from None
 
 
 def _check_others(args: list[str]) -> None:
