@@ -47,6 +47,8 @@ def chat(
         check_room(llm, conversation.files, conversation.documents)
         if sys.stdin is not None and sys.stdin.isatty():
             common.print_note(f"{_COMMANDS}; Ctrl-C stops an answer")
+            if conversation.files:
+                common.print_note(f"{', '.join(conversation.files)}: read with the first question")
         if conversation.history and session:
             common.print_note(f"session {session}: it has {len(conversation.history)} messages; /clear begins anew")
         while (line := _read_line()) not in (None, "/exit"):

@@ -43,7 +43,8 @@ def show(context: typer.Context, folder: _FolderOption = None) -> None:
         table.add_row(text.name, str(text.n_tokens), mebibytes(text.n_bytes), used, text.key[:_N_KEY])
     common.print_tables(table)
     n_bytes = library.n_bytes()
-    common.print_note(f"{library.folder}: {len(texts)} texts, {mebibytes(n_bytes)} on disk")
+    shared = ", parts that texts share counted once" if n_bytes < sum(text.n_bytes for text in texts) else ""
+    common.print_note(f"{library.folder}: {len(texts)} texts, {mebibytes(n_bytes)} on disk{shared}")
 
 
 @app.command()
