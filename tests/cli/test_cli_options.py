@@ -316,6 +316,14 @@ def test_a_context_that_no_machine_has_room_for_is_refused(command: list[str], t
     assert "n_ctx=2147483647: must be at most " in result.stderr.splitlines()[-1]
 
 
+def test_a_context_that_llama_cpp_does_not_make_is_an_error_that_says_where_to_look(tiny_model: Path) -> None:
+    options = ["--n-ctx", "512", "--no-flash-attn", "--option", "type_v=q8_0"]  # llama.cpp wants flash attention for it
+    result = refreekv("run", tiny_model, "--prompt", "x", *options)
+    assert result.exit_code == 2
+    assert "the context could not be created" in result.stderr.splitlines()[-1]
+    assert "refreekv --verbose" in result.stderr.splitlines()[-1]
+
+
 def test_a_port_that_another_program_uses_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_server, "run", lambda line: 7)
     with socket.create_server(("127.0.0.1", 0)) as other:
