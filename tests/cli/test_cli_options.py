@@ -15,7 +15,7 @@ import typer.main
 from command import refreekv
 from typer.testing import CliRunner, Result
 
-from refreekv_cpp import Llama, Streaming, _checks, fit, models
+from refreekv_cpp import Llama, Streaming, _checks, fit, llama_server, models
 from refreekv_cpp.cli import app, common, options
 from refreekv_cpp.cli.options import LoadOptions, MachineOptions, parse_option
 
@@ -316,10 +316,23 @@ def test_a_context_that_no_machine_has_room_for_is_refused(command: list[str], t
     assert "n_ctx=2147483647: must be at most " in result.stderr.splitlines()[-1]
 
 
-def test_a_port_that_another_program_uses_is_refused(tiny_model: Path) -> None:
+def test_a_context_that_llama_cpp_does_not_make_is_an_error_that_says_where_to_look(tiny_model: Path) -> None:
+    options = ["--n-ctx", "512", "--no-flash-attn", "--option", "type_v=q8_0"]  # llama.cpp wants flash attention for it
+    result = refreekv("run", tiny_model, "--prompt", "x", *options)
+    assert result.exit_code == 2
+    assert "the context could not be created" in result.stderr.splitlines()[-1]
+    assert "refreekv --verbose" in result.stderr.splitlines()[-1]
+
+
+def test_a_port_that_another_program_uses_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_server, "run", lambda line: 7)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        result = refreekv("serve", tiny_model, "--n-ctx", "512", "--port", str(port))
+        command = ["serve", tiny_model, "--n-ctx", "512", "--port", str(port)]
+        result = refreekv(*command)
+        assert refreekv(*command, "--reuse-port").exit_code == 7
+        assert refreekv(*command, "--host", f"/tmp/{64 * 'x'}ü.sock").exit_code == 7
+    assert refreekv(*command).exit_code == 7
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == f"--port {port}: another program uses it; --port must be one that is free"
 

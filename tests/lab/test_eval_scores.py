@@ -379,6 +379,14 @@ def test_a_long_answer_in_parts(tmp_path: Path) -> None:
     assert tmp_path / "tasks.png" not in write_plots(tmp_path)  # there is one dataset only, without scores
 
 
+def test_pictures_of_the_full_cache_alone(tmp_path: Path) -> None:
+    """There is nothing to compare it with, in several datasets or along a long answer."""
+    long = {"kl": [0.0] * 300, **{key: [1.0] * 300 for key in ("same_top", "delta_p", "nll", "nll_full")}}
+    records = [record(name, "full", 0.5, dataset=name, greedy=long) for name in ("a", "b")]
+    (tmp_path / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in records))
+    assert write_plots(tmp_path) == [tmp_path / "quality.png", tmp_path / "layers.png"]
+
+
 def test_a_retrieval_map_by_hand(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text('{"model": "m.gguf", "seed": 0}')
     places = {"a": (0.5, 100), "b": (0.5, 100), "c": (0.5, 200), "e": (0, 100)}

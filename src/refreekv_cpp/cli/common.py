@@ -164,8 +164,8 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
             if "Failed to create llama_context" not in str(error):
                 raise
             raise ValueError(
-                f"the context of {options.get('n_ctx')} tokens could not be created, most likely for lack of memory; "
-                "`refreekv plan MODEL` shows what fits"
+                "the context could not be created: there is too little memory (`refreekv plan MODEL` shows what fits), "
+                "or options do not go together (`refreekv --verbose` shows llama.cpp's reason)"
             ) from error
 
 

@@ -32,13 +32,13 @@ def read_document(path: Path) -> str:
 def check_room(llm: llama_cpp.Llama, names: Sequence[str], documents: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: the context cannot hold these documents.
+        ValueError: the context cannot hold these documents and one token more.
     """
     n_tokens = sum(len(llm.tokenize(document.encode(), add_bos=False)) for document in documents)
     if n_tokens >= llm.n_ctx():
         raise ValueError(
-            f"{', '.join(names)}: {n_tokens} tokens, more than the context of {llm.n_ctx()}. A longer one is made by "
-            f"--n-ctx; the model was made for {_upstream.n_ctx_train(llm)}"
+            f"{', '.join(names)}: {n_tokens} tokens, more than the context of {llm.n_ctx()} has room for; --n-ctx "
+            f"makes a longer one (the model was made for {_upstream.n_ctx_train(llm)})"
         )
 
 

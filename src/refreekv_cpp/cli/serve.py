@@ -88,7 +88,8 @@ def serve(
     if not any(arg in ("-a", "--alias") or arg.startswith("--alias=") for arg in context.args):
         line += ["--alias", path.stem]  # else the model's name would be its path on this machine
     if port:
-        _check_port(host, port)
+        if "--reuse-port" not in context.args and not host.endswith(".sock"):  # a path has no port
+            _check_port(host, port)
         address = llama_server.address(host, port)
         common.print_note(
             f"OpenAI's API is at {address}/v1 once the model is loaded; {address}/cache shows the cache; Ctrl-C ends it"

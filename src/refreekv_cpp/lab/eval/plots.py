@@ -94,9 +94,9 @@ def _layers(rows: list[Row]) -> Any:
 def _tasks(rows: list[Row]) -> Any | None:
     """A panel for each mode, a line for each dataset, a point for each cache."""
     datasets = list(dict.fromkeys(record["dataset"] for record in rows[0].records if record["score"] is not None))
-    if len(datasets) < 2:
-        return None
     modes = [mode for mode in ("seen", "hidden") if any(row.mode == mode for row in rows[1:])]
+    if len(datasets) < 2 or not modes:
+        return None
     figure = new_figure(figsize=(1.5 + 4 * len(modes), 1.3 + 0.32 * len(datasets)))
     for axis, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes, strict=True):
         shown = [rows[0], *(row for row in rows[1:] if row.mode == mode)]
@@ -114,7 +114,7 @@ def _tasks(rows: list[Row]) -> Any | None:
 
 def _along(rows: list[Row]) -> Any | None:
     """Means over windows of the greedy answer, each from the items whose answers are that long."""
-    longest = max(len(record["greedy"]["kl"]) for row in rows for record in row.records)
+    longest = max((len(record["greedy"]["kl"]) for row in rows[1:] for record in row.records), default=0)
     if longest <= 2 * _WINDOW:
         return None
     figure = new_figure(figsize=(8, 4.5))

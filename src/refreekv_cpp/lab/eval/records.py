@@ -23,14 +23,13 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         ValueError: another line is no record, or the packed file is damaged.
     """
-    path = folder / RECORDS
     lines = _content(folder).split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: no record ({error})") from error
+            raise ValueError(f"{folder}: line {number} of the records is no record ({error})") from error
     return records
 
 

@@ -190,7 +190,7 @@ def _worst(rows: Sequence[Row]) -> str:
         others = [f"{records[item][continuation]['kl'][i]:.2g}" if item in records else "-" for records in by_item]
         chances = [f"{math.exp(-own[name][i]):.2f}" for name in ("nll_full", "nll")]
         cells.append([item, continuation, str(i + 1), *chances, *others])
-    header = ["item", "along", "token", "probability, full", f"probability, {rows[0].cache}"]
+    header = ["item", "along", "scored token", "probability, full", f"probability, {rows[0].cache}"]
     return markdown([*header, *(f"KL, {title(*row.name)}" for row in columns)], cells) if cells else ""
 
 
