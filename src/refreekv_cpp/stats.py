@@ -216,11 +216,11 @@ class KVStats:
         memory = self.memory
         peak = "" if memory.rss_peak is None else f" (peak {_mib(memory.rss_peak)})"
         small = {name: _mib(getattr(memory, name)) for name in ("rings", "other", "checkpoints")}
-        tiers = f": {_mib(memory.kv)} exact, {_mib(memory.codes)} compressed" if memory.codes else ""
-        cache = f"KV {_mib(memory.kv + memory.codes)} of the full cache's {_mib(self.bytes_full)}"
+        tiers = f"{_mib(memory.kv)} exact, {_mib(memory.codes)} compressed; " if memory.codes else ""
+        cache = f"KV {_mib(memory.kv + memory.codes)} for {self.n_tokens} tokens"
         parts = [
             f"weights {_mib(memory.weights)}",
-            f"{cache} for {self.n_tokens} tokens ({self.policy}{tiers})",
+            f"{cache} ({self.policy}: {tiers}full size {_mib(self.bytes_full)})",
             *(f"{name} {size}" for name, size in small.items() if size != "0.0"),
             f"compute up to {_mib(memory.compute)}",
         ]

@@ -164,7 +164,7 @@ def test_run(default_model: Path) -> None:
     result = refreekv("run", default_model, "--prompt", "Say hello.", *options)
     assert result.exit_code == 0
     assert result.stdout.strip()
-    assert_one_line(result.stderr, "(refreekv)")
+    assert_one_line(result.stderr, "(refreekv: ")
 
 
 @pytest.mark.model
@@ -173,7 +173,7 @@ def test_run_raw_counts_up(default_model: Path) -> None:
     result = refreekv("run", default_model, "--prompt", "1, 2, 3, 4, 5, 6, 7,", *options)
     assert result.exit_code == 0
     assert "8, 9" in result.stdout
-    assert_one_line(result.stderr, "(full)")
+    assert_one_line(result.stderr, "(full: ")
 
 
 @pytest.mark.model
@@ -181,7 +181,7 @@ def test_run_from_stdin(default_model: Path) -> None:
     result = refreekv("run", default_model, *_SHORT, stdin="Say hello.")
     assert result.exit_code == 0
     assert result.stdout == refreekv("run", default_model, *_SHORT, "--prompt", "Say hello.").stdout
-    assert_one_line(result.stderr, "process ", " tokens (refreekv)")
+    assert_one_line(result.stderr, "process ", " tokens (refreekv: full size ")
 
 
 @pytest.mark.model

@@ -89,10 +89,10 @@ def test_a_document_that_is_too_long_is_refused_at_once(tiny_model: Path, docume
 
 
 def test_chat_knows_its_commands(tiny_model: Path, document: Path) -> None:
-    result = refreekv("chat", tiny_model, "--file", document, *_SHORT, stdin="/help\n/wrong note.md\n/clear\n/exit\n")
+    result = refreekv("chat", tiny_model, "--file", document, *_SHORT, stdin="/help\n/reed note.md\n/clear\n/exit\n")
     assert result.exit_code == 0
     assert "/help: no such command; /read FILE" in result.stderr
-    assert "/wrong: no such command" in result.stderr
+    assert "/reed: no such command" in result.stderr
     assert "document.md: no longer part of the conversation" in result.stderr
     assert "process " not in result.stderr  # nothing was asked
 

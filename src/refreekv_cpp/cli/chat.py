@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def chat(
                 conversation.clear()
             elif line.partition(" ")[0] == "/read":
                 _read_file(llm, conversation, line.partition(" ")[2].strip())
-            elif re.fullmatch(r"/[a-z]*( .*)?", line):
+            elif _is_like_a_command(line):
                 common.print_error(f"{line.partition(' ')[0]}: no such command; {_COMMANDS}")
             elif line:
                 _turn(llm, conversation, line, max_tokens=max_tokens, temperature=temperature)
@@ -131,13 +132,20 @@ def _read_line() -> str | None:
         return ""
 
 
+def _is_like_a_command(line: str) -> bool:
+    """A word with a slash, or the beginning of the line is nearly a command. Other questions can begin with a slash."""
+    name = line.partition(" ")[0]
+    nearly = difflib.get_close_matches(name, ["/read", "/clear", "/exit"], cutoff=0.75)
+    return bool(nearly or re.fullmatch(r"/\w+", line))
+
+
 def _read_file(llm: Llama, conversation: Conversation, name: str) -> None:
     try:
         if not name:
             raise ValueError("/read: must be /read FILE")
         path = Path(name).expanduser()
         document = read_document(path)
-        check_room(llm, [path.name], [document])
+        check_room(llm, [*conversation.files, path.name], [*conversation.documents, document])
         conversation.add_document(path.name, document)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         common.print_error(error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,8 +39,10 @@ def open_for_more(folder: Path) -> IO[str]:
     path = folder / RECORDS
     text = _content(folder)
     whole = text.rfind(b"\n") + 1
-    if whole < len(text) or not path.exists():
+    if not path.exists():
         path.write_bytes(text[:whole])
+    elif whole < len(text):
+        os.truncate(path, whole)
     return path.open("a", encoding="utf-8")
 
 
