@@ -170,6 +170,8 @@ def test_a_picture_of_both(client: openai.OpenAI, chromium: Browser, tmp_path: P
     ask(page, QUESTION, within=FRAME)
     page.wait_for("/ instead of /.test(document.body.innerText)")
     page.wait_for("/No request/.test(document.body.innerText)")
+    # the bars move to their lengths
+    page.wait_for("document.getAnimations().every(animation => animation.playState === 'finished')")
     path = (PICTURES or tmp_path) / "cache-page.png"
     page.picture(path)
     assert path.stat().st_size > 20_000
