@@ -331,7 +331,7 @@ def test_a_port_that_another_program_uses_is_refused(tiny_model: Path, monkeypat
         command = ["serve", tiny_model, "--n-ctx", "512", "--port", str(port)]
         result = refreekv(*command)
         assert refreekv(*command, "--reuse-port").exit_code == 7
-        assert refreekv(*command, "--host", f"/tmp/{64 * 'x'}ü.sock").exit_code == 7
+        assert refreekv(*command, "--host", f"{64 * 'x'}ü.sock").exit_code == 7
     assert refreekv(*command).exit_code == 7
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == f"--port {port}: another program uses it; --port must be one that is free"

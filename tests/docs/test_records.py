@@ -1,14 +1,15 @@
-"""Records of evaluations that are kept beside the pages: each can be reported on."""
+"""Records of evaluations that are kept beside the pages: each can be reported on, and a page says what is in them."""
 
 from __future__ import annotations
 
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 from native_build import ROOT
 
-from refreekv_cpp.lab.eval.records import PACKED, SETTINGS
+from refreekv_cpp.lab.eval.records import PACKED, SETTINGS, read_records
 from refreekv_cpp.lab.eval.report import write_report
 
 RUNS = sorted((ROOT / "docs/results/records").iterdir())
@@ -20,3 +21,17 @@ def test_a_kept_run_is_reported_on(run: Path, tmp_path: Path) -> None:
         shutil.copy(run / name, tmp_path)
     report = write_report(tmp_path)
     assert "Fidelity: along the full cache's greedy answer" in report
+
+
+def test_the_scores_of_ruler_are_those_of_its_records() -> None:
+    scores: dict[tuple[str, str, str], list[float]] = {}
+    for record in read_records(ROOT / "docs/results/records/ruler-qwen2.5-coder-0.5b"):
+        key = (record["dataset"].removesuffix("-4096"), record["cache"], record["mode"])
+        scores.setdefault(key, []).append(record["score"])
+    others = [(cache, mode) for cache in ("refreekv", "full@q4_0+0", "snapkv:0.25") for mode in ("seen", "hidden")]
+    page = (ROOT / "docs/results/tasks.md").read_text(encoding="utf-8")
+    tasks = {task for task, _, _ in scores}
+    assert len(tasks) == 13
+    for task in tasks:
+        means = [f"{statistics.fmean(scores[task, cache, mode]):.2f}" for cache, mode in [("full", "seen"), *others]]
+        assert f"| {task} | {len(scores[task, 'full', 'seen'])} | {' | '.join(means)} |\n" in page

@@ -45,7 +45,7 @@ def chat(
     for path in file or []:
         conversation.read(path)
     with contextlib.closing(options.load(resolve(model))) as llm:
-        check_room(llm, conversation.files, conversation.documents)
+        check_room(llm, conversation.documents)
         if sys.stdin is not None and sys.stdin.isatty():
             common.print_note(f"{_COMMANDS}; Ctrl-C stops an answer")
             if conversation.files:
@@ -70,14 +70,14 @@ class Conversation:
     Attributes:
         history: its messages.
         files: the names of all documents.
-        documents: that the next question is about, and that are not in it yet.
+        documents: the name and the text of those that the next question is about, and that are not in it yet.
     """
 
     def __init__(self, system: str | None, session: str | None) -> None:
         self._session = Session(session) if session is not None else None
         self._system = system
         self.files: list[str] = []
-        self.documents: list[str] = []
+        self.documents: list[tuple[str, str]] = []
         self.history: list[Any] = self._session.messages if self._session else []
         if not self.history:
             self.history = common.messages(system)
@@ -96,7 +96,7 @@ class Conversation:
         self.add_document(path.name, read_document(path))
 
     def add_document(self, name: str, text: str) -> None:
-        self.documents.append(text)
+        self.documents.append((name, text))
         self.files.append(name)
 
     def add(self, *messages: Any) -> None:
@@ -145,7 +145,7 @@ def _read_file(llm: Llama, conversation: Conversation, name: str) -> None:
             raise ValueError("/read: must be /read FILE")
         path = Path(name).expanduser()
         document = read_document(path)
-        check_room(llm, [*conversation.files, path.name], [*conversation.documents, document])
+        check_room(llm, [*conversation.documents, (path.name, document)])
         conversation.add_document(path.name, document)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
         common.print_error(error)
@@ -155,7 +155,7 @@ def _read_file(llm: Llama, conversation: Conversation, name: str) -> None:
 
 def _turn(llm: Llama, conversation: Conversation, line: str, *, max_tokens: int, temperature: float) -> None:
     """One question and its answer, which are added to the history."""
-    question = {"role": "user", "content": ask_about(conversation.documents, line)}
+    question = {"role": "user", "content": ask_about([text for _, text in conversation.documents], line)}
     answer = ""
     try:
         asked = [*conversation.history, question]

@@ -29,16 +29,20 @@ def read_document(path: Path) -> str:
     return common.whole_text(text)
 
 
-def check_room(llm: llama_cpp.Llama, names: Sequence[str], documents: Sequence[str]) -> None:
+def check_room(llm: llama_cpp.Llama, documents: Sequence[tuple[str, str]]) -> None:
     """
+    Args:
+        documents: the name and the text of each.
+
     Raises:
         ValueError: the context cannot hold these documents and one token more.
     """
-    n_tokens = sum(len(llm.tokenize(document.encode(), add_bos=False)) for document in documents)
+    n_tokens = sum(len(llm.tokenize(text.encode(), add_bos=False)) for _, text in documents)
     if n_tokens >= llm.n_ctx():
+        names = ", ".join(name for name, _ in documents)
         raise ValueError(
-            f"{', '.join(names)}: {n_tokens} tokens, more than the context of {llm.n_ctx()} has room for; --n-ctx "
-            f"makes a longer one (the model was made for {_upstream.n_ctx_train(llm)})"
+            f"{names}: {n_tokens} tokens, more than the context of {llm.n_ctx()} has room for; --n-ctx makes a "
+            f"longer one (the model was made for {_upstream.n_ctx_train(llm)})"
         )
 
 

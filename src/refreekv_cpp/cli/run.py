@@ -44,7 +44,7 @@ def run(
     text = _read_prompt(prompt, file or [])
     with closing(options.load(resolve(model))) as llm:
         if file:
-            check_room(llm, [path.name for path in file], [text])
+            check_room(llm, [(", ".join(path.name for path in file), text)])
         if raw:
             pieces = _stream_raw(llm, text, max_tokens=max_tokens, temperature=temperature)
         else:
