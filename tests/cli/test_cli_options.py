@@ -337,6 +337,14 @@ def test_a_port_that_another_program_uses_is_refused(tiny_model: Path, monkeypat
     assert result.stderr.splitlines()[-1] == f"--port {port}: another program uses it; --port must be one that is free"
 
 
+def test_a_server_allocates_no_longer_context_than_it_gives(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+    monkeypatch.setattr(llama_server, "run", lambda line: lines.append(line) or 0)
+    result = refreekv("serve", tiny_model, "--n-ctx", "400000000", "--port", "0")
+    assert "--n-ctx 400000000: llama-server gives a request 4096" in result.stderr
+    assert lines[0][lines[0].index("--kv-unified-per-slot") + 1] == "4096"
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tiny_model: Path) -> None:
     result = refreekv("memory", tiny_model, "--tokens", "9000", "--n-ctx", "1024")
     assert (result.exit_code, result.stderr) == (2, "--tokens 9000: must be at most 952 with --n-ctx 1024\n")

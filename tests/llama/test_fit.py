@@ -16,6 +16,7 @@ from support import CACHE_TYPES, ctx_of, load
 from tiny import N_VOCAB, random_tokens
 
 from refreekv_cpp import PolicyError, UnsupportedModelError, _machine, _process, fit, native
+from refreekv_cpp.errors import CacheMemoryError
 from refreekv_cpp.fit import Device, Needs, search
 from refreekv_cpp.fit import needs as accounting
 from refreekv_cpp.policies import Full, ReFreeKV, Streaming
@@ -340,6 +341,15 @@ def test_accounting_that_fails(tiny: Tiny, caplog: pytest.LogCaptureFixture, mon
         assert fit.gpu_layers(tiny("gqa")) == 0
         assert fit.n_ctx(tiny("gqa"), n_gpu_layers=0) == 4096
     assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["there is no context"] * 2
+
+
+def test_a_context_that_is_too_long_to_look_at(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise CacheMemoryError("out of memory")
+
+    monkeypatch.setattr(native, "devices", fail)
+    with fit.opened(tiny("gqa")) as llm, pytest.raises(fit.ContextError, match=r"no context of 1024 tokens: .*scratch"):
+        fit.measure(llm, 1024)
 
 
 # layers on GPUs: there is none here, so a made-up machine takes the place of the accounting

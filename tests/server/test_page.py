@@ -48,6 +48,13 @@ def test_it_is_served_as_it_is_written(client: openai.OpenAI) -> None:
     assert get(client, "/cache") == (200, "text/html; charset=utf-8", page.read_text(encoding="utf-8"))
 
 
+def test_the_address_alone_has_a_page(client: openai.OpenAI) -> None:
+    """The chat, or this page in a build without it."""
+    status, kind, _ = get(client, "/")
+    assert status == 200
+    assert kind.startswith("text/html")
+
+
 def test_it_asks_for_nothing_that_the_server_does_not_say(client: openai.OpenAI) -> None:
     send(client, "/completion", {"prompt": "x" * 700, "n_predict": 4})
     page = get(client, "/cache")[2]

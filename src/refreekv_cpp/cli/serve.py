@@ -77,6 +77,9 @@ def serve(
     load = {"n_ctx": 0} if options.n_ctx == "0" else {}
     path = resolve(model)
     fit.check_model(path)
+    if options.n_ctx != "auto" and int(options.n_ctx) > (most := fit.n_ctx_train(path)):
+        common.print_note(f"--n-ctx {options.n_ctx}: llama-server gives a request {most}, which the model was made for")
+        options = dataclasses.replace(options, n_ctx=str(most))
     line = llama_server.arguments(
         path,
         options.with_library().llama_options(path, **load),

@@ -20,6 +20,7 @@ from refreekv_cpp.fit.search import (
     layers_number,
     missing_bytes,
     n_ctx,
+    n_ctx_train,
     needed_bytes,
 )
 from refreekv_cpp.fit.unallocated import Unallocated, check_model, context, opened
@@ -44,6 +45,7 @@ __all__ = [
     "measure",
     "missing_bytes",
     "n_ctx",
+    "n_ctx_train",
     "needed_bytes",
     "opened",
     "process_bytes",

@@ -13,6 +13,7 @@ from refreekv_cpp import _upstream, native
 from refreekv_cpp._binding import ffi  # written by the build from native/refreekv.h
 from refreekv_cpp._cache_types import CACHE_TYPES
 from refreekv_cpp._machine import host_free, host_total
+from refreekv_cpp.errors import CacheMemoryError, ContextError
 from refreekv_cpp.fit.unallocated import Unallocated, context
 from refreekv_cpp.policies import Policy, ReFreeKV
 
@@ -170,11 +171,15 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
         n_tokens: of the longest prompt that is read into it. Default: n_ctx.
 
     Raises:
-        ContextError: the model has no such context.
+        ContextError: the model has no such context, or the machine has no room to look at one.
     """
     n_ctx_train = _upstream.n_ctx_train(llm)
     with context(llm, n_ctx or n_ctx_train) as ctx:
-        devices = [_device(info) for info in native.devices(ctx)]
+        try:
+            devices = [_device(info) for info in native.devices(ctx)]
+        except CacheMemoryError as error:  # ggml allocates this scratch memory to say how large it is
+            n_ctx, why = n_ctx or n_ctx_train, "it needs more scratch memory than the machine has"
+            raise ContextError(f"{llm.model_path}: there is no context of {n_ctx} tokens: {why}") from error
         stats, layers = native.figures(ctx)
         n_cells = int(llama_cpp.llama_n_ctx(ctx))
         row_bytes = sum(layer.row_bytes for layer in layers)

@@ -107,6 +107,17 @@ def n_ctx(model_path: str | os.PathLike[str], **options: Any) -> int:
     return chosen
 
 
+def n_ctx_train(model_path: str | os.PathLike[str]) -> int:
+    """Tokens of context that a model was made for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no GGUF file, or llama.cpp cannot load it.
+    """
+    with opened(model_path) as llm:
+        return _upstream.n_ctx_train(llm)
+
+
 class _UnknownError(Exception):
     """The accounting failed."""
 
