@@ -1,5 +1,6 @@
 #include "cache/pages.h"
 
+#include <algorithm>
 #include <new>
 
 #if defined(__GLIBC__)
@@ -42,7 +43,8 @@ void pages_trim() {
 pages_ptr pages_alloc(size_t size) {
     void * ptr = nullptr;
     if (posix_memalign(&ptr, 4096, size) == 0) {
-        memset(ptr, 0, size);
+        // more than that comes from the system as zeros, but for its first bytes (max_malloc_fill_size), which are overwritten
+        memset(ptr, 0, std::min<size_t>(size, 1 << 20));
     }
 
     return { ptr, { size } };

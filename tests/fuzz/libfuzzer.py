@@ -77,7 +77,9 @@ def environment(folder: Path) -> dict[str, str]:
         "REFREEKV_FUZZ_MODEL": str(model(folder)),
         "REFREEKV_FUZZ_FOLDER": str(folder),
         # libFuzzer keeps the input where a signal ends the process
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        # and little memory is kept from being used again, which would be new pages for each input
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:quarantine_size_mb=8:malloc_context_size=4"
+        ":allocator_release_to_os_interval_ms=-1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:abort_on_error=1",
     }
 
@@ -91,6 +93,7 @@ def fuzz(program: Path, folder: Path, inputs: int, seconds: int) -> bool:
         "runs": inputs,
         "max_total_time": seconds,
         "timeout": 10,
+        "detect_leaks": 0,
         "malloc_limit_mb": 64,
         "rss_limit_mb": 2048,
         "max_len": _N_MOST,
