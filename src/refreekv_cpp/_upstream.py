@@ -50,9 +50,16 @@ def free_nothing(llm: llama_cpp.Llama) -> None:
     llm._stack = ExitStack()
 
 
-def wrappers(llm: llama_cpp.Llama) -> list[Any]:
-    """The wrappers of its native batch, context and model, those that have been made."""
-    return [vars(llm)[name] for name in ("_batch", "_ctx", "_model") if name in vars(llm)]
+def wrappers(llm: llama_cpp.Llama) -> dict[str, Any]:
+    """The wrappers of its native batch, context and model, those that have been made, by their names."""
+    return {name: vars(llm)[name] for name in ("_batch", "_ctx", "_model") if name in vars(llm)}
+
+
+def replace_wrappers(llm: llama_cpp.Llama, stand_in: Any) -> list[Any]:
+    """Have it hold this in the place of each of them. Returns them; `close` still frees what they hold."""
+    replaced = wrappers(llm)
+    vars(llm).update(dict.fromkeys(replaced, stand_in))
+    return list(replaced.values())
 
 
 def make_context(llm: llama_cpp.Llama, params: Any) -> LlamaContext:
