@@ -106,6 +106,11 @@ def token_array(llm: llama_cpp.Llama) -> npt.NDArray[np.intc]:
     return read
 
 
+def seed(llm: llama_cpp.Llama) -> int:
+    """What its next sampler begins with."""
+    return llm._seed
+
+
 def keeps_all_logits(llm: llama_cpp.Llama) -> bool:
     """Whether it keeps the logits of every token (logits_all=True, or a draft model)."""
     return llm._logits_all

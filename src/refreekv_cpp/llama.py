@@ -341,7 +341,8 @@ class Llama(SavedStates):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As upstream's, which `create_completion` calls; but a grammar is checked at once, before a stream begins."""
-        _grammar.check(_upstream.vocab(self), kwargs.get("grammar"))
+        with self._reading:
+            _grammar.check(_upstream.vocab(self), kwargs.get("grammar"))
         completion: Iterator[Any] = super()._create_completion(*args, **kwargs)
         return completion
 

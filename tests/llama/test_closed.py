@@ -97,6 +97,26 @@ def test_one_that_another_thread_is_closing_says_so(
         closing.join(60)
 
 
+def test_closing_waits_for_a_grammar_that_is_being_checked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # once llama.cpp could look up a grammar's tokens in a vocabulary that had been freed
+    llm = load(tiny_model, "refreekv")
+    closing, make, closed = threading.Thread(target=llm.close), llama_cpp.llama_sampler_init_grammar, []
+
+    def meanwhile(*args: Any) -> Any:
+        if not closed:
+            closing.start()
+            closing.join(0.3)
+            closed.append(not closing.is_alive())
+        return make(*args)
+
+    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", meanwhile)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "a"')
+    with pytest.raises(ClosedError):
+        llm.create_completion(PROMPT, grammar=grammar)
+    closing.join(60)
+    assert closed == [False]
+
+
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
     "options",
