@@ -7,6 +7,7 @@ A move of the pinned version can change these names; tests/llama/test_private_na
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,31 @@ def replace_classes(*, model: type[LlamaModel], sampler: type[LlamaSampler]) -> 
 def replace_literal_format(format_literal: Callable[[SchemaConverter, str], str]) -> None:
     """From now on every grammar that this process makes of a JSON schema writes literal text by this function."""
     SchemaConverter._format_literal = format_literal  # type: ignore[method-assign]
+
+
+def share_silence() -> None:
+    """From now on threads that silence stdout and stderr at the same time do it together: the first one begins it, and
+    the last one ends it. Each for itself, the last one would put back what it had found, which is silence.
+    """
+    begin, end = suppress_stdout_stderr.__enter__, suppress_stdout_stderr.__exit__
+    lock = threading.RLock()
+    inside: list[Any] = []  # the one that has begun it, once for each that has not ended
+
+    def enter(self: Any) -> Any:
+        if not self.disable:
+            with lock:
+                inside.append(inside[0] if inside else begin(self))
+        return self
+
+    def leave(self: Any, *_: Any) -> None:
+        if not self.disable:
+            with lock:
+                first = inside.pop()
+                if not inside:
+                    end(first)
+
+    suppress_stdout_stderr.__enter__ = enter  # type: ignore[method-assign]
+    suppress_stdout_stderr.__exit__ = leave  # type: ignore[method-assign]
 
 
 # -- a Llama's native objects ------------------------------------------------------------------------------------------

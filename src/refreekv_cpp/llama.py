@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _upstream.replace_classes(model=Model, sampler=_grammar.Sampler)
+_upstream.share_silence()
 
 _SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1  # of its arguments after self
 
