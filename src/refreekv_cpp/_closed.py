@@ -45,8 +45,8 @@ def mark_closed(wrapper: Any, stand_in: type[Closed] = Closed) -> None:
     wrapper.__class__ = stand_in
 
 
-# Held while a Llama is loaded. llama-cpp-python sends stdout and stderr to nowhere meanwhile: a process that is forked
-# then would never get them back, nor would this one after two loads at once.
+# Held while a Llama is loaded. llama-cpp-python sends stdout and stderr to nowhere meanwhile, and a process that is
+# forked then would never get them back.
 loading = threading.RLock()
 
 _llamas: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -26,12 +26,14 @@ class Generations(KeptSequence):
 
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         generation = object()
+        seed = _upstream.seed(self)
         tokens = list(tokens)
         steps = super().generate(tokens, *args, **kwargs)
         with self._completing, self._using:  # a stream begins once another thread's completion is done
             if self._kv.evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
                 self._prompt_next = True
+            self.set_seed(seed)  # the completion that it waited for may have had another one
             self._chat_reads = False
             self._generation = generation
         sent: Sequence[int] | None = None

@@ -65,7 +65,10 @@ class Library:
 
     def texts(self) -> list[Text]:
         """All, the one that was used last first. A text that another one begins with is listed if it has a name."""
-        files = {match["key"]: (path, match["parent"], path.stat()) for path, match in self._blocks()}
+        files = {}
+        for path, match in self._blocks():
+            with contextlib.suppress(OSError):  # another process may have removed it just now
+                files[match["key"]] = path, match["parent"], path.stat()
         parents = {parent for _, parent, _ in files.values()}
         names = {name["key"]: name["name"] for _, name in self._named()}
         res = []
@@ -151,8 +154,9 @@ class Library:
 
     def _remove_names(self) -> None:
         """Of texts that are gone."""
+        named = list(self._named())  # before the blocks: another process may be writing one, and then its name
         keys = {match["key"] for _, match in self._blocks()}
-        for path, name in self._named():
+        for path, name in named:
             if name["key"] not in keys:
                 _remove(path)
 

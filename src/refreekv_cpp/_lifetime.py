@@ -16,10 +16,9 @@ class Lifetime(llama_cpp.Llama):
     A subclass calls `_make_locks` before it loads a model, and sets `_loaded` after.
     """
 
-    _closing = False  # `close` waits for the step that is being computed; no other may begin
-
     def _make_locks(self) -> None:
         """Where one thread holds several, it takes them in this order."""
+        self._closing = False  # `close` waits for the step that is being computed; no other may begin
         self._completing = threading.RLock()  # held during a completion that is no stream
         self._using = threading.RLock()  # held while the native context is used, by one step of a generation at a time
         self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
@@ -30,15 +29,17 @@ class Lifetime(llama_cpp.Llama):
             return
         self._closing = True
         with self._using, self._reading:
+            # other threads ask for some of it without a lock, and must not find what is being freed
+            wrappers = _upstream.replace_wrappers(self, _closed.Closed())
             super().close()
-            for wrapper in _upstream.wrappers(self):
+            for wrapper in wrappers:
                 _closed.mark_closed(wrapper)
 
     def _forked(self) -> None:
         """In a child process, which has the context but none of the threads that work on it."""
         self._make_locks()  # one may have been held
         _upstream.free_nothing(self)
-        for wrapper in _upstream.wrappers(self):
+        for wrapper in _upstream.wrappers(self).values():
             _closed.mark_closed(wrapper, _closed.Forked)
 
     if not TYPE_CHECKING:  # for a type checker, any attribute would be there

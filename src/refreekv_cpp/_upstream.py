@@ -7,6 +7,7 @@ A move of the pinned version can change these names; tests/llama/test_private_na
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,31 @@ def replace_literal_format(format_literal: Callable[[SchemaConverter, str], str]
     SchemaConverter._format_literal = format_literal  # type: ignore[method-assign]
 
 
+def share_silence() -> None:
+    """From now on threads that silence stdout and stderr at the same time do it together: the first one begins it, and
+    the last one ends it. Each for itself, the last one would put back what it had found, which is silence.
+    """
+    begin, end = suppress_stdout_stderr.__enter__, suppress_stdout_stderr.__exit__
+    lock = threading.RLock()
+    inside: list[Any] = []  # the one that has begun it, once for each that has not ended
+
+    def enter(self: Any) -> Any:
+        if not self.disable:
+            with lock:
+                inside.append(inside[0] if inside else begin(self))
+        return self
+
+    def leave(self: Any, *_: Any) -> None:
+        if not self.disable:
+            with lock:
+                first = inside.pop()
+                if not inside:
+                    end(first)
+
+    suppress_stdout_stderr.__enter__ = enter  # type: ignore[method-assign]
+    suppress_stdout_stderr.__exit__ = leave  # type: ignore[method-assign]
+
+
 # -- a Llama's native objects ------------------------------------------------------------------------------------------
 
 
@@ -50,9 +76,16 @@ def free_nothing(llm: llama_cpp.Llama) -> None:
     llm._stack = ExitStack()
 
 
-def wrappers(llm: llama_cpp.Llama) -> list[Any]:
-    """The wrappers of its native batch, context and model, those that have been made."""
-    return [vars(llm)[name] for name in ("_batch", "_ctx", "_model") if name in vars(llm)]
+def wrappers(llm: llama_cpp.Llama) -> dict[str, Any]:
+    """The wrappers of its native batch, context and model, those that have been made, by their names."""
+    return {name: vars(llm)[name] for name in ("_batch", "_ctx", "_model") if name in vars(llm)}
+
+
+def replace_wrappers(llm: llama_cpp.Llama, stand_in: Any) -> list[Any]:
+    """Have it hold this in the place of each of them. Returns them; `close` still frees what they hold."""
+    replaced = wrappers(llm)
+    vars(llm).update(dict.fromkeys(replaced, stand_in))
+    return list(replaced.values())
 
 
 def make_context(llm: llama_cpp.Llama, params: Any) -> LlamaContext:
@@ -97,6 +130,11 @@ def token_array(llm: llama_cpp.Llama) -> npt.NDArray[np.intc]:
     """The same, where they are: the next tokens that it reads may overwrite them."""
     read: npt.NDArray[np.intc] = llm._input_ids
     return read
+
+
+def seed(llm: llama_cpp.Llama) -> int:
+    """What its next sampler begins with."""
+    return llm._seed
 
 
 def keeps_all_logits(llm: llama_cpp.Llama) -> bool:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _upstream.replace_classes(model=Model, sampler=_grammar.Sampler)
+_upstream.share_silence()
 
 _SAMPLE_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1  # of its arguments after self
 
@@ -341,7 +342,8 @@ class Llama(SavedStates):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As upstream's, which `create_completion` calls; but a grammar is checked at once, before a stream begins."""
-        _grammar.check(_upstream.vocab(self), kwargs.get("grammar"))
+        with self._reading:
+            _grammar.check(_upstream.vocab(self), kwargs.get("grammar"))
         completion: Iterator[Any] = super()._create_completion(*args, **kwargs)
         return completion
 

@@ -18,6 +18,7 @@ from tiny import random_tokens
 from tiny_lora import write_lora
 
 from refreekv_cpp import CacheStateError, Llama, PolicyError, ReFreeKV, SnapKV, native
+from refreekv_cpp._library import Library
 
 Tiny = Callable[[str], Path]
 
@@ -333,6 +334,43 @@ def test_a_name_follows_a_text_that_grows(tiny_model: Path, tmp_path: Path) -> N
     llm.keep_kv()
     assert len(files(tmp_path)) == n_files  # one end took the place of the other
     assert [(text.name, text.n_tokens) for text in llm._library.texts()] == [("a text", 1306), ("", 500)]
+
+
+def test_a_text_that_another_process_removes_while_they_are_listed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # once a FileNotFoundError
+    write(tiny_model, tmp_path)
+    there = set(files(tmp_path))
+    write(tiny_model, tmp_path, random_tokens(500, seed=6))
+    library, find = Library(tmp_path), Library._blocks
+
+    def found(library: Library) -> Iterator[Any]:
+        for path, match in find(library):
+            if path not in there:
+                path.unlink()
+            yield path, match
+
+    monkeypatch.setattr(Library, "_blocks", found)
+    assert [text.n_tokens for text in library.texts()] == [1300]
+
+
+def test_a_name_that_another_process_gives_stays(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # once it was taken for that of a text that is gone
+    write(tiny_model, tmp_path)
+    library = Library(tmp_path)
+    (text,) = library.texts()
+
+    def none_yet(library: Library) -> Iterator[Any]:
+        monkeypatch.undo()
+        library.name("a name", text.key)
+        return iter(())
+
+    monkeypatch.setattr(Library, "_blocks", none_yet)
+    Library(tmp_path)
+    assert [text.name for text in library.texts()] == ["a name"]
 
 
 def test_nobody_else_can_read_it(tiny_model: Path, tmp_path: Path) -> None:

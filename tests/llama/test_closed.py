@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,52 @@ def test_what_was_begun_before(tiny_model: Path, policy: str) -> None:
         tokenizer.encode("a")
     with pytest.raises(ClosedError):
         llm.load_state(state)
+
+
+# what takes no lock of the Llama
+UNLOCKED = ["ctx", "model", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "pooling_type"]
+
+
+@pytest.mark.parametrize("use", UNLOCKED)
+def test_one_that_another_thread_is_closing_says_so(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    # once it read memory that was being freed
+    llm = load(tiny_model, "refreekv")
+    frees, go_on = threading.Event(), threading.Event()
+    free = llama_cpp.llama_model_free
+    monkeypatch.setattr(
+        llama_cpp.llama_cpp, "llama_model_free", lambda model: (frees.set(), go_on.wait(60), free(model))
+    )
+    closing = threading.Thread(target=llm.close)
+    closing.start()
+    try:
+        assert frees.wait(60)
+        with pytest.raises(ClosedError, match="is closed"):
+            USES[use](llm)
+    finally:
+        go_on.set()
+        closing.join(60)
+
+
+def test_closing_waits_for_a_grammar_that_is_being_checked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # once llama.cpp could look up a grammar's tokens in a vocabulary that had been freed
+    llm = load(tiny_model, "refreekv")
+    closing, make, closed = threading.Thread(target=llm.close), llama_cpp.llama_sampler_init_grammar, []
+
+    def meanwhile(*args: Any) -> Any:
+        if not closed:
+            closing.start()
+            closing.join(0.3)
+            closed.append(not closing.is_alive())
+        return make(*args)
+
+    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", meanwhile)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "a"')
+    with pytest.raises(ClosedError):
+        llm.create_completion(PROMPT, grammar=grammar)
+    closing.join(60)
+    assert closed == [False]
 
 
 @pytest.mark.parametrize("use", USES)

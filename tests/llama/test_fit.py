@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from tiny import N_VOCAB, random_tokens
 
 from refreekv_cpp import PolicyError, UnsupportedModelError, _machine, _process, fit, native
 from refreekv_cpp.errors import CacheMemoryError
-from refreekv_cpp.fit import Device, Needs, search
+from refreekv_cpp.fit import Device, Needs, search, unallocated
 from refreekv_cpp.fit import needs as accounting
 from refreekv_cpp.policies import Full, ReFreeKV, Streaming
 
@@ -189,6 +191,29 @@ def test_what_llama_cpp_logs_goes_where_it_went(tiny: Tiny, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
     load(tiny("gqa"), "full", verbose=True)
     assert "llama_context" in capfd.readouterr().err
+
+
+def test_two_threads_that_ask_at_once_leave_llama_cpps_log_as_it_was() -> None:
+    # once a callback was left that had been freed, and the next message ended the process
+    def callback() -> int | None:
+        now, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(now), ctypes.byref(data))
+        return ctypes.cast(now, ctypes.c_void_p).value
+
+    def ask() -> None:
+        with unallocated.quiet():
+            begun.set()
+            end.wait(60)
+
+    begun, end, before = threading.Event(), threading.Event(), callback()
+    other = threading.Thread(target=ask)
+    with unallocated.quiet():
+        other.start()
+        assert not begun.wait(0.2)
+    end.set()
+    other.join(60)
+    assert begun.is_set()
+    assert callback() == before
 
 
 @pytest.mark.device

@@ -88,3 +88,26 @@ assert sys.stdout is sys.__stdout__
 """,
         tiny_model,
     )
+
+
+def test_two_threads_that_silence_stdout_at_once_get_it_back(tiny_model: Path) -> None:
+    # handlers of images with verbose=False silence it while they read; once it was lost
+    run(
+        """
+import os, sys
+import refreekv_cpp
+from llama_cpp._utils import suppress_stdout_stderr
+stdout = os.fstat(1)
+for _ in range(2):
+    one, other = suppress_stdout_stderr(disable=False), suppress_stdout_stderr(disable=False)
+    one.__enter__()
+    assert not os.path.samestat(os.fstat(1), stdout)
+    other.__enter__()
+    one.__exit__()
+    assert not os.path.samestat(os.fstat(1), stdout)
+    other.__exit__()
+    assert os.path.samestat(os.fstat(1), stdout)
+    assert sys.stdout is sys.__stdout__
+""",
+        tiny_model,
+    )

@@ -138,6 +138,37 @@ def test_streams_of_several_threads(tiny_model: Path) -> None:
     assert answer(llm, PROMPTS[1]) == expected(tiny_model)[1]
 
 
+def test_a_stream_that_waits_keeps_its_seed(tiny_model: Path) -> None:
+    # once its tokens were those of the seed that another completion had meanwhile
+    llm = load(tiny_model, ReFreeKV(), codes=True)
+    options: Any = {"max_tokens": 12, "temperature": 2.0, "top_p": 1.0, "logit_bias": ASCII, "stream": True, "seed": 1}
+
+    def text(stream: Any) -> str:
+        return "".join(chunk["choices"][0]["text"] for chunk in stream)
+
+    prompt = PROMPTS[0][:100]  # nothing of it is evicted
+    first = text(llm.create_completion(prompt, **options))
+    stream, found = llm.create_completion(prompt, **options), []
+    waits, completing = threading.Event(), llm._completing
+
+    class Noted:
+        def __enter__(self) -> None:
+            waits.set()
+            completing.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            completing.release()
+
+    thread = threading.Thread(target=lambda: found.append(text(stream)))
+    with completing:  # as another thread's completion
+        llm._completing = Noted()  # type: ignore[assignment]
+        thread.start()
+        assert waits.wait(60)
+        llm.set_seed(2)
+    thread.join(60)
+    assert found == [first]
+
+
 def test_an_event_loop(tiny_model: Path) -> None:
     llm = load(tiny_model, ReFreeKV(), codes=True)
 

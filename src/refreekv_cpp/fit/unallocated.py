@@ -11,7 +11,7 @@ from typing import Any
 
 import llama_cpp
 
-from refreekv_cpp import _upstream, native
+from refreekv_cpp import _closed, _upstream, native
 from refreekv_cpp._checks import check_n_ctx, check_options
 from refreekv_cpp._files import check_file
 from refreekv_cpp.errors import ContextError, PolicyError, UnsupportedModelError
@@ -93,23 +93,30 @@ def opened(model_path: str | os.PathLike[str], **options: Any) -> Iterator[Unall
         yield llm
 
 
+_collected: list[list[str]] = []  # errors of each `quiet` that has begun and not ended, one in the other
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect(level: int, text: bytes, _: Any) -> None:
+    # it is never freed: another thread may be about to call it when `quiet` ends
+    if level == _LOG_LEVEL_ERROR and _collected:
+        _collected[-1].append(text.decode(errors="replace").strip().removeprefix("llama_model_load: "))
+
+
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """llama.cpp prints nothing inside; its errors come here."""
+    """llama.cpp prints nothing inside; its errors come here. No other thread loads a model meanwhile."""
     errors: list[str] = []
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def collect(level: int, text: bytes, _: Any) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            errors.append(text.decode(errors="replace").strip().removeprefix("llama_model_load: "))
-
-    before, data = llama_cpp.llama_log_callback(), c_void_p()
-    llama_cpp.llama_log_get(byref(before), byref(data))
-    llama_cpp.llama_log_set(collect, c_void_p(0))
-    try:
-        yield errors
-    finally:
-        llama_cpp.llama_log_set(before, data)
+    with _closed.loading:  # all threads have one callback
+        before, data = llama_cpp.llama_log_callback(), c_void_p()
+        llama_cpp.llama_log_get(byref(before), byref(data))
+        _collected.append(errors)
+        llama_cpp.llama_log_set(_collect, c_void_p(0))
+        try:
+            yield errors
+        finally:
+            llama_cpp.llama_log_set(before, data)
+            _collected.pop()
 
 
 @contextmanager
