@@ -162,12 +162,16 @@ def check_number(name: str, value: Any) -> None:
 def check_path(name: str, value: Any) -> str:
     """
     Raises:
-        ValueError: neither text nor an object such as `pathlib.Path`, or empty.
+        ValueError: neither text nor an object such as `pathlib.Path`, empty, or with a character that no path has.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
     if "\0" in path:
         raise ValueError(f"{name}={value!r}: a path cannot have a null character in it")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={value!r}: a path cannot have {path[error.start]!r} in it") from None
     return path
 
 

@@ -66,6 +66,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kv_elastic": "x"}, "kv_elastic='x': must be one of None, True, False"),
     ({"kv_cold_dir": ""}, "kv_cold_dir='': must be a path"),
     ({"kv_cold_dir": 5}, "kv_cold_dir=5: must be a path"),
+    ({"kv_library": "\ud800"}, "kv_library='\\ud800': a path cannot have '\\ud800' in it"),
+    ({"kv_library": __file__}, "must be a folder, or a name that nothing has yet"),
     ({"kv_memory_limit": 0}, "kv_memory_limit=0: must be a positive number of bytes"),
     ({"kv_cold_limit": 0}, "kv_cold_limit=0: must be a positive number of bytes"),
 ]
