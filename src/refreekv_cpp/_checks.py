@@ -72,6 +72,10 @@ _NUMBERS = (
     "yarn_beta_slow",
     "lora_scale",
 )
+_SWITCHES = (
+    *("vocab_only", "use_mmap", "use_mlock", "embedding", "offload_kqv", "logits_all", "op_offload", "swa_full"),
+    *("no_perf", "spm_infill", "verbose"),
+)
 
 
 _NAMES = [
@@ -110,6 +114,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         check_n_ctx(res["n_ctx"])
     for name in options.keys() & set(_NUMBERS):
         check_number(name, options[name])
+    for name in options.keys() & set(_SWITCHES):
+        res[name] = _check_switch(name, options[name])
     if options.get("tensor_split") is not None:
         _check_split(options["tensor_split"])
     if "numa" in options and not isinstance(options["numa"], bool):
@@ -157,6 +163,18 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: must be a number")
     if not abs(value) <= _FLOAT_MAX:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r}: must be a finite number, from {-_FLOAT_MAX:.3g} to {_FLOAT_MAX:.3g}")
+
+
+def _check_switch(name: str, value: Any) -> bool | None:
+    """
+    Raises:
+        ValueError: neither true nor false, nor None. Python would take any text for true, "false" as well.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return bool(value)
 
 
 def check_path(name: str, value: Any) -> str:

@@ -12,7 +12,7 @@ import llama_cpp
 from refreekv_cpp import _closed, _upstream
 from refreekv_cpp._kept import KeptSequence
 from refreekv_cpp._signatures import implemented_by
-from refreekv_cpp.errors import CacheStateError, ClosedError, ContextError
+from refreekv_cpp.errors import CacheStateError, ClosedError, ContextFullError
 
 if TYPE_CHECKING:
     from llama_cpp import LogitsProcessorList, StoppingCriteriaList
@@ -45,7 +45,7 @@ class Generations(KeptSequence):
                         token = steps.send(sent)
                     except StopIteration:
                         return
-                    except ContextError:
+                    except ContextFullError:
                         # a completion goes on at the end of the context where it is in the middle of a character
                         if token is None or self.token_eos() < 0:
                             raise
@@ -84,7 +84,7 @@ class Generations(KeptSequence):
         ends a text.
 
         Raises:
-            ContextError: the context has no room for `tokens`.
+            ContextFullError: the context has no room for `tokens`.
             CacheStateError: something else has changed the cache since the last token.
             ClosedError: the Llama is closed.
         """

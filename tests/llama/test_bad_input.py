@@ -21,7 +21,7 @@ from tiny import N_SPECIAL, N_VOCAB, random_tokens
 
 from refreekv_cpp import CacheStateError, ClosedError, Llama, PythonPolicy
 from refreekv_cpp._grammar import MAX_ALTERNATIVES, MAX_OPTIONAL
-from refreekv_cpp.errors import ContextError
+from refreekv_cpp.errors import ContextFullError
 
 PROMPT = random_tokens(100)
 
@@ -69,6 +69,13 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kv_library": "\ud800"}, "kv_library='\\ud800': a path cannot have '\\ud800' in it"),
     ({"kv_library": __file__}, "must be a folder, or a name that nothing has yet"),
     ({"kv_memory_limit": 0}, "kv_memory_limit=0: must be a positive number of bytes"),
+    ({"kv_protect": np.array([[5, 0]])}, 'must be "system", or a list of (start, end)'),
+    *(({"kv_protect": value}, 'must be "system"') for value in ([(0.5, 5)], ["05"], "", {}, b"", [("0", "5")])),
+    *(
+        ({name: value}, f"{name}={value!r}: must be True or False")
+        for name in ("use_mmap", "logits_all", "verbose")
+        for value in ("false", 2, 0.0, [])
+    ),
     ({"kv_cold_limit": 0}, "kv_cold_limit=0: must be a positive number of bytes"),
 ]
 
@@ -76,7 +83,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
 def test_an_option_that_is_not_valid(tiny_model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Llama(str(tiny_model), verbose=False, **{"kv_policy": "refreekv", **options})
+        Llama(str(tiny_model), **{"verbose": False, "kv_policy": "refreekv", **options})
 
 
 @pytest.mark.parametrize("n_experts", [-1, 0, 5, 2**32 + 2, 1.0, True])
@@ -103,6 +110,7 @@ def test_options_that_stock_takes(tiny_model: Path) -> None:
     assert load(tiny_model, "full", n_ctx=np.int64(256), n_batch=np.int32(64)).n_batch == 64
     assert load(tiny_model, "full", tensor_split=np.ones(2), rope_freq_base=np.float32(1e4), lora_scale=1)
     assert load(tiny_model, "full", n_ctx=256, n_batch=2**31 - 1).n_batch == 256
+    assert load(tiny_model, "full", use_mmap=0, use_mlock=np.False_, embedding=None, verbose=False)
 
 
 def test_a_path_object_and_what_is_none(tiny_model: Path) -> None:
@@ -322,7 +330,7 @@ def test_tokens_that_cannot_be_read(tiny_model: Path, policy: str) -> None:
             llm.eval(tokens)
         assert llm.n_tokens == len(PROMPT)  # nothing of them was read
         assert isinstance(llm.sample(), int)
-    with pytest.raises(ContextError, match="tokens after 100: the context has room for 512"):
+    with pytest.raises(ContextFullError, match="tokens after 100: the context has room for 512"):
         next(llm.generate(random_tokens(600)))
 
 
