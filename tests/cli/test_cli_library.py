@@ -119,7 +119,17 @@ def test_a_conversation_has_a_name_that_a_file_can_have(tiny_model: Path, cache:
     Session("x").write([{"role": "user", "content": "a"}])
     result = refreekv("chat", tiny_model, "--session", "x", "--system", "b")
     assert_one_error_line(result, "the conversation has begun without this system message")
-    (cache / "sessions" / "x.json").write_text("[1]")
+    path = cache / "sessions" / "x.json"
+    for content in (
+        "[1]",
+        "[" * 100_000,
+        '[{"role": ["a"], "content": "x"}]',
+        r'[{"role": "user", "content": "\ud800"}]',
+    ):
+        path.write_text(content)
+        assert_one_error_line(refreekv("chat", tiny_model, "--session", "x"), "x.json is damaged")
+    path.unlink()
+    path.mkdir()
     assert_one_error_line(refreekv("chat", tiny_model, "--session", "x"), "x.json is damaged")
 
 
