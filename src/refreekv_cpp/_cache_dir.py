@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from refreekv_cpp.errors import PolicyError
+
 VARIABLE = "REFREEKV_CACHE_DIR"
 
 
@@ -14,6 +16,12 @@ def cache_dir() -> Path:
     """What the environment variable REFREEKV_CACHE_DIR says, else `refreekv-cpp` in the user's cache folder.
 
     The folder need not exist yet.
+
+    Raises:
+        PolicyError: the variable begins with ~ and the name of a user who is not there.
     """
     folder = os.environ.get(VARIABLE)
-    return Path(folder).expanduser() if folder else platformdirs.user_cache_path("refreekv-cpp")
+    try:
+        return Path(folder).expanduser() if folder else platformdirs.user_cache_path("refreekv-cpp")
+    except RuntimeError:
+        raise PolicyError(f"{VARIABLE}={folder}: must be a folder; there is no such user") from None

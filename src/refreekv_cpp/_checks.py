@@ -72,6 +72,10 @@ _NUMBERS = (
     "yarn_beta_slow",
     "lora_scale",
 )
+_SWITCHES = (
+    *("vocab_only", "use_mmap", "use_mlock", "embedding", "offload_kqv", "logits_all", "op_offload", "swa_full"),
+    *("no_perf", "spm_infill", "verbose"),
+)
 
 
 _NAMES = [
@@ -110,6 +114,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         check_n_ctx(res["n_ctx"])
     for name in options.keys() & set(_NUMBERS):
         check_number(name, options[name])
+    for name in options.keys() & set(_SWITCHES):
+        res[name] = _check_switch(name, options[name])
     if options.get("tensor_split") is not None:
         _check_split(options["tensor_split"])
     if "numa" in options and not isinstance(options["numa"], bool):
@@ -159,15 +165,31 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: must be a finite number, from {-_FLOAT_MAX:.3g} to {_FLOAT_MAX:.3g}")
 
 
+def _check_switch(name: str, value: Any) -> bool | None:
+    """
+    Raises:
+        ValueError: neither true nor false, nor None. Python would take any text for true, "false" as well.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return bool(value)
+
+
 def check_path(name: str, value: Any) -> str:
     """
     Raises:
-        ValueError: neither text nor an object such as `pathlib.Path`, or empty.
+        ValueError: neither text nor an object such as `pathlib.Path`, empty, or with a character that no path has.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str) or not path:
         raise ValueError(f"{name}={value!r}: must be a path, as text or a pathlib.Path")
     if "\0" in path:
         raise ValueError(f"{name}={value!r}: a path cannot have a null character in it")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={value!r}: a path cannot have {path[error.start]!r} in it") from None
     return path
 
 

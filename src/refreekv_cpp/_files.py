@@ -20,11 +20,12 @@ def check_file(path: str | os.PathLike[str]) -> str:
     """The path of a file that is there.
 
     Raises:
-        FileNotFoundError: there is none, or it is a folder.
+        FileNotFoundError: there is none, or it is a folder, a pipe or a device.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}")
+        there = "a pipe or a device, not a file" if os.path.exists(path) else "no such file"
+        raise FileNotFoundError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else there}")
     return path
 
 

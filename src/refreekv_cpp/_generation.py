@@ -12,7 +12,7 @@ import llama_cpp
 from refreekv_cpp import _closed, _upstream
 from refreekv_cpp._kept import KeptSequence
 from refreekv_cpp._signatures import implemented_by
-from refreekv_cpp.errors import CacheStateError, ClosedError
+from refreekv_cpp.errors import CacheStateError, ClosedError, ContextFullError
 
 if TYPE_CHECKING:
     from llama_cpp import LogitsProcessorList, StoppingCriteriaList
@@ -37,14 +37,21 @@ class Generations(KeptSequence):
             self._chat_reads = False
             self._generation = generation
         sent: Sequence[int] | None = None
+        token: int | None = None
+        is_full = False
         try:
-            while True:
+            while not is_full:
                 with self._using:
                     self._check_generation(generation, sent)
                     try:
                         token = steps.send(sent)
                     except StopIteration:
                         return
+                    except ContextFullError:
+                        # a completion goes on at the end of the context where it is in the middle of a character
+                        if token is None or self.token_eos() < 0:
+                            raise
+                        token, is_full = self.token_eos(), True
                     finally:
                         self._generation = generation  # a reset() of its own does not end it
                 sent = yield token
@@ -75,9 +82,11 @@ class Generations(KeptSequence):
         grammar: LlamaGrammar | None = None,
     ) -> Generator[int, Sequence[int] | None, None]:
         """As upstream's; the cache is pruned once `tokens` have been read and the first token is out: before the next
-        one is read, or when the generator ends or is closed.
+        one is read, or when the generator ends or is closed. Where the context is full, the last token is the one that
+        ends a text.
 
         Raises:
+            ContextFullError: the context has no room for `tokens`.
             CacheStateError: something else has changed the cache since the last token.
             ClosedError: the Llama is closed.
         """

@@ -1,4 +1,4 @@
-"""Grammars that make llama.cpp crash or abort; this module turns them into exceptions."""
+"""Grammars that make llama.cpp crash or abort, and exceptions that ctypes would swallow; this module raises them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import llama_cpp
@@ -127,6 +128,18 @@ class Sampler(LlamaSampler):
     """
 
     _active: _Active | None = None
+    _error: BaseException | None = None  # of a custom sampler, such as a logits processor
+
+    def add_custom(self, apply_func: Callable[[Any], None]) -> None:
+        """`sample` raises what this function raises. ctypes would print it, and go on with the logits as they are."""
+
+        def apply(candidates: Any) -> None:
+            try:
+                apply_func(candidates)
+            except BaseException as error:
+                self._error = error
+
+        super().add_custom(apply)
 
     def add_grammar(self, model: LlamaModel, grammar: LlamaGrammar) -> None:
         """
@@ -151,8 +164,12 @@ class Sampler(LlamaSampler):
         """
         Raises:
             ValueError: the model has no token that goes on with the grammar.
+            BaseException: what a logits processor has raised.
         """
         token: int = super().sample(ctx, idx)
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
         if self._active is not None:
             if token not in self._allowed:
                 raise ValueError("the model has no token that goes on with the grammar")

@@ -77,7 +77,7 @@ class Library:
             if head is None or (key in parents and key not in names):
                 continue
             chain = [key]
-            while (parent := files[chain[0]][1]) in files:
+            while (parent := files[chain[0]][1]) in files and parent not in chain:  # a renamed file may be its own
                 chain.insert(0, parent)
             beginning = _read_head(files[chain[0]][0])
             if beginning is not None and beginning[0] == 0:  # else that has been removed
@@ -147,7 +147,7 @@ class Library:
                 self.name(name["name"], later)
 
     def _named(self) -> Iterator[tuple[Path, dict[str, str]]]:
-        for path in self.names.glob("*.json"):
+        for path in filter(Path.is_file, self.names.glob("*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 name = json.loads(path.read_text(encoding="utf-8"))
                 yield path, {"name": str(name["name"]), "key": str(name["key"])}

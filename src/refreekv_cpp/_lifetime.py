@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp
 
 from refreekv_cpp import _closed, _upstream
+from refreekv_cpp.errors import CacheStateError
 
 
 class Lifetime(llama_cpp.Llama):
@@ -24,9 +25,16 @@ class Lifetime(llama_cpp.Llama):
         self._reading = threading.RLock()  # held while figures or the vocabulary are read; `close` takes it, too
 
     def close(self) -> None:
-        """Free the model and the context. All that needs them raises ClosedError from now on."""
+        """Free the model and the context. All that needs them raises ClosedError from now on.
+
+        Raises:
+            CacheStateError: this thread is in the middle of a step of this Llama, whose code needs them: it was called
+                by a logits processor, a stopping criterion, or the `select` of a policy.
+        """
         if not _upstream.has_begun(self):  # an argument was refused
             return
+        if self._using._is_owned() or self._reading._is_owned():  # type: ignore[attr-defined]
+            raise CacheStateError("close() must not be called by a function that this Llama calls; close it afterwards")
         self._closing = True
         with self._using, self._reading:
             # other threads ask for some of it without a lock, and must not find what is being freed

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from refreekv_cpp._upstream import LlamaModel
+
+
+def check_tokens(tokens: Iterable[int], n_vocab: int) -> None:
+    """
+    Raises:
+        ValueError: one of the tokens is not in a vocabulary of n_vocab.
+    """
+    for token in tokens:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"token {token}: must be from 0 to {n_vocab - 1}")
 
 
 class Model(LlamaModel):
@@ -15,9 +25,6 @@ class Model(LlamaModel):
         Raises:
             ValueError: one of the tokens is not in the vocabulary.
         """
-        n_vocab = self.n_vocab()
-        for token in tokens:
-            if not 0 <= token < n_vocab:
-                raise ValueError(f"token {token}: must be from 0 to {n_vocab - 1}")
+        check_tokens(tokens, self.n_vocab())
         text: bytes = super().detokenize(list(tokens), special)
         return text

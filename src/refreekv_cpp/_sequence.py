@@ -12,7 +12,8 @@ from refreekv_cpp import _chat, _upstream, native, spans
 from refreekv_cpp._checkpoints import N_REQUEST, STEP, Checkpoints
 from refreekv_cpp._lifetime import Lifetime
 from refreekv_cpp._log import inform
-from refreekv_cpp.errors import CacheMemoryError, CacheStateError
+from refreekv_cpp._model import check_tokens
+from refreekv_cpp.errors import CacheMemoryError, CacheStateError, ContextFullError
 from refreekv_cpp.options import Cold, ColdType, Evicted, KVOptions
 from refreekv_cpp.policies import Policy
 from refreekv_cpp.stats import KVStats
@@ -111,12 +112,19 @@ class PrunedSequence(Lifetime):
         its prompt.
 
         Raises:
+            ContextFullError: the context has no room for all of these tokens. None is read.
+            ValueError: one of them is not in the vocabulary. None is read.
             CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
                 cannot be restored.
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
                 batch that failed.
         """
         with self._using:
+            if self.n_tokens + len(tokens) > self.n_ctx():
+                raise ContextFullError(
+                    f"{len(tokens)} tokens after {self.n_tokens}: the context has room for {self.n_ctx()} in all"
+                )
+            check_tokens(tokens, self.n_vocab())
             try:
                 self._prune_due_and_eval(tokens)
             except BaseException:

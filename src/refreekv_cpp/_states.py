@@ -50,12 +50,15 @@ def fitted(state: llama_cpp.LlamaState, llm: llama_cpp.Llama) -> llama_cpp.Llama
     """The state with arrays as this Llama has them; for `without_scores`.
 
     Raises:
+        TypeError: it is no state.
         ValueError: it is empty, or holds more tokens than the context has room for.
     """
+    if not isinstance(state, llama_cpp.LlamaState):
+        raise TypeError(f"load_state({state!r}): must be a state that save_state() has made")
     if state.llama_state_size == 0:
         raise ValueError("it is empty")
     n_tokens, n_ctx = state.n_tokens, len(llm.input_ids)
-    if n_tokens > n_ctx:
+    if not 0 <= n_tokens <= n_ctx:
         raise ValueError(f"it holds {n_tokens} tokens; this context has room for {n_ctx}")
     res = copy.copy(state)
     res.input_ids = llm.input_ids.copy()

@@ -217,6 +217,11 @@ def chat_formats() -> list[str]:
     return sorted(registry._chat_handlers)
 
 
+def has_chat_format(llm: llama_cpp.Llama, name: str) -> bool:
+    """Whether it is one of these, or a template of the model's file."""
+    return name in chat_formats() or name in llm._chat_handlers
+
+
 def grammar_text(grammar: LlamaGrammar) -> tuple[str, str]:
     """A grammar in GBNF, and the name of the rule that it begins with."""
     return grammar._grammar, grammar._root

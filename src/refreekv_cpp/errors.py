@@ -19,6 +19,10 @@ class ContextError(RefreeKVError, ValueError):
     """The model has no context of so many tokens, or this machine has no room for it."""
 
 
+class ContextFullError(ContextError, RuntimeError):
+    """The context has no room for more tokens. (llama-cpp-python raises a RuntimeError, once it has read a part.)"""
+
+
 class CacheStateError(RefreeKVError, RuntimeError):
     """The pruned cache cannot do this (rewind into or copy a part of what was pruned, ...)."""
 

@@ -6,6 +6,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...).
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,9 @@ def resolve(text: str) -> Path:
     """
     if text.startswith("hf:"):
         return _from_hub(text)
-    path = Path(text).expanduser()
+    path = Path(text)
+    with contextlib.suppress(RuntimeError):  # ~ of a user who is not there: there is no such file
+        path = path.expanduser()
     if text.lower() == DEFAULT and not path.is_file():
         return default_model()
     try:

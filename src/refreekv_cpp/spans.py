@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
@@ -27,11 +28,13 @@ def check(protect: Any) -> Literal["system"] | tuple[Span, ...]:
     """
     if protect is None:
         return ()
-    if protect == "system":
+    if isinstance(protect, str) and protect == "system":
         return "system"
     try:
-        found = tuple((int(start), int(end)) for start, end in protect)
-    except (TypeError, ValueError, OverflowError):
+        if isinstance(protect, (str, bytes, Mapping)):
+            raise TypeError
+        found = tuple((operator.index(start), operator.index(end)) for start, end in protect)
+    except (TypeError, ValueError):
         found = ((1, 0),)
     if not all(0 <= start <= end < 2**31 for start, end in found):
         raise PolicyError(f"kv_protect={protect!r}: must be {_VALID}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +119,17 @@ def test_a_conversation_has_a_name_that_a_file_can_have(tiny_model: Path, cache:
     Session("x").write([{"role": "user", "content": "a"}])
     result = refreekv("chat", tiny_model, "--session", "x", "--system", "b")
     assert_one_error_line(result, "the conversation has begun without this system message")
-    (cache / "sessions" / "x.json").write_text("[1]")
+    path = cache / "sessions" / "x.json"
+    for content in (
+        "[1]",
+        "[" * 100_000,
+        '[{"role": ["a"], "content": "x"}]',
+        r'[{"role": "user", "content": "\ud800"}]',
+    ):
+        path.write_text(content)
+        assert_one_error_line(refreekv("chat", tiny_model, "--session", "x"), "x.json is damaged")
+    path.unlink()
+    path.mkdir()
     assert_one_error_line(refreekv("chat", tiny_model, "--session", "x"), "x.json is damaged")
 
 
@@ -163,6 +176,18 @@ def test_texts_are_removed_and_checked(tiny_model: Path, tmp_path: Path, cache: 
     assert "b.txt" not in refreekv("library").stdout
     assert refreekv("library", "remove", "all").exit_code == 0
     assert list(library.glob("*.block")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_renamed_files_and_pipes_are_listed_in_time(tiny_model: Path, cache: Path, document: Path) -> None:
+    refreekv("read", tiny_model, document, *_OPTIONS)
+    library = cache / "library"
+    for block in library.glob("*.block"):
+        key = block.stem.partition("-")[2]
+        block.rename(library / f"{key}-{key}.block")  # it comes before itself
+    os.mkfifo(library / "names" / "x.json")
+    done = subprocess.run([sys.executable, "-m", "refreekv_cpp", "library"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1)
 
 
 def test_the_folder_may_come_before_the_command(tiny_model: Path, tmp_path: Path, cache: Path, document: Path) -> None:

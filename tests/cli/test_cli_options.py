@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -414,3 +416,24 @@ def test_warnings_are_shown_and_details_with_verbose(logs: Callable[..., Result]
     assert "a detail" not in shown.stderr
     assert "a detail" in logs("--verbose", *arguments).stderr
     assert "a detail" not in logs(*arguments).stderr
+
+
+def test_a_template_that_the_model_does_not_have(tiny_model: Path) -> None:
+    result = refreekv("run", tiny_model, "--prompt", "x", "--n-ctx", "512", "--option", "chat_format=chat_template.x")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("--option chat_format=chat_template.x: the model's file has no such template\n")
+
+
+def test_ctrl_c_while_a_model_is_loaded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        loaded.append(common.Llama(*args, **options))
+        return loaded[0]
+
+    monkeypatch.setattr(common, "ReadingLlama", load)
+    with pytest.raises(KeyboardInterrupt):
+        common.load(tiny_model, {"n_ctx": 512})
+    assert loaded  # it was not raised where ctypes or llama.cpp would have swallowed it
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -179,6 +179,12 @@ def test_interrupted_while_it_imports(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+def test_the_program_ignores_the_policy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFREEKV_POLICY", "nonsense")
+    done = python("-c", INTERRUPTED, "none", COMMAND)
+    assert b"Usage: refreekv" in done.stdout + done.stderr
+
+
 def test_the_program_starts() -> None:
     done = python("-c", INTERRUPTED, "none", COMMAND)
     assert b"Usage: refreekv" in done.stdout + done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from refreekv_cpp import PolicyError
 from refreekv_cpp import default_model as module
 from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp.default_model import FILE_NAME, ModelDownloadError, default_model
@@ -83,3 +84,6 @@ def test_the_cache_folder_is_the_users_unless_the_variable_says_otherwise(
         else:
             monkeypatch.setenv("REFREEKV_CACHE_DIR", nothing)
         assert cache_dir() == platformdirs.user_cache_path("refreekv-cpp")
+    monkeypatch.setenv("REFREEKV_CACHE_DIR", "~nobody-has-this-name/x")
+    with pytest.raises(PolicyError, match=r"REFREEKV_CACHE_DIR=~nobody-has-this-name/x: .* there is no such user"):
+        cache_dir()

@@ -74,6 +74,8 @@ def test_a_file_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("none.gguf", r"^none.gguf: no such file$"),
         ("smolm2", r"smolm2: no such file; MODEL must be a GGUF file, hf:owner/repo\[:file-or-quant\], or smollm2"),
         (".", "a folder, not a file"),
+        ("/dev/null", "a pipe or a device, not a file"),
+        ("~nobody-has-this-name/x.gguf", "no such file"),
         ("hf:", "must be hf:owner/repo"),
         ("hf:owner", "must be hf:owner/repo"),
         ("hf:a/b/c", "must be hf:owner/repo"),

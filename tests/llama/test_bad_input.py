@@ -17,10 +17,11 @@ import llama_cpp
 import numpy as np
 import pytest
 from support import load
-from tiny import N_VOCAB, random_tokens
+from tiny import N_SPECIAL, N_VOCAB, random_tokens
 
-from refreekv_cpp import CacheStateError, ClosedError, Llama
+from refreekv_cpp import CacheStateError, ClosedError, Llama, PythonPolicy
 from refreekv_cpp._grammar import MAX_ALTERNATIVES, MAX_OPTIONAL
+from refreekv_cpp.errors import ContextFullError
 
 PROMPT = random_tokens(100)
 
@@ -65,7 +66,16 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"kv_elastic": "x"}, "kv_elastic='x': must be one of None, True, False"),
     ({"kv_cold_dir": ""}, "kv_cold_dir='': must be a path"),
     ({"kv_cold_dir": 5}, "kv_cold_dir=5: must be a path"),
+    ({"kv_library": "\ud800"}, "kv_library='\\ud800': a path cannot have '\\ud800' in it"),
+    ({"kv_library": __file__}, "must be a folder, or a name that nothing has yet"),
     ({"kv_memory_limit": 0}, "kv_memory_limit=0: must be a positive number of bytes"),
+    ({"kv_protect": np.array([[5, 0]])}, 'must be "system", or a list of (start, end)'),
+    *(({"kv_protect": value}, 'must be "system"') for value in ([(0.5, 5)], ["05"], "", {}, b"", [("0", "5")])),
+    *(
+        ({name: value}, f"{name}={value!r}: must be True or False")
+        for name in ("use_mmap", "logits_all", "verbose")
+        for value in ("false", 2, 0.0, [])
+    ),
     ({"kv_cold_limit": 0}, "kv_cold_limit=0: must be a positive number of bytes"),
 ]
 
@@ -73,7 +83,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
 def test_an_option_that_is_not_valid(tiny_model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Llama(str(tiny_model), verbose=False, **{"kv_policy": "refreekv", **options})
+        Llama(str(tiny_model), **{"verbose": False, "kv_policy": "refreekv", **options})
 
 
 @pytest.mark.parametrize("n_experts", [-1, 0, 5, 2**32 + 2, 1.0, True])
@@ -100,6 +110,7 @@ def test_options_that_stock_takes(tiny_model: Path) -> None:
     assert load(tiny_model, "full", n_ctx=np.int64(256), n_batch=np.int32(64)).n_batch == 64
     assert load(tiny_model, "full", tensor_split=np.ones(2), rope_freq_base=np.float32(1e4), lora_scale=1)
     assert load(tiny_model, "full", n_ctx=256, n_batch=2**31 - 1).n_batch == 256
+    assert load(tiny_model, "full", use_mmap=0, use_mlock=np.False_, embedding=None, verbose=False)
 
 
 def test_a_path_object_and_what_is_none(tiny_model: Path) -> None:
@@ -303,3 +314,104 @@ def test_a_token_that_is_not_there(tiny_model: Path, token: int) -> None:
         with pytest.raises(ValueError, match=f"token {token}: must be from 0 to {N_VOCAB - 1}"):
             detokenize([100, token])
         assert detokenize(np.array([100])) in (b"a", "a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["refreekv", "full"])
+def test_tokens_that_cannot_be_read(tiny_model: Path, policy: str) -> None:
+    llm = load(tiny_model, policy, n_ctx=512, n_batch=64)
+    llm.eval(PROMPT)
+    for tokens, message in [
+        ([*PROMPT, N_VOCAB], f"token {N_VOCAB}: must be from 0 to {N_VOCAB - 1}"),
+        ([*PROMPT, -1], "token -1: must be"),
+        ([2**40], "token 1099511627776: must be"),
+        (random_tokens(500), "500 tokens after 100: the context has room for 512 in all"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            llm.eval(tokens)
+        assert llm.n_tokens == len(PROMPT)  # nothing of them was read
+        assert isinstance(llm.sample(), int)
+    with pytest.raises(ContextFullError, match="tokens after 100: the context has room for 512"):
+        next(llm.generate(random_tokens(600)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("policy", ["refreekv", "full"])
+def test_a_context_that_ends_in_the_middle_of_a_character(tiny_model: Path, policy: str, stream: bool) -> None:
+    llm = load(tiny_model, policy, n_ctx=256)
+    first_bytes = {N_SPECIAL + byte: 100.0 for byte in range(0xF0, 0xF5)}  # each is that of a character of four bytes
+    answer: Any = llm.create_completion(
+        PROMPT, max_tokens=None, temperature=0, stream=stream, logits_processor=_only_after(200, first_bytes)
+    )
+    choices = [chunk["choices"][0] for chunk in answer] if stream else answer["choices"]
+    assert "".join(choice["text"] for choice in choices).startswith("a" * 90)
+    assert choices[-1]["finish_reason"]
+    assert llm.n_tokens == llm.n_ctx()
+
+
+def _only_after(n_tokens: int, biases: dict[int, float]) -> llama_cpp.LogitsProcessorList:
+    """Before, all tokens are "a"."""
+
+    def biased(read: Any, scores: Any) -> Any:
+        for token, bias in biases.items() if len(read) >= n_tokens else [(N_SPECIAL + ord("a"), 100.0)]:
+            scores[token] += bias
+        return scores
+
+    return llama_cpp.LogitsProcessorList([biased])
+
+
+@pytest.mark.parametrize("policy", ["refreekv", "full"])
+@pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt, StopIteration])
+def test_what_a_logits_processor_raises(tiny_model: Path, policy: str, kind: type[BaseException]) -> None:
+    llm = load(tiny_model, policy)
+
+    def fail(read: Any, scores: Any) -> Any:
+        raise kind
+
+    processor = llama_cpp.LogitsProcessorList([fail])
+    with pytest.raises(RuntimeError if kind is StopIteration else kind):
+        llm.create_completion(PROMPT, max_tokens=3, logits_processor=processor)
+    with pytest.raises(kind):
+        llm.sample(logits_processor=processor)
+    wrong = llama_cpp.LogitsProcessorList([lambda _, scores: scores[:3]])
+    with pytest.raises(ValueError, match="broadcast"):
+        llm.create_completion(PROMPT, max_tokens=3, logits_processor=wrong)
+    assert llm.create_completion(PROMPT, max_tokens=3)
+
+
+def test_closing_from_inside(tiny_model: Path) -> None:
+    class Closes(PythonPolicy):
+        def select(self, attention: Any, positions: Any, layer: int) -> Any:
+            llm.close()
+
+    def closes(read: Any, scores: Any) -> Any:
+        return llm.close()
+
+    llm = load(tiny_model, Closes())
+    with pytest.raises(CacheStateError, match="close it afterwards"):
+        llm.create_completion(random_tokens(600), max_tokens=3)
+    for option in ("logits_processor", "stopping_criteria"):
+        calls: Any = {
+            "logits_processor": llama_cpp.LogitsProcessorList,
+            "stopping_criteria": llama_cpp.StoppingCriteriaList,
+        }
+        with pytest.raises(CacheStateError, match="close it afterwards"):
+            llm.create_completion(PROMPT, max_tokens=3, **{option: calls[option]([closes])})
+    assert llm.create_completion(PROMPT, max_tokens=3)
+    llm.close()
+    with pytest.raises(ClosedError):
+        llm.eval(PROMPT)
+
+
+@pytest.mark.parametrize("state", [None, 5, b"x"], ids=str)
+def test_what_is_no_state(tiny_model: Path, state: Any) -> None:
+    with pytest.raises(TypeError, match="must be a state that save_state"):
+        load(tiny_model, "refreekv").load_state(state)
+
+
+def test_a_state_of_less_than_nothing(tiny_model: Path) -> None:
+    llm = load(tiny_model, "refreekv")
+    llm.eval(PROMPT)
+    state = llm.save_state()
+    state.n_tokens = -1
+    with pytest.raises(CacheStateError, match="it holds -1 tokens"):
+        llm.load_state(state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import io
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -152,12 +154,13 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
 
     Raises:
         ValueError: no such policy, the model cannot have it, or an option has a wrong value.
+        KeyboardInterrupt: once it is loaded, if Ctrl-C came meanwhile.
     """
     verbose = messages_log.is_verbose()
     # verbose=False silences the weights, not the context
-    with messages_log.held(), _upstream.suppress_stdout_stderr(disable=verbose):
+    with _interrupts_held(), messages_log.held(), _upstream.suppress_stdout_stderr(disable=verbose):
         try:
-            return ReadingLlama(str(model), **{**options, "verbose": verbose})
+            llm = ReadingLlama(str(model), **{**options, "verbose": verbose})
         except (TypeError, AttributeError, ctypes.ArgumentError) as error:  # a value of --option that nothing checks
             raise ValueError(f"an option has a value of a wrong kind: {error}") from error
         except ValueError as error:
@@ -167,6 +170,29 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
                 "the context could not be created: there is too little memory (`refreekv plan MODEL` shows what fits), "
                 "or options do not go together (`refreekv --verbose` shows llama.cpp's reason)"
             ) from error
+    name = options.get("chat_format")
+    if name is not None and not _upstream.has_chat_format(llm, name):
+        llm.close()
+        raise ValueError(f"--option chat_format={name}: the model's file has no such template")
+    return llm
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside raises KeyboardInterrupt at the end. llama.cpp calls Python for each line of its log, and ctypes
+    swallows what is raised there."""
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        raise KeyboardInterrupt
 
 
 @contextmanager

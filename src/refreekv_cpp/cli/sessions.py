@@ -11,6 +11,7 @@ from typing import Any
 
 from refreekv_cpp._cache_dir import cache_dir
 from refreekv_cpp._files import remove_left_behind, write_file
+from refreekv_cpp.cli.common import whole_text
 
 _N_BYTES = 200  # of a name: those of files have 255 at most, and .json is added
 
@@ -40,10 +41,11 @@ class Session:
         if not self.path.exists():
             return []
         try:
-            messages = json.loads(self.path.read_text(encoding="utf-8"))
-            if all(isinstance(message["content"], str) and message["role"] for message in messages):
+            # a pipe would wait for its writer
+            messages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
+            if all(_is_text(message["content"]) and _is_text(message["role"] or None) for message in messages):
                 return list(messages)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
         raise ValueError(f"--session {self.name}: {self.path} is damaged; remove it, or take another name")
 
@@ -53,3 +55,7 @@ class Session:
             OSError: it cannot be written. What was there stays.
         """
         write_file(self.path, json.dumps(messages, ensure_ascii=False))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value == whole_text(value)

@@ -61,13 +61,9 @@ class CountingLlama(Llama):
         if not len(tokens):
             raise RequestError("The prompt is empty, and this model has no token that begins a text.", param="prompt")
         self.n_prompt += len(tokens)
-        for n, token in enumerate(super().generate(tokens, *args, **kwargs), start=1):
+        for token in super().generate(tokens, *args, **kwargs):
             self.n_completion += not llama_cpp.llama_vocab_is_eog(_upstream.vocab(self), token)
             yield token
-            if len(tokens) + n > self.n_ctx():
-                # upstream goes on at the end of the context where a token ends in the middle of a character
-                yield self.token_eos()
-                return
 
 
 class Models(LlamaProxy):
