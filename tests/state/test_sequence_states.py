@@ -86,6 +86,27 @@ def test_a_damaged_file_harms_no_other_sequence(tiny_model: Path, tmp_path: Path
     assert_alike(sequences.read(1, more), alone.read(1, more))
 
 
+@pytest.mark.parametrize("policy", [as_policy("full"), POLICY, ReFreeKV(n_min=0)], ids=["full", "streaming", "refreekv"])
+def test_a_file_whose_end_is_missing_is_refused(tiny_model: Path, tmp_path: Path, policy: Any) -> None:
+    # upstream read on beyond the end, and an assertion ended the process
+    sequences = Sequences(tiny_model, policy, codes=True)
+    sequences.read(0, random_tokens(300, 0))
+    if policy.name != "full":
+        native.prune(sequences.ctx, 0)
+    path = tmp_path / "state"
+    tokens = (llama_cpp.llama_token * 1)()
+    assert llama_cpp.llama_state_seq_save_file(sequences.ctx, str(path).encode(), 0, tokens, 0) > 0
+    data = path.read_bytes()
+    for missing in (1, 2, 50, 1000, len(data) - 13, len(data) - 12, len(data) - 3):
+        path.write_bytes(data[:-missing])
+        n_read = ctypes.c_size_t()
+        assert (
+            llama_cpp.llama_state_seq_load_file(sequences.ctx, str(path).encode(), 0, tokens, 1, ctypes.byref(n_read))
+            == 0
+        )
+        assert sequences.n_tokens(0) == 0
+
+
 def test_a_removed_sequence_gives_its_memory_back(tiny_model: Path) -> None:
     sequences = Sequences(tiny_model, POLICY, n_seq_max=3)
     for seq_id in range(3):

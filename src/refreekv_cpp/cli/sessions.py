@@ -41,8 +41,9 @@ class Session:
         if not self.path.exists():
             return []
         try:
-            # a pipe would wait for its writer
-            messages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
+            if not self.path.is_file():  # a pipe would wait for its writer
+                raise ValueError
+            messages = json.loads(self.path.read_text(encoding="utf-8"))
             if all(_is_text(message["content"]) and _is_text(message["role"] or None) for message in messages):
                 return list(messages)
         except (ValueError, TypeError, KeyError, RecursionError):
