@@ -86,7 +86,7 @@ def test_a_damaged_file_harms_no_other_sequence(tiny_model: Path, tmp_path: Path
     assert_alike(sequences.read(1, more), alone.read(1, more))
 
 
-@pytest.mark.parametrize("policy", [as_policy("full"), POLICY, ReFreeKV(n_min=0)], ids=["full", "streaming", "refreekv"])
+@pytest.mark.parametrize("policy", [as_policy("full"), POLICY, ReFreeKV(n_min=0)], ids=lambda policy: policy.name)
 def test_a_file_whose_end_is_missing_is_refused(tiny_model: Path, tmp_path: Path, policy: Any) -> None:
     # upstream read on beyond the end, and an assertion ended the process
     sequences = Sequences(tiny_model, policy, codes=True)
