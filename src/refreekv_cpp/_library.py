@@ -58,8 +58,6 @@ class Library:
         native.library_tidy(folder, _NO_LIMIT)
         if reason := why_not_private(folder):  # somebody else may have been faster
             raise CacheStateError(f"{folder}: {reason}")
-        with contextlib.suppress(OSError):
-            self.names.mkdir(mode=0o700, exist_ok=True)
         remove_left_behind(self.names)
         self._remove_names()
 
