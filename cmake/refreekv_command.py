@@ -7,9 +7,8 @@ import sys
 
 
 def main() -> None:
-    os.environ.pop(
-        "REFREEKV_POLICY", None
-    )  # it is for programs that choose no policy themselves; commands have an option
+    # This variable is for programs that choose no policy themselves; the commands have an option.
+    os.environ.pop("REFREEKV_POLICY", None)
     try:
         from refreekv_cpp.cli import main as run
     except KeyboardInterrupt:

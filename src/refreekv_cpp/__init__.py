@@ -16,8 +16,10 @@ from refreekv_cpp.errors import (
     ClosedError,
     ComputeError,
     ContextError,
+    ContextFullError,
     PolicyError,
     RefreeKVError,
+    TokenError,
     UnsupportedModelError,
 )
 from refreekv_cpp.llama import Llama
@@ -31,6 +33,7 @@ __all__ = [
     "ClosedError",
     "ComputeError",
     "ContextError",
+    "ContextFullError",
     "Full",
     "KVStats",
     "Llama",
@@ -43,6 +46,7 @@ __all__ = [
     "RefreeKVError",
     "SnapKV",
     "Streaming",
+    "TokenError",
     "TopP",
     "UnsupportedModelError",
 ]

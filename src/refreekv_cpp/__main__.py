@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.pop("REFREEKV_POLICY", None)  # as cmake/refreekv_command.py does
+
 from refreekv_cpp.cli import main
 
 if __name__ == "__main__":

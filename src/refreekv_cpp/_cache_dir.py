@@ -21,7 +21,9 @@ def cache_dir() -> Path:
         PolicyError: the variable begins with ~ and the name of a user who is not there.
     """
     folder = os.environ.get(VARIABLE)
+    if not folder:
+        return platformdirs.user_cache_path("refreekv-cpp")
     try:
-        return Path(folder).expanduser() if folder else platformdirs.user_cache_path("refreekv-cpp")
+        return Path(folder).expanduser()
     except RuntimeError:
         raise PolicyError(f"{VARIABLE}={folder}: must be a folder; there is no such user") from None

@@ -73,8 +73,17 @@ _NUMBERS = (
     "lora_scale",
 )
 _SWITCHES = (
-    *("vocab_only", "use_mmap", "use_mlock", "embedding", "offload_kqv", "logits_all", "op_offload", "swa_full"),
-    *("no_perf", "spm_infill", "verbose"),
+    "vocab_only",
+    "use_mmap",
+    "use_mlock",
+    "embedding",
+    "offload_kqv",
+    "logits_all",
+    "op_offload",
+    "swa_full",
+    "no_perf",
+    "spm_infill",
+    "verbose",
 )
 
 
@@ -172,7 +181,7 @@ def _check_switch(name: str, value: Any) -> bool | None:
     """
     if value is None:
         return None
-    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+    if not isinstance(value, (int, np.bool_, np.integer)) or value not in (0, 1):
         raise ValueError(f"{name}={value!r}: must be True or False")
     return bool(value)
 

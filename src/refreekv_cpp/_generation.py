@@ -22,6 +22,7 @@ _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
 class Generations(KeptSequence):
+    _is_full = False  # the generation that began last has reached the end of the context
     _generation: object = None  # the one that began last; None: what it left in the cache has been changed
 
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -33,25 +34,26 @@ class Generations(KeptSequence):
             if self._kv.evicts:
                 self._prepare(tokens, _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True))
                 self._prompt_next = True
-            self.set_seed(seed)  # the completion that it waited for may have had another one
             self._chat_reads = False
             self._generation = generation
         sent: Sequence[int] | None = None
         token: int | None = None
-        is_full = False
+        self._is_full = False
         try:
-            while not is_full:
+            while not self._is_full:
                 with self._using:
                     self._check_generation(generation, sent)
+                    if token is None:
+                        self.set_seed(seed)  # the completion that it waited for may have had another one
                     try:
                         token = steps.send(sent)
                     except StopIteration:
                         return
                     except ContextFullError:
-                        # a completion goes on at the end of the context where it is in the middle of a character
-                        if token is None or self.token_eos() < 0:
+                        # upstream's completion goes on here where the last token ends in the middle of a character
+                        if token is None or self.n_tokens < self.n_ctx() or self.token_eos() < 0:
                             raise
-                        token, is_full = self.token_eos(), True
+                        token, self._is_full = self.token_eos(), True
                     finally:
                         self._generation = generation  # a reset() of its own does not end it
                 sent = yield token

@@ -137,7 +137,7 @@ class Sampler(LlamaSampler):
             try:
                 apply_func(candidates)
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
 
         super().add_custom(apply)
 

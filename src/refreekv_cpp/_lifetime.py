@@ -33,8 +33,9 @@ class Lifetime(llama_cpp.Llama):
         """
         if not _upstream.has_begun(self):  # an argument was refused
             return
+        # of CPython's RLock, as threading.Condition uses it
         if self._using._is_owned() or self._reading._is_owned():  # type: ignore[attr-defined]
-            raise CacheStateError("close() must not be called by a function that this Llama calls; close it afterwards")
+            raise CacheStateError("close(): this thread is in the middle of a call of this Llama; close it afterwards")
         self._closing = True
         with self._using, self._reading:
             # other threads ask for some of it without a lock, and must not find what is being freed

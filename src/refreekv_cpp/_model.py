@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from refreekv_cpp._upstream import LlamaModel
+from refreekv_cpp.errors import TokenError
 
 
 def check_tokens(tokens: Iterable[int], n_vocab: int) -> None:
     """
     Raises:
-        ValueError: one of the tokens is not in a vocabulary of n_vocab.
+        TokenError: one of the tokens is not in a vocabulary of n_vocab.
     """
     for token in tokens:
         if not 0 <= token < n_vocab:
-            raise ValueError(f"token {token}: must be from 0 to {n_vocab - 1}")
+            raise TokenError(f"token {token}: must be from 0 to {n_vocab - 1}")
 
 
 class Model(LlamaModel):
@@ -23,7 +24,7 @@ class Model(LlamaModel):
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """
         Raises:
-            ValueError: one of the tokens is not in the vocabulary.
+            TokenError: one of the tokens is not in the vocabulary.
         """
         check_tokens(tokens, self.n_vocab())
         text: bytes = super().detokenize(list(tokens), special)

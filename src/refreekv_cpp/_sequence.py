@@ -113,14 +113,15 @@ class PrunedSequence(Lifetime):
 
         Raises:
             ContextFullError: the context has no room for all of these tokens. None is read.
-            ValueError: one of them is not in the vocabulary. None is read.
+            TokenError: one of them is not in the vocabulary. None is read.
             CacheStateError: `n_tokens` was set back into what a pruning has looked at, and what was evicted there
                 cannot be restored.
             CacheMemoryError: the cache could not grow, or not within `kv_memory_limit`. It is what it was before the
                 batch that failed.
         """
         with self._using:
-            if self.n_tokens + len(tokens) > self.n_ctx():
+            # recurrent layers have room for any number
+            if not _upstream.is_recurrent(self) and self.n_tokens + len(tokens) > self.n_ctx():
                 raise ContextFullError(
                     f"{len(tokens)} tokens after {self.n_tokens}: the context has room for {self.n_ctx()} in all"
                 )

@@ -50,11 +50,8 @@ def fitted(state: llama_cpp.LlamaState, llm: llama_cpp.Llama) -> llama_cpp.Llama
     """The state with arrays as this Llama has them; for `without_scores`.
 
     Raises:
-        TypeError: it is no state.
         ValueError: it is empty, or holds more tokens than the context has room for.
     """
-    if not isinstance(state, llama_cpp.LlamaState):
-        raise TypeError(f"load_state({state!r}): must be a state that save_state() has made")
     if state.llama_state_size == 0:
         raise ValueError("it is empty")
     n_tokens, n_ctx = state.n_tokens, len(llm.input_ids)
@@ -94,7 +91,10 @@ class SavedStates(Generations):
         Raises:
             CacheStateError: the state is damaged, or of a cache with other types or without (or with) a policy. Nothing
                 is left in the cache then.
+            TypeError: it is no state.
         """
+        if not isinstance(state, llama_cpp.LlamaState):
+            raise TypeError(f"load_state() got {type(state).__name__}: must be a state that save_state() has made")
         with self._using:
             self._load_state(state)
 

@@ -132,6 +132,21 @@ def token_array(llm: llama_cpp.Llama) -> npt.NDArray[np.intc]:
     return read
 
 
+def is_recurrent(llm: llama_cpp.Llama) -> bool:
+    """Whether no layer of the model has a cache that grows with the text."""
+    return bool(llm._is_recurrent)
+
+
+@contextmanager
+def sampler_kept(llm: llama_cpp.Llama) -> Iterator[None]:
+    """It has the same sampler afterwards. Upstream's `sample` leaves one that has raised, which the next call takes."""
+    before = llm._sampler
+    try:
+        yield
+    finally:
+        llm._sampler = before
+
+
 def seed(llm: llama_cpp.Llama) -> int:
     """What its next sampler begins with."""
     return llm._seed

@@ -8,6 +8,7 @@ us); and a model that cannot have the policy runs with "full", after a warning.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,10 +43,12 @@ def _replace(kind: type[llama_cpp.Llama]) -> None:
 
 
 def install_if_asked() -> None:
-    """Do so where REFREEKV_POLICY is set.
+    """Do so where REFREEKV_POLICY is set, but not for the commands, which have an option for the policy.
 
     Raises:
         PolicyError: it, REFREEKV_EVICTED or REFREEKV_MEMORY_LIMIT is not valid.
     """
+    if sys.orig_argv[1:3] == ["-m", "refreekv_cpp"]:
+        return
     if KVOptions.of().from_environment:
         install()

@@ -20,7 +20,12 @@ class ContextError(RefreeKVError, ValueError):
 
 
 class ContextFullError(ContextError, RuntimeError):
-    """The context has no room for more tokens. (llama-cpp-python raises a RuntimeError, once it has read a part.)"""
+    """The context has no room for more tokens. It is a RuntimeError too, which llama-cpp-python raises here after it
+    has read some of them."""
+
+
+class TokenError(RefreeKVError, ValueError, RuntimeError):
+    """A token is not in the model's vocabulary. llama-cpp-python raises a RuntimeError here, or the process ends."""
 
 
 class CacheStateError(RefreeKVError, RuntimeError):

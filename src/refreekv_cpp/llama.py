@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import llama_cpp
@@ -201,7 +201,8 @@ class Llama(SavedStates):
             idx = args[_SAMPLE_IDX] if len(args) > _SAMPLE_IDX else kwargs.get("idx")
             if not llama_cpp.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens):
                 raise CacheStateError("there are no logits to sample from; eval() tokens before")
-            token: int = super().sample(*args, **kwargs)
+            with _upstream.sampler_kept(self):
+                token: int = super().sample(*args, **kwargs)
             return token
 
     @implemented_by(_sample)
@@ -344,8 +345,16 @@ class Llama(SavedStates):
         """As upstream's, which `create_completion` calls; but a grammar is checked at once, before a stream begins."""
         with self._reading:
             _grammar.check(_upstream.vocab(self), kwargs.get("grammar"))
-        completion: Iterator[Any] = super()._create_completion(*args, **kwargs)
-        return completion
+        return self._with_reason(super()._create_completion(*args, **kwargs))
+
+    def _with_reason(self, answers: Iterator[Any]) -> Iterator[Any]:
+        """Where the context was too short for the rest of an answer, "length" is why it ends."""
+        with closing(answers):  # type: ignore[type-var]
+            for answer in answers:
+                for choice in answer["choices"]:
+                    if self._is_full and choice["finish_reason"] == "stop":
+                        choice["finish_reason"] = "length"
+                yield answer
 
     def _create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         _ = self.ctx  # a handler of images has a context of its own, whose model may be gone

@@ -55,7 +55,7 @@ def _library(name: str, value: Any) -> Path | None:
         folder = cache_dir() / "library" if value is True else _path(name, value).expanduser()
     except RuntimeError as error:  # ~ of a user who is not there
         raise PolicyError(f"{name}={value!r}: {error}") from None
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise PolicyError(f"{name}={str(value)!r}: must be a folder, or a name that nothing has yet")
     if (reason := why_not_private(folder)) is not None:
         raise PolicyError(f"{name}: {folder}: must be a folder of yours that nobody else can write to; {reason}")

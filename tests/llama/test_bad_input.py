@@ -344,8 +344,33 @@ def test_a_context_that_ends_in_the_middle_of_a_character(tiny_model: Path, poli
     )
     choices = [chunk["choices"][0] for chunk in answer] if stream else answer["choices"]
     assert "".join(choice["text"] for choice in choices).startswith("a" * 90)
-    assert choices[-1]["finish_reason"]
+    assert choices[-1]["finish_reason"] == "length"
     assert llm.n_tokens == llm.n_ctx()
+    assert llm.create_completion(PROMPT, max_tokens=1, temperature=0)["choices"][0]["finish_reason"] == "length"
+
+
+def test_recurrent_layers_have_no_end(tiny: Callable[[str], Path]) -> None:
+    llm = load(tiny("mamba (recurrent)"), "full", n_ctx=256)
+    generation = llm.generate(PROMPT, logits_processor=_only_after(1000, {}))
+    assert len(list(itertools.islice(generation, 200))) == 200
+    assert llm.n_tokens > llm.n_ctx()
+
+
+def test_a_context_of_another_llama_that_is_full(tiny_model: Path) -> None:
+    llm, other = load(tiny_model, "full"), load(tiny_model, "full", n_ctx=256)
+
+    def fill(read: Any, scores: Any) -> Any:
+        other.eval(random_tokens(257))
+
+    with pytest.raises(ContextFullError):
+        llm.create_completion(PROMPT, max_tokens=9, logits_processor=llama_cpp.LogitsProcessorList([fill]))
+
+
+def test_tokens_that_are_sent_to_a_context_without_room(tiny_model: Path) -> None:
+    generation = load(tiny_model, "full", n_ctx=256, logits_all=True).generate(PROMPT)
+    next(generation)
+    with pytest.raises(ContextFullError):
+        generation.send(random_tokens(400))
 
 
 def _only_after(n_tokens: int, biases: dict[int, float]) -> llama_cpp.LogitsProcessorList:
@@ -370,8 +395,11 @@ def test_what_a_logits_processor_raises(tiny_model: Path, policy: str, kind: typ
     processor = llama_cpp.LogitsProcessorList([fail])
     with pytest.raises(RuntimeError if kind is StopIteration else kind):
         llm.create_completion(PROMPT, max_tokens=3, logits_processor=processor)
+    another = load(tiny_model, policy)
+    another.eval(PROMPT)
     with pytest.raises(kind):
-        llm.sample(logits_processor=processor)
+        another.sample(logits_processor=processor)
+    assert isinstance(another.sample(), int)
     wrong = llama_cpp.LogitsProcessorList([lambda _, scores: scores[:3]])
     with pytest.raises(ValueError, match="broadcast"):
         llm.create_completion(PROMPT, max_tokens=3, logits_processor=wrong)

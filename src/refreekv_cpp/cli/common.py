@@ -158,7 +158,7 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
     """
     verbose = messages_log.is_verbose()
     # verbose=False silences the weights, not the context
-    with _interrupts_held(), messages_log.held(), _upstream.suppress_stdout_stderr(disable=verbose):
+    with interrupts_held(), messages_log.held(), _upstream.suppress_stdout_stderr(disable=verbose):
         try:
             llm = ReadingLlama(str(model), **{**options, "verbose": verbose})
         except (TypeError, AttributeError, ctypes.ArgumentError) as error:  # a value of --option that nothing checks
@@ -178,15 +178,20 @@ def load(model: Path, options: dict[str, Any]) -> ReadingLlama:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C inside raises KeyboardInterrupt at the end. llama.cpp calls Python for each line of its log, and ctypes
-    swallows what is raised there."""
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside raises KeyboardInterrupt at the end, and a second Ctrl-C ends the process. (llama.cpp calls Python
+    for each line of its log, and ctypes swallows what is raised there.)"""
     usual = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
         yield
         return
     held: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+
+    def hold(number: int, _: Any) -> None:
+        held.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
@@ -203,7 +208,7 @@ def vocabulary(model: Path) -> Iterator[llama_cpp.Llama]:
         ValueError: it is no model.
     """
     check_model(model)
-    with _upstream.suppress_stdout_stderr(disable=False):
+    with interrupts_held(), _upstream.suppress_stdout_stderr(disable=False):
         llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
     with closing(llm):
         yield llm

@@ -133,7 +133,8 @@ class MachineOptions:
 
     def n_gpu_layers(self, model: Path, **options: Any) -> int:
         """What --gpu-layers says, as `Llama` wants it; what was chosen is printed. `options`: of `Llama`, to fit by."""
-        return fit.chosen_layers(self.gpu_layers, model, **options)
+        with common.interrupts_held():
+            return fit.chosen_layers(self.gpu_layers, model, **options)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ class LoadOptions(MachineOptions):
         if self.n_ctx != "auto":
             options["n_ctx"] = int(self.n_ctx)
         elif "n_ctx" not in options:
-            options["n_ctx"] = fit.n_ctx(model, **self.machine, **options)
+            with common.interrupts_held():
+                options["n_ctx"] = fit.n_ctx(model, **self.machine, **options)
         return super().llama_options(model, **options)
 
     def load(self, model: Path) -> common.ReadingLlama:

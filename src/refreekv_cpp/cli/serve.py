@@ -77,7 +77,8 @@ def serve(
     load = {"n_ctx": 0} if options.n_ctx == "0" else {}
     path = resolve(model)
     fit.check_model(path)
-    if options.n_ctx != "auto" and int(options.n_ctx) > (most := fit.n_ctx_train(path)):
+    changed = any(arg.startswith("--override-kv") for arg in context.args)  # perhaps what the model was made for
+    if options.n_ctx != "auto" and not changed and int(options.n_ctx) > (most := fit.n_ctx_train(path)):
         common.print_note(f"--n-ctx {options.n_ctx}: llama-server gives a request {most}, which the model was made for")
         options = dataclasses.replace(options, n_ctx=str(most))
     line = llama_server.arguments(

@@ -174,11 +174,12 @@ def measure(llm: Unallocated, n_ctx: int, n_tokens: int | None = None) -> Needs:
         ContextError: the model has no such context, or the machine has no room to look at one.
     """
     n_ctx_train = _upstream.n_ctx_train(llm)
-    with context(llm, n_ctx or n_ctx_train) as ctx:
+    n_ctx = n_ctx or n_ctx_train
+    with context(llm, n_ctx) as ctx:
         try:
             devices = [_device(info) for info in native.devices(ctx)]
         except CacheMemoryError as error:  # ggml allocates this scratch memory to say how large it is
-            n_ctx, why = n_ctx or n_ctx_train, "it needs more scratch memory than the machine has"
+            why = "it needs more scratch memory than the machine has"
             raise ContextError(f"{llm.model_path}: there is no context of {n_ctx} tokens: {why}") from error
         stats, layers = native.figures(ctx)
         n_cells = int(llama_cpp.llama_n_ctx(ctx))

@@ -99,8 +99,8 @@ _collected: list[list[str]] = []  # errors of each `quiet` that has begun and no
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect(level: int, text: bytes, _: Any) -> None:
     # it is never freed: another thread may be about to call it when `quiet` ends
-    if level == _LOG_LEVEL_ERROR and _collected:
-        _collected[-1].append(text.decode(errors="replace").strip().removeprefix("llama_model_load: "))
+    for errors in _collected[-1:] if level == _LOG_LEVEL_ERROR else []:
+        errors.append(text.decode(errors="replace").strip().removeprefix("llama_model_load: "))
 
 
 @contextmanager
