@@ -433,7 +433,11 @@ def test_ctrl_c_while_a_model_is_loaded(tiny_model: Path, monkeypatch: pytest.Mo
         return loaded[0]
 
     monkeypatch.setattr(common, "ReadingLlama", load)
-    with pytest.raises(KeyboardInterrupt):
-        common.load(tiny_model, {"n_ctx": 512})
-    assert loaded  # it was not raised where ctypes or llama.cpp would have swallowed it
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background begin without it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            common.load(tiny_model, {"n_ctx": 512})
+        assert loaded  # it was not raised where ctypes or llama.cpp would have swallowed it
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
