@@ -57,7 +57,7 @@ def has_chat(client: openai.OpenAI) -> bool:
     request = urllib.request.Request(address(client), headers={"Accept-Encoding": "gzip"})
     try:
         with urllib.request.urlopen(request) as answer:
-            return "text/html" in answer.headers["content-type"]
+            return str(answer.url) == address(client)  # else it was sent on to /cache
     except urllib.error.HTTPError as error:
         error.close()
         return False
@@ -200,6 +200,7 @@ def test_several_conversations_on_the_cache_page(tiny_model: Path, chromium: Bro
     with serving(tiny_model, "--n-ctx", "2048", "--threads", "1", "--kv-policy", "streaming", *QUIET) as client:
         page = chromium.open(address(client, "/cache"))
         page.wait_for("/Nothing has been read yet/.test(document.body.innerText)")
+        assert page.evaluate("document.querySelectorAll('iframe').length") == has_chat(client)
         for slot, char in enumerate("xyz"):
             send(client, "/completion", {"prompt": char * 700, "n_predict": 2, "id_slot": slot, "ignore_eos": True})
         page.wait_for("/^3 conversations with 2,1\\d\\d tokens/m.test(document.body.innerText)")
