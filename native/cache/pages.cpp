@@ -43,7 +43,7 @@ void pages_trim() {
 pages_ptr pages_alloc(size_t size) {
     void * ptr = nullptr;
     if (posix_memalign(&ptr, 4096, size) == 0) {
-        // more than that comes from the system as zeros, but for its first bytes (max_malloc_fill_size), which are overwritten
+        // larger blocks are new pages of the system, which are zero. AddressSanitizer fills only their first bytes (max_malloc_fill_size)
         memset(ptr, 0, std::min<size_t>(size, 1 << 20));
     }
 

@@ -54,8 +54,8 @@ TESTS = {
 COMPILED = {Sanitizer.ADDRESS: "address,undefined", Sanitizer.THREAD: "thread"}
 RUNTIME = {Sanitizer.ADDRESS: "libasan.so", Sanitizer.THREAD: "libtsan.so"}
 
-# llama.cpp's, and without consequences: llama-server assigns its options to themselves while it loads a model. Before a
-# request gets 503 meanwhile, it looks at those for other origins
+# A race of llama.cpp's own, without consequences: while llama-server loads a model, it assigns its options to
+# themselves, and each request that it answers with 503 meanwhile reads those for other origins.
 SUPPRESSED = "race:server_http_context::init_listener\n"
 
 FINDING = re.compile(r"^(?:.*: runtime error: .*|==\d+==ERROR: .*|SUMMARY: .*)$", re.MULTILINE)
